@@ -1,0 +1,93 @@
+"""What is installed, what runs and why not something faster: the report behind ``resnet_fast.info()``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from . import backends
+
+_PACKAGES = ("triton", "torchvision", "numpy", "safetensors", "Pillow", "onnxruntime", "openvino")
+
+
+@dataclass(frozen=True)
+class Info:
+    """A snapshot of this process; ``str()`` is the readable report, :meth:`as_dict` the same for machines."""
+
+    version: str
+    python: str
+    platform: str
+    cpu: str
+    cpu_capability: str
+    threads: int
+    torch: str
+    packages: dict[str, str]
+    gpus: list[str]
+    backend: str
+    backends: dict[str, str]
+    fallbacks: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            ("resnet_fast", self.version),
+            ("python", f"{self.python} on {self.platform}"),
+            ("torch", f"{self.torch}, {self.threads} threads"),
+            ("cpu", f"{self.cpu} ({self.cpu_capability})"),
+            ("gpus", ", ".join(self.gpus) or "none that torch can use"),
+            ("packages", ", ".join(f"{name} {version}" for name, version in self.packages.items())),
+            ("backend", f"{self.backend} (choose with resnet_fast.backends.use)"),
+        ]
+        rows += [(f"  {name}", "available" if not why else f"not available: {why}") for name, why in self.backends.items()]
+        rows += [("fell back", line) for line in self.fallbacks] or [("fell back", "nothing so far in this process")]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux: platform knows a name there
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def info() -> Info:
+    """What is built, found and used in this process, and why not something faster."""
+    from . import __version__
+
+    found = {package: _version(package) for package in _PACKAGES}
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    return Info(
+        version=__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cpu=f"{_cpu_name()}, {os.cpu_count()} cores",
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        packages={name: version for name, version in found.items() if version},
+        gpus=gpus,
+        backend=backends.current(),
+        backends=backends.available(),
+        fallbacks=[f"{what}: {why} ({count} times)" for (what, why), count in backends.fallbacks().items()],
+    )

@@ -1,0 +1,96 @@
+"""Which implementation of a fused op runs, and why a faster one did not.
+
+The ops ask this module; users steer it with :func:`use` and read it with :func:`available` and :func:`fallbacks`.
+It holds no kernel: the adapters beside it (``onednn``) and the kernel packages do.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from types import TracebackType
+
+from . import onednn
+
+__all__ = ["FallbackWarning", "available", "current", "fallback", "fallbacks", "runs", "use"]
+
+#: Every backend by name, with the device type it runs on ("" = any).
+_DEVICES = {"reference": "", "onednn": "cpu"}
+
+_lock = threading.Lock()
+_selected = "auto"
+_fallbacks: dict[tuple[str, str], int] = {}
+
+
+class FallbackWarning(UserWarning):
+    """Something slower than asked for runs; the message says what and why. Given once per cause."""
+
+
+def available() -> dict[str, str]:
+    """Each backend's name with ``""`` if it can be used here, else the reason why it cannot."""
+    return {"reference": "", "onednn": onednn.unavailable()}
+
+
+def current() -> str:
+    """The backend chosen with :func:`use`: ``"auto"`` (the fastest that is available) unless somebody chose."""
+    return _selected
+
+
+class use:  # noqa: N801 - reads as a verb at the call site, with or without `with`
+    """Choose the backend of every fused op, for the whole process: ``"auto"`` or a name from :func:`available`.
+
+    A call takes effect at once; as a context manager (``with use("reference"): ...``) the earlier choice comes back at
+    the end. The choice is shared by all threads.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend cannot be used on this machine (the message says why).
+    """
+
+    def __init__(self, name: str) -> None:
+        global _selected
+        states = available()
+        if name != "auto" and name not in states:
+            raise ValueError(f"backends.use: unknown backend {name!r}; choose one of {['auto', *states]}")
+        if name != "auto" and states[name]:
+            raise RuntimeError(f"backends.use: {name!r} cannot be used here: {states[name]}")
+        with _lock:
+            self._previous, _selected = _selected, name
+
+    def __enter__(self) -> use:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _selected
+        with _lock:
+            _selected = self._previous
+
+
+def runs(name: str, device: str, asked: str = "auto") -> bool:
+    """Whether the choice in force (``asked``, or the process-wide one where that is "auto") lets ``name`` run.
+
+    Raises:
+        RuntimeError: the chosen backend does not run on tensors of this device type.
+    """
+    chosen = asked if asked != "auto" else _selected
+    if chosen != "auto" and _DEVICES[chosen] not in ("", device):
+        raise RuntimeError(f"backend {chosen!r} runs on {_DEVICES[chosen]} tensors, got a tensor on {device!r}")
+    return chosen in ("auto", name)
+
+
+def fallback(what: str, reason: str) -> None:
+    """Record that ``what`` runs slower than it could because of ``reason``; warns at the first occurrence."""
+    key = (what, reason)
+    with _lock:
+        count = _fallbacks.get(key, 0)
+        _fallbacks[key] = count + 1
+    if count == 0:
+        warnings.warn(f"{what}: {reason}", FallbackWarning, stacklevel=3)
+
+
+def fallbacks() -> dict[tuple[str, str], int]:
+    """What fell back so far in this process: ``(what, reason) -> how often``."""
+    with _lock:
+        return dict(_fallbacks)

@@ -1,0 +1,174 @@
+"""oneDNN's fused convolutions through torch: the one file that touches torch's private ``torch.ops.mkldnn`` functions.
+
+Everything here is detected at run time and checked once against plain torch on a tiny problem; when a torch release
+moves one of these functions, :func:`unavailable` says so and the ops run their reference. No caching, no BN arithmetic.
+
+oneDNN's own ReLU post-op turns NaN into 0 and torch's does not, so ReLU is either torch's in-place ``relu_`` on the
+still cached output (``relu=False`` here) or, where the caller has proved that no NaN can appear, the post-op.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def _functions() -> dict[str, Any]:
+    """The private functions by our own names; raises AttributeError or RuntimeError where torch has none."""
+    mkldnn = torch.ops.mkldnn
+    return {
+        "conv": mkldnn._convolution_pointwise.default,
+        "conv_sum": mkldnn._convolution_pointwise.binary,
+        "conv_sum_": mkldnn._convolution_pointwise_.binary,
+        "linear": mkldnn._linear_pointwise.default,
+        "pack_conv": mkldnn._reorder_convolution_weight.default,
+        "pack_linear": mkldnn._reorder_linear_weight.default,
+    }
+
+
+@functools.cache
+def _probe() -> str:
+    """Run each function once on a tiny problem and compare with plain torch: "" if all is well, else what is wrong."""
+    if not torch.backends.mkldnn.is_available():
+        return "this torch build has no oneDNN"
+    try:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, 16, 5, 5, generator=generator).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(16, 16, 1, 1, generator=generator)
+        bias = torch.randn(16, generator=generator)
+        expected = torch.conv2d(x, weight, bias)
+        geometry = ([0, 0], [1, 1], [1, 1], 1)
+        with torch.no_grad():
+            packed = pack_conv(weight, *geometry, list(x.shape))
+            flat = pack_linear(weight.flatten(1), 50)
+            results = {
+                "convolution": (conv(x, packed, bias, *geometry, relu=False), expected),
+                "convolution + ReLU": (conv(x, packed, bias, *geometry, relu=True), expected.relu()),
+                "convolution + sum": (conv_sum(x, x, packed, bias, *geometry, relu=False), expected + x),
+                "in-place sum": (conv_sum_(x.clone(), x, packed, bias, *geometry, relu=True), (expected + x).relu()),
+                "linear": (linear(x.permute(0, 2, 3, 1), flat, bias, relu=False).permute(0, 3, 1, 2), expected),
+            }
+        for name, (actual, wanted) in results.items():
+            if not torch.allclose(actual, wanted, rtol=1e-4, atol=1e-4):
+                return f"oneDNN's {name} through torch {torch.__version__} gives wrong numbers"
+    except (AttributeError, RuntimeError, TypeError) as error:
+        first_line = str(error).partition("\n")[0]
+        return f"torch {torch.__version__} does not offer oneDNN's fused functions as expected ({first_line})"
+    return ""
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def unavailable() -> str:
+    """Why oneDNN's fused functions cannot be used in this process, or ``""`` if they can."""
+    if not torch.backends.mkldnn.enabled:
+        return "torch.backends.mkldnn.enabled is False"
+    return _probe()
+
+
+def unsupported(dtype: torch.dtype) -> str:
+    """Why tensors of this dtype cannot be computed here, or ``""`` if they can. Includes :func:`unavailable`."""
+    if dtype is torch.bfloat16 and not _has_bfloat16():
+        return "this CPU has no AVX-512, which oneDNN needs for bfloat16"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"oneDNN's fused convolutions take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return unavailable()
+
+
+def pack_conv(
+    weight: Tensor,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    input_size: Sequence[int],
+) -> Tensor:
+    """``weight`` [K, C/groups, R, S] in the blocked layout that oneDNN prefers for an input of ``input_size`` (NCHW)."""
+    packed: Tensor = _functions()["pack_conv"](weight, padding, stride, dilation, groups, input_size)
+    return packed
+
+
+def pack_linear(weight: Tensor, rows: int) -> Tensor:
+    """``weight`` [K, C] in the layout that oneDNN prefers for a product with ``rows`` rows."""
+    packed: Tensor = _functions()["pack_linear"](weight, rows)
+    return packed
+
+
+def conv(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    relu: bool,
+) -> Tensor:
+    """``conv(x, w) + bias``, with oneDNN's NaN-dropping ReLU if ``relu``; ``x`` channels_last."""
+    attribute = "relu" if relu else "none"
+    y: Tensor = _functions()["conv"](x, packed, bias, padding, stride, dilation, groups, attribute, [], "")
+    return y
+
+
+def conv_sum(
+    x: Tensor,
+    residual: Tensor,
+    packed: Tensor,
+    bias: Tensor,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    relu: bool,
+) -> Tensor:
+    """``conv(x, w) + bias + residual`` in a new tensor; ``relu`` as in :func:`conv`."""
+    act = "relu" if relu else None
+    y: Tensor = _functions()["conv_sum"](
+        x, residual, packed, bias, padding, stride, dilation, groups, "add", 1.0, act, [], None
+    )
+    return y
+
+
+def conv_sum_(
+    residual: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    relu: bool,
+) -> Tensor:
+    """``residual += conv(x, w) + bias`` in place, one pass over ``residual``; returns it. ``relu`` as in :func:`conv`."""
+    act = "relu" if relu else None
+    y: Tensor = _functions()["conv_sum_"](
+        residual, x, packed, bias, padding, stride, dilation, groups, "add", 1.0, act, [], None
+    )
+    return y
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor, *, relu: bool) -> Tensor:
+    """``x @ w.T + bias`` over the last dimension of a contiguous ``x``; ``relu`` as in :func:`conv`."""
+    y: Tensor = _functions()["linear"](x, packed, bias, "relu" if relu else "none", [], "")
+    return y
+
+
+def layout(packed: Tensor) -> bytes:
+    """The blocked layout of a packed weight as bytes: equal for weights that are packed alike."""
+    descriptor: Tensor = torch.ops.mkldnn._get_mkldnn_serialized_md(packed)
+    return descriptor.numpy().tobytes()

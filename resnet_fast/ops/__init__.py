@@ -1,0 +1,8 @@
+"""The fused ops, one file each; ``resnet_fast.ops.<op>`` is the public function, ``torch.ops.resnet_fast.<op>`` the op."""
+
+from .add_act import add_act
+from .conv_bn_act import conv_bn_act
+from .head import head
+from .stem import stem
+
+__all__ = ["add_act", "conv_bn_act", "head", "stem"]

@@ -1,0 +1,126 @@
+"""What every op shares: argument checks, dtypes, layouts and the registration of autocast. No arithmetic of any op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("none", "relu")
+
+_fragment = torch.library.Library("resnet_fast", "FRAGMENT")
+
+
+def pair(value: int | Sequence[int], name: str) -> list[int]:
+    """``value`` as [vertical, horizontal]; ValueError that names the argument if it is neither an int nor two of them."""
+    if isinstance(value, int):
+        return [value, value]
+    items = list(value)
+    if len(items) != 2:
+        raise ValueError(f"{name} must be an int or two ints, got {value!r}")
+    return items
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What an op computes in: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def check_activation(op: str, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
+
+
+def check_image(op: str, x: Tensor, channels: int | None = None) -> None:
+    """``x`` is a floating point [N, C, H, W] tensor, with ``channels`` channels where given."""
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x must be 4-D [N, C, H, W], got {x.dim()}-D of shape {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: x must be a floating point tensor, got {x.dtype}")
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"{op}: x has {x.shape[1]} channels, weight expects {channels}")
+
+
+def check_weight_dtype(op: str, x: Tensor, weight: Tensor) -> None:
+    """Weights come in x's dtype, or in float32 beside a narrower x (rounded once, when they are packed)."""
+    if weight.dtype is not x.dtype and not (weight.dtype is torch.float32 and x.dtype is not torch.float64):
+        raise TypeError(f"{op}: weight is {weight.dtype}, x is {x.dtype}; weight must be {x.dtype} or torch.float32")
+
+
+def check_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, x is on {x.device}; they must be on one device")
+
+
+def check_per_channel(op: str, channels: int, **vectors: Tensor) -> None:
+    for name, vector in vectors.items():
+        if vector.dim() != 1 or vector.shape[0] != channels:
+            raise ValueError(
+                f"{op}: {name} has shape {list(vector.shape)}, weight has {channels} output channels; "
+                f"{name} must be [{channels}]"
+            )
+
+
+def conv_output_size(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """[P, Q] of a convolution over [H, W]."""
+    return [
+        (size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)
+    ]
+
+
+def empty_channels_last(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised channels_last tensor of ``shape`` with x's dtype and device: what the fake kernels return."""
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` with exactly the strides of a dense channels_last tensor; no copy where only strides of size-1 dims differ."""
+    n, c, h, w = x.shape
+    wanted = (h * w * c, 1, w * c, c)
+    if x.stride() == wanted and x.numel() > 0:
+        return x
+    x = x.contiguous(memory_format=torch.channels_last)
+    if x.numel() == 0:
+        return empty_channels_last(x, x.shape)
+    return x if x.stride() == wanted else x.as_strided((n, c, h, w), wanted)
+
+
+def relu_gradient(grad: Tensor, output: Tensor) -> Tensor:
+    """torch's ReLU backward: ``grad`` where ``output`` is not <= 0 (so it passes where output is NaN), else 0."""
+    return torch.ops.aten.threshold_backward.default(grad, output, 0)
+
+
+def register_autocast(op: Any, casts: Callable[[torch.dtype, tuple[Any, ...]], tuple[Any, ...]]) -> None:
+    """Under autocast call ``op`` with ``casts(dtype, args)``, autocast switched off inside.
+
+    ``torch.library.register_autocast`` casts every floating point tensor; these ops keep scale, shift and the weights
+    in float32 (they are folded there and rounded once), so each op says itself what is cast.
+    """
+    overload = op._opoverload
+    for device, key in (("cpu", torch._C.DispatchKey.AutocastCPU), ("cuda", torch._C.DispatchKey.AutocastCUDA)):
+
+        def kernel(
+            *args: Any, _device: str = device, _key: Any = key, **kwargs: Any
+        ) -> Any:
+            # Positional and keyword arguments in schema order, so that `casts` sees one form.
+            names = [argument.name for argument in overload._schema.arguments]
+            full = list(args) + [
+                kwargs.get(argument.name, argument.default_value) for argument in overload._schema.arguments[len(args) :]
+            ]
+            assert len(full) == len(names)
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_key)):
+                return overload(*casts(torch.get_autocast_dtype(_device), tuple(full)))
+
+        _fragment.impl(overload._schema.name.partition("::")[2], kernel, f"Autocast{device.upper()}")
+
+
+def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Autocast's rule: floating point tensors other than float64 are cast to the autocast dtype."""
+    if x is None or not x.is_floating_point() or x.dtype is torch.float64:
+        return x
+    return x.to(dtype)

@@ -1,0 +1,270 @@
+"""``conv_bn_act``: convolution, BatchNorm as scale and shift, residual and ReLU with one write of the output.
+
+Schema, reference, fake, autograd, autocast and the choice of what runs on a CPU or CUDA tensor. No module, no packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from . import _packing
+from ._common import (
+    accumulate_dtype,
+    cast,
+    channels_last,
+    check_activation,
+    check_device,
+    check_image,
+    check_per_channel,
+    check_weight_dtype,
+    conv_output_size,
+    empty_channels_last,
+    pair,
+    register_autocast,
+    relu_gradient,
+)
+
+NAME = "conv_bn_act"
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    activation: str = "relu",
+    residual_after_activation: bool = False,
+) -> Tensor:
+    """The op in plain torch, any device and dtype: float32 (float64 for float64) throughout, rounded once."""
+    accumulate = accumulate_dtype(x.dtype)
+    y = torch.conv2d(x.to(accumulate), weight.to(accumulate), None, stride, padding, dilation, groups)
+    y = y * scale.to(accumulate).view(1, -1, 1, 1) + shift.to(accumulate).view(1, -1, 1, 1)
+    if residual is not None and not residual_after_activation:
+        y = y + residual.to(accumulate)
+    if activation == "relu":
+        y = y.relu()
+    if residual is not None and residual_after_activation:
+        y = y + residual.to(accumulate)
+    return channels_last(y.to(x.dtype))
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+) -> list[int]:
+    """All argument checks; returns the output's shape."""
+    if weight.dim() != 4:
+        raise ValueError(f"{NAME}: weight must be 4-D [K, C/groups, R, S], got shape {list(weight.shape)}")
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"{NAME}: groups is {groups}; it must divide the {weight.shape[0]} output channels")
+    check_image(NAME, x, weight.shape[1] * groups)
+    check_weight_dtype(NAME, x, weight)
+    check_device(NAME, x, weight=weight, scale=scale, shift=shift, residual=residual)
+    check_per_channel(NAME, weight.shape[0], scale=scale, shift=shift)
+    check_activation(NAME, activation)
+    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(values) != 2 or min(values) < least:
+            raise ValueError(f"{NAME}: {name} must be two ints >= {least}, got {list(values)}")
+    size = conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    if size[0] < 1 or size[1] < 1:
+        raise ValueError(
+            f"{NAME}: a {x.shape[2]}x{x.shape[3]} image is too small for kernel {list(weight.shape[2:])}, "
+            f"padding {list(padding)}, dilation {list(dilation)}"
+        )
+    shape = [x.shape[0], weight.shape[0], *size]
+    if residual is not None and (list(residual.shape) != shape or residual.dtype is not x.dtype):
+        raise ValueError(
+            f"{NAME}: residual is {residual.dtype} {list(residual.shape)}, the output is {x.dtype} {shape}; "
+            "they must be the same"
+        )
+    return shape
+
+
+@torch.library.custom_op("resnet_fast::conv_bn_act", mutates_args=())
+def _op(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    residual_after_activation: bool,
+) -> Tensor:
+    _check(x, weight, scale, shift, residual, stride, padding, dilation, groups, activation)
+    if x.device.type == "cuda" and backends.current() != "reference":
+        backends.fallback(NAME, "no CUDA kernel in this version; CUDA tensors run the plain torch reference")
+    return reference(
+        x, weight, scale, shift, residual, stride, padding, dilation, groups, activation, residual_after_activation
+    )
+
+
+@_op.register_kernel("cpu")
+def _cpu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    residual_after_activation: bool,
+) -> Tensor:
+    _check(x, weight, scale, shift, residual, stride, padding, dilation, groups, activation)
+    if x.numel() and backends.runs("onednn", "cpu"):
+        reason = _packing.unsupported(x.dtype, weight, groups)
+        if not reason:
+            conv = _packing.packed_conv(weight, scale, shift, x.dtype, stride, padding, dilation, groups)
+            y = conv.run(
+                x,
+                lambda: _packing.fold(weight, scale, x.dtype),
+                residual,
+                activation=activation,
+                residual_after_activation=residual_after_activation,
+            )
+            return channels_last(y)
+        backends.fallback(NAME, f"{reason}; the plain torch reference runs instead")
+    return reference(
+        x, weight, scale, shift, residual, stride, padding, dilation, groups, activation, residual_after_activation
+    )
+
+
+@_op.register_fake
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    residual_after_activation: bool,
+) -> Tensor:
+    shape = _check(x, weight, scale, shift, residual, stride, padding, dilation, groups, activation)
+    return empty_channels_last(x, shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, scale, shift, residual, *geometry = inputs
+    ctx.geometry = geometry
+    ctx.has_residual = residual is not None
+    # With the residual added after the activation the output does not show where the ReLU was open: recomputed then.
+    keep_output = ctx.geometry[4] == "relu" and not (ctx.has_residual and ctx.geometry[5])
+    ctx.save_for_backward(x, weight, scale, shift, output if keep_output else None)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, scale, shift, output = ctx.saved_tensors
+    stride, padding, dilation, groups, activation, residual_after_activation = ctx.geometry
+    grad_residual = grad if ctx.has_residual else None
+    if activation == "relu":
+        if output is None:
+            output = torch.ops.resnet_fast.conv_bn_act.default(
+                x, weight, scale, shift, None, stride, padding, dilation, groups, "relu", False
+            )
+        grad = relu_gradient(grad, output)
+    if ctx.has_residual and not residual_after_activation:
+        grad_residual = grad
+    need_x, need_weight, need_scale, need_shift = ctx.needs_input_grad[:4]
+    per_channel = scale.view(-1, 1, 1, 1)
+    grad_x = grad_weight = grad_scale = grad_shift = None
+    if need_x or need_weight or need_scale:
+        # With y = conv(x, w) * scale + shift: dL/dx is the data gradient for the weight w * scale, and with
+        # G = the weight gradient for the unscaled dL/dy, dL/dw = scale * G and dL/dscale = sum over C, R, S of w * G.
+        # So neither the convolution's output nor a division by scale is needed.
+        grad_x, unscaled, _ = torch.ops.aten.convolution_backward(
+            grad, x, (weight.to(scale.dtype) * per_channel).to(x.dtype), None,
+            stride, padding, dilation, False, [0, 0], groups, [need_x, need_weight or need_scale, False],
+        )  # fmt: skip
+        if need_weight:
+            grad_weight = (unscaled.to(scale.dtype) * per_channel).to(weight.dtype)
+        if need_scale:
+            grad_scale = (unscaled.to(scale.dtype) * weight.to(scale.dtype)).sum((1, 2, 3))
+    if need_shift:
+        grad_shift = grad.sum((0, 2, 3), dtype=shift.dtype)
+    return grad_x, grad_weight, grad_scale, grad_shift, grad_residual, *([None] * 6)
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _autocast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, weight, scale, shift, residual, *rest = args
+    x = cast(x, dtype)
+    # A weight in another half type than autocast's goes through float32, which holds both.
+    weight = weight if weight.dtype in (x.dtype, torch.float32, torch.float64) else weight.float()
+    return (x, weight, scale, shift, cast(residual, dtype), *rest)
+
+
+register_autocast(_op, _autocast)
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    activation: str = "relu",
+    residual_after_activation: bool = False,
+) -> Tensor:
+    """Convolution + BatchNorm (as scale and shift) + residual + activation in one pass over the output.
+
+    Computes ``act(conv(x, weight) * scale + shift + residual)``, or with ``residual_after_activation``
+    ``act(conv(x, weight) * scale + shift) + residual``. Accumulated and finished in float32 (float64 for float64),
+    rounded once. For BatchNorm in eval mode ``scale = gamma / sqrt(var + eps)``, ``shift = beta - mean * scale``
+    (+ ``conv_bias * scale``); see Ioffe & Szegedy 2015, arXiv:1502.03167. NaN passes through the ReLU as in torch.
+
+    Args:
+        x: [N, C, H, W], floating point, any strides (channels_last is read without a copy).
+        weight: [K, C / groups, R, S], x's dtype or float32.
+        scale, shift: [K], float32 (float64 for float64 inputs).
+        residual: [N, K, P, Q] in x's dtype, or None.
+        stride, padding, dilation: an int or (vertical, horizontal).
+        groups: as in ``torch.nn.functional.conv2d``.
+        activation: "relu" or "none".
+        residual_after_activation: add the residual behind the activation instead of before it.
+
+    Returns:
+        [N, K, P, Q] in x's dtype, stored channels_last. Differentiable in x, weight, scale, shift and residual.
+
+    Raises:
+        ValueError: shapes, devices or options do not fit; TypeError: a dtype does not.
+    """
+    result: Tensor = torch.ops.resnet_fast.conv_bn_act.default(
+        x, weight, scale, shift, residual,
+        pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups,
+        activation, residual_after_activation,
+    )  # fmt: skip
+    return result

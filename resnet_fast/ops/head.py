@@ -1,0 +1,114 @@
+"""``head``: global average pool + fully connected layer, the network's end, as one op.
+
+Schema, reference, fake, autograd, autocast and the choice of what runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ._common import accumulate_dtype, cast, check_device, check_image, check_weight_dtype, register_autocast
+
+NAME = "head"
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The op in plain torch, any device and dtype: float32 (float64 for float64) throughout, rounded once."""
+    accumulate = accumulate_dtype(x.dtype)
+    pooled = x.to(accumulate).mean((2, 3))
+    y = torch.nn.functional.linear(pooled, weight.to(accumulate), None if bias is None else bias.to(accumulate))
+    return y.to(x.dtype)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"{NAME}: weight must be 2-D [K, C], got shape {list(weight.shape)}")
+    check_image(NAME, x, weight.shape[1])
+    check_weight_dtype(NAME, x, weight)
+    check_device(NAME, x, weight=weight, bias=bias)
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        raise ValueError(f"{NAME}: bias has shape {list(bias.shape)}, it must be [{weight.shape[0]}]")
+
+
+@torch.library.custom_op("resnet_fast::head", mutates_args=())
+def _op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, weight, bias)
+    if x.device.type == "cuda" and backends.current() != "reference":
+        backends.fallback(NAME, "no CUDA kernel in this version; CUDA tensors run the plain torch reference")
+    return reference(x, weight, bias)
+
+
+@_op.register_kernel("cpu")
+def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, weight, bias)
+    if x.dtype in (torch.bfloat16, torch.float16) and weight.dtype is x.dtype and backends.runs("onednn", "cpu"):
+        return run(x, weight, bias)
+    return reference(x, weight, bias)
+
+
+def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Half precision without a float32 copy of the weight: torch's half product accumulates in float32 as well."""
+    pooled = x.mean((2, 3))
+    return torch.nn.functional.linear(pooled, weight, None if bias is None else bias.to(x.dtype))
+
+
+@_op.register_fake
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, weight, bias)
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    accumulate = accumulate_dtype(x.dtype)
+    grad = grad.to(accumulate)
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        pooled = (grad @ weight.to(accumulate)) / (x.shape[2] * x.shape[3])
+        grad_x = pooled.to(x.dtype)[:, :, None, None].expand(x.shape)
+    if ctx.needs_input_grad[1]:
+        grad_weight = (grad.t() @ x.to(accumulate).mean((2, 3))).to(weight.dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad.sum(0).to(ctx.bias_dtype)
+    return grad_x, grad_weight, grad_bias
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _autocast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, weight, bias = args
+    x = cast(x, dtype)
+    weight = weight if weight.dtype in (x.dtype, torch.float32, torch.float64) else weight.float()
+    return x, weight, bias
+
+
+register_autocast(_op, _autocast)
+
+
+def head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Global average pool + linear: ``mean(x, (2, 3)) @ weight.T + bias``, in float32 or wider, rounded once.
+
+    Args:
+        x: [N, C, H, W], floating point, any strides.
+        weight: [K, C], x's dtype or float32.
+        bias: [K] or None.
+
+    Returns:
+        [N, K] in x's dtype. Differentiable in x, weight and bias.
+
+    Raises:
+        ValueError: shapes or devices do not fit; TypeError: a dtype does not.
+    """
+    result: Tensor = torch.ops.resnet_fast.head.default(x, weight, bias)
+    return result
