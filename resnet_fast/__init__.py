@@ -17,7 +17,37 @@ if "resnet_fast.kernels" not in sys.modules and importlib.util.find_spec("resnet
         "Install it (`pip install -e .` in that tree) or leave the tree's folder."
     )
 
-from . import backends, nn, ops
+from . import backends, models, nn, ops
 from ._info import Info, info
+from .models import (
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
 
-__all__ = ["Info", "__version__", "backends", "info", "nn", "ops"]
+__all__ = [
+    "Info",
+    "__version__",
+    "backends",
+    "info",
+    "models",
+    "nn",
+    "ops",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]

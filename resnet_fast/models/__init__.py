@@ -1,0 +1,97 @@
+"""The ten ResNets, their weights and preprocessing; drop-in for torchvision.models where these are concerned.
+
+`ResNet18_Weights` ... `Wide_ResNet101_2_Weights` are found here too: torchvision's enums where it is installed, enums
+of the same names otherwise. They are made on first use, so importing this package imports no torchvision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from resnet_fast.models.checkpoint import WeightsError, read_checkpoint
+from resnet_fast.models.preprocessing import Preprocessing
+from resnet_fast.models.resnet import (
+    BasicBlock,
+    Bottleneck,
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+from resnet_fast.models.weights import categories, enum_names, get_model_weights, get_weight, model_of, preprocessing
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "Preprocessing",
+    "ResNet",
+    "WeightsError",
+    "categories",
+    "get_model",
+    "get_model_weights",
+    "get_weight",
+    "list_models",
+    "preprocessing",
+    "read_checkpoint",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
+
+_CONSTRUCTORS: dict[str, Callable[..., ResNet]] = {
+    constructor.__name__: constructor
+    for constructor in (
+        resnet18,
+        resnet34,
+        resnet50,
+        resnet101,
+        resnet152,
+        resnext50_32x4d,
+        resnext101_32x8d,
+        resnext101_64x4d,
+        wide_resnet50_2,
+        wide_resnet101_2,
+    )
+}
+
+
+def list_models() -> list[str]:
+    """Names of the ten models."""
+    return list(_CONSTRUCTORS)
+
+
+def get_model(name: str, **config: Any) -> ResNet:
+    """`get_model("resnet50", weights="DEFAULT")` is `resnet50(weights="DEFAULT")`.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in _CONSTRUCTORS:
+        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(_CONSTRUCTORS)}")
+    return _CONSTRUCTORS[name](**config)
+
+
+def __getattr__(name: str) -> Any:
+    model = model_of(name) if name.endswith("_Weights") else None
+    if model is not None:
+        return get_model_weights(model)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *enum_names()})

@@ -1,0 +1,230 @@
+"""Checkpoint files: read without running any code they contain, and loaded completely or not at all.
+
+Knows nothing of URLs or of particular weights; that is `resnet_fast.models.weights`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickletools
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MAX_CHECKPOINT_BYTES", "WeightsError", "load_into", "read_checkpoint"]
+
+MAX_CHECKPOINT_BYTES = 4 * 2**30
+"""Larger files are refused before they are read. The largest of the ten models has 0.5 GB of float32 parameters."""
+
+_WRAPPERS = ("state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+_SHOWN = 3
+
+
+class WeightsError(RuntimeError):
+    """Weights that cannot be had, read, or loaded. The message is one line."""
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file or of anything `torch.save` wrote, by name, on the CPU.
+
+    `{"state_dict": ...}` and `{"model": ...}` are unwrapped; the prefixes `module.` (DataParallel, DDP) and
+    `_orig_mod.` (torch.compile) are removed.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        WeightsError: if it is too large, truncated, no checkpoint, or holds anything but tensors.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such weights file")
+    if not path.is_file():
+        raise WeightsError(f"{path}: a weights file was expected, this is a directory or device")
+    size = path.stat().st_size
+    if size == 0:
+        raise WeightsError(f"{path}: the file is empty")
+    _check_size(path, size)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    return _state_dict(path, content)
+
+
+def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str, name: str) -> None:
+    """Copies `state` into `model` after checking every key, shape and dtype, so an error changes nothing.
+
+    BatchNorm's `num_batches_tracked` counters may be missing or left over: old files and frozen BatchNorm lack them.
+
+    Args:
+        source, name: of the file and the model, for the error.
+
+    Raises:
+        WeightsError: listing what is missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in state and not _is_counter(key)]
+    unexpected = [key for key in state if key not in own and not _is_counter(key)]
+    common = [key for key in own if key in state]
+    shapes = [
+        f"{key}: {list(state[key].shape)} in the file, {list(own[key].shape)} in the model"
+        for key in common
+        if state[key].shape != own[key].shape
+    ]
+    dtypes = [f"{key}: {state[key].dtype}" for key in common if not _can_copy(state[key], own[key])]
+    problems = [
+        *_problem(missing, "missing"),
+        *_problem(unexpected, "unexpected"),
+        *_problem(shapes, "of another shape"),
+        *_problem(dtypes, "of an unusable dtype or layout"),
+    ]
+    if problems:
+        raise WeightsError(f"{source} does not fit {name} with {len(own)} entries: {'; '.join(problems)}")
+    model.load_state_dict(dict(state), strict=False)
+
+
+def _problem(entries: list[str], what: str) -> Iterator[str]:
+    if entries:
+        more = ", ..." if len(entries) > _SHOWN else ""
+        yield f"{len(entries)} {what} ({', '.join(entries[:_SHOWN])}{more})"
+
+
+def _is_counter(key: str) -> bool:
+    return key.endswith("num_batches_tracked")
+
+
+def _can_copy(source: Tensor, target: Tensor) -> bool:
+    if source.is_meta or source.is_quantized or source.layout != torch.strided:
+        return False
+    return source.is_floating_point() or not target.is_floating_point()
+
+
+def _check_size(path: Path, size: int) -> None:
+    if size > MAX_CHECKPOINT_BYTES:
+        raise WeightsError(
+            f"{path}: refused: {size:,} bytes, more than the limit of {MAX_CHECKPOINT_BYTES:,} "
+            "(resnet_fast.models.checkpoint.MAX_CHECKPOINT_BYTES)"
+        )
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise WeightsError(f"{path}: reading safetensors needs the package safetensors: {error}") from error
+    try:
+        return load_file(path, device="cpu")
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{path}: truncated or not a safetensors file ({one_line(error)})") from error
+
+
+def _read_torch(path: Path) -> Any:
+    with path.open("rb") as file:
+        looks_like_zip = file.read(4) == b"PK\x03\x04"
+    if looks_like_zip:
+        # The directory of a zip file is at its end.
+        if not zipfile.is_zipfile(path):
+            raise WeightsError(f"{path}: the file is truncated")
+        with zipfile.ZipFile(path) as archive:
+            _check_size(path, sum(entry.file_size for entry in archive.infolist()))
+            if any(entry.filename.endswith("/constants.pkl") for entry in archive.infolist()):
+                raise WeightsError(f"{path}: refused: contains code, not just tensors (a TorchScript archive)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols of files that are refused anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # torch.load has no common error: KeyError for a text file, EOFError, OSError, ...
+        foreign = _foreign_globals(path, looks_like_zip)
+        if foreign:
+            shown = ", ".join(foreign[:_SHOWN])
+            raise WeightsError(
+                f"{path}: refused: contains code, not just tensors ({shown}); save the state_dict alone"
+            ) from error
+        if isinstance(error, EOFError) or "EOF" in str(error):
+            raise WeightsError(f"{path}: the file is truncated") from error
+        raise WeightsError(f"{path}: damaged, or not a PyTorch checkpoint ({type(error).__name__})") from error
+
+
+def _foreign_globals(path: Path, is_zip: bool) -> list[str]:
+    """Names of what unpickling would import, other than torch's own tensor classes. Reads opcodes, executes none."""
+    found: dict[str, None] = {}
+    try:
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                for entry in archive.namelist():
+                    if entry.endswith("/data.pkl"):
+                        found.update(dict.fromkeys(_globals(archive.read(entry))))
+        else:
+            with path.open("rb") as file:
+                while True:  # the old format is several pickles, one after the other
+                    found.update(dict.fromkeys(_globals(file)))
+    except Exception:  # the end of the pickles or a damaged file: what was found until here counts
+        pass
+    return [name for name in found if not _is_tensor_part(name)]
+
+
+def _is_tensor_part(name: str) -> bool:
+    return name.startswith("torch._utils.") or name.endswith("Storage") or name == "collections.OrderedDict"
+
+
+def _globals(pickle: Any) -> Iterable[str]:
+    memo: list[str] = []
+    strings: list[str] = []
+    found: list[str] = []
+    latest = "?"
+    try:
+        for opcode, argument, _ in pickletools.genops(pickle):
+            if opcode.name == "GLOBAL":
+                found.append(str(argument).replace(" ", "."))
+            elif opcode.name == "STACK_GLOBAL":
+                found.append(".".join(strings[-2:]))
+            elif opcode.name == "MEMOIZE":
+                memo.append(latest)
+            elif opcode.name in ("BINGET", "LONG_BINGET") and int(str(argument)) < len(memo):
+                strings.append(memo[int(str(argument))])
+            elif isinstance(argument, str):
+                strings.append(argument)
+            latest = argument if isinstance(argument, str) else "?"
+    except Exception:
+        if not found:
+            raise
+    return found
+
+
+def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path}: holds a {type(content).__name__}, a dictionary of tensors by name was expected")
+    state: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise WeightsError(
+                f"{path}: entry {str(key)[:80]!r} is a {type(value).__name__}, a dictionary of tensors by name, alone "
+                f"or under {' or '.join(map(repr, _WRAPPERS))}, was expected"
+            )
+        short = _without_prefixes(key)
+        if short in state:
+            raise WeightsError(f"{path}: has {short!r} twice, with and without a prefix")
+        state[short] = value
+    if not state:
+        raise WeightsError(f"{path}: holds no tensors")
+    return state
+
+
+def _without_prefixes(key: str) -> str:
+    while key.startswith(_PREFIXES):
+        key = key.split(".", 1)[1]
+    return key
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text without line breaks, cut to a readable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,421 @@
+"""The ten ResNets with torchvision's signatures, module names, state_dict keys and initialisation.
+
+Only the wiring is here: how a layer is computed is decided by `resnet_fast.nn.fused`, where checkpoints come from by
+`resnet_fast.models.weights`. There is no kernel and no choice of backend in this file.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from resnet_fast.models import weights as _weights
+from resnet_fast.models.checkpoint import load_into, read_checkpoint
+from resnet_fast.nn import fused
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "ResNet",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
+
+NormLayer: TypeAlias = Callable[..., nn.Module]
+WeightsArgument: TypeAlias = Enum | str | os.PathLike[str] | None
+
+
+def _conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(
+        in_planes, out_planes, 3, stride=stride, padding=dilation, groups=groups, bias=False, dilation=dilation
+    )
+
+
+def _conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_planes, out_planes, 1, stride=stride, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2015, arXiv:1512.03385, figure 5 left).
+
+    Raises:
+        ValueError: for `groups` other than 1 or `base_width` other than 64.
+        NotImplementedError: for `dilation` above 1.
+    """
+
+    expansion: int = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: NormLayer | None = None,
+    ) -> None:
+        super().__init__()
+        norm = nn.BatchNorm2d if norm_layer is None else norm_layer
+        if groups != 1 or base_width != 64:
+            raise ValueError(f"BasicBlock: groups must be 1 and base_width 64, got {groups} and {base_width}")
+        if dilation > 1:
+            raise NotImplementedError(f"BasicBlock: dilation must be 1, got {dilation}; Bottleneck supports dilation")
+        self.conv1 = _conv3x3(inplanes, planes, stride)
+        self.bn1 = norm(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = _conv3x3(planes, planes)
+        self.bn2 = norm(planes)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = fused.conv_bn_act(x, self.conv1, self.bn1, self.relu)
+        identity = fused.shortcut(x, self.downsample)
+        return fused.conv_bn_act(out, self.conv2, self.bn2, self.relu, residual=identity)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut (arXiv:1512.03385, figure 5 right).
+
+    The stride is in the 3x3 convolution ("ResNet v1.5"), where torchvision has it, not in the first 1x1.
+    """
+
+    expansion: int = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: NormLayer | None = None,
+    ) -> None:
+        super().__init__()
+        norm = nn.BatchNorm2d if norm_layer is None else norm_layer
+        width = int(planes * (base_width / 64.0)) * groups
+        self.conv1 = _conv1x1(inplanes, width)
+        self.bn1 = norm(width)
+        self.conv2 = _conv3x3(width, width, stride, groups, dilation)
+        self.bn2 = norm(width)
+        self.conv3 = _conv1x1(width, planes * self.expansion)
+        self.bn3 = norm(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = fused.conv_bn_act(x, self.conv1, self.bn1, self.relu)
+        out = fused.conv_bn_act(out, self.conv2, self.bn2, self.relu)
+        identity = fused.shortcut(x, self.downsample)
+        return fused.conv_bn_act(out, self.conv3, self.bn3, self.relu, residual=identity)
+
+
+class ResNet(nn.Module):
+    """A ResNet for images of shape [N, 3, H, W] with `num_classes` outputs.
+
+    Arguments, attributes, children and state_dict are those of `torchvision.models.ResNet`; with the same seed the
+    initial parameters are too. `conv1, bn1, relu, maxpool, layer1..4, avgpool, fc` can be called one by one, in order.
+
+    Args:
+        block: `BasicBlock` or `Bottleneck`.
+        layers: how many blocks each of the four stages has.
+        zero_init_residual: start the last BatchNorm of every block at zero, so that each block starts as identity.
+        groups, width_per_group: groups and width of the 3x3 convolutions (ResNeXt, Wide ResNet).
+        replace_stride_with_dilation: three flags, one for each of layer2, layer3 and layer4.
+        norm_layer: called with the number of channels; `torch.nn.BatchNorm2d` when None.
+
+    Raises:
+        ValueError: for a `replace_stride_with_dilation` without exactly three items.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        layers: Sequence[int],
+        num_classes: int = 1000,
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        replace_stride_with_dilation: Sequence[bool] | None = None,
+        norm_layer: NormLayer | None = None,
+    ) -> None:
+        super().__init__()
+        self._norm_layer: NormLayer = nn.BatchNorm2d if norm_layer is None else norm_layer
+        self.inplanes = 64
+        self.dilation = 1
+        dilate = (False, False, False) if replace_stride_with_dilation is None else replace_stride_with_dilation
+        if len(dilate) != 3:
+            raise ValueError(f"replace_stride_with_dilation must be None or have 3 items, got {dilate!r}")
+        self.groups = groups
+        self.base_width = width_per_group
+        self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = self._norm_layer(self.inplanes)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.layer1 = self._make_layer(block, 64, layers[0])
+        self.layer2 = self._make_layer(block, 128, layers[1], stride=2, dilate=dilate[0])
+        self.layer3 = self._make_layer(block, 256, layers[2], stride=2, dilate=dilate[1])
+        self.layer4 = self._make_layer(block, 512, layers[3], stride=2, dilate=dilate[2])
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(512 * block.expansion, num_classes)
+        self._initialise(zero_init_residual)
+
+    def _initialise(self, zero_init_residual: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+                nn.init.constant_(module.weight, 1)
+                nn.init.constant_(module.bias, 0)
+        if not zero_init_residual:
+            return
+        for module in self.modules():
+            if isinstance(module, BasicBlock | Bottleneck):
+                last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+                weight = getattr(last, "weight", None)
+                if isinstance(weight, Tensor):
+                    nn.init.constant_(weight, 0)
+
+    def _make_layer(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        planes: int,
+        blocks: int,
+        stride: int = 1,
+        dilate: bool = False,
+    ) -> nn.Sequential:
+        norm = self._norm_layer
+        out_planes = planes * block.expansion
+        first_dilation = self.dilation
+        if dilate:
+            self.dilation *= stride
+            stride = 1
+        downsample = None
+        if stride != 1 or self.inplanes != out_planes:
+            downsample = nn.Sequential(_conv1x1(self.inplanes, out_planes, stride), norm(out_planes))
+
+        first = block(self.inplanes, planes, stride, downsample, self.groups, self.base_width, first_dilation, norm)
+        self.inplanes = out_planes
+        rest = (
+            block(
+                out_planes,
+                planes,
+                groups=self.groups,
+                base_width=self.base_width,
+                dilation=self.dilation,
+                norm_layer=norm,
+            )
+            for _ in range(1, blocks)
+        )
+        return nn.Sequential(first, *rest)
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        x = fused.stem(x, self.conv1, self.bn1, self.relu, self.maxpool)
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.layer4(x)
+        return fused.head(x, self.avgpool, self.fc)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores [N, num_classes] of a floating point batch [N, 3, H, W], in any memory format.
+
+        Raises:
+            TypeError: if `x` is not a tensor or not floating point.
+            ValueError: if `x` is not 4-D or has another number of channels than `conv1` takes.
+        """
+        _check_images(x, getattr(self.conv1, "in_channels", 3))
+        return self._forward_impl(x)
+
+
+def _check_images(x: Tensor, channels: int) -> None:
+    """Refuses what cannot be a batch of images. Reads no symbolic size other than the channel count."""
+    if isinstance(x, Proxy):
+        return
+    expected = f"expected a floating point NCHW tensor of shape [N, {channels}, H, W]"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{expected}, got {type(x).__name__}")
+    if not x.is_floating_point():
+        advice = "; convert it with x.float() / 255, then normalise" if x.dtype == torch.uint8 else ""
+        raise TypeError(f"{expected}, got {x.dtype} of shape {list(x.shape)}{advice}")
+    if x.dim() != 4:
+        advice = "; x.unsqueeze(0) adds the batch dimension" if x.dim() == 3 else ""
+        raise ValueError(f"{expected}, got {x.dim()}-D {x.dtype} of shape {list(x.shape)}{advice}")
+    # Under torch.jit.trace sizes are tensors, and comparing them warns.
+    if not torch.jit.is_tracing() and x.shape[1] != channels:  # type: ignore[attr-defined, no-untyped-call]
+        advice = "; is it NHWC? x.permute(0, 3, 1, 2) makes it NCHW" if x.shape[3] == channels else ""
+        raise ValueError(f"{expected}, got {x.dtype} of shape {list(x.shape)}{advice}")
+
+
+def _fix(kwargs: dict[str, Any], name: str, value: Any) -> None:
+    """Sets a keyword that the architecture or the weights decide; another value given by the caller is an error."""
+    if kwargs.setdefault(name, value) != value:
+        raise ValueError(f"{name} must be {value} here, got {kwargs[name]}")
+
+
+def _resnet(
+    name: str,
+    block: type[BasicBlock | Bottleneck],
+    layers: Sequence[int],
+    weights: WeightsArgument,
+    progress: bool,
+    kwargs: dict[str, Any],
+) -> ResNet:
+    chosen = _weights.resolve(name, weights)
+    if chosen is None:
+        return ResNet(block, layers, **kwargs)
+    if isinstance(chosen, Enum):
+        _fix(kwargs, "num_classes", _weights.num_classes(chosen))
+        path = _weights.download(_weights.url(chosen), progress=progress)
+        state = read_checkpoint(path)
+    else:
+        path = chosen
+        state = read_checkpoint(path)
+        classifier = state.get("fc.weight")
+        if classifier is not None and classifier.dim() == 2:
+            kwargs.setdefault("num_classes", classifier.shape[0])
+    model = ResNet(block, layers, **kwargs)
+    load_into(model, state, source=path.name, name=name)
+    return model
+
+
+def _accept_legacy_arguments(builder: Callable[..., ResNet]) -> Callable[..., ResNet]:
+    """Lets `builder(True)`, `builder(None, False)` and `builder(pretrained=True)` work as torchvision does, warning."""
+    name = builder.__name__
+
+    @functools.wraps(builder)
+    def wrapper(*args: Any, **kwargs: Any) -> ResNet:
+        if len(args) > 2:
+            raise TypeError(f"{name}: at most weights and progress may be positional, got {len(args)} arguments")
+        if args:
+            positional = dict(zip(("weights", "progress"), args, strict=False))
+            twice = sorted(positional.keys() & kwargs.keys())
+            if twice:
+                raise TypeError(f"{name}: got {twice[0]} both as a positional and as a keyword argument")
+            warnings.warn(
+                f"{name}: {' and '.join(positional)} given as positional argument(s); this is deprecated, "
+                "please use keywords",
+                stacklevel=2,
+            )
+            kwargs.update(positional)
+
+        if "weights" in kwargs:
+            value = kwargs["weights"]
+            legacy = isinstance(value, int) or (isinstance(value, str) and value == "legacy")
+            if legacy:
+                pretrained = kwargs.pop("weights")
+                kwargs.pop("pretrained", None)
+        else:
+            legacy = "pretrained" in kwargs
+            if legacy:
+                pretrained = kwargs.pop("pretrained")
+                warnings.warn(
+                    f"{name}: the parameter 'pretrained' is deprecated, please use 'weights' instead", stacklevel=2
+                )
+        if legacy:
+            kwargs["weights"] = _weights.legacy_default(name) if pretrained else None
+            better = f" ({type(kwargs['weights']).__name__}.DEFAULT is the most up-to-date)" if pretrained else ""
+            warnings.warn(
+                f"{name}: anything but a weights enum, a name, a path or None for 'weights' is deprecated; this call "
+                f"means weights={kwargs['weights']}{better}",
+                stacklevel=2,
+            )
+        return builder(**kwargs)
+
+    return wrapper
+
+
+@_accept_legacy_arguments
+def resnet18(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-18 (arXiv:1512.03385).
+
+    Args:
+        weights: None for fresh parameters; a member of `resnet_fast.models.ResNet18_Weights` (or torchvision's) or
+            its name; or the path of a local `.pth`, `.pt` or `.safetensors` file.
+        progress: show a progress bar while downloading.
+        **kwargs: passed to `ResNet`. `num_classes` is taken from the weights when these are given.
+    """
+    return _resnet("resnet18", BasicBlock, (2, 2, 2, 2), weights, progress, kwargs)
+
+
+@_accept_legacy_arguments
+def resnet34(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-34 (arXiv:1512.03385). Arguments as for `resnet18`."""
+    return _resnet("resnet34", BasicBlock, (3, 4, 6, 3), weights, progress, kwargs)
+
+
+@_accept_legacy_arguments
+def resnet50(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-50 (arXiv:1512.03385), stride in the 3x3 convolutions. Arguments as for `resnet18`."""
+    return _resnet("resnet50", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs)
+
+
+@_accept_legacy_arguments
+def resnet101(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-101 (arXiv:1512.03385), stride in the 3x3 convolutions. Arguments as for `resnet18`."""
+    return _resnet("resnet101", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
+
+
+@_accept_legacy_arguments
+def resnet152(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-152 (arXiv:1512.03385), stride in the 3x3 convolutions. Arguments as for `resnet18`."""
+    return _resnet("resnet152", Bottleneck, (3, 8, 36, 3), weights, progress, kwargs)
+
+
+@_accept_legacy_arguments
+def resnext50_32x4d(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-50 32x4d (arXiv:1611.05431). Arguments as for `resnet18`."""
+    _fix(kwargs, "groups", 32)
+    _fix(kwargs, "width_per_group", 4)
+    return _resnet("resnext50_32x4d", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs)
+
+
+@_accept_legacy_arguments
+def resnext101_32x8d(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-101 32x8d (arXiv:1611.05431). Arguments as for `resnet18`."""
+    _fix(kwargs, "groups", 32)
+    _fix(kwargs, "width_per_group", 8)
+    return _resnet("resnext101_32x8d", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
+
+
+@_accept_legacy_arguments
+def resnext101_64x4d(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-101 64x4d (arXiv:1611.05431). Arguments as for `resnet18`."""
+    _fix(kwargs, "groups", 64)
+    _fix(kwargs, "width_per_group", 4)
+    return _resnet("resnext101_64x4d", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
+
+
+@_accept_legacy_arguments
+def wide_resnet50_2(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """Wide ResNet-50-2 (arXiv:1605.07146), 3x3 convolutions twice as wide. Arguments as for `resnet18`."""
+    _fix(kwargs, "width_per_group", 128)
+    return _resnet("wide_resnet50_2", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs)
+
+
+@_accept_legacy_arguments
+def wide_resnet101_2(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """Wide ResNet-101-2 (arXiv:1605.07146), 3x3 convolutions twice as wide. Arguments as for `resnet18`."""
+    _fix(kwargs, "width_per_group", 128)
+    return _resnet("wide_resnet101_2", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)

@@ -1,0 +1,279 @@
+"""Pretrained weights by name: which there are, what they expect, and their download.
+
+With torchvision installed its weights enums are used, otherwise enums of the same names made from `weights.json`.
+torchvision is looked for only when weights are asked for, never on import.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.client
+import json
+import os
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from importlib import import_module, resources
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fast.models.checkpoint import WeightsError, one_line, read_checkpoint
+from resnet_fast.models.preprocessing import Preprocessing
+
+__all__ = [
+    "WeightsEnum",
+    "categories",
+    "download",
+    "get_model_weights",
+    "get_weight",
+    "preprocessing",
+    "resolve",
+]
+
+_FILE_SUFFIXES = (".pth", ".pt", ".safetensors", ".tar", ".bin", ".ckpt")
+_CONNECT_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One line of `weights.json`."""
+
+    url: str
+    transforms: Callable[[], Preprocessing]
+    num_params: int
+    accuracy_at_1: float
+    accuracy_at_5: float
+
+
+class WeightsEnum(Enum):
+    """The weights of one model, for machines without torchvision; offers what torchvision's enums are used for."""
+
+    @property
+    def url(self) -> str:
+        entry: _Entry = self.value
+        return entry.url
+
+    @property
+    def transforms(self) -> Callable[[], Preprocessing]:
+        """Call it for the `Preprocessing` that these weights were evaluated with."""
+        entry: _Entry = self.value
+        return entry.transforms
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        entry: _Entry = self.value
+        metrics = {"acc@1": entry.accuracy_at_1, "acc@5": entry.accuracy_at_5}
+        return {
+            "min_size": (1, 1),
+            "categories": list(categories()),
+            "num_params": entry.num_params,
+            "_metrics": {"ImageNet-1K": metrics},
+        }
+
+    def get_state_dict(self, progress: bool = True, check_hash: bool = True) -> dict[str, Tensor]:
+        """Downloads the weights, or finds them in torch.hub's folder, and reads them. The hash is always checked."""
+        return read_checkpoint(download(self.url, progress=progress))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}.{self.name}"
+
+    __str__ = __repr__
+
+
+@functools.cache
+def _packaged(name: str) -> dict[str, Any]:
+    text = resources.files("resnet_fast.models").joinpath(name).read_text(encoding="utf-8")
+    content: dict[str, Any] = json.loads(text)
+    return content
+
+
+def _table() -> dict[str, Any]:
+    models: dict[str, Any] = _packaged("weights.json")["models"]
+    return models
+
+
+@functools.cache
+def categories() -> tuple[str, ...]:
+    """The 1000 ImageNet-1K class names, in the order of the models' outputs."""
+    return tuple(_packaged("imagenet_categories.json")["categories"])
+
+
+@functools.cache
+def _torchvision_models() -> ModuleType | None:
+    try:
+        return import_module("torchvision.models")
+    except Exception:  # a torchvision made for another torch raises RuntimeError: the same as having none
+        return None
+
+
+def enum_names() -> tuple[str, ...]:
+    """Names of the ten enums, as `ResNet50_Weights`."""
+    return tuple(entry["enum"] for entry in _table().values())
+
+
+@functools.cache
+def _own_enum(model: str) -> type[WeightsEnum]:
+    table = _table()[model]
+    members = {
+        name: _Entry(
+            url=entry["url"],
+            transforms=functools.partial(Preprocessing, **entry["preprocessing"]),
+            num_params=entry["num_params"],
+            accuracy_at_1=entry["acc@1"],
+            accuracy_at_5=entry["acc@5"],
+        )
+        for name, entry in table["weights"].items()
+    }
+    members["DEFAULT"] = members[table["default"]]
+    make: Callable[..., type[WeightsEnum]] = WeightsEnum  # type: ignore[assignment]
+    return make(table["enum"], members, module="resnet_fast.models")
+
+
+def get_model_weights(model: str | Callable[..., Any]) -> type[Enum]:
+    """The weights enum of a model, given by its name or its constructor: torchvision's where that imports."""
+    name = model if isinstance(model, str) else getattr(model, "__name__", str(model))
+    if name not in _table():
+        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(_table())}")
+    enum = getattr(_torchvision_models(), _table()[name]["enum"], None)
+    return enum if enum is not None else _own_enum(name)
+
+
+def model_of(enum_name: str) -> str | None:
+    """`resnet50` for `ResNet50_Weights`; None for anything that is not the name of an enum."""
+    return next((model for model, entry in _table().items() if entry["enum"] == enum_name), None)
+
+
+def get_weight(name: str) -> Enum:
+    """The member that a full name such as `"ResNet50_Weights.IMAGENET1K_V2"` stands for."""
+    enum_name, _, member = name.partition(".")
+    model = model_of(enum_name)
+    if model is not None:
+        return _member(model, member, name)
+    raise ValueError(f"unknown weights {name!r}, expected for example 'ResNet50_Weights.IMAGENET1K_V2'")
+
+
+def _member(model: str, member: str, given: str) -> Enum:
+    enum = get_model_weights(model)
+    if member not in enum.__members__:
+        raise ValueError(
+            f"{model}: unknown weights {given!r}, expected one of {', '.join(enum.__members__)} "
+            "or the path of a .pth, .pt or .safetensors file"
+        )
+    return enum[member]
+
+
+def resolve(model: str, weights: Any) -> Enum | Path | None:
+    """What the argument `weights=` of `model` stands for: a member of its enum, a local file, or nothing.
+
+    A string is a path if it has a folder or a checkpoint's suffix or such a file exists, otherwise a name.
+
+    Raises:
+        ValueError: for a name that the model does not have.
+        TypeError: for another model's enum or any other type.
+    """
+    if weights is None:
+        return None
+    if isinstance(weights, os.PathLike):
+        return Path(weights)
+    enum_name = _table()[model]["enum"]
+    if isinstance(weights, str):
+        if "://" in weights:
+            raise ValueError(f"{model}: weights is a URL, {weights}; download the file and give its path")
+        if os.path.dirname(weights) or weights.endswith(_FILE_SUFFIXES) or os.path.isfile(weights):
+            return Path(weights).expanduser()
+        return _member(model, weights.removeprefix(f"{enum_name}."), weights)
+    if isinstance(weights, Enum) and type(weights).__name__ == enum_name:
+        return weights
+    if isinstance(weights, Enum):
+        given = f"{type(weights).__name__}.{weights.name}"
+        raise TypeError(f"{model}: weights must be a member of {enum_name}, got {given}")
+    raise TypeError(
+        f"{model}: weights must be None, a member of {enum_name}, a name or a path, got {type(weights).__name__}"
+    )
+
+
+def legacy_default(model: str) -> Enum:
+    """What `pretrained=True` stands for."""
+    enum = get_model_weights(model)
+    if "IMAGENET1K_V1" not in enum.__members__:
+        raise ValueError(f"No weights available for model {model}")
+    return enum["IMAGENET1K_V1"]
+
+
+def num_classes(member: Enum) -> int:
+    """How many outputs a model with these weights has."""
+    meta: dict[str, Any] = member.meta  # type: ignore[attr-defined]
+    return len(meta["categories"])
+
+
+def url(member: Enum) -> str:
+    """Where these weights are published."""
+    return str(member.url)  # type: ignore[attr-defined]
+
+
+def preprocessing(weights: Enum | str | None = None) -> Preprocessing:
+    """How to prepare images for `weights`: an enum member, its full name, or None for the usual ImageNet evaluation."""
+    if weights is None:
+        return Preprocessing()
+    member = get_weight(weights) if isinstance(weights, str) else weights
+    return Preprocessing.from_transforms(member.transforms())  # type: ignore[attr-defined]
+
+
+def download(url: str, *, progress: bool = True) -> Path:
+    """The file published at `url`, from torch.hub's folder `checkpoints` or downloaded into it.
+
+    The file's name must end in the first digits of its SHA-256, as in `resnet50-11ad3fa6.pth`. They are compared on
+    every call. An interrupted or wrong download leaves no file of that name.
+
+    Raises:
+        WeightsError: if it cannot be downloaded, is not what was expected, or the file found is damaged.
+    """
+    name = Path(urllib.parse.urlparse(url).path).name
+    match = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
+    if match is None:
+        raise WeightsError(f"{url}: the file name holds no SHA-256 prefix to verify a download by")
+    expected = match.group(1)
+    path = Path(torch.hub.get_dir()).expanduser() / "checkpoints" / name
+    if path.exists():
+        found = _sha256(path)
+        if not found.startswith(expected):
+            raise WeightsError(
+                f"{path}: damaged: its SHA-256 begins with {found[: len(expected)]} instead of {expected}; "
+                f"delete the file to have it downloaded again from {url}"
+            )
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _connect(url)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=expected, progress=progress)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise WeightsError(
+            f"cannot download {url} ({one_line(error)}); without a connection, put the file {name} into {path.parent}"
+        ) from error
+    return path
+
+
+def _connect(url: str) -> None:
+    """Fails soon where there is no connection: torch.hub waits for as long as the system does."""
+    try:
+        request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "torch.hub"})
+        urllib.request.urlopen(request, timeout=_CONNECT_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # the server answers; what it says to the download itself counts
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
