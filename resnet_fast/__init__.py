@@ -19,6 +19,7 @@ if "resnet_fast.kernels" not in sys.modules and importlib.util.find_spec("resnet
 
 from . import backends, models, nn, ops
 from ._info import Info, info
+from .graph import optimize
 from .models import (
     resnet18,
     resnet34,
@@ -40,6 +41,7 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "optimize",
     "resnet18",
     "resnet34",
     "resnet50",

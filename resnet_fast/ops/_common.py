@@ -1,4 +1,4 @@
-"""What every op shares: argument checks, dtypes, layouts and the registration of autocast. No arithmetic of any op."""
+"""What every op shares: argument checks, dtypes, layouts and the registration with torch. No arithmetic of any op."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 ACTIVATIONS = ("none", "relu")
 
-_fragment = torch.library.Library("resnet_fast", "FRAGMENT")
+_library = torch.library.Library("resnet_fast", "DEF")
 
 
 def pair(value: int | Sequence[int], name: str) -> list[int]:
@@ -95,28 +95,46 @@ def relu_gradient(grad: Tensor, output: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward.default(grad, output, 0)
 
 
-def register_autocast(op: Any, casts: Callable[[torch.dtype, tuple[Any, ...]], tuple[Any, ...]]) -> None:
-    """Under autocast call ``op`` with ``casts(dtype, args)``, autocast switched off inside.
+def register(
+    schema: str,
+    *,
+    default: Callable[..., Tensor],
+    cpu: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    autocast: Callable[[torch.dtype, tuple[Any, ...]], tuple[Any, ...]],
+) -> None:
+    """Define an op of the namespace ``resnet_fast`` with everything that torch can be told about it.
 
-    ``torch.library.register_autocast`` casts every floating point tensor; these ops keep scale, shift and the weights
-    in float32 (they are folded there and rounded once), so each op says itself what is cast.
+    Straight on the dispatcher rather than through ``torch.library.custom_op``, whose wrappers cost more at each call
+    than a small convolution takes.
+
+    Args:
+        schema: as ``name(Tensor x, ...) -> Tensor``.
+        default: runs on every device that has no kernel of its own. cpu: runs on CPU tensors.
+        fake: shapes, dtypes and strides only. setup_context, backward: as for ``torch.library.register_autograd``.
+        autocast: the arguments, in schema order, cast for an autocast dtype. ``torch.library.register_autocast`` would
+            cast every floating point tensor; scale, shift and weights stay as they are, they are folded in float32.
     """
-    overload = op._opoverload
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, default, "CompositeExplicitAutograd")
+    _library.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"resnet_fast::{name}", fake, lib=_library)
+    torch.library.register_autograd(
+        f"resnet_fast::{name}", backward, setup_context=setup_context, lib=_library
+    )
+    op = getattr(torch.ops.resnet_fast, name).default
+    parameters = op._schema.arguments
     for device, key in (("cpu", torch._C.DispatchKey.AutocastCPU), ("cuda", torch._C.DispatchKey.AutocastCUDA)):
 
-        def kernel(
-            *args: Any, _device: str = device, _key: Any = key, **kwargs: Any
-        ) -> Any:
-            # Positional and keyword arguments in schema order, so that `casts` sees one form.
-            names = [argument.name for argument in overload._schema.arguments]
-            full = list(args) + [
-                kwargs.get(argument.name, argument.default_value) for argument in overload._schema.arguments[len(args) :]
-            ]
-            assert len(full) == len(names)
+        def kernel(*args: Any, _device: str = device, _key: Any = key, **kwargs: Any) -> Any:
+            given = (kwargs.get(p.name, p.default_value) for p in parameters[len(args) :])
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_key)):
-                return overload(*casts(torch.get_autocast_dtype(_device), tuple(full)))
+                return op(*autocast(torch.get_autocast_dtype(_device), (*args, *given)))
 
-        _fragment.impl(overload._schema.name.partition("::")[2], kernel, f"Autocast{device.upper()}")
+        _library.impl(name, kernel, f"Autocast{device.upper()}")
 
 
 def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -133,7 +133,9 @@ def _sample(weight: Tensor) -> Tensor:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """torch.equal by bits, so that NaN equals itself."""
+    """torch.equal, except that NaN equals itself."""
+    if torch.equal(a, b):
+        return True
     integer = torch.int64 if a.dtype is torch.float64 else torch.int32 if a.dtype is torch.float32 else torch.int16
     return torch.equal(a.view(integer), b.view(integer))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ._common import accumulate_dtype, cast, check_activation, check_device, register_autocast, relu_gradient
+from ._common import accumulate_dtype, cast, check_activation, check_device, register, relu_gradient
 
 NAME = "add_act"
 
@@ -38,15 +38,13 @@ def _check(x: Tensor, y: Tensor, activation: str) -> None:
     check_device(NAME, x, y=y)
 
 
-@torch.library.custom_op("resnet_fast::add_act", mutates_args=())
-def _op(x: Tensor, y: Tensor, activation: str) -> Tensor:
+def _default(x: Tensor, y: Tensor, activation: str) -> Tensor:
     _check(x, y, activation)
     if x.device.type == "cuda" and backends.current() != "reference":
         backends.fallback(NAME, "no CUDA kernel in this version; CUDA tensors run the plain torch reference")
     return reference(x, y, activation)
 
 
-@_op.register_kernel("cpu")
 def _cpu(x: Tensor, y: Tensor, activation: str) -> Tensor:
     _check(x, y, activation)
     if backends.runs("onednn", "cpu"):
@@ -56,7 +54,6 @@ def _cpu(x: Tensor, y: Tensor, activation: str) -> Tensor:
     return reference(x, y, activation)
 
 
-@_op.register_fake
 def _fake(x: Tensor, y: Tensor, activation: str) -> Tensor:
     _check(x, y, activation)
     return torch.empty_like(x)
@@ -73,9 +70,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad if ctx.needs_input_grad[0] else None, grad if ctx.needs_input_grad[1] else None, None
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
-
-
 def _autocast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
     x, y, activation = args
     # As torch's add under autocast: no cast down, the wider of the two types.
@@ -83,7 +77,15 @@ def _autocast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return cast(x, wider), cast(y, wider), activation
 
 
-register_autocast(_op, _autocast)
+register(
+    "add_act(Tensor x, Tensor y, str activation) -> Tensor",
+    default=_default,
+    cpu=_cpu,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=_autocast,
+)
 
 
 def add_act(x: Tensor, y: Tensor, activation: str = "relu") -> Tensor:

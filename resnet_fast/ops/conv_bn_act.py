@@ -25,7 +25,7 @@ from ._common import (
     conv_output_size,
     empty_channels_last,
     pair,
-    register_autocast,
+    register,
     relu_gradient,
 )
 
@@ -98,8 +98,7 @@ def _check(
     return shape
 
 
-@torch.library.custom_op("resnet_fast::conv_bn_act", mutates_args=())
-def _op(
+def _default(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -120,7 +119,6 @@ def _op(
     )
 
 
-@_op.register_kernel("cpu")
 def _cpu(
     x: Tensor,
     weight: Tensor,
@@ -153,7 +151,6 @@ def _cpu(
     )
 
 
-@_op.register_fake
 def _fake(
     x: Tensor,
     weight: Tensor,
@@ -212,9 +209,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, grad_weight, grad_scale, grad_shift, grad_residual, *([None] * 6)
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
-
-
 def _autocast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
     x, weight, scale, shift, residual, *rest = args
     x = cast(x, dtype)
@@ -223,7 +217,16 @@ def _autocast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (x, weight, scale, shift, cast(residual, dtype), *rest)
 
 
-register_autocast(_op, _autocast)
+register(
+    "conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, SymInt groups, str activation, bool residual_after_activation) -> Tensor",
+    default=_default,
+    cpu=_cpu,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=_autocast,
+)
 
 
 def conv_bn_act(

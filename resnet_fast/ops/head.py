@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ._common import accumulate_dtype, cast, check_device, check_image, check_weight_dtype, register_autocast
+from ._common import accumulate_dtype, cast, check_device, check_image, check_weight_dtype, register
 
 NAME = "head"
 
@@ -34,15 +34,13 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"{NAME}: bias has shape {list(bias.shape)}, it must be [{weight.shape[0]}]")
 
 
-@torch.library.custom_op("resnet_fast::head", mutates_args=())
-def _op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _default(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check(x, weight, bias)
     if x.device.type == "cuda" and backends.current() != "reference":
         backends.fallback(NAME, "no CUDA kernel in this version; CUDA tensors run the plain torch reference")
     return reference(x, weight, bias)
 
 
-@_op.register_kernel("cpu")
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check(x, weight, bias)
     if x.dtype in (torch.bfloat16, torch.float16) and weight.dtype is x.dtype and backends.runs("onednn", "cpu"):
@@ -56,7 +54,6 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(pooled, weight, None if bias is None else bias.to(x.dtype))
 
 
-@_op.register_fake
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check(x, weight, bias)
     return x.new_empty((x.shape[0], weight.shape[0]))
@@ -83,9 +80,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, grad_weight, grad_bias
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
-
-
 def _autocast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
     x, weight, bias = args
     x = cast(x, dtype)
@@ -93,7 +87,15 @@ def _autocast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return x, weight, bias
 
 
-register_autocast(_op, _autocast)
+register(
+    "head(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    default=_default,
+    cpu=_cpu,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=_autocast,
+)
 
 
 def head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from ._common import (
     check_weight_dtype,
     conv_output_size,
     empty_channels_last,
-    register_autocast,
+    register,
     relu_gradient,
 )
 
@@ -104,8 +104,7 @@ def _check(
     return [x.shape[0], weight.shape[0], *pooled]
 
 
-@torch.library.custom_op("resnet_fast::stem", mutates_args=())
-def _op(
+def _default(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -120,7 +119,6 @@ def _op(
     return reference(x, weight, scale, shift, mean, std, ceil_mode)
 
 
-@_op.register_kernel("cpu")
 def _cpu(
     x: Tensor,
     weight: Tensor,
@@ -147,7 +145,6 @@ def run_packed(conv: _packing.PackedConv, image: Tensor, folded: Callable[[], Te
     return channels_last(_pool(conv.run(image, folded), ceil_mode).relu_())
 
 
-@_op.register_fake
 def _fake(
     x: Tensor,
     weight: Tensor,
@@ -198,9 +195,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, grad_weight, grad_scale, grad_shift, None, None, None
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
-
-
 def _autocast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
     x, weight, *rest = args
     x = cast(x, dtype)
@@ -211,7 +205,15 @@ def _autocast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (x, weight, *rest)
 
 
-register_autocast(_op, _autocast)
+register(
+    "stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, float[]? mean, float[]? std, bool ceil_mode) -> Tensor",
+    default=_default,
+    cpu=_cpu,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=_autocast,
+)
 
 
 def stem(
