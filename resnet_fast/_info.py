@@ -45,7 +45,8 @@ class Info:
             ("packages", ", ".join(f"{name} {version}" for name, version in self.packages.items())),
             ("backend", f"{self.backend} (choose with resnet_fast.backends.use)"),
         ]
-        rows += [(f"  {name}", "available" if not why else f"not available: {why}") for name, why in self.backends.items()]
+        for name, why in self.backends.items():
+            rows.append((f"  {name}", f"not available: {why}" if why else "available"))
         rows += [("fell back", line) for line in self.fallbacks] or [("fell back", "nothing so far in this process")]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

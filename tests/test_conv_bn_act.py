@@ -300,9 +300,7 @@ class TestPackedWeightsFollowTheParameters:
         for h in range(3, 40):
             a["x"] = torch.randn(1, 8, h, 7)
             check({**{n: t.double() for n, t in a.items()}, "residual": None}, torch.float32)
-        conv = _packing.packed_conv(
-            a["weight"], a["scale"], a["shift"], torch.float32, [1, 1], [0, 0], [1, 1], 1
-        )
+        conv = _packing.packed_conv(a["weight"], a["scale"], a["shift"], torch.float32, [1, 1], [0, 0], [1, 1], 1)
         for h in range(3, 40):
             x = torch.randn(1, 8, h, 7).contiguous(memory_format=torch.channels_last)
             conv.run(x, lambda: _packing.fold(a["weight"], a["scale"], torch.float32))

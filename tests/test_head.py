@@ -71,7 +71,7 @@ def test_errors() -> None:
         rf.ops.head(x, torch.randn(5, 7), bias)
     with pytest.raises(ValueError, match=r"bias has shape \[6\]"):
         rf.ops.head(x, weight, torch.randn(6))
-    with pytest.raises(TypeError, match="weight is torch.float64"):
+    with pytest.raises(TypeError, match=r"weight is torch\.float64"):
         rf.ops.head(x, weight.double(), bias)
 
 

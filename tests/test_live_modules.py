@@ -156,13 +156,15 @@ def test_copies_and_files(pair: tuple[nn.Module, nn.Module], image: Tensor) -> N
             if what is ours:
                 loaded = torch.load(buffer, weights_only=False)
             else:
-                loaded = type(ours)(type(ours.layer1[0]), [len(getattr(ours, f"layer{i}")) for i in (1, 2, 3, 4)]).eval()
+                blocks = [len(getattr(ours, f"layer{i}")) for i in (1, 2, 3, 4)]
+                loaded = type(ours)(type(ours.layer1[0]), blocks).eval()
                 loaded.load_state_dict(torch.load(buffer, weights_only=True))
             assert torch.equal(loaded(image), want)
 
 
 INNER = ["conv1", "bn1", "relu", "maxpool", "layer1.0.conv1", "layer1.0.bn2", "layer2.0.relu", "layer2.0.downsample",
-         "layer2.0.downsample.0", "layer2.0.downsample.1", "layer4.1.bn2", "layer3", "layer3.1", "avgpool", "fc"]  # fmt: skip
+         "layer2.0.downsample.0", "layer2.0.downsample.1", "layer4.1.bn2", "layer3", "layer3.1", "avgpool",
+         "fc"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", INNER)

@@ -76,7 +76,8 @@ def test_nan_and_infinities_pass_as_in_torch(dtype: torch.dtype, c: int) -> None
 def test_bytes_are_normalised_before_the_zero_padding(dtype: torch.dtype) -> None:
     a = problem(2, 3, 0, 0)
     image = torch.randint(0, 256, (2, 31, 45, 3), dtype=torch.uint8)
-    x = ((image.double() / 255 - torch.tensor(MEAN, dtype=torch.float64)) / torch.tensor(STD, dtype=torch.float64)).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (MEAN, STD))
+    x = ((image.double() / 255 - mean) / std).permute(0, 3, 1, 2)
     vectors = {n: a[n] if dtype is torch.float64 else a[n].float() for n in ("scale", "shift")}
     weight = a["weight"].to(dtype)
     ours = rf.ops.stem(image, weight, **vectors, mean=MEAN, std=STD)

@@ -36,7 +36,7 @@ def current() -> str:
     return _selected
 
 
-class use:  # noqa: N801 - reads as a verb at the call site, with or without `with`
+class use:  # lower case: reads as a verb at the call site, with or without `with`
     """Choose the backend of every fused op, for the whole process: ``"auto"`` or a name from :func:`available`.
 
     A call takes effect at once; as a context manager (``with use("reference"): ...``) the earlier choice comes back at

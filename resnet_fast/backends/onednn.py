@@ -94,7 +94,7 @@ def pack_conv(
     groups: int,
     input_size: Sequence[int],
 ) -> Tensor:
-    """``weight`` [K, C/groups, R, S] in the blocked layout that oneDNN prefers for an input of ``input_size`` (NCHW)."""
+    """``weight`` [K, C/groups, R, S] in the blocked layout that oneDNN prefers for inputs of ``input_size`` (NCHW)."""
     packed: Tensor = _functions()["pack_conv"](weight, padding, stride, dilation, groups, input_size)
     return packed
 
@@ -154,7 +154,7 @@ def conv_sum_(
     *,
     relu: bool,
 ) -> Tensor:
-    """``residual += conv(x, w) + bias`` in place, one pass over ``residual``; returns it. ``relu`` as in :func:`conv`."""
+    """``residual += conv(x, w) + bias`` in place, in one pass; returns it. ``relu`` as in :func:`conv`."""
     act = "relu" if relu else None
     y: Tensor = _functions()["conv_sum_"](
         residual, x, packed, bias, padding, stride, dilation, groups, "add", 1.0, act, [], None

@@ -197,9 +197,8 @@ def _globals(pickle: Any) -> Iterable[str]:
 
 
 def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, a dictionary of tensors by name was expected")
     state: dict[str, Tensor] = {}

@@ -48,7 +48,7 @@ class _Entry:
     """One line of `weights.json`."""
 
     url: str
-    transforms: Callable[[], Preprocessing]
+    preprocessing: Preprocessing
     num_params: int
     accuracy_at_1: float
     accuracy_at_5: float
@@ -66,7 +66,7 @@ class WeightsEnum(Enum):
     def transforms(self) -> Callable[[], Preprocessing]:
         """Call it for the `Preprocessing` that these weights were evaluated with."""
         entry: _Entry = self.value
-        return entry.transforms
+        return lambda: entry.preprocessing
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _own_enum(model: str) -> type[WeightsEnum]:
     members = {
         name: _Entry(
             url=entry["url"],
-            transforms=functools.partial(Preprocessing, **entry["preprocessing"]),
+            preprocessing=Preprocessing(**entry["preprocessing"]),
             num_params=entry["num_params"],
             accuracy_at_1=entry["acc@1"],
             accuracy_at_5=entry["acc@5"],

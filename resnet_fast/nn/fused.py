@@ -6,6 +6,8 @@ layers run whenever fusing could be noticed: statistics of the batch, hooks, sub
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -35,7 +37,7 @@ def _touched(module: nn.Module) -> bool:
 
 def _must_be_plain(x: object) -> bool:
     """Symbolic tracing, scripted tracing and ONNX export get the plain layers, which every consumer understands."""
-    return not isinstance(x, Tensor) or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    return not isinstance(x, Tensor) or torch._C._get_tracing_state() is not None or torch.onnx.is_in_onnx_export()
 
 
 def _note(reason: str) -> None:
@@ -72,7 +74,7 @@ def _fusable(conv: nn.Module, bn: nn.Module, act: nn.Module | None) -> bool:
     )
 
 
-def scale_and_shift(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
+def scale_and_shift(conv: Any, bn: Any) -> tuple[Tensor, Tensor]:
     """BatchNorm's two vectors behind ``conv``, [K] each, from the stored statistics in float32 (float64 for float64).
 
     ``scale = gamma / sqrt(var + eps)``, ``shift = beta + (conv_bias - mean) * scale``; differentiable.
@@ -87,9 +89,9 @@ def scale_and_shift(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def conv_bn_act(
-    x: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Module | None = None, residual: Tensor | None = None
+    x: Tensor, conv: Any, bn: nn.Module, act: nn.Module | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """``act(bn(conv(x)) + residual)``: one fused op where the statistics are constant, otherwise the modules themselves.
+    """``act(bn(conv(x)) + residual)``: one fused op where the statistics are constant, otherwise the layers themselves.
 
     Args:
         x: [N, C, H, W]. residual: as the output, or None.
@@ -116,7 +118,7 @@ def shortcut(x: Tensor, downsample: nn.Module | None) -> Tensor:
     return downsample(x)
 
 
-def stem(x: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Module, pool: nn.Module) -> Tensor:
+def stem(x: Tensor, conv: Any, bn: nn.Module, act: nn.Module, pool: nn.Module) -> Tensor:
     """``pool(act(bn(conv(x))))`` for the first layers of a ResNet, fused into one op for its usual geometry."""
     usual = (
         type(pool) is nn.MaxPool2d
@@ -131,7 +133,7 @@ def stem(x: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Module, pool: nn.Mod
     return pool(conv_bn_act(x, conv, bn, act))
 
 
-def head(x: Tensor, avgpool: nn.Module, fc: nn.Module) -> Tensor:
+def head(x: Tensor, avgpool: nn.Module, fc: Any) -> Tensor:
     """``fc(flatten(avgpool(x), 1))``, fused into one op for a global average pool and a linear layer."""
     usual = type(avgpool) is nn.AdaptiveAvgPool2d and avgpool.output_size in (1, (1, 1)) and type(fc) is nn.Linear
     if usual and not _must_be_plain(x) and _untouched(avgpool, fc):

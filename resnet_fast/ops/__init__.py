@@ -1,4 +1,4 @@
-"""The fused ops, one file each; ``resnet_fast.ops.<op>`` is the public function, ``torch.ops.resnet_fast.<op>`` the op."""
+"""The fused ops, one file each: ``ops.<op>`` is the public function, ``torch.ops.resnet_fast.<op>`` the torch op."""
 
 from .add_act import add_act
 from .conv_bn_act import conv_bn_act

@@ -14,7 +14,7 @@ _library = torch.library.Library("resnet_fast", "DEF")
 
 
 def pair(value: int | Sequence[int], name: str) -> list[int]:
-    """``value`` as [vertical, horizontal]; ValueError that names the argument if it is neither an int nor two of them."""
+    """``value`` as [vertical, horizontal]; ValueError that names the argument if it is not one int or two."""
     if isinstance(value, int):
         return [value, value]
     items = list(value)
@@ -68,9 +68,7 @@ def conv_output_size(
     size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> list[int]:
     """[P, Q] of a convolution over [H, W]."""
-    return [
-        (size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)
-    ]
+    return [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
 
 
 def empty_channels_last(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -79,7 +77,7 @@ def empty_channels_last(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """``x`` with exactly the strides of a dense channels_last tensor; no copy where only strides of size-1 dims differ."""
+    """``x`` with exactly a dense channels_last tensor's strides; no copy where only those of size-1 dims differ."""
     n, c, h, w = x.shape
     wanted = (h * w * c, 1, w * c, c)
     if x.stride() == wanted and x.numel() > 0:
@@ -122,9 +120,7 @@ def register(
     _library.impl(name, default, "CompositeExplicitAutograd")
     _library.impl(name, cpu, "CPU")
     torch.library.register_fake(f"resnet_fast::{name}", fake, lib=_library)
-    torch.library.register_autograd(
-        f"resnet_fast::{name}", backward, setup_context=setup_context, lib=_library
-    )
+    torch.library.register_autograd(f"resnet_fast::{name}", backward, setup_context=setup_context, lib=_library)
     op = getattr(torch.ops.resnet_fast, name).default
     parameters = op._schema.arguments
     for device, key in (("cpu", torch._C.DispatchKey.AutocastCPU), ("cuda", torch._C.DispatchKey.AutocastCUDA)):
@@ -137,8 +133,8 @@ def register(
         _library.impl(name, kernel, f"Autocast{device.upper()}")
 
 
-def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Autocast's rule: floating point tensors other than float64 are cast to the autocast dtype."""
-    if x is None or not x.is_floating_point() or x.dtype is torch.float64:
+    if not x.is_floating_point() or x.dtype is torch.float64:
         return x
     return x.to(dtype)

@@ -30,8 +30,8 @@ def fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 class PackedConv:
     """A convolution with its scale folded in, run by oneDNN; packed copies per input shape, shared where alike.
 
-    ``bias`` is the shift [K], in the inputs' dtype as oneDNN wants it. It holds no plain weight: whoever calls passes a function that makes it, used
-    when an input shape comes for the first time.
+    ``bias`` is the shift [K], in the inputs' dtype as oneDNN wants it. It holds no plain weight: whoever calls passes a
+    function that makes it, used when an input shape comes for the first time.
     """
 
     bias: Tensor
@@ -95,11 +95,12 @@ class PackedConv:
         geometry = (self.padding, self.stride, self.dilation, self.groups)
         post_op = relu and finite
         if early is None and self._is_product:
-            n, c, h, w = x.shape
-            packed = self._packed((n * h * w,), lambda: onednn.pack_linear(self._weight(folded).flatten(1), n * h * w))
+            rows = x.shape[0] * x.shape[2] * x.shape[3]
+            packed = self._packed((rows,), lambda: onednn.pack_linear(self._weight(folded).flatten(1), rows))
             y = onednn.linear(x.permute(0, 2, 3, 1), packed, self.bias, relu=post_op).permute(0, 3, 1, 2)
         else:
-            packed = self._packed(tuple(x.shape), lambda: onednn.pack_conv(self._weight(folded), *geometry, list(x.shape)))
+            size = list(x.shape)
+            packed = self._packed(tuple(size), lambda: onednn.pack_conv(self._weight(folded), *geometry, size))
             if early is None:
                 y = onednn.conv(x, packed, self.bias, *geometry, relu=post_op)
             elif overwrite_residual:
@@ -157,7 +158,7 @@ def packed_conv(
     dilation: Sequence[int],
     groups: int,
 ) -> PackedConv:
-    """The packed form of this weight, scale and shift for inputs of ``dtype``; cached while none of the three changes."""
+    """The packed form of weight, scale and shift for inputs of ``dtype``; cached while none of the three changes."""
 
     def build() -> PackedConv:
         return PackedConv(
@@ -194,4 +195,3 @@ def packed_conv(
             del _storages[address]
         _storages.setdefault(storage._cdata, (StorageWeakRef(storage), {}))[1][key] = entry
     return entry.conv
-

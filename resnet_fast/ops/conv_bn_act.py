@@ -214,7 +214,7 @@ def _autocast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
     x = cast(x, dtype)
     # A weight in another half type than autocast's goes through float32, which holds both.
     weight = weight if weight.dtype in (x.dtype, torch.float32, torch.float64) else weight.float()
-    return (x, weight, scale, shift, cast(residual, dtype), *rest)
+    return (x, weight, scale, shift, None if residual is None else cast(residual, dtype), *rest)
 
 
 register(

@@ -99,9 +99,7 @@ class _PreparedConv(_Prepared):
         self.backend = choose(self._name, self.weight, self.geometry[3], self.dtype, self.asked)
         self._packed = None
         if self.backend == "onednn":
-            self._packed = _packing.PackedConv(
-                self.shift.to(self.dtype), self.weight.shape, *self.geometry
-            )
+            self._packed = _packing.PackedConv(self.shift.to(self.dtype), self.weight.shape, *self.geometry)
 
     def _folded(self) -> Tensor:
         return _packing.fold(self.weight, self.scale, self.dtype)

@@ -22,7 +22,6 @@ from ._common import (
     check_per_channel,
     check_weight_dtype,
     conv_output_size,
-    empty_channels_last,
     register,
     relu_gradient,
 )
@@ -155,9 +154,7 @@ def _fake(
     ceil_mode: bool,
 ) -> Tensor:
     shape = _check(x, weight, scale, shift, mean, std, ceil_mode)
-    return torch.empty(
-        shape, dtype=_output_dtype(x, weight), device=x.device, memory_format=torch.channels_last
-    )
+    return torch.empty(shape, dtype=_output_dtype(x, weight), device=x.device, memory_format=torch.channels_last)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,0 +1,93 @@
+# `make demo` and `make test` are all that a newcomer needs. Both work in .venv, which they make on the first call.
+#   PY=python3.12      the Python that .venv is made from
+#   ARGS="..."         further arguments for resnet-fast demo, pytest or resnet-fast bench
+#   PIP_FLAGS="..."    further arguments for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
+PY ?= python3
+VENV ?= .venv
+ARGS ?=
+PIP_FLAGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+DESCRIBES_INSTALL := pyproject.toml setup.py constraints.txt
+NATIVE := build/native
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench wheel native clean
+.DELETE_ON_ERROR:
+
+help: ## list these targets
+	@echo "make demo and make test need nothing but $(PY) (3.10 or newer); everything is installed in $(VENV)."
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## classify two photographs with plain torch and fused, compare answers and speed
+	@echo "==> resnet-fast demo"
+	@$(BIN)/resnet-fast demo $(ARGS)
+
+test: $(VENV)/.test ## run the tests (ARGS="-k stem -x" goes to pytest)
+	@echo "==> pytest"
+	@$(BIN)/python -m pytest -q --durations=10 $(ARGS)
+
+lint: $(VENV)/.dev ## check style and types: ruff, mypy, clang-format
+	@echo "==> ruff check"
+	@$(BIN)/ruff check -q .
+	@echo "==> ruff format --check"
+	@$(BIN)/ruff format -q --check .
+	@echo "==> mypy"
+	@$(BIN)/mypy
+	@echo "==> clang-format"
+	@find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.dev ## rewrite the sources as ruff and clang-format want them
+	@$(BIN)/ruff check -q --fix .
+	@$(BIN)/ruff format .
+	@find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+bench: $(VENV)/.bench ## time ResNet-50 on this machine against torch and the installed peers
+	@echo "==> resnet-fast bench"
+	@$(BIN)/resnet-fast bench $(ARGS)
+
+wheel: $(VENV)/.dev ## build the source archive, and from it the wheel, into dist/
+	@echo "==> building dist/"
+	@rm -rf dist
+	@$(BIN)/python -m build -q
+	@ls dist
+
+native: $(VENV)/.dev ## build csrc/ into build/native with CMake and ninja
+	@echo "==> cmake"
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(NATIVE) -G Ninja -DPython_EXECUTABLE="$(abspath $(BIN))/python"
+	@PATH="$(abspath $(BIN)):$$PATH" cmake --build $(NATIVE)
+	@$(BIN)/python -c 'import sys; sys.path.insert(0, "$(NATIVE)"); import _C; print(_C.build_info())'
+
+clean: ## delete what was built and cached; the environment stays (rm -r .venv for a new one)
+	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# Each file $(VENV)/.<extra> says that the extra is installed as these files describe it, so a second call is quick.
+$(VENV)/.made:
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "needs Python 3.10 or newer: make PY=python3.12 ...")'
+	@echo "==> making $(VENV) with $$($(PY) --version)"
+	@$(PY) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(DESCRIBES_INSTALL) | $(VENV)/.made
+	@echo "==> installing resnet_fast and what the demo needs in $(VENV) (torch takes a minute or so the first time)"
+	@$(PIP) -e '.[demo]'
+	@touch $@
+
+# torchvision is what the tests compare with. Without --no-deps it would bring its own choice of torch.
+$(VENV)/.test: $(DESCRIBES_INSTALL) | $(VENV)/.made
+	@echo "==> installing resnet_fast and what the tests need in $(VENV) (torch takes a minute or so the first time)"
+	@$(PIP) -e '.[test,demo]'
+	@$(PIP) --no-deps torchvision
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.dev: $(DESCRIBES_INSTALL) | $(VENV)/.made
+	@echo "==> installing resnet_fast and the developers' tools in $(VENV)"
+	@$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.bench: $(DESCRIBES_INSTALL) | $(VENV)/.made
+	@echo "==> installing resnet_fast and the peers it is compared with in $(VENV)"
+	@$(PIP) -e '.[bench,plot]'
+	@touch $@

@@ -1,0 +1,5 @@
+"""The measuring harness behind ``resnet-fast bench``, ``resnet-fast demo`` and the scripts in benchmarks/.
+
+``machine`` says where, ``peers`` who, ``gate`` whether the answer is right, ``timing`` how long, ``compare`` does it
+all, ``results`` and ``plot`` write it down. It is not part of the inference path: nothing else imports it.
+"""

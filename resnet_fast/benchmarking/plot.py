@@ -1,0 +1,121 @@
+"""Pictures of results: horizontal bars, one colour for ours and one for the others. matplotlib is imported on use.
+
+A picture repeats numbers that a result already holds; it computes none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resnet_fast.benchmarking import results
+from resnet_fast.benchmarking.machine import threads_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg", ".pdf")
+OURS, THEIRS, INK = "#1b7f5c", "#9aa5b1", "#222222"
+PARTS = {
+    "convolution": "#5b8fb9",
+    "batch norm": "#d98a29",
+    "relu": "#c1503f",
+    "add": "#7d5ba6",
+    "pooling": "#b5a642",
+    "linear": "#8a8f98",
+    "fused stem": "#0f4c3a",
+    "fused conv + BN + add + ReLU": "#1b7f5c",
+    "fused add + ReLU": "#58b38f",
+    "fused head": "#8fd0b4",
+    "other": "#c9ced6",
+}
+"""What time can go to, and its colour in a breakdown."""
+
+
+class PlotError(RuntimeError):
+    """A plot that cannot be made: matplotlib is missing, or the file name has no known ending."""
+
+
+def check(path: str | os.PathLike[str]) -> None:
+    """Raises PlotError now if a plot could not be written to ``path`` later."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise PlotError("plots need matplotlib: pip install 'resnet_fast[plot]'")
+    if Path(path).suffix.lower() not in FORMATS:
+        raise PlotError(f"{path}: a plot's file name must end in {', '.join(FORMATS)}")
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Writes ``figure`` to ``path`` atomically; the same data gives the same SVG."""
+    check(path)
+    import matplotlib
+
+    target, buffer = Path(path), io.BytesIO()
+    kind = target.suffix.lower().removeprefix(".")
+    with matplotlib.rc_context({"svg.hashsalt": "resnet_fast", "svg.fonttype": "none"}):
+        metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
+        figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=metadata)
+    return results.write_bytes(target, buffer.getvalue())
+
+
+def comparison(result: dict[str, Any]) -> Figure:
+    """Bars of the median time per batch of every timed contestant, with the tenth and ninetieth percentile."""
+    from matplotlib.figure import Figure
+
+    setting, cpu, version = result["setting"], result["machine"]["cpu"], result["machine"]["versions"]["torch"]
+    rows = [row for row in result["contestants"].values() if row["status"] == "timed"]
+    rows.sort(key=lambda row: row["seconds"]["p50"])
+    figure = Figure(figsize=(8, 0.9 + 0.45 * len(rows)))
+    axes = figure.add_subplot()
+    for position, row in enumerate(rows):
+        seconds = row["seconds"]
+        middle = 1e3 * seconds["p50"]
+        whiskers = [[middle - 1e3 * seconds["p10"]], [1e3 * seconds["p90"] - middle]]
+        axes.barh(position, middle, color=OURS if row["ours"] else THEIRS, height=0.7,
+                  xerr=whiskers, error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2})  # fmt: skip
+        axes.text(1e3 * seconds["p90"], position, f"  {middle:.4g} ms", va="center", color=INK, fontsize=9)
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.2e3 * max(row["seconds"]["p90"] for row in rows))
+    axes.set_xlabel("ms per batch (median; whiskers: 10th and 90th percentile)")
+    axes.set_title(
+        f"{setting['arch']}, {setting['dtype']}, batch {setting['batch']}, {setting['image_size']} px\n"
+        f"{cpu}, {threads_text(setting['threads'])}, torch {version}",
+        fontsize=10, loc="left",
+    )  # fmt: skip
+    _plain_frame(axes)
+    return figure
+
+
+def breakdown(title: str, bars: dict[str, dict[str, float]]) -> Figure:
+    """Stacked bars: bar label -> part (a key of ``PARTS``) -> seconds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 1.4 + 0.55 * len(bars)))
+    axes = figure.add_subplot()
+    for position, parts in enumerate(bars.values()):
+        left = 0.0
+        for part, color in PARTS.items():
+            width = 1e3 * parts.get(part, 0.0)
+            axes.barh(position, width, left=left, color=color, height=0.65)
+            left += width
+        axes.text(left, position, f"  {left:.4g} ms", va="center", color=INK, fontsize=9)
+    axes.set_yticks(range(len(bars)), list(bars))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15e3 * max(sum(parts.values()) for parts in bars.values()))
+    axes.set_xlabel("ms per image")
+    axes.set_title(title, fontsize=10, loc="left")
+    used = [part for part in PARTS if any(parts.get(part, 0.0) > 0 for parts in bars.values())]
+    handles = [axes.barh(0, 0, color=PARTS[part]) for part in used]
+    axes.legend(handles, used, ncols=5, fontsize=8, frameon=False, loc="upper left",
+                bbox_to_anchor=(0, -0.08 - 0.45 / len(bars)))  # fmt: skip
+    _plain_frame(axes)
+    return figure
+
+
+def _plain_frame(axes: Any) -> None:
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)

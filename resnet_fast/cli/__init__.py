@@ -1,0 +1,100 @@
+"""The command line ``resnet-fast``: ``classify``, ``bench``, ``info``, ``demo``; one file per command.
+
+Here is only what the commands share: the application, ``main``, and how errors are shown. Importing it imports typer
+and rich; everything heavier is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from resnet_fast.cli import bench, classify, demo, info
+from resnet_fast.cli.common import UserError, one_line
+
+_CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+"""typer's base class of wrong arguments; it lives in another module in every other release."""
+
+
+class _OneLineErrors(TyperGroup):
+    """Shows every error as one line on stderr and exits non-zero; the traceback appears with --debug alone."""
+
+    def main(self, args: Any = None, *, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
+        if not standalone_mode:
+            return super().main(args, standalone_mode=False, **extra)
+        given = list(sys.argv[1:] if args is None else args)
+        debug = os.environ.get("RESNET_FAST_DEBUG", "0") not in ("", "0")
+        options = given[: given.index("--")] if "--" in given else given
+        if "--debug" in options:  # wherever it stands, so that it can be put behind a failed command
+            given.remove("--debug")
+            debug = True
+        status = 2 if not given else 0
+        try:
+            returned = super().main(given or ["--help"], standalone_mode=False, **extra)
+            status = returned if isinstance(returned, int) and returned else status
+        except typer.Abort:
+            status = _report("aborted", 130, debug)
+        except UserError as error:
+            status = _report(str(error), 1, debug)
+        except _CLICK_ERROR as error:
+            status = _report(error.format_message(), 2, debug)
+        except MemoryError as error:
+            status = _report(f"out of memory: {one_line(error)}", 1, debug)
+        except Exception as error:
+            text = f"unexpected {type(error).__name__}: {one_line(error)} (--debug shows where)"
+            status = _report(text, 70, debug)
+        sys.exit(status)
+
+
+def _report(message: str, status: int, debug: bool) -> int:
+    if debug and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    print(f"resnet-fast: {one_line(message)}", file=sys.stderr)
+    return status
+
+
+app = typer.Typer(
+    name="resnet-fast",
+    cls=_OneLineErrors,
+    help="ResNet made of fused kernels: classify images, measure this machine, see what is used and why.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import resnet_fast
+
+        typer.echo(f"resnet-fast {resnet_fast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (also RESNET_FAST_DEBUG=1).")
+    ] = False,
+) -> None:
+    pass
+
+
+for command in (classify.classify, bench.bench, info.info, demo.demo):
+    app.command()(command)
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    warnings.formatwarning = lambda message, *_rest, **_more: f"resnet-fast: note: {one_line(message)}\n"
+    app(prog_name="resnet-fast")

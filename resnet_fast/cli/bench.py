@@ -1,0 +1,152 @@
+"""``resnet-fast bench``: one network on this machine, fused, against plain torch and every other runtime installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from resnet_fast.cli.classify import load_network
+from resnet_fast.cli.common import (
+    Arch,
+    Dtype,
+    Precision,
+    Threads,
+    UserError,
+    as_user_errors,
+    check_arch,
+    check_output,
+    err_console,
+    out_console,
+    progress_bar,
+    set_threads,
+    write_json,
+)
+
+
+def bench(
+    arch: Arch = "resnet50",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            "-w",
+            metavar="NAME|PATH",
+            help="Published weights by name, or a checkpoint file; by default random ones, which are as fast.",
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Images in a batch.")] = 1,
+    dtype: Dtype = Precision.float32,
+    threads: Threads = None,
+    peers: Annotated[
+        str,
+        typer.Option(
+            "--peers",
+            metavar="NAMES",
+            help="Comma-separated: live, eager, inductor, onnxruntime, openvino; or all. The optimized network "
+            "always takes part.",
+        ),
+    ] = "all",
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time to spend on timed rounds.")] = 20.0,
+    runs: Annotated[
+        int | None, typer.Option("--runs", min=1, help="Number of rounds, instead of --seconds.", show_default=False)
+    ] = None,
+    image_size: Annotated[int, typer.Option("--image-size", min=33, help="Height and width of the images.")] = 224,
+    json_target: Annotated[
+        str | None, typer.Option("--json", metavar="PATH|-", help="Write the result as JSON; - prints it instead.")
+    ] = None,
+    plot_path: Annotated[
+        Path | None, typer.Option("--plot", metavar="PATH", help="Draw the result: .png, .svg or .pdf.")
+    ] = None,
+) -> int:
+    """Measure one network on this machine against plain torch and every other runtime that is installed.
+
+    All start from the same parameters, and get the same inputs and number of threads. Who breaks the error rule is not
+    timed. Rounds are interleaved in changing order; ratios are medians over the rounds.
+    """
+    check_arch(arch)
+    if json_target not in (None, "-"):
+        check_output(Path(str(json_target)))
+    check_output(plot_path)
+    from resnet_fast.benchmarking import plot
+    from resnet_fast.benchmarking.compare import Setting, compare, fresh_model
+    from resnet_fast.benchmarking.peers import PEERS
+    from resnet_fast.benchmarking.timing import Schedule
+
+    with as_user_errors(ValueError):
+        names = tuple(PEERS) if peers == "all" else tuple(name for name in peers.replace(" ", "").split(",") if name)
+        setting = Setting(
+            arch=arch,
+            weights=weights,
+            batch=batch,
+            image_size=image_size,
+            dtype=dtype.dtype,
+            peers=names,
+            schedule=Schedule(seconds=seconds, rounds=runs, min_rounds=3),
+        )
+    if plot_path is not None:
+        with as_user_errors(plot.PlotError):
+            plot.check(plot_path)
+    set_threads(threads)
+    with progress_bar() as progress:
+        progress(f"making {arch}", 0.0)
+        model = fresh_model(arch, image_size=image_size) if weights is None else load_network(arch, weights).model
+        try:
+            result = compare(setting, model, progress=progress)
+        except RuntimeError as error:
+            raise UserError(str(error)) from error
+
+    if json_target is not None:
+        write_json(result, json_target)
+    if json_target != "-":
+        show(result)
+    if plot_path is not None:
+        with as_user_errors(plot.PlotError, OSError):
+            plot.save(plot.comparison(result), plot_path)
+        err_console().print(f"plot written to {escape(str(plot_path))}")
+    wrong = [name for name, row in result["contestants"].items() if row["ours"] and row["status"] != "timed"]
+    return 1 if wrong else 0
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints ``result`` as a table with what a reader needs to judge it by."""
+    from resnet_fast.benchmarking.machine import DISTURBED, threads_text
+
+    setting, machine = result["setting"], result["machine"]
+    console = out_console()
+    table = Table(
+        title=f"{setting['arch']}, {setting['dtype']}, batch {setting['batch']}, {setting['image_size']} px, "
+        f"{threads_text(setting['threads'])}",
+        title_justify="left",
+        header_style="bold",
+    )
+    table.add_column("who")
+    for heading in ("median ms", "p10 - p90", "images/s", "fused is faster by", "error / allowed"):
+        table.add_column(heading, justify="right")
+    for name, row in result["contestants"].items():
+        label = f"[bold]{escape(row['label'])}[/]" if row["ours"] else escape(row["label"])
+        if row["status"] != "timed":
+            continue
+        seconds, gate = row["seconds"], row["gate"]
+        ratio = result["ratios"]["against"].get(name)
+        table.add_row(
+            label,
+            f"{1e3 * seconds['p50']:.2f}",
+            f"{1e3 * seconds['p10']:.2f} - {1e3 * seconds['p90']:.2f}",
+            f"{row['images_per_second']:.1f}",
+            f"{ratio['p50']:.2f}x ({ratio['p10']:.2f} - {ratio['p90']:.2f})" if ratio else "",
+            f"{gate['error']:.1e} / {gate['allowed']:.1e}",
+        )
+    console.print(table)
+    for row in result["contestants"].values():
+        if row["status"] != "timed":
+            console.print(f"not timed: {escape(row['label'])}: {escape(row['reason'])}", soft_wrap=True)
+    console.print(f"{escape(machine['cpu'])}, {machine['cores']} cores, torch {machine['versions']['torch']}; "
+                  f"weights: {escape(setting['parameters'])}", soft_wrap=True)  # fmt: skip
+    busy = result["others_busy_cores"]
+    if busy is not None and busy > DISTURBED:
+        console.print(f"[yellow]Other processes kept {busy:.2f} cores busy meanwhile: do not trust these times.[/]",
+                      soft_wrap=True)  # fmt: skip

@@ -1,0 +1,392 @@
+"""``resnet-fast demo``: two photographs through plain and through fused layers: answers, error, speed, why."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from resnet_fast.cli.classify import Network, load_network, top
+from resnet_fast.cli.common import (
+    Arch,
+    Threads,
+    UserError,
+    check_arch,
+    check_output,
+    one_line,
+    out_console,
+    progress_bar,
+    set_threads,
+)
+from resnet_fast.cli.images import read_image
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from resnet_fast.benchmarking.gate import Verdict
+    from resnet_fast.benchmarking.peers import Task
+    from resnet_fast.benchmarking.profile import NodeTime
+    from resnet_fast.benchmarking.timing import Samples
+
+PHOTOS = ("china.jpg", "flower.jpg")
+PATIENCE = 4.0
+"""Seconds to wait for the server of the pretrained weights."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Scores [photos, classes] of plain and fused layers in float32, the exact ones, and a verdict for each photo."""
+
+    plain: Tensor
+    fused: Tensor
+    exact: Tensor
+    verdicts: list[Verdict]
+
+
+def demo(
+    arch: Arch = "resnet50",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            "-w",
+            metavar="NAME|PATH|random",
+            help="By default the best published ones, or random ones where those cannot be had.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="PATH", help="The plot: .png, .svg or .pdf.")
+    ] = Path("resnet_fast_demo.png"),
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time to spend on measuring speed.")] = 12.0,
+    image_size: Annotated[int, typer.Option("--image-size", min=33, help="Height and width the network sees.")] = 224,
+) -> int:
+    """Run two real photographs through plain torch layers and through the fused network, and compare.
+
+    Shows both top-5, the largest difference, the speed, and where the time went, and draws a plot. The exit status is 1
+    if the answers disagree.
+    """
+    import torch
+
+    check_arch(arch)
+    check_output(output)
+    paths = _photographs()
+    count = set_threads(threads)
+    console = out_console()
+
+    from resnet_fast.benchmarking import machine
+    from resnet_fast.benchmarking.peers import Task, name_of
+
+    console.print(f"[bold]{arch}[/] on {escape(machine.describe().summary)}, torch {torch.__version__}")
+    network, remark = _network(arch, weights, paths, image_size)
+    console.print(remark, soft_wrap=True)
+    batch = _batch(network, paths, image_size)
+
+    dtypes = [torch.float32, *([torch.bfloat16] if machine.supports_bfloat16() else [])]
+    answers: dict[torch.dtype, Answers] = {}
+    with progress_bar() as progress:
+        for position, dtype in enumerate(dtypes):
+            progress(f"computing answers in {name_of(dtype)}", position / len(dtypes))
+            answers[dtype] = _answers(network, batch, dtype)
+    console.print()
+    agreed = _show_answers(console, answers[torch.float32], paths, network)
+    agreed &= _show_differences(console, answers)
+
+    disturbance = machine.Disturbance()
+    tasks = {dtype: Task(network.model, batch[:1], dtype, count, Path()) for dtype in dtypes}
+    with progress_bar() as progress:
+        samples = _measure(tasks, seconds, lambda fraction: progress("measuring speed", fraction))
+    busy = disturbance.cores()
+    ratio = _show_speed(console, samples, dtypes)
+    if busy is not None and busy > machine.DISTURBED:
+        console.print(f"[yellow]Other processes kept {busy:.2f} cores busy meanwhile: do not trust these times.[/]")
+
+    breakdowns: dict[torch.dtype, tuple[list[NodeTime], list[NodeTime]]] = {}
+    with progress_bar() as progress:
+        for position, dtype in enumerate(dtypes):
+            progress(f"looking where the time goes in {name_of(dtype)}", position / len(dtypes))
+            breakdowns[dtype] = _breakdown(network, batch[:1], dtype)
+    _show_breakdown(console, breakdowns)
+    _show_traffic(console, network)
+    _draw(console, output, f"{arch}, batch 1, {image_size} px, {machine.describe().summary}", breakdowns)
+    if agreed:
+        console.print(f"[bold green]The answers agree.[/] Fused is {ratio:.2f} times as fast in float32.")
+    else:
+        console.print("[bold red]The answers disagree.[/]")
+    return 0 if agreed else 1
+
+
+def _photographs() -> list[Path]:
+    """The two photographs that come with scikit-learn, found without importing it."""
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("the photographs come with scikit-learn: pip install 'resnet_fast[demo]'")
+    folder = Path(next(iter(spec.submodule_search_locations))) / "datasets" / "images"
+    paths = [folder / name for name in PHOTOS]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path}: this scikit-learn has no such photograph; pip install 'resnet_fast[demo]'")
+    return paths
+
+
+def _network(arch: str, weights: str | None, paths: list[Path], image_size: int) -> tuple[Network, str]:
+    """The network, and what to tell about its weights."""
+    reason = "as asked" if weights == "random" else ""
+    if weights is None:
+        reason = _out_of_reach(arch)
+        if not reason:
+            try:
+                network = load_network(arch, None)
+                return network, f"Pretrained weights: {escape(network.source)}."
+            except UserError as error:
+                reason = str(error)
+    elif not reason:
+        network = load_network(arch, weights)
+        return network, f"Weights: {escape(network.source)}."
+    network = _random_network(arch, paths, image_size)
+    return network, (
+        f"[yellow]Random weights[/] ({escape(one_line(reason))}): seeded, BatchNorm statistics measured on the "
+        "photographs and disturbed. The classes mean nothing; that both sides find the same ones does."
+    )
+
+
+def _out_of_reach(arch: str) -> str:
+    """Why the published weights cannot be had within a few seconds of asking; empty if they can."""
+    import urllib.error
+    import urllib.request
+
+    import torch
+
+    from resnet_fast import models
+    from resnet_fast.models import weights as registry
+
+    url = registry.url(models.get_model_weights(arch)["DEFAULT"])
+    name = url.rsplit("/", 1)[-1]
+    if (Path(torch.hub.get_dir()).expanduser() / "checkpoints" / name).exists():
+        return ""
+    try:
+        request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "resnet_fast"})
+        urllib.request.urlopen(request, timeout=PATIENCE).close()
+    except (OSError, ValueError) as error:  # URLError is an OSError
+        folder = Path(torch.hub.get_dir()).expanduser() / "checkpoints"
+        return f"the pretrained {name} is not in {folder} and cannot be downloaded: {error}"
+    return ""
+
+
+def _random_network(arch: str, paths: list[Path], image_size: int) -> Network:
+    import torch
+
+    from resnet_fast import models
+    from resnet_fast.benchmarking.network import randomize
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = models.get_model(arch)
+    labels = tuple(f"class {index}" for index in range(1000))
+    network = Network(model.eval(), "random", models.preprocessing(), labels)
+    randomize(model, _batch(network, paths, image_size))
+    return network
+
+
+def _batch(network: Network, paths: list[Path], image_size: int) -> Tensor:
+    """The photographs as float32 [2, 3, image_size, image_size], by the weights' own preprocessing."""
+    import torch
+
+    prepare = network.preprocessing
+    if image_size != prepare.crop_size:
+        resized = round(image_size * prepare.resize_size / prepare.crop_size)
+        prepare = dataclasses.replace(prepare, crop_size=image_size, resize_size=resized)
+    return torch.stack([prepare(read_image(path)) for path in paths])
+
+
+def _answers(network: Network, batch: Tensor, dtype: torch.dtype) -> Answers:
+    import torch
+
+    from resnet_fast.benchmarking.gate import judge
+    from resnet_fast.benchmarking.peers import plain
+    from resnet_fast.graph import optimize
+
+    batch = batch.to(dtype)
+    with torch.no_grad():
+        exact = plain(network.model).double()(batch.double())
+        ordinary = plain(network.model).to(dtype)(batch)
+        fused = optimize(network.model, dtype=dtype)(batch)
+    verdicts = [judge(fused[i], ordinary[i], exact[i], dtype) for i in range(len(batch))]
+    return Answers(ordinary.float(), fused.float(), exact, verdicts)
+
+
+def _measure(tasks: dict[torch.dtype, Task], seconds: float, progress: Callable[[float], None]) -> Samples:
+    from resnet_fast.benchmarking.peers import PEERS, name_of
+    from resnet_fast.benchmarking.timing import Schedule, interleave
+
+    calls = {}
+    for dtype, task in tasks.items():
+        for who in ("eager", "optimize"):
+            contestant = PEERS[who].build(task)
+            calls[f"{who} {name_of(dtype)}"] = _call(contestant.run, contestant.prepare(task.example))
+    return interleave(calls, Schedule(seconds=seconds, min_rounds=3), progress=progress)
+
+
+def _call(run: Callable[[object], object], x: object) -> Callable[[int], object]:
+    return lambda number: run(x)
+
+
+def _breakdown(network: Network, x: Tensor, dtype: torch.dtype) -> tuple[list[NodeTime], list[NodeTime]]:
+    """Node times of the plain and of the fused network."""
+    import torch
+
+    from resnet_fast.benchmarking.peers import plain
+    from resnet_fast.benchmarking.profile import node_times
+    from resnet_fast.graph import optimize
+
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    ordinary = plain(network.model).to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fused = optimize(network.model, dtype=dtype)
+    plain_times, fused_times = node_times([ordinary, fused.graph_module], x)
+    return plain_times, fused_times
+
+
+def _show_answers(console: Console, answers: Answers, paths: list[Path], network: Network) -> bool:
+    """Both top-5 for every photograph. Returns whether they are the same, up to ties within the error rule."""
+    table = Table(title="The same answers (float32)", title_justify="left", header_style="bold")
+    table.add_column("photograph")
+    table.add_column("plain torch layers")
+    table.add_column("fused")
+    table.add_column("same?")
+    agreed = True
+    for index, path in enumerate(paths):
+        ordinary = top(answers.plain[index], network.labels, 5)
+        fused = top(answers.fused[index], network.labels, 5)
+        exact, verdict = answers.exact[index], answers.verdicts[index]
+        for rank, (left, right) in enumerate(zip(ordinary, fused, strict=True)):
+            gap = float((exact[left["index"]] - exact[right["index"]]).abs())
+            same = left["index"] == right["index"]
+            tie = gap <= verdict.allowed * float(exact.norm())
+            agreed &= same or tie
+            table.add_row(
+                path.name if rank == 0 else "",
+                f"{escape(left['label'])}  {left['probability']:.2%}",
+                f"{escape(right['label'])}  {right['probability']:.2%}",
+                "yes" if same else "a tie" if tie else "[bold red]NO[/]",
+                end_section=rank == len(ordinary) - 1,
+            )
+    console.print(table)
+    return agreed
+
+
+def _show_differences(console: Console, answers: dict[torch.dtype, Answers]) -> bool:
+    """How far the fused answers are from plain ones and from float64. Returns whether the error rule holds."""
+    from resnet_fast.benchmarking.peers import name_of
+
+    table = Table(title="The largest difference", title_justify="left", header_style="bold")
+    table.add_column("precision")
+    for heading in ("plain - fused", "of a score of", "fused - float64", "plain - float64", "allowed"):
+        table.add_column(heading, justify="right")
+    table.add_column("error rule")
+    agreed = True
+    for dtype, found in answers.items():
+        plain_error = (found.plain.double() - found.exact).norm(dim=1) / found.exact.norm(dim=1)
+        worst = max(range(len(found.verdicts)), key=lambda i: found.verdicts[i].error / found.verdicts[i].allowed)
+        verdict = found.verdicts[worst]
+        passed = all(one.passed for one in found.verdicts)
+        agreed &= passed
+        table.add_row(
+            name_of(dtype),
+            f"{float((found.plain - found.fused).abs().max()):.1e}",
+            f"{float(found.exact.abs().max()):.1f}",
+            f"{verdict.error:.1e}",
+            f"{float(plain_error[worst]):.1e}",
+            f"{verdict.allowed:.1e}",
+            "holds" if passed else f"[bold red]BROKEN[/]: {escape(verdict.reason)}",
+        )
+    console.print(table)
+    console.print("Error rule: the fused answer's distance from float64 may be twice that of plain torch at the same "
+                  "precision,\nplus one rounding; distances are relative to the norm of all scores.\n")  # fmt: skip
+    return agreed
+
+
+def _show_speed(console: Console, samples: Samples, dtypes: list[torch.dtype]) -> float:
+    """Prints medians and ratios; returns the first precision's ratio."""
+    from resnet_fast.benchmarking.peers import name_of
+    from resnet_fast.benchmarking.timing import flatten, paired_ratio, summarize
+
+    table = Table(title="Speed, one image, interleaved", title_justify="left", header_style="bold")
+    table.add_column("precision")
+    for heading in ("plain torch, ms", "fused, ms", "fused is faster by", "samples"):
+        table.add_column(heading, justify="right")
+    ratios = []
+    for dtype in dtypes:
+        ordinary, fused = samples[f"eager {name_of(dtype)}"], samples[f"optimize {name_of(dtype)}"]
+        left, right, ratio = summarize(flatten(ordinary)), summarize(flatten(fused)), paired_ratio(fused, ordinary)
+        table.add_row(
+            name_of(dtype),
+            f"{1e3 * left.p50:.1f} ({1e3 * left.p10:.1f} - {1e3 * left.p90:.1f})",
+            f"{1e3 * right.p50:.1f} ({1e3 * right.p10:.1f} - {1e3 * right.p90:.1f})",
+            f"{ratio.p50:.2f}x ({ratio.p10:.2f} - {ratio.p90:.2f})",
+            str(right.count),
+        )
+        ratios.append(ratio.p50)
+    console.print(table)
+    if len(dtypes) == 1:
+        console.print("This processor has no bfloat16 instructions, so only float32 was measured.")
+    return ratios[0]
+
+
+def _show_breakdown(console: Console, breakdowns: dict[torch.dtype, tuple[list[NodeTime], list[NodeTime]]]) -> None:
+    from resnet_fast.benchmarking.peers import name_of
+    from resnet_fast.benchmarking.profile import STAGES, by_part, by_stage
+
+    for dtype, (ordinary, fused) in breakdowns.items():
+        table = Table(title=f"Where the time went, ms, {name_of(dtype)}", title_justify="left", header_style="bold")
+        table.add_column("by kind")
+        table.add_column("plain", justify="right")
+        table.add_column("fused", justify="right")
+        left, right = by_part(ordinary), by_part(fused)
+        for part in [*left, *(part for part in right if part not in left)]:
+            table.add_row(part, *(f"{1e3 * side[part]:.2f}" if part in side else "" for side in (left, right)))
+        table.add_section()
+        stages_left, stages_right = by_stage(ordinary), by_stage(fused)
+        for stage in STAGES:
+            table.add_row(stage, f"{1e3 * stages_left[stage]:.2f}", f"{1e3 * stages_right[stage]:.2f}")
+        table.add_section()
+        table.add_row("[bold]all[/]", f"{1e3 * sum(left.values()):.2f}", f"{1e3 * sum(right.values()):.2f}")
+        console.print(table)
+
+
+def _show_traffic(console: Console, network: Network) -> None:
+    """The last line of the optimizer's own report: layers fused, bytes moved before and after."""
+    from resnet_fast.graph import optimize
+
+    lines = str(optimize(network.model).report()).strip().splitlines()
+    console.print("\n".join(escape(line) for line in lines[-2:]))
+
+
+def _draw(
+    console: Console,
+    output: Path,
+    title: str,
+    breakdowns: dict[torch.dtype, tuple[list[NodeTime], list[NodeTime]]],
+) -> None:
+    from resnet_fast.benchmarking import plot
+    from resnet_fast.benchmarking.peers import name_of
+    from resnet_fast.benchmarking.profile import by_part
+
+    bars = {}
+    for dtype, (ordinary, fused) in breakdowns.items():
+        bars[f"plain, {name_of(dtype)}"] = by_part(ordinary)
+        bars[f"fused, {name_of(dtype)}"] = by_part(fused)
+    try:
+        plot.save(plot.breakdown(title, bars), output)
+    except (plot.PlotError, ImportError, OSError) as error:
+        console.print(f"[yellow]No plot:[/] {escape(one_line(error))}", soft_wrap=True)
+    else:
+        console.print(f"Plot: {escape(str(output))}", soft_wrap=True)

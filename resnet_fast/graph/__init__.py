@@ -1,0 +1,9 @@
+"""From a module to a graph of fused ops: tracing, one normal form, the passes, lowering. Knows no backend.
+
+The passes work on function calls with constant tensors only, so every front end that can give those shares them.
+"""
+
+from .optimize import OptimizedModule, optimize
+from .report import Report, Row
+
+__all__ = ["OptimizedModule", "Report", "Row", "optimize"]

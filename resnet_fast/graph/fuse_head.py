@@ -1,0 +1,51 @@
+"""Global average pool, flatten and fully connected layer at the network's end become ``head``."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from . import ir
+
+
+def fuse_head(gm: fx.GraphModule) -> None:
+    """Fuse every linear layer that alone reads the flattened global average of a batch of images."""
+    for node in list(gm.graph.nodes):
+        if not ir.is_call(node, ir.LINEAR):
+            continue
+        chain = _chain(gm, node)
+        if isinstance(chain, str):
+            ir.reject(node, chain)
+            continue
+        _, weight, bias = node.args
+        with gm.graph.inserting_before(chain[0]):
+            # The constants' own nodes may come later in the graph than the pool does.
+            weight, bias = (None if constant is None else gm.graph.node_copy(constant) for constant in (weight, bias))
+            new = ir.call(gm, ir.HEAD, (chain[0].args[0], weight, bias))
+        ir.replace(chain, new)
+    for node in gm.graph.nodes:
+        if ir.is_call(node, ir.ADAPTIVE_AVG_POOL) or ir.is_call(node, ir.MEAN):
+            ir.reject(node, "no linear layer alone reads the average over the whole image")
+        elif ir.is_call(node, ir.FLATTEN):
+            ir.reject(node, "it moves no data")
+
+
+def _chain(gm: fx.GraphModule, linear: fx.Node) -> list[fx.Node] | str:
+    """The nodes pool, flatten, linear (or mean, linear), else why they are not there."""
+    source, weight, bias = linear.args
+    if ir.tensor_of(gm, weight) is None or (bias is not None and ir.tensor_of(gm, bias) is None):
+        return "its weight or bias is computed in the graph"
+    nothing = "no global average pool feeds it alone"
+    chain = [linear]
+    if ir.is_call(source, ir.FLATTEN):
+        chain.insert(0, source)  # type: ignore[arg-type]
+        source = chain[0].args[0]
+    if not isinstance(source, fx.Node) or any(len(node.users) != 1 for node in (source, *chain[:-1])):
+        return nothing
+    whole_image = (
+        (ir.is_call(source, ir.ADAPTIVE_AVG_POOL) and source.args[1] == (1, 1) and len(chain) == 2)
+        or (ir.is_call(source, ir.MEAN) and source.args[2] == (len(chain) == 2))
+    )  # fmt: skip
+    shape = ir.shape_of(source.args[0]) if whole_image else None
+    if not whole_image or (shape is not None and len(shape) != 4):
+        return nothing
+    return [source, *chain]

@@ -1,0 +1,209 @@
+"""The vocabulary that the passes share: canonical nodes, constant tensors, shapes, and the layers a node stands for.
+
+In a graph in normal form the layers of a ResNet are calls of the functions named here, all arguments positional,
+weights as ``get_attr`` nodes. No pass lives here, and nothing here knows modules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+import resnet_fast.ops  # noqa: F401 - registers the ops of torch.ops.resnet_fast
+
+CONV = torch.conv2d
+BATCH_NORM = F.batch_norm
+RELU = torch.relu
+ADD = torch.add
+MAX_POOL = torch.max_pool2d
+ADAPTIVE_AVG_POOL = F.adaptive_avg_pool2d
+MEAN = torch.mean
+FLATTEN = torch.flatten
+LINEAR = F.linear
+CONV_BN_ACT = torch.ops.resnet_fast.conv_bn_act.default
+ADD_ACT = torch.ops.resnet_fast.add_act.default
+STEM = torch.ops.resnet_fast.stem.default
+HEAD = torch.ops.resnet_fast.head.default
+
+
+@dataclass(eq=False)
+class Layer:
+    """One layer of the model as its author wrote it; ``reason`` says why it was not fused (empty if it was).
+
+    ``removed``: it does nothing at inference, or was computed once and for all.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...] | None = None
+    bytes_before: int | None = None
+    reason: str = ""
+    removed: bool = False
+
+
+@dataclass
+class Notes:
+    """Remarks for the report, in order, each one once."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, line: str) -> None:
+        if line not in self.lines:
+            self.lines.append(line)
+
+
+class Conv(NamedTuple):
+    """The arguments of a ``conv_bn_act`` node, in the order of its schema."""
+
+    x: fx.Node
+    weight: fx.Node
+    scale: fx.Node
+    shift: fx.Node
+    residual: fx.Node | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    activation: str
+    residual_after_activation: bool
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Conv:
+        return cls(*node.args)  # type: ignore[arg-type]
+
+
+def call(gm: fx.GraphModule, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    """A node in normal form, at the graph's current insertion point."""
+    node = gm.graph.call_function(target, args)
+    node.meta["normal"] = True
+    return node
+
+
+def is_call(value: Any, target: Any) -> bool:
+    """Whether ``value`` is a node in normal form that calls the function ``target``."""
+    return calls(value, target) and bool(value.meta.get("normal"))
+
+
+def calls(value: Any, target: Any) -> bool:
+    """Whether ``value`` is a node, in whatever form, that calls the function ``target``."""
+    return isinstance(value, fx.Node) and value.op == "call_function" and value.target is target
+
+
+def plain_conv(value: Any, activation: str = "none") -> bool:
+    """Whether ``value`` is a conv_bn_act node with this activation, no residual, and exactly one user."""
+    if not is_call(value, CONV_BN_ACT) or len(value.users) != 1:
+        return False
+    conv = Conv.of(value)
+    return conv.residual is None and conv.activation == activation
+
+
+def layers_of(node: fx.Node) -> list[Layer]:
+    """The author's layers that ``node`` computes."""
+    return node.meta.get("layers", [])
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of the first of the author's layers in ``node``, else the node's own."""
+    layers = layers_of(node)
+    return layers[0].name if layers else node.name
+
+
+def reject(node: fx.Node, reason: str) -> None:
+    """Record why the layers of ``node`` stay as they are. A later pass may still take them, which clears it."""
+    for layer in layers_of(node):
+        layer.reason = reason
+
+
+def replace(old: Sequence[fx.Node], new: fx.Node) -> None:
+    """Put ``new`` in the place of the chain ``old``: users of the last one, and the layers of all of them.
+
+    The nodes of ``old`` are erased, so each but the last may have no user outside the chain.
+    """
+    last = old[-1]
+    if "value" in last.meta:
+        new.meta["value"] = last.meta["value"]
+    new.meta["layers"] = [layer for node in old for layer in layers_of(node)]
+    for layer in layers_of(new):
+        layer.reason = ""
+    last.replace_all_uses_with(new)
+    for node in reversed(old):
+        node.graph.erase_node(node)
+
+
+def tensor_of(gm: fx.GraphModule, node: Any) -> Tensor | None:
+    """The constant that a ``get_attr`` node stands for; None for anything else."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    value: Any = gm
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    return value if isinstance(value, Tensor) else None
+
+
+def identifier(name: str) -> str:
+    """``name`` as a Python identifier."""
+    cleaned = re.sub(r"\W", "_", name)
+    return cleaned if re.match(r"[A-Za-z_]", cleaned) else f"_{cleaned}"
+
+
+def free_name(gm: fx.GraphModule, name: str) -> str:
+    """``name`` as an attribute that ``gm`` does not have yet."""
+    base = candidate = identifier(name)
+    count = 1
+    while hasattr(gm, candidate):
+        candidate = f"{base}_{count}"
+        count += 1
+    return candidate
+
+
+def add_constant(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    """A ``get_attr`` node, at the graph's current insertion point, for a new buffer that holds ``tensor``."""
+    attribute = free_name(gm, name)
+    gm.register_buffer(attribute, tensor.detach())
+    node = gm.graph.create_node("get_attr", attribute)
+    node.meta["value"] = torch.empty_like(tensor, device="meta")
+    return node
+
+
+def shape_of(node: Any) -> tuple[int, ...] | None:
+    """The shape of a node's value at the example inputs, None if it is unknown or no tensor."""
+    value = node.meta.get("value") if isinstance(node, fx.Node) else None
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def dtype_of(node: Any) -> torch.dtype | None:
+    """The dtype of a node's value, None if it is unknown or no tensor."""
+    value = node.meta.get("value") if isinstance(node, fx.Node) else None
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def positions(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Where in the order of execution each node is."""
+    return {node: index for index, node in enumerate(graph.nodes)}
+
+
+def pair(value: Any) -> tuple[int, int] | None:
+    """An int or two ints as two ints; None for what is neither (a node, a string)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value, value)
+    if isinstance(value, tuple | list) and len(value) in (1, 2) and all(isinstance(item, int) for item in value):
+        return (value[0], value[-1])
+    return None
+
+
+def nodes_in(value: Any) -> list[fx.Node]:
+    """All nodes in a nest of tuples, lists, dicts and slices."""
+    found: list[fx.Node] = []
+
+    def collect(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    fx.map_arg(value, collect)
+    return found

@@ -1,0 +1,434 @@
+"""``optimize``: a frozen snapshot of a model for inference, its layers fused by the passes of this package.
+
+The order of the passes and the module they end in are here; what each does is in its own file.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from resnet_fast import backends
+
+from . import batching, ir, memory, plan, shapes
+from .fold_bn import fold_bn
+from .fuse_act import fuse_act
+from .fuse_add import fuse_add
+from .fuse_head import fuse_head
+from .fuse_stem import fuse_stem
+from .normalize import SharedMemoryError, normalize
+from .report import Report, Row
+from .trace import check, hooked, is_frozen_batch_norm, layer_kind, rebuilt, trace
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class ImageInput(NamedTuple):
+    """The one image that a graph takes: its argument's name and how many channels it must have."""
+
+    name: str
+    channels: int
+
+
+class OptimizedModule(nn.Module):
+    """A frozen model for inference, made by :func:`optimize`. Its constants are buffers; it has no training mode.
+
+    Attributes:
+        graph_module: the fused graph, an ``fx.GraphModule``.
+        dtype: what it computes in.
+        output_dtype: of its floating point results: the original model's.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        report: Report,
+        dtype: torch.dtype,
+        output_dtype: torch.dtype,
+        image: ImageInput | None,
+    ) -> None:
+        super().__init__()
+        self.training = False
+        self.graph_module = graph_module
+        self.dtype, self.output_dtype = dtype, output_dtype
+        self._report = report
+        self._image = image
+        self._separable = not batching.why_not_separable(graph_module)
+        self._pieces: dict[tuple[Any, ...], int] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original model's result, without gradients. Floating point inputs are cast to ``dtype``.
+
+        Raises:
+            TypeError, ValueError: the graph takes a single image and this is not a floating point [N, C, H, W] tensor.
+        """
+        if self._image is not None:
+            self._check_image(args[0] if args else kwargs.get(self._image.name))
+        with torch.no_grad():
+            first = args[0] if len(args) == 1 and not kwargs else None
+            if self._separable and isinstance(first, Tensor) and first.device.type == "cpu":
+                batching.prime_allocator()
+                piece = self._piece(first) if first.shape[0] > 1 else 0
+                if 0 < piece < first.shape[0]:
+                    return batching.run_pieces(self._run, first, piece)
+            return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _cast((args, kwargs), None, self.dtype)
+        device = next((leaf.device.type for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)), "cpu")
+        if torch.is_autocast_enabled(device):  # this module's dtype was chosen when it was made
+            with torch.autocast(device, enabled=False):
+                result = self.graph_module(*args, **kwargs)
+        else:
+            result = self.graph_module(*args, **kwargs)
+        return _cast(result, self.dtype, self.output_dtype)
+
+    def _piece(self, x: Tensor) -> int:
+        """How many images like ``x`` to run at a time, 0 for all."""
+        key = (*x.shape[1:], x.dtype)
+        if key not in self._pieces:
+            dtype = self.dtype if x.is_floating_point() else x.dtype
+            largest = batching.largest_tensor(self.graph_module, torch.empty(x.shape, dtype=dtype, device="meta"))
+            self._pieces[key] = max(1, batching.LARGEST_TENSOR // largest) if largest else 0
+        return self._pieces[key]
+
+    def _check_image(self, x: Any) -> None:
+        assert self._image is not None
+        channels = self._image.channels
+        expected = f"expected a floating point NCHW tensor of shape [N, {channels}, H, W]"
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{expected}, got {type(x).__name__}")
+        if not x.is_floating_point():
+            advice = "; convert it with x.float() / 255, then normalise" if x.dtype == torch.uint8 else ""
+            raise TypeError(f"{expected}, got {x.dtype} of shape {list(x.shape)}{advice}")
+        if x.dim() != 4:
+            advice = "; x.unsqueeze(0) adds the batch dimension" if x.dim() == 3 else ""
+            raise ValueError(f"{expected}, got {x.dim()}-D {x.dtype} of shape {list(x.shape)}{advice}")
+        if x.shape[1] != channels:
+            advice = "; is it NHWC? x.permute(0, 3, 1, 2) makes it NCHW" if x.shape[3] == channels else ""
+            raise ValueError(f"{expected}, got {x.dtype} of shape {list(x.shape)}{advice}")
+
+    def report(self) -> Report:
+        """What was fused and what was not, layer by layer, with the bytes moved before and after."""
+        return self._report
+
+    @property
+    def code(self) -> str:
+        """The fused graph as Python source."""
+        return self.graph_module.code
+
+    def train(self, mode: bool = True) -> OptimizedModule:
+        """Raises RuntimeError for ``mode=True``: there is nothing left in it that could be trained."""
+        if mode:
+            raise RuntimeError(
+                "this is a frozen snapshot for inference, it has no training mode; "
+                "train the original model and call optimize() again"
+            )
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModule:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            if moved.dtype is not tensor.dtype:
+                if moved.dtype is not self.dtype:
+                    raise RuntimeError(
+                        f"this is a frozen snapshot in {self.dtype}, it cannot be cast to {moved.dtype}; "
+                        f"call optimize(model, dtype={moved.dtype}) on the original model"
+                    )
+                moved = tensor.to(moved.device)  # what is stored wider than the snapshot computes stays so
+            return moved
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self._report.model}, dtype={self.dtype}"
+
+
+def _cast(value: Any, source: torch.dtype | None, target: torch.dtype) -> Any:
+    """Floating point tensors of dtype ``source`` (None: any) in a nest as ``target``."""
+    if source is target:
+        return value
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and (source is None or leaf.dtype is source):
+            return leaf.to(target)
+        return leaf
+
+    return pytree.tree_map(one, value)
+
+
+def optimize(
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    example_inputs: Tensor | Sequence[Any] | None = None,
+    cuda_graphs: bool | str = "auto",
+    backend: str = "auto",
+) -> OptimizedModule:
+    """A frozen copy of ``model`` for inference whose layers run fused; ``model`` itself is not changed.
+
+    Fused are convolution + BatchNorm (eval mode or frozen) + residual + ReLU, the stem with its max-pool, global
+    average pool + linear, and addition + ReLU. Everything else runs as before; ``report()`` of the result lists both.
+    It is valid for every batch and image size that the model takes.
+
+    Args:
+        model: a module in eval mode that ``torch.fx`` can trace, or an ``fx.GraphModule``.
+        dtype: what to compute in: torch.float32, bfloat16, float16 or float64; None keeps the parameters' dtype.
+            BatchNorm is folded in float64 and each weight rounded once. Results come in the model's own dtype.
+        example_inputs: a tensor or a sequence of the model's positional arguments, read for its sizes.
+            None: one image of the first convolution's channels, 224x224 or the first other size that fits.
+        cuda_graphs: "auto" or False; True is refused, since this version records none.
+        backend: "auto" or a name from ``resnet_fast.backends.available()``.
+
+    Raises:
+        ValueError: the model or one of its batch norms is in training mode, or an argument has an impossible value.
+        TypeError: the model cannot be traced (or is no module), or an argument has the wrong type.
+        NotImplementedError: cuda_graphs=True.
+    """
+    check(model)
+    device, original = _device_and_dtype(model, dtype)
+    _check_options(dtype, cuda_graphs, backend, device)
+    target = original if dtype is None else dtype
+    notes = ir.Notes()
+    hooks = hooked(model)
+    if hooks:
+        names = ", ".join(hooks)
+        notes.add(f"forward hooks are not kept: {names}")
+        warnings.warn(f"optimize: forward hooks are not kept in the frozen snapshot: {names}", stacklevel=2)
+
+    gm = trace(model)
+    inputs, problem = _example(gm, example_inputs, original)
+    layers = _annotate(gm, inputs)
+    if problem:
+        notes.add(f"shapes are unknown, additions are not fused: {problem}")
+    try:
+        normalize(gm, notes)
+    except SharedMemoryError as error:
+        gm = rebuilt(trace(model))
+        layers = _annotate(gm, inputs)
+        image = None
+        for layer in layers:
+            layer.reason = f"in-place writes are kept as they are: {error}"
+        notes.add(f"nothing is fused: {error}")
+    else:
+        image = shapes.image_input(gm)
+        fold_bn(gm, torch.float64 if torch.float64 in (target, original) else torch.float32)
+        fuse_act(gm)
+        if inputs is not None:
+            shapes.mark_equal_adds(gm, inputs)
+        fuse_add(gm)
+        fuse_stem(gm)
+        fuse_head(gm)
+        gm = plan.lower(gm, target, backend)
+    _freeze(gm, target)
+    report = _report(gm, type(model).__name__, layers, inputs, target, backend, notes)
+    result = OptimizedModule(
+        gm, report, target, original, None if image is None else ImageInput(str(image[0].target), image[1])
+    )
+    for node in gm.graph.nodes:
+        node.meta = {}
+    return result
+
+
+def _check_options(dtype: Any, cuda_graphs: Any, backend: Any, device: torch.device) -> None:
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"optimize: dtype is {dtype!r}; it must be None or one of {', '.join(map(str, _DTYPES))}")
+    if not (cuda_graphs is True or cuda_graphs is False or cuda_graphs == "auto"):
+        raise ValueError(f"optimize: cuda_graphs is {cuda_graphs!r}; it must be 'auto', True or False")
+    if cuda_graphs is True:
+        if device.type != "cuda":
+            raise ValueError(f"optimize: cuda_graphs=True needs the model on a CUDA device, it is on {device}")
+        raise NotImplementedError("optimize: this version records no CUDA graphs; use cuda_graphs='auto' or False")
+    states = backends.available()
+    if backend != "auto" and backend not in states:
+        raise ValueError(f"optimize: backend is {backend!r}; it must be one of {['auto', *states]}")
+    if backend != "auto" and states[backend]:
+        raise RuntimeError(f"optimize: backend {backend!r} cannot be used here: {states[backend]}")
+
+
+def _device_and_dtype(model: nn.Module, asked: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    """The first parameter's (or buffer's) device, and the floating point dtype of the model's layers.
+
+    Batch norms may be wider than the rest, as is usual beside half precision; other mixtures need ``dtype``.
+    """
+    tensors: dict[torch.dtype, str] = {}
+    norms: dict[torch.dtype, str] = {}
+    device = torch.device("cpu")
+    for name, module in model.named_modules():
+        norm = isinstance(module, _BatchNorm) or is_frozen_batch_norm(module)
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if not tensors and not norms:
+                device = tensor.device
+            if tensor.is_floating_point():
+                (norms if norm else tensors).setdefault(tensor.dtype, f"{name}.{key}" if name else key)
+    found = tensors or norms or {torch.get_default_dtype(): ""}
+    if len(found) > 1 and asked is None:
+        mixture = ", ".join(f"{name} is {dtype}" for dtype, name in found.items())
+        raise ValueError(f"optimize: the model mixes dtypes ({mixture}); pass the dtype to compute in")
+    return device, next(iter(found))
+
+
+def _example(gm: fx.GraphModule, given: Any, dtype: torch.dtype) -> tuple[tuple[Any, ...] | None, str]:
+    """Inputs to find shapes with, and why there are none."""
+    if given is None:
+        return shapes.default_inputs(gm, dtype, shapes.module_image_channels(gm))
+    if isinstance(given, Mapping) or not isinstance(given, Tensor | Sequence) or isinstance(given, str):
+        raise TypeError(
+            f"optimize: example_inputs is a {type(given).__name__}; it must be a tensor or a sequence of the model's "
+            "positional arguments"
+        )
+    inputs = (given,) if isinstance(given, Tensor) else tuple(given)
+    cast_inputs = _cast(inputs, None, dtype)
+    error = shapes.run(gm, cast_inputs).error
+    if error:
+        try:  # perhaps only tensors without data are the problem
+            with torch.no_grad():
+                gm(*cast_inputs)
+        except Exception as real:
+            described = ", ".join(_described(value) for value in inputs)
+            raise ValueError(
+                f"optimize: the model does not accept example_inputs {described}: {shapes.first_line(real)}"
+            ) from real
+        return cast_inputs, error
+    return cast_inputs, ""
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"[{'x'.join(map(str, value.shape))} {str(value.dtype).removeprefix('torch.')}]"
+    return repr(value)
+
+
+def _annotate(gm: fx.GraphModule, inputs: tuple[Any, ...] | None) -> list[ir.Layer]:
+    """Shapes where they can be known, and a ``Layer`` for every node that computes a tensor."""
+    if inputs is not None:
+        shapes.annotate(gm, inputs)
+    layers: list[ir.Layer] = []
+    for node in gm.graph.nodes:
+        if node.op not in ("call_module", "call_function", "call_method") or not memory.holds_tensor(node):
+            continue
+        if node.op == "call_function" and node.target in (getattr, operator.getitem) and not memory.is_tensor(node):
+            continue
+        name, kind = layer_kind(gm, node)
+        value = node.meta.get("value")
+        shape = tuple(value.shape) if isinstance(value, Tensor) else None
+        layer = ir.Layer(name, kind, shape, _bytes_moved(gm, node, {n: n.meta.get("value") for n in gm.graph.nodes}))
+        node.meta["layers"] = [layer]
+        layers.append(layer)
+    return layers
+
+
+def _bytes_moved(gm: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> int | None:
+    """Inputs + constants read and output written by one node; 0 for a view, None where a shape is unknown."""
+    result = values.get(node)
+    if result is None or isinstance(result, shapes.Unknown):
+        return None
+    written = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    read: list[Tensor] = []
+    for source in node.all_input_nodes:
+        value = values.get(source)
+        if value is None or isinstance(value, shapes.Unknown):
+            return None
+        read.extend(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+    storages = {tensor.untyped_storage()._cdata for tensor in read}
+    if all(tensor.untyped_storage()._cdata in storages for tensor in written) and not memory.written(gm, node):
+        return 0
+    total = sum(tensor.numel() * tensor.element_size() for tensor in (*read, *written))
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        if isinstance(module, plan.Fused):
+            return total + module.constant_bytes()
+        constants = (*module.parameters(), *module.buffers())
+        total += sum(tensor.numel() * tensor.element_size() for tensor in constants if tensor.dim())
+    return total
+
+
+def _freeze(gm: fx.GraphModule, dtype: torch.dtype) -> None:
+    """Parameters that are left become buffers without gradient, floating point ones in ``dtype``."""
+    kept: set[Tensor] = set()  # statistics stay wide beside half precision
+    for node in gm.graph.nodes:
+        if ir.calls(node, ir.BATCH_NORM):
+            kept |= {tensor for source in node.all_input_nodes if (tensor := ir.tensor_of(gm, source)) is not None}
+
+    def target(tensor: Tensor, wide: bool) -> Tensor:
+        tensor = tensor.detach()
+        if not tensor.is_floating_point() or (wide and tensor.dtype.itemsize > dtype.itemsize):
+            return tensor
+        return tensor.to(dtype)
+
+    leaves = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    for name, module in gm.named_modules():
+        if isinstance(module, plan.Fused):
+            continue
+        inside_leaf = any(name == leaf or name.startswith(f"{leaf}.") for leaf in leaves)
+        norm = isinstance(module, _BatchNorm)
+        for key, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[key] = target(buffer, norm or buffer in kept)
+        for key, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            value = target(parameter, norm or parameter in kept)
+            if inside_leaf:
+                parameter.requires_grad_(False)
+                parameter.data = value
+            else:
+                del module._parameters[key]
+                module.register_buffer(key, value)
+    for module in gm.modules():
+        if isinstance(module, plan.Fused):
+            module.prepare()
+
+
+def _report(
+    gm: fx.GraphModule,
+    model: str,
+    layers: list[ir.Layer],
+    inputs: tuple[Any, ...] | None,
+    dtype: torch.dtype,
+    backend: str,
+    notes: ir.Notes,
+) -> Report:
+    values = {} if inputs is None else shapes.run(gm, _cast(_metas(inputs), None, dtype)).values
+    rows: dict[ir.Layer, Row] = {}
+    for node in gm.graph.nodes:
+        members = ir.layers_of(node)
+        after = _bytes_moved(gm, node, values)
+        op, runs = "", "torch"
+        if node.op == "call_module" and isinstance(module := gm.get_submodule(str(node.target)), plan.Fused):
+            op, runs = module.op, module.backend
+        elif node.target in (ir.ADD_ACT, plan.add_act_reference):
+            op, runs = "add_act", _add_act_backend(gm, backend)
+        for index, layer in enumerate(members):
+            reason = "" if op else layer.reason or ("it moves no data" if after == 0 else "no fused form of this layer")
+            fused = f"{op} {members[0].name}" if op else ""
+            moved = after if index == 0 else 0
+            rows[layer] = Row(layer.name, layer.kind, fused, reason, runs, layer.shape, layer.bytes_before, moved)
+    for layer in layers:
+        if layer not in rows:
+            rows[layer] = Row(layer.name, layer.kind, "", "", "", layer.shape, layer.bytes_before, 0)
+    if any(parameter.device.type == "cuda" for parameter in gm.buffers()):
+        notes.add("cuda_graphs: this version records none")
+    ordered = tuple(rows[layer] for layer in layers)
+    example = () if inputs is None else tuple(_described(value) for value in inputs)
+    return Report(model, str(dtype).removeprefix("torch."), example, ordered, tuple(notes.lines))
+
+
+def _metas(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(torch.empty_like(v, device="meta") if isinstance(v, Tensor) else v for v in inputs)
+
+
+def _add_act_backend(gm: fx.GraphModule, backend: str) -> str:
+    """What the add_act op will choose on the device of this graph."""
+    device = next((buffer.device.type for buffer in gm.buffers()), "cpu")
+    if device != "cpu" or backend == "reference" or not backends.runs("onednn", device):
+        return "reference"
+    return "onednn"

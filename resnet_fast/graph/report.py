@@ -1,0 +1,119 @@
+"""What ``optimize`` did to each layer, as data and as a table. It computes nothing about the graph itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of the original model.
+
+    Attributes:
+        name, kind: of the layer; a module's qualified name and class, or a function call's.
+        fused: the fused op it became part of, and the layer that op is named after; "" if it was not fused.
+        reason: why it was not fused; "" if it was.
+        backend: what runs it: a backend's name, "torch" for a plain torch op, "" if nothing is left to run.
+        shape: of its output at the example input; None if unknown.
+        bytes_before: inputs + weights + output, the layer run by itself; None if unknown.
+        bytes_after: the fused op's inputs, weights and output, counted at its first layer, 0 at the others.
+    """
+
+    name: str
+    kind: str
+    fused: str
+    reason: str
+    backend: str
+    shape: tuple[int, ...] | None
+    bytes_before: int | None
+    bytes_after: int | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The layers in the model's order, the example inputs that the shapes and bytes belong to, and remarks."""
+
+    model: str
+    dtype: str
+    example: tuple[str, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def fused(self) -> tuple[Row, ...]:
+        """The layers that are part of a fused op."""
+        return tuple(row for row in self.rows if row.fused)
+
+    @property
+    def not_fused(self) -> tuple[Row, ...]:
+        """The layers that run as they did before, with the reason."""
+        return tuple(row for row in self.rows if not row.fused and row.reason)
+
+    @property
+    def bytes_before(self) -> int | None:
+        """Total over all layers, None if one of them is unknown."""
+        return _total([row.bytes_before for row in self.rows])
+
+    @property
+    def bytes_after(self) -> int | None:
+        """Total over all fused ops and remaining layers, None if one of them is unknown."""
+        return _total([row.bytes_after for row in self.rows])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers, with the totals."""
+        totals = {
+            "layers": len(self.rows),
+            "fused": len(self.fused),
+            "not_fused": len(self.not_fused),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+        data = asdict(self)
+        for row in data["rows"]:
+            row["shape"] = None if row["shape"] is None else list(row["shape"])
+        return {**data, "rows": list(data["rows"]), "example": list(self.example), "notes": list(self.notes), **totals}
+
+    def __str__(self) -> str:
+        header = ("layer", "kind", "fused into", "runs on", "output", "before", "after")
+        lines = [header, *(self._cells(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        right = (False, False, False, False, False, True, True)
+
+        def line(cells: tuple[str, ...]) -> str:
+            aligned = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
+            return "  ".join(aligned).rstrip()
+
+        text = [f"{self.model} in {self.dtype}, example input {', '.join(self.example) or 'unknown'}", ""]
+        text += [line(header), "  ".join("-" * width for width in widths), *(line(cells) for cells in lines[1:])]
+        text += ["", f"{len(self.fused)} of {len(self.rows)} layers fused, {len(self.not_fused)} not fused"]
+        before, after = self.bytes_before, self.bytes_after
+        if before is not None and after is not None:
+            ratio = f" ({before / after:.2f} times less)" if after else ""
+            text.append(f"bytes moved: {_size(before)} before, {_size(after)} after{ratio}")
+        else:
+            text.append("bytes moved: unknown")
+        text += [f"note: {note}" for note in self.notes]
+        return "\n".join(text)
+
+    @staticmethod
+    def _cells(row: Row) -> tuple[str, ...]:
+        shape = "?" if row.shape is None else "x".join(map(str, row.shape))
+        fused = row.fused or (f"not fused: {row.reason}" if row.reason else "removed: nothing left to compute")
+        return row.name, row.kind, fused, row.backend, shape, _size(row.bytes_before), _size(row.bytes_after)
+
+
+def _total(values: list[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _size(value: int | None) -> str:
+    if value is None:
+        return "?"
+    if value < 1000:
+        return f"{value} B" if value else "0"
+    for unit, size in (("kB", 1e3), ("MB", 1e6)):
+        if value < size * 1000:
+            return f"{value / size:.1f} {unit}"
+    return f"{value / 1e9:.2f} GB"

@@ -1,0 +1,170 @@
+"""Shapes and dtypes of every value in a graph, found by running it on tensors without data (device "meta").
+
+Used for decisions that need shapes and for the report; what is fused stays valid for every batch and image size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .ir import ADD, CONV, calls, is_call, nodes_in, tensor_of
+
+
+class Unknown:
+    """The value of a node that could not be computed."""
+
+
+UNKNOWN = Unknown()
+_SIZES = (224, 299, 64, 32, 28, 96, 128, 256, 384, 512)
+
+
+class MetaRun(fx.Interpreter):
+    """Runs a graph on meta tensors; ``values`` has what each node gave, ``error`` the first thing that went wrong."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.values: dict[fx.Node, Any] = {}
+        self.error: str = ""
+        self._metas: dict[int, Tensor] = {}
+
+    def _meta(self, tensor: Tensor) -> Tensor:
+        key = id(tensor)
+        if key not in self._metas:
+            self._metas[key] = torch.empty_like(tensor, device="meta", requires_grad=False)
+        return self._metas[key]
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = self.fetch_attr(target)
+        return self._meta(value) if isinstance(value, Tensor) else value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        if isinstance(module, _BatchNorm) and not module.training and len(args) == 1:
+            return torch.empty_like(args[0])  # its meta kernel takes as long as all other layers together
+        plain: Callable[..., Any] | None = getattr(module, "plain", None)  # the fused modules of plan.py
+        state = {name: self._meta(value) for name, value in (*module.named_parameters(), *module.named_buffers())}
+        if plain is None:
+            return torch.func.functional_call(module, state, args, kwargs)
+        return plain(state, *args, **kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if any(self.env.get(node) is UNKNOWN for node in nodes_in((n.args, n.kwargs))):
+            value: Any = UNKNOWN
+        else:
+            try:
+                value = super().run_node(n)
+            except Exception as error:
+                self.error = self.error or f"{n.name}: {first_line(error)}"
+                value = UNKNOWN
+        self.values[n] = value
+        return value
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message, first line only."""
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]
+
+
+def run(gm: fx.GraphModule, inputs: Sequence[Any]) -> MetaRun:
+    """Run ``gm`` on ``inputs`` (tensors are replaced by meta ones). Never raises; see ``MetaRun.error``."""
+    metas = [torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value for value in inputs]
+    interpreter = MetaRun(gm)
+    with torch.no_grad(), torch.device("meta"):
+        try:
+            interpreter.run(*metas, enable_io_processing=False)
+        except Exception as error:  # fewer inputs than placeholders, for one
+            interpreter.error = interpreter.error or first_line(error)
+    return interpreter
+
+
+def annotate(gm: fx.GraphModule, inputs: Sequence[Any]) -> str:
+    """Put each node's meta value into ``node.meta["value"]``; returns what went wrong, "" if nothing did."""
+    result = run(gm, inputs)
+    for node in gm.graph.nodes:
+        value = result.values.get(node, UNKNOWN)
+        if value is not UNKNOWN:
+            node.meta["value"] = value
+        else:
+            node.meta.pop("value", None)
+    return result.error
+
+
+def required_inputs(gm: fx.GraphModule) -> list[fx.Node]:
+    """The placeholders without a default value."""
+    return [node for node in gm.graph.nodes if node.op == "placeholder" and not node.args]
+
+
+def default_inputs(gm: fx.GraphModule, dtype: torch.dtype, channels: int | None) -> tuple[tuple[Any, ...] | None, str]:
+    """Example inputs for a graph with one image input of ``channels`` channels; None and the reason if none fit."""
+    if channels is None or len(required_inputs(gm)) != 1:
+        return None, "no single image input; pass example_inputs to optimize()"
+    reason = ""
+    for size in _SIZES:
+        inputs = (torch.empty((1, channels, size, size), dtype=dtype, device="meta"),)
+        error = run(gm, inputs).error
+        if not error:
+            return inputs, ""
+        reason = reason or error
+    return None, f"no example input was found that the model accepts ({reason}); pass example_inputs to optimize()"
+
+
+def mark_equal_adds(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Set ``meta["same_shape"]`` on the additions whose operands have one shape and dtype whatever the input's size.
+
+    Equal sizes at one input may be chance (a batch of one, a 1x1 map), so they must also be equal for a larger batch,
+    and for a larger image where the model takes one.
+    """
+    runs = [run(gm, inputs)]
+    for growth in ((1, 0, 0, 0), (2, 0, 96, 160)):
+        if not all(isinstance(value, Tensor) and value.dim() > 0 for value in inputs):
+            break
+        grown = [
+            value.new_empty([size + extra for size, extra in zip(value.shape, growth, strict=False)], device="meta")
+            if value.dim() == 4
+            else value.new_empty([value.shape[0] + growth[0], *value.shape[1:]], device="meta")
+            for value in inputs
+        ]
+        result = run(gm, grown)
+        if not result.error:
+            runs.append(result)
+
+    def equal(values: dict[fx.Node, Any], a: Any, b: Any) -> bool:
+        x, y = values.get(a), values.get(b)
+        return isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and x.dtype == y.dtype
+
+    for node in gm.graph.nodes:
+        if is_call(node, ADD):
+            node.meta["same_shape"] = len(runs) > 1 and all(equal(result.values, *node.args) for result in runs)
+
+
+def image_input(gm: fx.GraphModule) -> tuple[fx.Node, int] | None:
+    """The placeholder that a convolution reads and its channels, where the graph has exactly one required input."""
+    inputs = required_inputs(gm)
+    if len(inputs) != 1:
+        return None
+    for node in gm.graph.nodes:
+        if is_call(node, CONV) and node.args[0] is inputs[0]:
+            weight = tensor_of(gm, node.args[1])
+            if weight is not None:
+                return inputs[0], weight.shape[1] * node.args[6]
+    return None
+
+
+def module_image_channels(gm: fx.GraphModule) -> int | None:
+    """The input channels of the first convolution, module or function: what an example image must have."""
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            module = gm.get_submodule(str(node.target))
+            if isinstance(module, nn.Conv2d):
+                return module.in_channels
+        elif calls(node, CONV) and len(node.args) > 1:
+            weight = tensor_of(gm, node.args[1])
+            if weight is not None:
+                groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+                return weight.shape[1] * groups if isinstance(groups, int) else None
+    return None

@@ -1,0 +1,418 @@
+"""The measuring harness: what it refuses, in which order it runs, what it computes, and how it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import report
+from resnet_fast.benchmarking import gate, machine, network, peers, plot, profile, results, timing
+from resnet_fast.benchmarking.compare import Setting, compare, fresh_model, ratios
+from resnet_fast.benchmarking.timing import Schedule
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small networks are quickest on one thread, and threads that wait for each other suffer from other processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Clock:
+    """A clock that only moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return fresh_model("resnet18", image_size=64)
+
+
+QUICK = Schedule(rounds=2, calls=2, pause=0.0)
+
+
+# --- timing
+
+
+def test_quantiles_interpolate() -> None:
+    assert timing.quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
+    found = timing.summarize([float(n) for n in range(11)])
+    assert (found.p10, found.p50, found.p90, found.min, found.max, found.count) == (1, 5, 9, 0, 10, 11)
+    assert timing.quantile([7.0], 0.9) == 7.0
+
+
+@pytest.mark.parametrize(("values", "fraction"), [([], 0.5), ([1.0], 1.5), ([1.0], -0.1)])
+def test_quantile_refuses(values: list[float], fraction: float) -> None:
+    with pytest.raises(ValueError, match="quantile"):
+        timing.quantile(values, fraction)
+
+
+def test_rotation_gives_everybody_every_place() -> None:
+    names = ["a", "b", "c"]
+    orders = [timing.rotated(names, number) for number in range(6)]
+    assert all(sorted(order) == names for order in orders)
+    for place in range(3):
+        assert {order[place] for order in orders} == set(names)
+    followers = {(order[i], order[i + 1]) for order in orders for i in range(2)}
+    assert len(followers) == 6  # everybody follows everybody else at some time
+    assert timing.rotated([], 3) == []
+
+
+def test_interleave_runs_turns_in_rotated_order_and_times_only_the_calls() -> None:
+    clock, log = Clock(), []
+
+    def contestant(name: str, cost: float) -> Callable[[int], None]:
+        def call(number: int) -> None:
+            log.append((name, number))
+            clock.now += cost
+
+        return call
+
+    fractions: list[float] = []
+    samples = timing.interleave(
+        {"a": contestant("a", 1.0), "b": contestant("b", 2.0)},
+        Schedule(rounds=3, calls=2, warmup=1, pause=0.5),
+        clock=clock,
+        sleep=clock.sleep,
+        progress=fractions.append,
+    )
+    assert samples == {"a": [[1.0, 1.0]] * 3, "b": [[2.0, 2.0]] * 3}
+    turns = [name for name, _ in log[::3]]
+    assert turns == ["a", "b", "a", "b", "a", "b"]  # rotated once, then reversed; rotated twice
+    assert [number for name, number in log if name == "a"] == [number for name, number in log if name == "b"]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+    assert clock.now == 3 * (2 * 0.5 + 3 * 1.0 + 3 * 2.0)
+
+
+def test_interleave_by_seconds_does_the_least_number_of_rounds() -> None:
+    clock = Clock()
+
+    def call(number: int) -> None:
+        clock.now += 1.0
+
+    slow = timing.interleave({"a": call}, Schedule(seconds=0.1, min_rounds=4, pause=0), clock=clock, sleep=clock.sleep)
+    assert len(slow["a"]) == 4
+    long = timing.interleave({"a": call}, Schedule(seconds=50, min_rounds=4, pause=0), clock=clock, sleep=clock.sleep)
+    assert len(long["a"]) == 10  # five calls of a second each
+    assert timing.interleave({}, Schedule()) == {}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rounds": 0}, {"seconds": 0.0}, {"calls": 0}, {"warmup": -1}, {"pause": -0.1}, {"min_rounds": 0}]
+)
+def test_schedule_refuses(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Schedule(**wrong)
+
+
+def test_paired_ratio_cancels_what_slows_a_whole_round() -> None:
+    ours, theirs = [[1.0, 1.0], [10.0, 10.0], [1.0, 1.0]], [[2.0, 2.0], [20.0, 20.0], [2.0, 2.0]]
+    found = timing.paired_ratio(ours, theirs)
+    assert (found.p10, found.p50, found.p90) == (2.0, 2.0, 2.0)
+    with pytest.raises(ValueError, match="3 rounds against 2"):
+        timing.paired_ratio(ours, theirs[:2])
+
+
+def test_ratios_find_the_best_foreign_contestant() -> None:
+    samples = {"optimize": [[1.0]], "live": [[0.5]], "eager": [[3.0]], "openvino": [[2.0]]}
+    found = ratios(samples)
+    assert found["best_peer"] == "openvino"
+    assert {name: ratio["p50"] for name, ratio in found["against"].items()} == {"live": 0.5, "eager": 3, "openvino": 2}
+    assert ratios({"optimize": [[1.0]]}) == {"against": {}, "best_peer": None}
+
+
+# --- the gate
+
+
+def test_gate_lets_the_right_answer_pass_and_stops_the_wrong_ones() -> None:
+    exact = torch.randn(4, 10, dtype=torch.float64)
+    plain = exact.float() * (1 + 1e-6)
+    assert gate.judge(exact.float(), plain, exact, torch.float32).passed
+    assert gate.judge(exact.float() * (1 + 1.9e-6), plain, exact, torch.float32).passed
+    wrong = gate.judge(exact.float() * (1 + 4e-6), plain, exact, torch.float32)
+    assert not wrong.passed
+    assert "beyond the allowed" in wrong.reason
+    assert "shape" in gate.judge(exact[:2].float(), plain, exact, torch.float32).reason
+    hole = exact.float()
+    hole[0, 0] = math.nan
+    assert gate.judge(hole, plain, exact, torch.float32).reason == "answer is not finite"
+    swapped = exact.float().flip(0)
+    assert not gate.judge(swapped, plain, exact, torch.bfloat16).passed
+
+
+@pytest.mark.parametrize("unfit", [torch.zeros(0), torch.ones(5), torch.tensor([1.0, math.inf])])
+def test_gate_refuses_references_that_cannot_judge(unfit: Tensor) -> None:
+    with pytest.raises(ValueError, match="nothing can be judged by it"):
+        gate.judge(unfit, unfit, unfit.double(), torch.float32)
+    with pytest.raises(ValueError, match=r"torch\.float64"):
+        gate.judge(torch.rand(3), torch.rand(3), torch.rand(3), torch.float32)
+
+
+# --- the network
+
+
+def test_randomized_networks_are_seeded_varied_and_sane() -> None:
+    first, again = (fresh_model("resnet18", image_size=64) for _ in range(2))
+    for (name, a), (_, b) in zip(first.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert not first.training
+    norm = first.layer1[0].bn1  # type: ignore[union-attr, index]
+    assert norm.momentum == 0.1
+    assert norm.running_var.std() > 0 and norm.weight.std() > 0 and norm.running_mean.abs().max() > 0
+    batch = network.seeded_batches((2, 3, 64, 64), 1, seed=9)[0]
+    with torch.no_grad():
+        answer = first(batch)
+    assert answer.isfinite().all() and answer.std() > 0.01 and not torch.equal(answer[0], answer[1])
+
+
+def test_plain_is_the_same_network_in_torch_layers(model: nn.Module) -> None:
+    layers = peers.plain(model)
+    kinds = {type(module).__module__.split(".")[1] for module in layers.modules() if not list(module.children())}
+    assert kinds == {"nn"}
+    batch = network.seeded_batches((2, 3, 64, 64), 1)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(layers(batch), model(batch), rtol=1e-5, atol=1e-5)
+
+    class Quantized(nn.Identity):
+        pass
+
+    class CallsOurs(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.resnet_fast.add_act.default(x, x, "relu")
+
+    Quantized.__module__ = "torch.ao.nn.somewhere"  # a layer to fx, but none of torch.nn
+    with pytest.raises(TypeError, match=r"layer 0 is a .*Quantized"):
+        peers.plain(nn.Sequential(Quantized()))
+    with pytest.raises(TypeError, match="no plain torch function"):
+        peers.plain(CallsOurs())
+
+
+# --- the comparison
+
+
+def test_compare_times_the_right_and_reports_the_rest(model: nn.Module) -> None:
+    def build_wrong(task: peers.Task) -> peers.Contestant:
+        right = peers.PEERS["eager"].build(task)
+        return dataclasses.replace(right, result=lambda output: output * 1.001)
+
+    def build_broken(task: peers.Task) -> peers.Contestant:
+        raise OSError("no such\nlibrary")
+
+    lineup = dict(peers.PEERS) | {
+        "live": peers.Peer("live", "wrong on purpose", build_wrong),
+        "onnxruntime": peers.Peer("onnxruntime", "broken on purpose", build_broken),
+        "openvino": peers.Peer("openvino", "missing on purpose", build_broken, needs=("no_such_module",)),
+        "inductor": peers.Peer("inductor", "other precision", build_broken, dtypes=(torch.bfloat16,)),
+    }
+    stages: list[str] = []
+    setting = Setting(arch="resnet18", image_size=64, batch=3, schedule=QUICK)
+    found = compare(setting, model, peers=lineup, progress=lambda stage, fraction: stages.append(stage))
+
+    rows = found["contestants"]
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "optimize": "timed",
+        "live": "wrong",
+        "eager": "timed",
+        "inductor": "excluded",
+        "onnxruntime": "excluded",
+        "openvino": "excluded",
+    }
+    assert "beyond the allowed" in rows["live"]["reason"]
+    assert "seconds" not in rows["live"] and "live" not in found["samples"]
+    assert rows["onnxruntime"]["reason"] == "failed: OSError: no such library"
+    assert "pip install 'resnet_fast[bench]'" in rows["openvino"]["reason"]
+    assert "not at this precision" in rows["inductor"]["reason"]
+    assert found["ratios"]["best_peer"] == "eager"
+    assert rows["eager"]["seconds"]["count"] == 4
+    assert [len(turn) for turn in found["samples"]["eager"]] == [2, 2]
+    assert stages.index("checked") < stages.index("measuring")
+    assert json.loads(results.dumps(found))["machine"]["versions"]["torch"] == torch.__version__
+
+
+def test_compare_fails_if_the_optimized_network_is_wrong(model: nn.Module) -> None:
+    def build(task: peers.Task) -> peers.Contestant:
+        right = peers.PEERS["eager"].build(task)
+        return dataclasses.replace(right, result=lambda output: output + 1)
+
+    lineup = dict(peers.PEERS) | {"optimize": peers.Peer("optimize", "wrong", build)}
+    with pytest.raises(RuntimeError, match=r"could not be measured: error .* is beyond"):
+        compare(Setting(image_size=64, peers=("eager",), schedule=QUICK), model, peers=lineup)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch": 0}, "batch is 0"),
+        ({"image_size": 8}, "image size is 8"),
+        ({"dtype": torch.int8}, "dtype is"),
+        ({"peers": ("tensorflow",)}, "unknown peer 'tensorflow'; there are optimize"),
+    ],
+)
+def test_setting_refuses(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Setting(**wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["live", "onnxruntime", "openvino"])
+def test_contestants_give_the_right_answer(name: str, dtype: torch.dtype, model: nn.Module, tmp_path: Path) -> None:
+    peer = peers.PEERS[name]
+    reason = peer.missing(dtype)
+    if reason:
+        pytest.skip(reason)
+    batch = network.seeded_batches((2, 3, 64, 64), 1)[0].to(dtype).float()
+    contestant = peer.build(peers.Task(model, batch, dtype, 1, tmp_path))
+    with torch.no_grad():
+        exact = peers.plain(model).double()(batch.double())
+        plain = peers.plain(model).to(dtype)(batch.to(dtype))
+    assert gate.judge(contestant(batch), plain, exact, dtype).reason == ""
+
+
+@pytest.mark.slow
+def test_inductor_contestant_is_frozen(tmp_path: Path) -> None:
+    small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    batch = torch.randn(1, 3, 8, 8)
+    try:
+        contestant = peers.PEERS["inductor"].build(peers.Task(small, batch, torch.float32, 1, tmp_path))
+    except Exception as error:  # there is no C++ compiler on every machine
+        pytest.skip(f"inductor does not work here: {error}")
+    with torch.no_grad():
+        torch.testing.assert_close(contestant(batch), small(batch), rtol=1e-4, atol=1e-4)
+
+
+# --- where the time goes
+
+
+def test_node_times_name_kinds_and_stages(model: nn.Module) -> None:
+    from resnet_fast.graph import optimize
+
+    batch = network.seeded_batches((1, 3, 64, 64), 1)[0]
+    plain, fused = profile.node_times([peers.plain(model), optimize(model).graph_module], batch, runs=2)
+    assert {"convolution", "batch norm", "relu", "add", "pooling", "linear"} <= set(profile.by_part(plain))
+    assert set(profile.by_part(fused)) == {"fused stem", "fused conv + BN + add + ReLU", "fused head"}
+    assert sum(time.part == "convolution" for time in plain) == 20
+    assert sum(time.part == "add" for time in plain) == 8
+    for times in (plain, fused):
+        assert all(seconds > 0 for seconds in profile.by_stage(times).values())
+        assert list(profile.by_stage(times)) == list(profile.STAGES)
+    assert set(profile.by_part(plain)) | set(profile.by_part(fused)) <= set(plot.PARTS)
+
+
+# --- the machine
+
+
+def test_machine_describes_this_one() -> None:
+    found = machine.describe()
+    assert found.cpu and found.cores >= 1 and found.threads == torch.get_num_threads()
+    assert found.versions["torch"] == torch.__version__ and found.versions["resnet_fast"]
+    assert found.slug == found.slug.lower() and " " not in found.slug and found.slug.endswith("cores")
+    assert str(found.threads) in found.summary
+    json.loads(results.dumps(found.as_dict()))
+
+
+def test_machine_slug_drops_decoration() -> None:
+    found = dataclasses.replace(machine.describe(), cpu="Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", cores=8)
+    assert found.slug == "intel-xeon-platinum-8481c-8-cores"
+
+
+def test_disturbance_is_read_or_unknown() -> None:
+    cores = machine.Disturbance().cores()
+    assert cores is None or cores >= 0
+
+
+# --- files
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep" / "result.json"
+    results.write(path, {"schema": 1, "nan": math.nan, "pair": (1, 2.5)})
+    assert results.read(path) == {"schema": 1, "nan": None, "pair": [1, 2.5]}
+    assert '"pair": [1, 2.5]' in path.read_text()
+
+    def fail(source: Any, target: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        results.write(path, {"schema": 1, "new": True})
+    assert "new" not in results.read(path)
+    assert [entry.name for entry in path.parent.iterdir()] == ["result.json"]
+    with pytest.raises(TypeError):
+        results.write(path, {"schema": object()})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99}', "\x00"])
+def test_results_refuse_other_files(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="is not a result file"):
+        results.read(path)
+
+
+@pytest.fixture(scope="module")
+def result(model: nn.Module) -> dict[str, Any]:
+    setting = Setting(arch="resnet18", image_size=64, peers=("eager",), schedule=QUICK)
+    return compare(setting, model)
+
+
+def test_plots_are_drawn(result: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    first = plot.save(plot.comparison(result), tmp_path / "a.svg").read_bytes()
+    assert b"resnet_fast.optimize()" in first
+    assert plot.save(plot.comparison(result), tmp_path / "b.svg").read_bytes() == first
+    bars = {"plain": {"convolution": 0.2, "relu": 0.1}, "fused": {"fused head": 0.1}}
+    assert plot.save(plot.breakdown("title", bars), tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(plot.PlotError, match="must end in"):
+        plot.save(plot.breakdown("title", bars), tmp_path / "c.txt")
+
+
+def test_plots_without_matplotlib_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(plot.PlotError, match=r"pip install 'resnet_fast\[plot\]'"):
+        plot.check("a.png")
+
+
+def test_report_writes_between_the_markers_and_checks(
+    result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    results.write(tmp_path / "results" / "some-machine" / "resnet18-float32-b1.json", result)
+    readme = tmp_path / "README.md"
+    arguments = ["report", "--results", f"{tmp_path}/results", "--readme", str(readme), "--plots", f"{tmp_path}/plots"]
+
+    readme.write_text("no markers")
+    monkeypatch.setattr("sys.argv", arguments)
+    assert report.main() == 1
+    assert "the README needs these two lines" in capsys.readouterr().err
+
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr("sys.argv", [*arguments, "--check"])
+    assert report.main() == 1
+    monkeypatch.setattr("sys.argv", arguments)
+    assert report.main() == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| resnet18 | float32 | 1 |" in text
+    assert (tmp_path / "plots" / "some-machine-resnet18-float32-b1.svg").exists()
+    monkeypatch.setattr("sys.argv", [*arguments, "--check"])
+    assert report.main() == 0

@@ -1,0 +1,403 @@
+"""The command line: its answers, its JSON, and that whatever a user does wrong gives one line and no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from typer.testing import CliRunner
+
+import resnet_fast as rf
+from resnet_fast import models
+from resnet_fast.cli import app, classify, common, demo, images
+from resnet_fast.graph import optimize as real_optimize
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small networks are quickest on one thread, and threads that wait for each other suffer from other processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images and checkpoints, good and bad."""
+    made = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 255, (90, 120, 3), dtype=torch.uint8)
+    photo = Image.frombytes("RGB", (120, 90), bytes(pixels.flatten().tolist()))
+    photo.save(made / "photo.jpg", quality=90)
+    photo.save(made / "photo [1].png")
+    (made / "truncated.jpg").write_bytes((made / "photo.jpg").read_bytes()[:3000])
+    (made / "truncated.png").write_bytes((made / "photo [1].png").read_bytes()[:9000])
+    (made / "text.jpg").write_text("not an image")
+    (made / "empty.jpg").write_bytes(b"")
+    photo.save(made / "photo.gif")
+
+    state = models.resnet18(num_classes=10).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, made / "ten.safetensors")
+    torch.save({"state_dict": state}, made / "ten.pth")
+    torch.save({name: tensor for name, tensor in state.items() if name != "conv1.weight"}, made / "missing.pth")
+    torch.save(state | {"extra.weight": torch.zeros(1)}, made / "unexpected.pth")
+    torch.save(state | {"conv1.weight": torch.zeros(64, 1, 7, 7)}, made / "shape.pth")
+    torch.save(state | {"fc.bias": torch.full((10,), float("nan"))}, made / "nan.pth")
+    (made / "text.pth").write_text("not a checkpoint")
+    (made / "truncated.pth").write_bytes((made / "ten.pth").read_bytes()[:100_000])
+    (made / "bomb.pth").write_bytes(pickle.dumps(Bomb(made / "exploded")))
+    return made
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+class Outcome:
+    """What one run gave, with the two assertions that many tests need."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    def failed(self, *mentions: str, code: int = 1) -> None:
+        assert self.code == code, (self.code, self.out, self.err)
+        lines = self.err.strip().splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("resnet-fast: ")
+        assert "Traceback" not in self.err + self.out
+        for mention in mentions:
+            assert mention in lines[0], (mention, lines[0])
+
+    def json(self) -> Any:
+        assert self.code == 0, (self.code, self.out, self.err)
+        return json.loads(self.out)
+
+
+def run(*arguments: str | Path) -> Outcome:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return Outcome(result.exit_code, result.stdout, result.stderr)
+
+
+def run_process(*arguments: str | Path, **environment: str) -> Outcome:
+    done = subprocess.run(
+        [sys.executable, "-m", "resnet_fast.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+# --- classify
+
+
+def test_classify_says_what_the_plain_network_says(folder: Path) -> None:
+    arguments = ["classify", folder / "photo.jpg", folder / "photo [1].png"]
+    found = run(*arguments, "-a", "resnet18", "-w", folder / "ten.safetensors", "--topk", "3", "--json").json()
+    assert set(found) == {"schema", "arch", "weights", "dtype", "images", "errors"}
+    assert (found["schema"], found["arch"], found["dtype"], found["errors"]) == (1, "resnet18", "float32", [])
+    assert [entry["path"] for entry in found["images"]] == [str(path) for path in arguments[1:]]
+
+    model = models.resnet18(weights=None, num_classes=10).eval()
+    model.load_state_dict(models.read_checkpoint(folder / "ten.safetensors"))
+    for entry in found["images"]:
+        with torch.no_grad():
+            scores = model(models.preprocessing()(images.read_image(Path(entry["path"])))[None])[0].softmax(0)
+        values, indices = scores.topk(3)
+        assert [row["index"] for row in entry["predictions"]] == indices.tolist()
+        assert [row["label"] for row in entry["predictions"]] == [f"class {index}" for index in indices.tolist()]
+        assert [row["probability"] for row in entry["predictions"]] == pytest.approx(values.tolist(), rel=1e-4)
+
+
+def test_classify_prints_a_table(folder: Path) -> None:
+    found = run("classify", folder / "photo [1].png", "-a", "resnet18", "-w", folder / "ten.pth", "--dtype", "bfloat16")
+    assert found.code == 0, found.err
+    assert "[1]" in found.out
+    assert "bfloat16" in found.out and "class" in found.out and "%" in found.out
+    assert found.err == ""
+
+
+def test_classify_goes_on_after_a_bad_image(folder: Path) -> None:
+    arguments = ["-a", "resnet18", "-w", folder / "ten.pth", "--json"]
+    found = run("classify", folder / "truncated.jpg", folder / "photo.jpg", *arguments)
+    found.failed("truncated.jpg: damaged or truncated image")
+    data = json.loads(found.out)
+    assert [Path(entry["path"]).name for entry in data["images"]] == ["photo.jpg"]
+    assert [Path(entry["path"]).name for entry in data["errors"]] == ["truncated.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("image", "mention"),
+    [
+        ("truncated.jpg", "damaged or truncated image"),
+        ("truncated.png", "damaged or truncated image"),
+        ("text.jpg", "not a JPEG or PNG image"),
+        ("empty.jpg", "not a JPEG or PNG image"),
+        ("photo.gif", "not a JPEG or PNG image"),
+        ("absent.jpg", "no such file"),
+        (".", "a directory"),
+    ],
+)
+def test_bad_images(image: str, mention: str, folder: Path) -> None:
+    run("classify", folder / image, "-w", folder / "ten.pth").failed(mention, str(folder / image))
+
+
+@pytest.mark.parametrize(
+    ("weights", "mentions"),
+    [
+        ("absent.pth", ["absent.pth", "no such"]),
+        ("missing.pth", ["1 missing (conv1.weight)"]),
+        ("unexpected.pth", ["1 unexpected (extra.weight)"]),
+        ("shape.pth", ["conv1.weight: [64, 1, 7, 7] in the file, [64, 3, 7, 7] in the model"]),
+        ("text.pth", ["text.pth"]),
+        ("truncated.pth", ["truncated"]),
+        ("bomb.pth", ["contains code"]),
+        ("nan.pth", ["not finite"]),
+        ("photo.jpg", ["photo.jpg"]),
+    ],
+)
+def test_bad_weights(weights: str, mentions: list[str], folder: Path) -> None:
+    found = run("classify", folder / "photo.jpg", "-a", "resnet18", "-w", folder / weights)
+    found.failed(*mentions)
+    assert not (folder / "exploded").exists()
+
+
+def test_weights_of_another_arch(folder: Path) -> None:
+    found = run("classify", folder / "photo.jpg", "-a", "resnet50", "-w", folder / "ten.safetensors")
+    found.failed("does not fit resnet50")
+
+
+def test_unknown_weights_name(folder: Path) -> None:
+    run("classify", folder / "photo.jpg", "-w", "IMAGENET9K").failed("unknown weights 'IMAGENET9K'", "IMAGENET1K_V2")
+
+
+@pytest.mark.parametrize("command", [["classify", "photo.jpg"], ["bench"], ["demo"]])
+def test_unknown_arch_lists_the_ten(command: list[str], folder: Path) -> None:
+    run(*command, "-a", "resnet19").failed("unknown arch 'resnet19'", *models.list_models())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mention"),
+    [
+        (["classify"], "IMAGE"),
+        (["classify", "photo.jpg", "--dtype", "int3"], "int3"),
+        (["classify", "photo.jpg", "--topk", "0"], "topk"),
+        (["classify", "photo.jpg", "--threads", "none"], "threads"),
+        (["bench", "--batch", "0"], "batch"),
+        (["bench", "--nonsense"], "nonsense"),
+        (["clasify"], "Did you mean 'classify'"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], mention: str) -> None:
+    run(*arguments).failed(mention, code=2)
+
+
+def test_offline_says_which_file_belongs_where(folder: Path, tmp_path: Path) -> None:
+    nowhere = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "TORCH_HOME": str(tmp_path)}
+    found = run_process("classify", folder / "photo.jpg", **nowhere)
+    found.failed("resnet50-11ad3fa6.pth", str(tmp_path / "hub" / "checkpoints"))
+    assert found.out == ""
+
+
+def test_labels_and_preprocessing_of_local_files() -> None:
+    assert classify._labels(1000)[0] == "tench"
+    assert classify._labels(3) == ("class 0", "class 1", "class 2")
+    assert classify._preprocessing_of("resnet50", Path("x/resnet50-11ad3fa6.pth")).resize_size == 232
+    assert classify._preprocessing_of("resnet50", Path("x/mine.pth")).resize_size == 256
+
+
+# --- images
+
+
+def test_images_are_turned_upright(tmp_path: Path) -> None:
+    image = Image.new("RGB", (40, 20), "red")
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert images.read_image(tmp_path / "turned.jpg").size == (20, 40)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16", "CMYK"])
+def test_images_of_every_mode_become_rgb(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    if mode == "I;16":
+        image = Image.frombytes("I;16", (2, 1), struct.pack("<2H", 0, 65535))
+    else:
+        image = (
+            Image.new("RGB", (8, 8), "white").convert("L").convert(mode) if mode == "LA" else Image.new(mode, (8, 8))
+        )
+    image.save(path)
+    found = images.read_image(path)
+    assert found.mode == "RGB"
+    if mode == "I;16":
+        assert [found.getpixel((x, 0)) for x in range(2)] == [(0, 0, 0), (255, 255, 255)]
+
+
+def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    for side, name in ((13_000, "large.png"), (60_000, "huge.png")):
+        header = chunk(b"IHDR", struct.pack(">2I5B", side, side, 8, 2, 0, 0, 0))
+        body = chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+        (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
+        with pytest.raises(common.UserError, match=r"refused: .* pixels"):
+            images.read_image(tmp_path / name)
+
+
+# --- bench
+
+
+def test_bench_json(folder: Path) -> None:
+    arguments = ["--image-size", "64", "--runs", "2", "--peers", "eager", "--batch", "2"]
+    found = run("bench", "-a", "resnet18", *arguments, "--json", "-").json()
+    keys = {"schema", "kind", "setting", "machine", "time", "contestants", "ratios", "samples", "others_busy_cores"}
+    assert set(found) == keys
+    assert found["setting"]["arch"] == "resnet18" and found["setting"]["batch"] == 2
+    assert "random" in found["setting"]["parameters"]
+    assert list(found["contestants"]) == ["optimize", "eager"]
+    for row in found["contestants"].values():
+        assert row["status"] == "timed" and row["gate"]["passed"]
+        assert set(row["seconds"]) == {"p10", "p50", "p90", "min", "max", "count"}
+    assert set(found["ratios"]["against"]) == {"eager"}
+    assert set(found["machine"]) >= {"cpu", "cores", "flags", "threads", "versions", "commit", "system", "python"}
+
+
+def test_bench_table_plot_and_file(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ["--image-size", "64", "--runs", "1", "--peers", "live", "--dtype", "bfloat16"]
+    targets = ["--json", tmp_path / "a.json", "--plot", tmp_path / "a.svg", "-w", folder / "ten.pth"]
+    found = run("bench", "-a", "resnet18", *arguments, *targets)
+    assert found.code == 0, found.err
+    assert "live module" in found.out
+    setting = json.loads((tmp_path / "a.json").read_text())["setting"]
+    assert setting["dtype"] == "bfloat16" and setting["parameters"].endswith("ten.pth")
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mention"),
+    [
+        (["--peers", "tensorflow"], "unknown peer 'tensorflow'"),
+        (["--json", "/no/such/folder/a.json"], "there is no folder /no/such/folder"),
+        (["--plot", "a.txt"], ".svg"),
+        (["--plot", "."], "is a folder"),
+        (["-w", "IMAGENET9K"], "unknown weights"),
+    ],
+)
+def test_bench_refuses_before_it_measures(arguments: list[str], mention: str) -> None:
+    run("bench", "-a", "resnet18", *arguments).failed(mention)
+
+
+# --- info, version, help, errors
+
+
+def test_info() -> None:
+    assert "torch" in run("info").out
+    assert run("info", "--json").json()["torch"] == torch.__version__
+
+
+def test_version_and_help() -> None:
+    assert run("--version").out == f"resnet-fast {rf.__version__}\n"
+    for arguments in (["--help"], ["classify", "-h"], ["bench", "-h"], ["demo", "-h"], ["info", "-h"]):
+        found = run(*arguments)
+        assert found.code == 0
+        assert "Usage" in found.out
+    nothing = run()
+    assert nothing.code == 2
+    assert "classify" in nothing.out
+
+
+def test_unexpected_errors_are_one_line_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **more: Any) -> None:
+        raise ZeroDivisionError("a\nbug")
+
+    monkeypatch.setattr("resnet_fast.graph.optimize", fail)
+    arguments = ["classify", folder / "photo.jpg", "-a", "resnet18", "-w", folder / "ten.pth"]
+    run(*arguments).failed("unexpected ZeroDivisionError: a bug", "--debug", code=70)
+    for shown in (run("--debug", *arguments), run(*arguments, "--debug")):
+        assert shown.code == 70
+        assert "Traceback" in shown.err
+
+
+def test_real_processes(folder: Path) -> None:
+    arguments = ["-a", "resnet18", "-w", folder / "ten.safetensors", "--json", "--threads", "1"]
+    assert run_process("classify", folder / "photo.jpg", *arguments).json()["images"][0]["predictions"]
+    run_process("classify", folder / "photo.jpg", "-a", "resnet18", "-w", folder / "bomb.pth").failed("contains code")
+    debug = run_process("classify", folder / "text.jpg", RESNET_FAST_DEBUG="1")
+    assert debug.code == 1
+    assert "Traceback" in debug.err
+
+
+def test_importing_the_command_line_is_light() -> None:
+    code = "import sys, resnet_fast.cli; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ["PIL", "matplotlib", "sklearn", "torchvision", "triton", "onnxruntime", "openvino", "torch._inductor"]
+    done = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- demo
+
+
+SMALL = ("-a", "resnet18", "-w", "random", "--image-size", "64", "--seconds", "0.2")
+
+
+def test_demo_agrees_and_draws(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    found = run("demo", *SMALL, "-o", tmp_path / "demo.png")
+    assert found.code == 0, (found.out, found.err)
+    for part in ("Random weights", "china.jpg", "flower.jpg", "error rule", "faster by", "batch norm", "fused stem",
+                 "bytes moved", "The answers agree"):  # fmt: skip
+        assert part in found.out, part
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_fails_when_the_answers_disagree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+
+    def wrong(model: nn.Module, **options: Any) -> nn.Module:
+        other = models.resnet18(num_classes=1000)
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            other.fc.bias += torch.randn(1000) / 10
+        return real_optimize(other.eval(), **options)
+
+    monkeypatch.setattr("resnet_fast.graph.optimize", wrong)
+    found = run("demo", *SMALL, "-o", tmp_path / "demo.png")
+    assert found.code == 1
+    assert "NO" in found.out and "BROKEN" in found.out and "The answers disagree" in found.out
+
+
+def test_demo_does_not_wait_for_a_server_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    reason = demo._out_of_reach("resnet50")
+    assert "resnet50-11ad3fa6.pth is not in" in reason and str(tmp_path) in reason
+
+
+def test_demo_without_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    run("demo", *SMALL).failed("pip install 'resnet_fast[demo]'")

@@ -1,0 +1,180 @@
+"""What is installed, from where, and at what cost: the build files, both forms of the archive, the guards, torch.hub.
+
+Each check runs in a process of its own, because this one has long imported everything. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import resnet_fast
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = [
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
+
+
+def run(
+    *args: str | Path, cwd: Path, isolated: bool = False, **environment: str | None
+) -> subprocess.CompletedProcess[str]:
+    """Run this Python with args. An environment value of None unsets the variable."""
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RESNET_FAST_BUILD")}
+    env.update({key: value for key, value in environment.items() if value is not None})
+    flags = ["-S"] if isolated else []
+    return subprocess.run([sys.executable, *flags, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def succeed(*args: str | Path, cwd: Path, isolated: bool = False, **environment: str | None) -> str:
+    result = run(*args, cwd=cwd, isolated=isolated, **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_version_is_the_same_everywhere() -> None:
+    assert resnet_fast.__version__ == importlib.metadata.version("resnet_fast")
+    assert succeed("setup.py", "--version", cwd=ROOT).split()[-1] == resnet_fast.__version__
+
+
+def test_setup_needs_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('setup.py must not import torch')\n")
+    assert succeed("setup.py", "--version", cwd=ROOT, PYTHONPATH=str(tmp_path)).strip()
+
+
+@pytest.mark.parametrize("choice", [None, "auto", "off"])
+def test_pure_build(choice: str | None) -> None:
+    assert succeed("setup.py", "--version", cwd=ROOT, RESNET_FAST_BUILD=choice).strip()
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [("require", ["no native extension", "'auto' or 'off'"]), ("yes", ["'yes'", "'auto'", "'off'", "'require'"])],
+)
+def test_impossible_build_fails_and_says_why(choice: str, said: list[str]) -> None:
+    result = run("setup.py", "--version", cwd=ROOT, RESNET_FAST_BUILD=choice)
+    assert result.returncode != 0
+    assert all(words in result.stderr for words in said), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_kernels_refuse_to_be_a_top_level_package() -> None:
+    result = run("-c", "import kernels", cwd=ROOT)
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: this folder is the package resnet_fast.kernels"), last
+
+
+def test_kernels_are_installed_inside_the_package(tmp_path: Path) -> None:
+    code = "import resnet_fast.kernels as k, importlib.util as u; print(k.__name__, u.find_spec('kernels'))"
+    assert succeed("-c", code, cwd=tmp_path).split() == ["resnet_fast.kernels", "None"]
+
+
+def test_import_is_cheap(tmp_path: Path) -> None:
+    code = """
+import json, sys, time
+import torch
+before = set(sys.modules)
+began = time.perf_counter()
+import resnet_fast
+seconds = time.perf_counter() - began
+print(json.dumps([seconds, sorted({name.split(".")[0] for name in set(sys.modules) - before})]))
+"""
+    runs = [json.loads(succeed("-c", code, cwd=tmp_path)) for _ in range(3)]
+    costly = "PIL matplotlib onnx onnxruntime openvino rich sklearn torchvision triton typer"
+    assert not set(costly.split()) & set(runs[0][1])
+    assert min(seconds for seconds, _ in runs) < 0.3, runs
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], Path]:
+    """The names in the source archive, and the wheel that is built from that archive."""
+    work = tmp_path_factory.mktemp("archives")
+    source = work / "source"
+    source.mkdir()
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy2(path, source)
+    for folder in ("benchmarks", "csrc", "docs", "examples", "kernels", "resnet_fast", "tests"):
+        if (ROOT / folder).is_dir():
+            shutil.copytree(ROOT / folder, source / folder)
+
+    succeed("setup.py", "-q", "sdist", "--dist-dir", work / "sdist", cwd=source)
+    (archive,) = (work / "sdist").iterdir()
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+        tar.extractall(work / "unpacked")
+    (unpacked,) = (work / "unpacked").iterdir()
+
+    command = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", work / "wheel")
+    succeed(*command, unpacked, cwd=work)
+    (wheel,) = (work / "wheel").iterdir()
+    return names, wheel
+
+
+def test_source_archive_is_complete(archives: tuple[set[str], Path]) -> None:
+    names, _ = archives
+    for name in (
+        *("LICENSE", "README.md", "CHANGELOG.md", "Makefile", "constraints.txt", "hubconf.py", "CMakeLists.txt"),
+        *("csrc/binding.cpp", "kernels/__init__.py", "resnet_fast/__init__.py", "tests/test_packaging.py"),
+    ):
+        assert name in names, name
+    assert not [name for name in names if name.endswith((".pyc", ".so"))]
+
+
+def test_wheel_is_pure_and_holds_the_package_only(archives: tuple[set[str], Path]) -> None:
+    _, wheel = archives
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (entry_points,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
+        assert "resnet-fast = resnet_fast.cli:main" in archive.read(entry_points).decode()
+    top = {name.partition("/")[0] for name in names}
+    assert top == {"resnet_fast", entry_points.partition("/")[0]}
+    assert {"resnet_fast/__init__.py", "resnet_fast/kernels/__init__.py", "resnet_fast/py.typed"} <= set(names)
+    data = (*(ROOT / "resnet_fast").rglob("*.json"),)
+    assert {str(path.relative_to(ROOT)) for path in data} <= set(names)
+
+
+def test_hub_works_on_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
+    """-S leaves the editable install's .pth file unread: the checkout has nothing but what torch.hub gives it."""
+    code = f"""
+import importlib.util, json, sys
+assert not any("editable" in str(finder) for finder in sys.meta_path)
+import torch
+model = torch.hub.load({str(ROOT)!r}, "resnet18", source="local", weights=None, num_classes=7)
+with torch.inference_mode():
+    shape = list(model.eval()(torch.rand(1, 3, 64, 64)).shape)
+spec = importlib.util.spec_from_file_location("hubconf", {str(ROOT / "hubconf.py")!r})
+hubconf = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(hubconf)
+names = [name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")]
+import resnet_fast, resnet_fast.kernels
+print(json.dumps([names, shape, resnet_fast.__file__, resnet_fast.kernels.__file__]))
+"""
+    packages = os.pathsep.join(dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]))
+    output = succeed("-W", "ignore", "-c", code, cwd=tmp_path, isolated=True, PYTHONPATH=packages)
+    names, shape, package, kernels = json.loads(output.splitlines()[-1])
+    assert sorted(names) == sorted(MODELS)
+    assert shape == [1, 7]
+    assert Path(package) == ROOT / "resnet_fast" / "__init__.py"
+    assert Path(kernels) == ROOT / "kernels" / "__init__.py"
