@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from resnet_fast.graph import OptimizedModule, Report, batching, optimize
+from resnet_fast import backends
+from resnet_fast.graph import OptimizedModule, Report, batching, finite, optimize
+from resnet_fast.graph.guard import Guard
 from resnet_fast.graph.plan import Fused, FusedConvBNAct
 
 EXAMPLE = torch.empty(1, 4, 12, 12)
@@ -89,7 +92,7 @@ def ops(fused: OptimizedModule) -> list[str]:
             if isinstance(module, FusedConvBNAct):
                 late = "late+" if module.late else "+"
                 names.append(f"conv{late if len(node.args) > 1 else ''} {module.activation}")
-            else:
+            elif not isinstance(module, Guard):
                 names.append(module.op if isinstance(module, Fused) else type(module).__name__)
         elif node.op in ("call_function", "call_method"):
             names.append(getattr(node.target, "__name__", str(node.target)))
@@ -235,6 +238,25 @@ def test_all_ways_to_flatten(flatten: Any) -> None:
     assert_same(fused, model, torch.randn(3, 4, 5, 6))
 
 
+def test_averages_over_parts_of_the_image_are_not_a_head() -> None:
+    for pool in (nn.AdaptiveAvgPool2d(2), nn.AdaptiveAvgPool2d((2, 1))):
+        features = 4 * pool(EXAMPLE).shape[2] * pool(EXAMPLE).shape[3]
+        fused = check(nn.Sequential(pool, nn.Flatten(), nn.Linear(features, 5)))
+        assert ops(fused) == ["adaptive_avg_pool2d", "flatten", "linear"]
+        assert reasons(fused.report())["2"] == "no global average pool feeds it alone"
+
+
+@pytest.mark.parametrize("tap", [0, 1])
+def test_a_tapped_average_is_not_a_head(tap: int) -> None:
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = self.pool(x)
+        flat = torch.flatten(pooled, 1)
+        return (pooled, flat)[tap], self.fc(flat)
+
+    fused = check(Lambda(forward, pool=nn.AdaptiveAvgPool2d(1), fc=nn.Linear(4, 5)))
+    assert ops(fused) == ["adaptive_avg_pool2d", "flatten", "linear"]
+
+
 def test_dropout_and_identity_vanish() -> None:
     model = nn.Sequential(
         nn.Identity(), nn.Conv2d(4, 4, 1), nn.Dropout(0.5, inplace=True), nn.BatchNorm2d(4), nn.ReLU()
@@ -273,6 +295,33 @@ def test_frozen_batch_norm_that_was_traced_through() -> None:
     assert ops(fused) == ["conv relu"]
 
 
+def test_other_constants_per_channel_are_folded_too() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = (self.conv(x) - self.mean) * self.scale.reshape(4, 1, 1) / 2
+        return torch.relu(self.bias + self.other(x)) * y
+
+    model = Lambda(forward, conv=nn.Conv2d(4, 4, 3), other=nn.Conv2d(4, 4, 3))
+    for name in ("mean", "scale", "bias"):
+        setattr(model, name, nn.Parameter(torch.randn(1, 4, 1, 1)))
+    assert ops(check(model)) == ["conv none", "truediv", "conv relu", "mul"]
+
+    class Wide(nn.Module):  # constants along another dimension, of another dtype, or on the wrong side of a minus
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+            self.columns = nn.Parameter(torch.randn(4))
+            self.rows = nn.Parameter(torch.randn(1, 1, 4, 1))
+            self.channels = nn.Parameter(torch.randn(4, 1, 1))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return self.conv(x) * self.columns, self.conv(x) + self.rows, self.channels - self.conv(x)
+
+    model = randomise(Wide())
+    fused = optimize(model, example_inputs=torch.empty(1, 4, 4, 4))
+    assert_same(fused, model, torch.randn(3, 4, 4, 4))
+    assert ops(fused).count("conv none") == 3
+
+
 def test_shared_modules() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         return self.act(self.bn(self.conv(self.act(self.bn(self.conv(x))))))
@@ -280,7 +329,7 @@ def test_shared_modules() -> None:
     model = Lambda(forward, conv=nn.Conv2d(4, 4, 3, padding=1), bn=nn.BatchNorm2d(4), act=nn.ReLU(inplace=True))
     fused = check(model)
     assert ops(fused) == ["conv relu", "conv relu"]
-    assert list(fused.graph_module._modules) == ["conv", "conv_1"]
+    assert [name for name in fused.graph_module._modules if name != "resnet_fast_guard"] == ["conv", "conv_1"]
 
 
 def test_views_of_fused_tensors_still_work() -> None:
@@ -290,7 +339,7 @@ def test_views_of_fused_tensors_still_work() -> None:
         y = self.a(x)
         n, c, h, w = y.shape
         y = y.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
-        y = self.b(y)
+        y = self.b(y).view(n, -1, 3)  # channels and rows together: no view of a channels_last tensor
         return y.view(y.size(0), -1)
 
     model = Lambda(forward, a=conv_bn(), b=conv_bn())
@@ -409,11 +458,11 @@ def test_later_readers_of_an_overwritten_value_see_the_change() -> None:
 def test_in_place_addition_changes_the_tapped_value() -> None:
     def forward(self: Any, x: Tensor) -> tuple[Tensor, ...]:
         a = self.a(x)
-        b = self.b(a)
+        b = before = self.b(a)
         b += a
         c = self.c(b)
         b.relu_()
-        return a, b, c, b * 1
+        return a, b, c, before * 1
 
     check(Lambda(forward, a=conv_bn(), b=conv_bn(), c=conv_bn()))
 
@@ -570,6 +619,135 @@ def test_residuals_are_overwritten_only_when_dead(forward: Any, expected: list[b
     assert overwrites(fused) == expected
 
 
+# ---------------------------------------------------------------------------------------------------------------- NaN
+
+
+def blocks(count: int, gain: float = 1.0) -> nn.Module:
+    """Residual blocks whose weights multiply magnitudes by about ``gain`` each."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = (block(x) + x).relu()
+        return x
+
+    model = Lambda(
+        forward, blocks=nn.ModuleList(nn.Sequential(*conv_bn(), nn.ReLU(), *conv_bn()) for _ in range(count))
+    )
+    randomise(model)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight *= gain**0.5
+    return model
+
+
+def guards(fused: OptimizedModule) -> int:
+    return sum(node.target == "resnet_fast_guard" for node in fused.graph_module.graph.nodes)
+
+
+def proved(fused: OptimizedModule) -> list[bool]:
+    return [module.no_nan for module in fused.graph_module.modules() if isinstance(module, FusedConvBNAct)]
+
+
+needs_onednn = pytest.mark.skipif(bool(backends.available()["onednn"]), reason=backends.available()["onednn"])
+
+
+def test_the_bound_covers_every_term() -> None:
+    assert finite._after(2.0, 1.0, [3.0]) >= 7.0
+    assert finite._after(2.0, 1.0, [3.0, 5.0]) >= 12.0
+
+
+@needs_onednn
+def test_few_guards_prove_many_layers() -> None:
+    fused = optimize(blocks(4), example_inputs=EXAMPLE)
+    assert proved(fused) == [True] * 8
+    assert guards(fused) == 1
+    deep = optimize(blocks(40, 10.0), example_inputs=EXAMPLE)
+    assert proved(deep) == [True] * 80
+    assert 2 <= guards(deep) <= 20
+    assert not any(proved(optimize(blocks(1), example_inputs=EXAMPLE, backend="reference")))
+    assert not any(proved(optimize(blocks(1), example_inputs=EXAMPLE, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gain", [1.0, 1e8, 1e18])
+@pytest.mark.parametrize("value", [1.0, 1e5, 1e9, 1e30, 3e38, float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite_comes_out_as_in_torch(value: float, gain: float, dtype: torch.dtype) -> None:
+    """Whatever overflows and wherever: NaN and infinities are where plain torch has them."""
+    model = blocks(6, gain)
+    fused = optimize(model, example_inputs=EXAMPLE, dtype=dtype)
+    x = torch.randn(3, 4, 9, 8)
+    x[0, 1, 2, 3] = value
+    x[1] *= min(value, 3e38) if value > 0 else 1.0
+    x = x.to(dtype).float()
+    with torch.no_grad():
+        expected = copy.deepcopy(model).to(dtype)(x.to(dtype))
+    actual = fused(x).to(dtype)
+    if dtype is torch.float32 or gain == 1.0:
+        assert torch.equal(actual.isnan(), expected.isnan())
+        assert torch.equal(actual.isinf(), expected.isinf())
+    both = torch.isfinite(expected) & torch.isfinite(actual)
+    assert (actual - expected)[both].double().norm() <= 0.1 * expected[both].double().norm() + 1e-30
+
+
+@needs_onednn
+def test_weights_that_are_not_finite_prove_nothing() -> None:
+    model = blocks(3)
+    with torch.no_grad():
+        model.blocks[1][0].weight[0, 0, 0, 0] = float("inf")
+        model.blocks[2][1].bias[1] = float("nan")
+    fused = optimize(model, example_inputs=EXAMPLE)
+    assert proved(fused)[2] is False
+    assert proved(fused)[4] is False
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(fused(x).isnan(), model(x).isnan())
+
+
+@needs_onednn
+def test_loaded_constants_are_proved_anew() -> None:
+    fused, other = (optimize(blocks(6, gain), example_inputs=EXAMPLE) for gain in (1.0, 1e8))
+    before = guards(fused)
+    fused.load_state_dict(other.state_dict())
+    assert guards(fused) == guards(other) > before
+    x = torch.full((1, 4, 8, 8), 1e30)
+    assert torch.equal(fused(x).isnan(), other(x).isnan())
+    for copied in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+        assert proved(copied) == proved(other)
+        assert torch.equal(copied(x).isnan(), other(x).isnan())
+
+
+@needs_onednn
+def test_graphs_that_write_in_place_prove_nothing() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        z = self.b(y).relu()
+        z[:, 0] = float("nan")
+        return self.c(z).relu()
+
+    fused = check_nan(Lambda(forward, a=conv_bn(), b=conv_bn(), c=conv_bn()))
+    assert proved(fused) == [False] * 3
+
+
+def check_nan(model: nn.Module) -> OptimizedModule:
+    randomise(model)
+    fused = optimize(model, example_inputs=EXAMPLE)
+    x = torch.randn(2, 4, 6, 6)
+    with torch.no_grad():
+        assert torch.equal(fused(x).isnan(), model(x).isnan())
+    return fused
+
+
+@needs_onednn
+def test_unknown_layers_are_measured_behind() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = torch.log(self.a(x).relu() - 1)  # NaN and -inf
+        return self.b(self.c(y).relu()).relu()
+
+    fused = check_nan(Lambda(forward, a=conv_bn(), b=conv_bn(), c=conv_bn()))
+    assert proved(fused) == [True] * 3
+    assert guards(fused) == 2
+
+
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
@@ -615,7 +793,7 @@ NOT_SEPARABLE: dict[str, Callable[[Any, Tensor], Any]] = {
     "constant output": lambda self, x: (self.a(x), self.a[1].weight),
     "number as output": lambda self, x: (self.a(x), x.shape[0]),
     "indexing": lambda self, x: self.a(x)[0],
-    "shallower operand": lambda self, x: self.a(x) + self.a(x).mean((1, 2, 3)).view(-1),
+    "shallower operand": lambda self, x: self.a(x) * torch.flatten(F.adaptive_avg_pool2d(x, 1), 1),
     "transpose": lambda self, x: self.a(x).transpose(0, 1),
     "constant operand": lambda self, x: self.a(x) * self.a[1].weight.view(1, 4, 1, 1).relu(),
 }
@@ -624,7 +802,7 @@ NOT_SEPARABLE: dict[str, Callable[[Any, Tensor], Any]] = {
 @pytest.mark.parametrize("forward", NOT_SEPARABLE.values(), ids=NOT_SEPARABLE.keys())
 def test_graphs_that_mix_images_run_whole(forward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomise(Lambda(forward, a=conv_bn()))
-    fused = optimize(model, example_inputs=EXAMPLE)
+    fused = optimize(model, example_inputs=torch.empty(1, 4, 4, 4))
     monkeypatch.setattr(batching, "LARGEST_TENSOR", 1)
     x = torch.randn(4, 4, 4, 4)
     if "output" in forward.__code__.co_consts or not isinstance(fused(x), Tensor):

@@ -129,8 +129,7 @@ def test_signature(name: str) -> None:
 @pytest.mark.parametrize("size", [(224, 224), (97, 131)], ids=["224x224", "97x131"])
 @torch.no_grad()
 def test_eval_outputs(pair: Pair, size: tuple[int, int]) -> None:
-    deep = STATE_DICT_ENTRIES[pair.name] > 320
-    for batch in (1,) if deep and size[0] == 224 else (1, 3):
+    for batch in (1, 3):
         x = images(batch, 3, *size)
         expected = pair.theirs(x)
         assert expected.isfinite().all()
@@ -169,11 +168,15 @@ def _train_step(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor],
 
 
 def test_train_step(pair: Pair) -> None:
-    """Outputs, all parameter gradients and the updated running statistics, against float64."""
-    size = 40 if "101" in pair.name or "152" in pair.name else 64  # float64 convolutions with groups are slow
-    x = images(2, 3, size, size)
+    """Outputs, all parameter gradients and the updated running statistics: equal bits, or else the error rule."""
+    x = images(2, 3, 64, 64)
     ours = _train_step(pair.ours, x)
     theirs = _train_step(pair.theirs, x)
+    assert list(ours[1]) == list(theirs[1]) == [name for name, _ in pair.theirs.named_parameters()]
+    assert list(ours[2]) == list(theirs[2])
+    flat, expected = ({"output": step[0], **step[1], **step[2]} for step in (ours, theirs))
+    if all(torch.equal(value, expected[key]) for key, value in flat.items()):
+        return  # the same bits as plain torch: no distance to float64 to measure
     pair.theirs.double()  # float32 parameters survive the way to float64 and back
     exact = _train_step(pair.theirs, x.double())
     pair.theirs.float()
@@ -182,26 +185,11 @@ def test_train_step(pair: Pair) -> None:
         ("gradient", ours[1], theirs[1], exact[1]),
         ("buffer", ours[2], theirs[2], exact[2]),
     ):
-        assert list(mine) == list(reference)
         for key, value in mine.items():
             if value.is_floating_point():
                 assert_obeys_error_rule(value, reference[key], double[key], f"{what} of {key}")
             else:
                 assert torch.equal(value, reference[key]), key
-
-
-def test_gradients_in_eval_mode(small: Pair) -> None:
-    """Frozen statistics with gradients, to the parameters and to the image."""
-    results = []
-    for model, dtype in ((small.ours, torch.float32), (small.theirs, torch.float32), (small.theirs, torch.float64)):
-        model.to(dtype)
-        x = images(2, 3, 64, 64, dtype=dtype).requires_grad_()
-        output = model(x)
-        gradients = torch.autograd.grad((output * images(*output.shape, seed=3)).sum(), [x, *model.parameters()])
-        results.append((output.detach(), *gradients))
-    small.theirs.float()
-    for ours, theirs, exact in zip(*results, strict=True):
-        assert_obeys_error_rule(ours, theirs, exact, f"gradient of shape {list(ours.shape)}")
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+import resnet_fast
 from resnet_fast import backends
 from resnet_fast.graph import OptimizedModule, Report, batching, optimize
 
@@ -94,6 +95,7 @@ def test_our_models(resnet50: nn.Module) -> None:
     with torch.device("meta"):
         ours = models.resnet50()
     ours.to_empty(device="cpu").load_state_dict(resnet50.state_dict())
+    assert resnet_fast.optimize is optimize
     fused = optimize(ours.eval())
     assert len(fused.report().fused) == len(optimize(resnet50).report().rows)
     x = torch.randn(2, 3, 97, 64)

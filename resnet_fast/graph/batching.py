@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from . import ir, shapes
+from .guard import Guard
 from .plan import Fused, FusedStem, add_act_reference
 
 _MMAP_THRESHOLD_MAX = 32 << 20
@@ -36,7 +37,7 @@ def prime_allocator() -> None:
     """
     if not _primed.is_set():
         _primed.set()
-        torch.empty(_MMAP_THRESHOLD_MAX - (64 << 10), dtype=torch.uint8)  # freed at once
+        torch.empty(_MMAP_THRESHOLD_MAX - (64 << 10), dtype=torch.uint8, device="cpu")  # freed at once
 
 
 class _Kind(Enum):
@@ -106,7 +107,7 @@ def _kind(gm: fx.GraphModule, node: fx.Node, kinds: dict[fx.Node, _Kind]) -> _Ki
         return None
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        known = isinstance(module, Fused) or type(module) in _MODULES
+        known = isinstance(module, Fused | Guard) or type(module) in _MODULES
         return _Kind.BATCH if known and rest <= {_Kind.BATCH} and (not rest or isinstance(module, Fused)) else None
     if node.op == "call_method":
         return _method(node, kinds, rest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +18,13 @@ from torch.utils import _pytree as pytree
 
 from resnet_fast import backends
 
-from . import batching, ir, memory, plan, shapes
+from . import batching, finite, ir, memory, plan, shapes
 from .fold_bn import fold_bn
 from .fuse_act import fuse_act
 from .fuse_add import fuse_add
 from .fuse_head import fuse_head
 from .fuse_stem import fuse_stem
+from .guard import TooLarge, with_separate_relus
 from .normalize import SharedMemoryError, normalize
 from .report import Report, Row
 from .trace import check, hooked, is_frozen_batch_norm, layer_kind, rebuilt, trace
@@ -73,9 +75,9 @@ class OptimizedModule(nn.Module):
             self._check_image(args[0] if args else kwargs.get(self._image.name))
         with torch.no_grad():
             first = args[0] if len(args) == 1 and not kwargs else None
-            if self._separable and isinstance(first, Tensor) and first.device.type == "cpu":
+            if isinstance(first, Tensor) and first.device.type == "cpu" and first.dim():
                 batching.prime_allocator()
-                piece = self._piece(first) if first.shape[0] > 1 else 0
+                piece = self._piece(first) if self._separable and first.shape[0] > 1 else 0
                 if 0 < piece < first.shape[0]:
                     return batching.run_pieces(self._run, first, piece)
             return self._run(*args, **kwargs)
@@ -83,12 +85,22 @@ class OptimizedModule(nn.Module):
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = _cast((args, kwargs), None, self.dtype)
         device = next((leaf.device.type for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)), "cpu")
-        if torch.is_autocast_enabled(device):  # this module's dtype was chosen when it was made
-            with torch.autocast(device, enabled=False):
+        with ExitStack() as stack:
+            if torch.is_autocast_enabled(device):  # this module's dtype was chosen when it was made
+                stack.enter_context(torch.autocast(device, enabled=False))
+            try:
                 result = self.graph_module(*args, **kwargs)
-        else:
-            result = self.graph_module(*args, **kwargs)
+            except TooLarge:
+                backends.fallback("optimize", "NaN, infinity or huge activations: such a batch runs again, exactly")
+                stack.enter_context(with_separate_relus())
+                result = self.graph_module(*args, **kwargs)
         return _cast(result, self.dtype, self.output_dtype)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; what was proved about the old constants is proved again for the new ones."""
+        result = super().load_state_dict(*args, **kwargs)
+        finite.certify(self.graph_module)
+        return result
 
     def _piece(self, x: Tensor) -> int:
         """How many images like ``x`` to run at a time, 0 for all."""
@@ -229,6 +241,9 @@ def optimize(
         fuse_head(gm)
         gm = plan.lower(gm, target, backend)
     _freeze(gm, target)
+    guards = finite.certify(gm)
+    if guards:
+        notes.add(f"{guards} tensors are measured at each run for values near overflow; not counted in the bytes moved")
     report = _report(gm, type(model).__name__, layers, inputs, target, backend, notes)
     result = OptimizedModule(
         gm, report, target, original, None if image is None else ImageInput(str(image[0].target), image[1])

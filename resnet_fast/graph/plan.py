@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from resnet_fast.ops import prepared
 
 from . import ir, memory
+from .guard import careful
 from .trace import rebuilt
 
 
@@ -83,6 +84,7 @@ class FusedConvBNAct(Fused):
         self.stride, self.padding, self.dilation, self.groups = list(conv[5]), list(conv[6]), list(conv[7]), conv[8]
         self.activation, self.late = conv.activation, conv.residual_after_activation
         self.overwrites = overwrites
+        self.no_nan = False  # set by finite.certify
 
     def _make(self) -> Any:
         constants: Any = (self.weight, self.scale, self.shift)
@@ -92,7 +94,8 @@ class FusedConvBNAct(Fused):
         )  # fmt: skip
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return cast(Tensor, self.prepare()(x, residual, self.overwrites))
+        finite = self.no_nan and not careful()
+        return cast(Tensor, self.prepare()(x, residual, self.overwrites, finite))
 
     def plain(self, state: dict[str, Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The op itself on the constants in ``state``: for shapes."""

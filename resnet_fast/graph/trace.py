@@ -147,6 +147,7 @@ def _rebuilt(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
     gm.training = False
     for node in gm.graph.nodes:
         node.meta = {}
+        node.type = None  # the author's annotation; one given as a string makes the graph impossible to pickle
     return gm
 
 

@@ -79,13 +79,17 @@ def scale_and_shift(conv: Any, bn: Any) -> tuple[Tensor, Tensor]:
 
     ``scale = gamma / sqrt(var + eps)``, ``shift = beta + (conv_bias - mean) * scale``; differentiable.
     """
-    mean, var, gamma, beta = bn.running_mean, bn.running_var, bn.weight, bn.bias
+    mean, var, gamma, beta, bias = bn.running_mean, bn.running_var, bn.weight, bn.bias, conv.bias
     dtype = torch.float64 if var.dtype is torch.float64 else torch.float32
-    scale = torch.rsqrt(var.to(dtype) + bn.eps)
+    if var.dtype is not dtype or (gamma is not None and gamma.dtype is not dtype):
+        mean, var = mean.to(dtype), var.to(dtype)
+        gamma, beta = (None if t is None else t.to(dtype) for t in (gamma, beta))
+    scale = torch.rsqrt(var + bn.eps)
     if gamma is not None:
-        scale = gamma.to(dtype) * scale
-    mean = mean.to(dtype) if conv.bias is None else mean.to(dtype) - conv.bias.to(dtype)
-    return scale, -mean * scale if beta is None else beta.to(dtype) - mean * scale
+        scale = gamma * scale
+    if bias is not None:
+        mean = mean - bias.to(dtype)
+    return scale, -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
 
 
 def conv_bn_act(
