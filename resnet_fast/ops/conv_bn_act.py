@@ -138,8 +138,9 @@ def _cpu(
 ) -> Tensor:
     # The same shapes come again and again; what passed once need not be looked at a second time.
     seen = (
-        x.shape, x.dtype, weight.shape, weight.dtype, weight.device, scale.shape, scale.device, shift.shape, residual is None or residual.shape,
-        residual is None or residual.dtype, *stride, *padding, *dilation, groups, activation,
+        x.shape, x.dtype, weight.shape, weight.dtype, weight.device, scale.shape, scale.device, shift.shape,
+        residual is None or residual.shape, residual is None or residual.dtype,
+        *stride, *padding, *dilation, groups, activation,
     )  # fmt: skip
     if seen not in _checked:
         _check(x, weight, scale, shift, residual, stride, padding, dilation, groups, activation)
