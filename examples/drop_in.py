@@ -1,4 +1,4 @@
-"""The three ways to use resnet_fast on one photograph; runs offline with random weights: ``python examples/drop_in.py``."""
+"""Ways to use resnet_fast, offline, with random weights: ``python examples/drop_in.py``."""
 
 from __future__ import annotations
 
