@@ -30,6 +30,7 @@ PARTS = {
     "fused conv + BN + add + ReLU": "#1b7f5c",
     "fused add + ReLU": "#58b38f",
     "fused head": "#8fd0b4",
+    "overflow guards": "#8fb8a8",
     "other": "#c9ced6",
 }
 """What time can go to, and its colour in a breakdown."""

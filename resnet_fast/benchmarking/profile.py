@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from resnet_fast.benchmarking.timing import quantile
+from resnet_fast.graph.guard import Guard
 
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
 _FUSED = {
@@ -30,6 +31,7 @@ _PLAIN: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.MaxPool2d, "pooling"),
     (nn.AdaptiveAvgPool2d, "pooling"),
     (nn.Linear, "linear"),
+    (Guard, "overflow guards"),
 )
 
 
