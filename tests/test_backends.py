@@ -85,25 +85,25 @@ def test_a_torch_without_the_private_functions_falls_back_visibly(monkeypatch: p
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_convolution_pointwise'")
 
     monkeypatch.setattr(onednn, "_functions", gone)
-    onednn._probe.cache_clear()
+    onednn._verify.cache_clear()
     try:
         assert "does not offer oneDNN's fused functions" in onednn.unavailable()
         with pytest.warns(FallbackWarning, match="_convolution_pointwise"):
             y = rf.ops.conv_bn_act(**(a := arguments()))
         assert torch.allclose(y, torch.conv2d(a["x"], a["weight"]).relu(), atol=1e-5)
     finally:
-        onednn._probe.cache_clear()
+        onednn._verify.cache_clear()
 
 
 def test_wrong_numbers_disqualify_it(monkeypatch: pytest.MonkeyPatch) -> None:
     real = onednn._functions()
     broken = {**real, "conv_sum": lambda x, other, *rest: real["conv"](x, *rest[:6], "none", [], "")}
     monkeypatch.setattr(onednn, "_functions", lambda: broken)
-    onednn._probe.cache_clear()
+    onednn._verify.cache_clear()
     try:
-        assert "convolution + sum through torch" in onednn.unavailable()
+        assert "convolution + sum gives wrong numbers" in onednn.unavailable()
     finally:
-        onednn._probe.cache_clear()
+        onednn._verify.cache_clear()
 
 
 def test_info_is_complete_and_serialisable() -> None:
@@ -113,3 +113,32 @@ def test_info_is_complete_and_serialisable() -> None:
     assert json.loads(json.dumps(report.as_dict()))["torch"] == torch.__version__
     for word in ("torch", "onednn", "reference", "threads", rf.__version__):
         assert word in str(report)
+
+
+@pytest.mark.parametrize("state", ["float64 by default", "meta by default", "autocast", "fake tensors"])
+def test_the_callers_modes_do_not_disqualify_it(state: str) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    contexts = {
+        "meta by default": torch.device("meta"),
+        "autocast": torch.autocast("cpu", torch.bfloat16),
+        "fake tensors": FakeTensorMode(),
+    }
+    onednn._verify.cache_clear()
+    if state == "float64 by default":
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert onednn.unavailable() == ""
+        finally:
+            torch.set_default_dtype(torch.float32)
+    else:
+        with contexts[state]:
+            assert onednn.unavailable() == ""
+
+
+def test_a_failure_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    onednn._verify.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(onednn, "_functions", lambda: {})
+        assert onednn.unavailable() != ""
+    assert onednn.unavailable() == ""

@@ -160,6 +160,20 @@ def test_nan_stays_in_its_window_for_odd_bfloat16_channels(c: int, kernel: int) 
     assert torch.equal(ours.isnan(), want.isnan()) and torch.equal(ours.isinf(), want.isinf())
 
 
+@pytest.mark.parametrize(("k", "groups"), [(6, 3), (16, 2), (12, 12), (12, 4)])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_nan_stays_in_its_window_for_bfloat16_groups(k: int, groups: int, kernel: int) -> None:
+    """Depthwise, and one or three channels a group with several filters."""
+    c = 12 if groups in (4, 12) else groups
+    arguments = {n: None if t is None else t.float() for n, t in problem(1, c, 9, 9, k, kernel, groups).items()}
+    arguments["x"][0, c - 1, 2, 2], arguments["x"][0, 0, 6, 6] = float("inf"), float("nan")
+    arguments["weight"] = arguments["weight"].bfloat16().float()
+    options = {"padding": kernel // 2, "groups": groups}
+    want = rf.ops.conv_bn_act(**arguments, **options)
+    ours = rf.ops.conv_bn_act(**{**arguments, "x": arguments["x"].bfloat16()}, **options)
+    assert torch.equal(ours.isnan(), want.isnan()) and torch.equal(ours.isinf(), want.isinf())
+
+
 def test_negative_zero_and_denormals() -> None:
     tiny = torch.finfo(torch.float32).tiny
     x = torch.tensor([-0.0, 0.0, tiny / 4, -tiny / 4]).view(1, 1, 2, 2)
@@ -262,6 +276,18 @@ class TestPackedWeightsFollowTheParameters:
         after = rf.ops.conv_bn_act(**a, activation="none")
         assert not torch.equal(before[:, 7], after[:, 7]) and torch.equal(before[:, :7], after[:, :7])
 
+    def test_a_fused_optimizer_that_counts_no_version(self) -> None:
+        a = self.fresh()
+        weight = a["weight"] = nn.Parameter(a["weight"])
+        with torch.no_grad():
+            rf.ops.conv_bn_act(**a)
+            weight.grad = torch.zeros_like(weight)
+            weight.grad[5, 5, 1, 1] = 3.0
+            torch.optim.SGD([weight], lr=1.0, fused=True).step()
+            with backends.use("reference"):
+                want = rf.ops.conv_bn_act(**a)
+            assert torch.allclose(rf.ops.conv_bn_act(**a), want, rtol=1e-5, atol=1e-5)
+
     def test_memory_reused_for_another_weight(self) -> None:
         """A freed weight's address may come back with version 0: the new weight must not meet the old copy."""
         a = self.fresh()
@@ -334,6 +360,7 @@ def test_threads() -> None:
         ({"weight": torch.randn(6, 4, 3, 3).double()}, TypeError, "weight is torch.float64, x is torch.float32"),
         ({"scale": torch.rand(128)}, ValueError, r"scale has shape \[128\], weight has 6 output channels"),
         ({"shift": torch.rand(6, 1)}, ValueError, "shift has shape"),
+        ({"scale": torch.rand(6).half()}, TypeError, r"scale is torch\.float16; it must be torch\.float32"),
         ({"residual": torch.rand(1, 6, 5, 5)}, ValueError, r"the output is torch.float32 \[1, 6, 3, 3\]"),
         ({"activation": "gelu"}, ValueError, "activation must be one of"),
         ({"stride": 0}, ValueError, "stride must be two ints >= 1"),

@@ -708,8 +708,10 @@ def test_loaded_constants_are_proved_anew() -> None:
     fused, other = (optimize(blocks(6, gain), example_inputs=EXAMPLE) for gain in (1.0, 1e8))
     before = guards(fused)
     fused.load_state_dict(other.state_dict())
-    assert guards(fused) == guards(other) > before
+    assert not any(proved(fused))
     x = torch.full((1, 4, 8, 8), 1e30)
+    fused(x)
+    assert guards(fused) == guards(other) > before
     assert torch.equal(fused(x).isnan(), other(x).isnan())
     for copied in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
         assert proved(copied) == proved(other)
@@ -927,3 +929,64 @@ def test_graph_modules_are_copied_not_changed() -> None:
     assert traced.get_submodule("2").inplace is True
     assert all(node.meta == other.meta for node, other in zip(traced.graph.nodes, traced.graph.nodes, strict=True))
     assert_same(fused, model, torch.randn(2, 4, 6, 6))
+
+
+def same_nan(model: nn.Module, fused: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        expected, actual = model(x), fused(x)
+    assert expected.isnan().any(), "the case must make NaN in plain torch"
+    assert torch.equal(actual.isnan(), expected.isnan())
+
+
+def signs(channels: int) -> nn.Conv2d:
+    """A convolution that subtracts its second half of channels from the first."""
+    conv = nn.Conv2d(channels, 2, 1, bias=False)
+    with torch.no_grad():
+        conv.weight.fill_(1.0)[:, channels // 2 :] = -1.0
+    return conv
+
+
+def test_a_window_in_the_padding_is_minus_infinity() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(2, 2, 1), nn.ReLU(), nn.MaxPool2d(2, 1, padding=1, dilation=3), signs(2), nn.ReLU()
+    ).eval()
+    x = torch.rand(1, 2, 2, 2)
+    same_nan(model, optimize(model, example_inputs=x), x)
+
+
+def test_an_average_may_overflow_while_it_adds() -> None:
+    first = nn.Conv2d(1, 4, 1, bias=False)
+    with torch.no_grad():
+        first.weight.fill_(5e29)
+    model = nn.Sequential(first, nn.ReLU(), nn.AdaptiveAvgPool2d(2), signs(4), nn.ReLU()).eval()
+    x = torch.full((1, 1, 128, 128), 1e6)
+    same_nan(model, optimize(model, example_inputs=x), x)
+
+
+@pytest.mark.parametrize("way", ["itself", "parent", "graph module", "unexpected key", "apply"])
+def test_the_proof_does_not_outlive_the_constants(way: str) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), signs(2), nn.ReLU()).eval()
+    x = torch.full((1, 1, 4, 4), 30.0)
+    fused = optimize(model, example_inputs=x)
+    fused(x)
+    huge = copy.deepcopy(model)
+    with torch.no_grad():
+        huge[0].weight.fill_(1e38)
+    state = optimize(huge, example_inputs=x).state_dict()
+    if way == "itself":
+        fused.load_state_dict(state)
+    elif way == "parent":
+        nn.Sequential(fused).load_state_dict({f"0.{key}": value for key, value in state.items()})
+    elif way == "graph module":
+        fused.graph_module.load_state_dict({key.partition(".")[2]: value for key, value in state.items()})
+    elif way == "unexpected key":
+        with pytest.raises(RuntimeError, match="other"):
+            fused.load_state_dict({**state, "other": torch.zeros(1)})
+    else:
+        fused._apply(lambda t: t.clone().fill_(1e38) if t.dim() == 4 and t.shape[1] == 1 else t)
+    same_nan(huge, fused, x)
+
+
+def test_optimizing_twice_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match="the result of optimize"):
+        optimize(optimize(blocks(1), example_inputs=EXAMPLE))

@@ -396,6 +396,51 @@ def test_eval_mode_with_some_parameters_frozen(image: Tensor) -> None:
     same_gradients(ours, theirs, image)
 
 
+def test_function_transforms_and_forward_mode(image: Tensor) -> None:
+    ours, theirs = twins("resnet18")
+    small, direction = image[:, :, :33, :40], torch.randn(2, 3, 33, 40)
+    results = []
+    for model in (ours, theirs):
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+        def loss(p: dict[str, Tensor], x: Tensor, model: nn.Module = model) -> Tensor:
+            return torch.func.functional_call(model, p, (x,)).square().sum()
+
+        tangent = torch.func.jvp(model, (small,), (direction,))[1]
+        per_image = torch.func.vmap(lambda x, m=model: m(x[None])[0])(small)
+        gradient = torch.func.grad(loss)(parameters, small)["layer2.0.conv1.weight"]
+        with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+            dual = model(torch.autograd.forward_ad.make_dual(small, direction))
+            other = torch.autograd.forward_ad.unpack_dual(dual).tangent
+        results.append((tangent.detach(), per_image.detach(), gradient, other))
+    for a, b in zip(*results, strict=True):
+        assert b.abs().sum() > 0 and close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("op", ["conv_bn_act", "add_act", "stem", "head"])
+def test_ops_under_forward_mode(op: str) -> None:
+    x = torch.randn(1, 4, 16, 16)
+    others = {
+        "conv_bn_act": (torch.randn(5, 4, 3, 3), torch.rand(5), torch.randn(5)),
+        "add_act": (torch.randn_like(x),),
+        "stem": (torch.randn(5, 4, 7, 7), torch.rand(5), torch.randn(5)),
+        "head": (torch.randn(5, 4), torch.randn(5)),
+    }[op]
+    run = getattr(rf.ops, op)
+    direction = torch.randn_like(x)
+    _, tangent = torch.func.jvp(lambda t: run(t, *others), (x,), (direction,))
+    step = 1e-3
+    exact = [run(x.double() + sign * step * direction.double(), *(t.double() for t in others)) for sign in (1, -1)]
+    assert close(tangent, (exact[0] - exact[1]) / (2 * step), 0.05)
+
+
+@pytest.mark.parametrize(("mine", "given"), [(torch.float32, torch.float64), (torch.float32, torch.bfloat16),
+                                             (torch.float64, torch.float32)])  # fmt: skip
+def test_an_image_of_another_dtype_is_refused_clearly(mine: torch.dtype, given: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"the image is {given}, the model's parameters are {mine}"):
+        rf.resnet18().eval().to(mine)(torch.zeros(1, 3, 33, 33, dtype=given))
+
+
 def test_conv_bn_act_2d() -> None:
     module = rf.nn.ConvBNAct2d(4, 6, 3, stride=2, bias=True)
     assert list(module.state_dict())[:3] == ["conv.weight", "conv.bias", "bn.weight"]

@@ -107,15 +107,17 @@ def demo(
         samples = _measure(tasks, seconds, lambda fraction: progress("measuring speed", fraction))
     busy = disturbance.cores()
     ratio = _show_speed(console, samples, dtypes)
-    if busy is not None and busy > machine.DISTURBED:
-        console.print(f"[yellow]Other processes kept {busy:.2f} cores busy meanwhile: do not trust these times.[/]")
+    _warn_if_disturbed(console, busy)
 
+    disturbance = machine.Disturbance()
     breakdowns: dict[torch.dtype, tuple[list[NodeTime], list[NodeTime]]] = {}
     with progress_bar() as progress:
         for position, dtype in enumerate(dtypes):
             progress(f"looking where the time goes in {name_of(dtype)}", position / len(dtypes))
             breakdowns[dtype] = _breakdown(network, batch[:1], dtype)
+    busy = disturbance.cores()
     _show_breakdown(console, breakdowns)
+    _warn_if_disturbed(console, busy)
     _show_traffic(console, network)
     _draw(console, output, f"{arch}, batch 1, {image_size} px, {machine.describe().summary}", breakdowns)
     if agreed:
@@ -238,6 +240,11 @@ def _measure(tasks: dict[torch.dtype, Task], seconds: float, progress: Callable[
 
 def _call(run: Callable[[object], object], x: object) -> Callable[[int], object]:
     return lambda number: run(x)
+
+
+def _warn_if_disturbed(console: Console, busy: float | None) -> None:
+    if busy is not None and busy > machine.DISTURBED:
+        console.print(f"[yellow]Other processes kept {busy:.2f} cores busy meanwhile: do not trust these times.[/]")
 
 
 def _breakdown(network: Network, x: Tensor, dtype: torch.dtype) -> tuple[list[NodeTime], list[NodeTime]]:

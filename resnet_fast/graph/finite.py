@@ -25,10 +25,12 @@ LIMIT = 1e36
 _SLACK = 1.05
 _NAME = "resnet_fast_guard"
 
-_KEEP_BOUND: set[Any] = {
-    torch.relu, torch.flatten, torch.max_pool2d, F.max_pool2d, F.adaptive_avg_pool2d, torch.mean,
-    nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Identity,
-}  # fmt: skip
+#: Averages add before they divide: below this no image is large enough to overflow the sum.
+_LIMIT_OF_SUMS = 1e28
+
+_KEEP_BOUND: set[Any] = {torch.relu, torch.flatten, nn.ReLU, nn.Identity}
+_MAX_POOLS: set[Any] = {torch.max_pool2d, F.max_pool2d, nn.MaxPool2d}
+_AVERAGES: set[Any] = {F.adaptive_avg_pool2d, torch.mean, nn.AdaptiveAvgPool2d}
 _ADD_BOUNDS: set[Any] = {torch.add, ir.ADD_ACT}
 
 
@@ -67,11 +69,25 @@ def certify(gm: fx.GraphModule) -> int:
             operands = node.args[:2]
             if all(isinstance(operand, fx.Node) for operand in operands):
                 bound = _SLACK * sum(bounds[cast(fx.Node, operand)] for operand in operands)
-        elif (node.target if module is None else type(module)) in _KEEP_BOUND:
+        elif _keeps_bound(node, module, bounds):
             bound = _SLACK * bounds[node.all_input_nodes[0]]
         bounds[node] = bound if bound <= LIMIT else unknown
     gm.recompile()
     return sum(node.op == "call_module" and node.target == _NAME for node in gm.graph.nodes)
+
+
+def _keeps_bound(node: fx.Node, module: nn.Module | None, bounds: dict[fx.Node, float]) -> bool:
+    """Whether nothing in the node's result is larger than what it reads, nor infinite on the way."""
+    kind = node.target if module is None else type(module)
+    if node.kwargs:
+        return False
+    if kind in _MAX_POOLS:
+        # A dilated window may lie in the padding altogether, and then gives -inf.
+        dilation = node.args[4:5] if module is None else (module.dilation,)
+        return all(d in (1, (1, 1), [1, 1]) for d in dilation)
+    if kind in _AVERAGES:
+        return bounds[node.all_input_nodes[0]] <= _LIMIT_OF_SUMS
+    return kind in _KEEP_BOUND
 
 
 def _alive(nodes: list[fx.Node], now: fx.Node) -> list[fx.Node]:

@@ -62,6 +62,7 @@ class OptimizedModule(nn.Module):
         self.dtype, self.output_dtype = dtype, output_dtype
         self._report = report
         self._image = image
+        self._certified = True  # finite.certify has seen these constants
         self._separable = not batching.why_not_separable(graph_module)
         self._pieces: dict[tuple[Any, ...], int] = {}
 
@@ -74,6 +75,9 @@ class OptimizedModule(nn.Module):
         if self._image is not None:
             self._check_image(args[0] if args else kwargs.get(self._image.name))
         with torch.no_grad():
+            if not self._certified:
+                finite.certify(self.graph_module)
+                self._certified = True
             first = args[0] if len(args) == 1 and not kwargs else None
             if isinstance(first, Tensor) and first.device.type == "cpu" and first.dim():
                 batching.prime_allocator()
@@ -86,7 +90,9 @@ class OptimizedModule(nn.Module):
         args, kwargs = _cast((args, kwargs), None, self.dtype)
         device = next((leaf.device.type for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)), "cpu")
         with ExitStack() as stack:
-            if torch.is_autocast_enabled(device):  # this module's dtype was chosen when it was made
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
+                device
+            ):  # this module's dtype was chosen when it was made
                 stack.enter_context(torch.autocast(device, enabled=False))
             try:
                 result = self.graph_module(*args, **kwargs)
@@ -96,11 +102,9 @@ class OptimizedModule(nn.Module):
                 result = self.graph_module(*args, **kwargs)
         return _cast(result, self.dtype, self.output_dtype)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module; what was proved about the old constants is proved again for the new ones."""
-        result = super().load_state_dict(*args, **kwargs)
-        finite.certify(self.graph_module)
-        return result
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._certified = False  # of the old constants; the new ones are looked at when they run
+        super()._load_from_state_dict(*args)
 
     def _piece(self, x: Tensor) -> int:
         """How many images like ``x`` to run at a time, 0 for all."""
@@ -157,6 +161,7 @@ class OptimizedModule(nn.Module):
                 moved = tensor.to(moved.device)  # what is stored wider than the snapshot computes stays so
             return moved
 
+        self._certified = False
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -205,6 +210,8 @@ def optimize(
         TypeError: the model cannot be traced (or is no module), or an argument has the wrong type.
         NotImplementedError: cuda_graphs=True.
     """
+    if isinstance(model, OptimizedModule):
+        raise TypeError("optimize: this module is the result of optimize() already; give it the original model")
     check(model)
     device, original = _device_and_dtype(model, dtype)
     _check_options(dtype, cuda_graphs, backend, device)

@@ -29,6 +29,7 @@ class Fused(nn.Module):
         self.dtype = dtype
         self.asked = backend
         self.training = False
+        self.no_nan = False  # whether no NaN can reach the ReLU; set by finite.certify
         self._prepared: Any = None
 
     def prepare(self) -> Any:
@@ -57,13 +58,18 @@ class Fused(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None}
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Fused:
+    def _changed(self) -> None:
+        """Other constants: what was packed and what was proved about them is void."""
         self._prepared = None
+        self.no_nan = False
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Fused:
+        self._changed()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._prepared = None
+        self._changed()
         super()._load_from_state_dict(*args)
 
 
@@ -84,7 +90,6 @@ class FusedConvBNAct(Fused):
         self.stride, self.padding, self.dilation, self.groups = list(conv[5]), list(conv[6]), list(conv[7]), conv[8]
         self.activation, self.late = conv.activation, conv.residual_after_activation
         self.overwrites = overwrites
-        self.no_nan = False  # set by finite.certify
 
     def _make(self) -> Any:
         constants: Any = (self.weight, self.scale, self.shift)

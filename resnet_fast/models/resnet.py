@@ -242,23 +242,29 @@ class ResNet(nn.Module):
         """Scores [N, num_classes] of a floating point batch [N, 3, H, W], in any memory format.
 
         Raises:
-            TypeError: if `x` is not a tensor or not floating point.
+            TypeError: if `x` is no tensor, not floating point or, outside autocast, not of the parameters' dtype.
             ValueError: if `x` is not 4-D or has another number of channels than `conv1` takes.
         """
-        _check_images(x, getattr(self.conv1, "in_channels", 3))
+        _check_images(x, self.conv1)
         return self._forward_impl(x)
 
 
-def _check_images(x: Tensor, channels: int) -> None:
+def _check_images(x: Tensor, first: nn.Module) -> None:
     """Refuses what cannot be a batch of images. Reads no symbolic size other than the channel count."""
     if isinstance(x, Proxy):
         return
+    channels, weight = getattr(first, "in_channels", 3), getattr(first, "weight", None)
     expected = f"expected a floating point NCHW tensor of shape [N, {channels}, H, W]"
     if not isinstance(x, Tensor):
         raise TypeError(f"{expected}, got {type(x).__name__}")
     if not x.is_floating_point():
         advice = "; convert it with x.float() / 255, then normalise" if x.dtype == torch.uint8 else ""
         raise TypeError(f"{expected}, got {x.dtype} of shape {list(x.shape)}{advice}")
+    if weight is not None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"the image is {x.dtype}, the model's parameters are {weight.dtype}; convert one with "
+            f"x.to({weight.dtype}) or model.to({x.dtype}), or use torch.autocast"
+        )
     if x.dim() != 4:
         advice = "; x.unsqueeze(0) adds the batch dimension" if x.dim() == 3 else ""
         raise ValueError(f"{expected}, got {x.dim()}-D {x.dtype} of shape {list(x.shape)}{advice}")

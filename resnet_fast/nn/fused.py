@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends, ops
+from ..ops._common import transformed
 
 __all__ = ["conv_bn_act", "head", "scale_and_shift", "shortcut", "stem"]
 
@@ -36,8 +37,13 @@ def _touched(module: nn.Module) -> bool:
 
 
 def _must_be_plain(x: object) -> bool:
-    """Symbolic tracing, scripted tracing and ONNX export get the plain layers, which every consumer understands."""
-    return not isinstance(x, Tensor) or torch._C._get_tracing_state() is not None or torch.onnx.is_in_onnx_export()
+    """Symbolic tracing, jit tracing, ONNX export and torch.func get the plain layers, which all of them understand."""
+    return (
+        transformed()
+        or not isinstance(x, Tensor)
+        or torch._C._get_tracing_state() is not None
+        or torch.onnx.is_in_onnx_export()
+    )
 
 
 def _note(reason: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 ACTIVATIONS = ("none", "relu")
 
@@ -45,8 +46,12 @@ def check_image(op: str, x: Tensor, channels: int | None = None) -> None:
 
 def check_weight_dtype(op: str, x: Tensor, weight: Tensor) -> None:
     """Weights come in x's dtype, or in float32 beside a narrower x (rounded once, when they are packed)."""
-    if weight.dtype is not x.dtype and not (weight.dtype is torch.float32 and x.dtype is not torch.float64):
-        raise TypeError(f"{op}: weight is {weight.dtype}, x is {x.dtype}; weight must be {x.dtype} or torch.float32")
+    if weight.dtype is x.dtype or (weight.dtype is torch.float32 and x.dtype is not torch.float64):
+        return
+    allowed = {torch.float32: "torch.float32", torch.float64: "torch.float64"}.get(
+        x.dtype, f"{x.dtype} or torch.float32"
+    )
+    raise TypeError(f"{op}: weight is {weight.dtype}, x is {x.dtype}; weight must be {allowed}")
 
 
 def check_device(op: str, x: Tensor, **others: Tensor | None) -> None:
@@ -57,6 +62,8 @@ def check_device(op: str, x: Tensor, **others: Tensor | None) -> None:
 
 def check_per_channel(op: str, channels: int, **vectors: Tensor) -> None:
     for name, vector in vectors.items():
+        if vector.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{op}: {name} is {vector.dtype}; it must be torch.float32 (or float64), never narrower")
         if vector.dim() != 1 or vector.shape[0] != channels:
             raise ValueError(
                 f"{op}: {name} has shape {list(vector.shape)}, weight has {channels} output channels; "
@@ -86,6 +93,13 @@ def channels_last(x: Tensor) -> Tensor:
     if x.numel() == 0:
         return empty_channels_last(x, x.shape)
     return x if x.stride() == wanted else x.as_strided((n, c, h, w), wanted)
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode AD watches: the ops have reverse-mode formulas only, plain torch has all."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def relu_gradient(grad: Tensor, output: Tensor) -> Tensor:

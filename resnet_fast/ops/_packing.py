@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..backends import onednn
 from ._common import channels_last
@@ -56,7 +57,9 @@ class PackedConv:
         if not self._pads:
             return channels_last(x.to(self.bias.dtype))
         n, c, h, w = x.shape
-        padded = torch.empty((n, c + 1, h, w), dtype=self.bias.dtype, memory_format=torch.channels_last)
+        padded = torch.empty(
+            (n, c + 1, h, w), dtype=self.bias.dtype, device=x.device, memory_format=torch.channels_last
+        )
         padded[:, :c] = x
         padded[:, c:] = 0
         return padded
@@ -116,7 +119,7 @@ class PackedConv:
 
 @dataclass
 class _Entry:
-    version: int
+    version: tuple[int, int]
     sample: Tensor
     scale: Tensor
     shift: Tensor
@@ -124,6 +127,16 @@ class _Entry:
 
 
 _lock = threading.Lock()
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_: object) -> None:
+    """Fused optimizers change parameters without touching their version counters."""
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
 _storages: dict[int, tuple[StorageWeakRef, dict[tuple[object, ...], _Entry]]] = {}
 
 
@@ -143,7 +156,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 def unsupported(dtype: torch.dtype, weight: Tensor, groups: int) -> str:
     """Why this convolution cannot run packed, or "" if it can."""
-    if dtype is torch.bfloat16 and groups > 1 and weight.shape[1] > 1 and weight.shape[1] % 2:
+    depthwise = weight.shape[1] == 1 and weight.shape[0] == groups
+    if dtype is torch.bfloat16 and groups > 1 and weight.shape[1] % 2 and not depthwise:
         return f"oneDNN mixes pixels for bfloat16 groups of an odd number of channels ({weight.shape[1]})"
     return onednn.unsupported(dtype)
 
@@ -173,6 +187,7 @@ def packed_conv(
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     if weight.is_inference() or not dense:
         return build()  # no version counter to watch, or no cheap sample: pack at every call rather than be stale
+    version = (weight._version, _optimizer_steps)
     storage = weight.untyped_storage()
     key = (
         weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, dtype,
@@ -183,13 +198,13 @@ def packed_conv(
     entry = found[1].get(key) if found is not None else None
     if (
         entry is not None
-        and entry.version == weight._version
+        and entry.version == version
         and _same_bits(entry.scale, scale)
         and _same_bits(entry.shift, shift)
         and _same_bits(entry.sample, _sample(weight))
     ):
         return entry.conv
-    entry = _Entry(weight._version, _sample(weight).clone(), scale.clone(), shift.clone(), build())
+    entry = _Entry(version, _sample(weight).clone(), scale.clone(), shift.clone(), build())
     with _lock:
         for address in [a for a, (reference, _) in _storages.items() if reference.expired()]:
             del _storages[address]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ._common import accumulate_dtype, cast, check_activation, check_device, register, relu_gradient
+from ._common import accumulate_dtype, cast, check_activation, check_device, register, relu_gradient, transformed
 
 NAME = "add_act"
 
@@ -20,13 +20,13 @@ def reference(x: Tensor, y: Tensor, activation: str = "relu") -> Tensor:
     """The op in plain torch, any device and dtype; the result has the strides of ``torch.empty_like(x)``."""
     accumulate = accumulate_dtype(x.dtype)
     z = (x.to(accumulate) + y.to(accumulate)).to(x.dtype)
-    return _like(x, z.relu_() if activation == "relu" else z)
+    return _like(x, z.relu() if activation == "relu" else z)
 
 
 def _like(x: Tensor, z: Tensor) -> Tensor:
     """``z`` with the strides of ``torch.empty_like(x)``, copied only where they differ."""
     out = torch.empty_like(x)
-    return z if z.stride() == out.stride() else out.copy_(z)
+    return z if transformed() or z.stride() == out.stride() else out.copy_(z)
 
 
 def _check(x: Tensor, y: Tensor, activation: str) -> None:
@@ -101,5 +101,8 @@ def add_act(x: Tensor, y: Tensor, activation: str = "relu") -> Tensor:
     Raises:
         ValueError: shapes or devices differ, unknown activation; TypeError: dtypes differ or are not floating point.
     """
+    if transformed():
+        _check(x, y, activation)
+        return reference(x, y, activation)
     result: Tensor = torch.ops.resnet_fast.add_act.default(x, y, activation)
     return result

@@ -27,6 +27,7 @@ from ._common import (
     pair,
     register,
     relu_gradient,
+    transformed,
 )
 
 NAME = "conv_bn_act"
@@ -279,9 +280,10 @@ def conv_bn_act(
     Raises:
         ValueError: shapes, devices or options do not fit; TypeError: a dtype does not.
     """
-    result: Tensor = torch.ops.resnet_fast.conv_bn_act.default(
-        x, weight, scale, shift, residual,
-        pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups,
-        activation, residual_after_activation,
-    )  # fmt: skip
+    geometry = (pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups)
+    arguments = (x, weight, scale, shift, residual, *geometry, activation, residual_after_activation)
+    if transformed():
+        _check(*arguments[:-1])
+        return reference(*arguments)
+    result: Tensor = torch.ops.resnet_fast.conv_bn_act.default(*arguments)
     return result

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ._common import accumulate_dtype, cast, check_device, check_image, check_weight_dtype, register
+from ._common import accumulate_dtype, cast, check_device, check_image, check_weight_dtype, register, transformed
 
 NAME = "head"
 
@@ -112,5 +112,8 @@ def head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: shapes or devices do not fit; TypeError: a dtype does not.
     """
+    if transformed():
+        _check(x, weight, bias)
+        return reference(x, weight, bias)
     result: Tensor = torch.ops.resnet_fast.head.default(x, weight, bias)
     return result

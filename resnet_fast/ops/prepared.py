@@ -1,14 +1,12 @@
 """The ops on constant weights, for frozen graphs: folded and packed once, then called with nothing but the data.
 
 Same results as the ops of the same names, without autograd, autocast, checks or the dispatcher in between.
-Each holds plain tensors (so it pickles and copies); packed copies are made at the first call for an input shape.
+Packed copies are made at the first call for an input shape.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,36 +39,7 @@ def choose(name: str, weight: Tensor, groups: int, dtype: torch.dtype, asked: st
     return "onednn"
 
 
-class _Prepared:
-    """State handling shared by the prepared ops: the packed copies are dropped when it is copied or pickled."""
-
-    backend: str
-    _packed: _packing.PackedConv | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Its constants by name, as they are stored."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-
-    def to(self, device: torch.device) -> _Prepared:
-        """A copy of it on ``device``, with the backend chosen anew."""
-        other = copy.copy(self)
-        for name, value in self.tensors().items():
-            setattr(other, name, value.to(device))
-        other._pack()
-        return other
-
-    def _pack(self) -> None:
-        raise NotImplementedError
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_packed"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._pack()
-
-
-class _PreparedConv(_Prepared):
+class _PreparedConv:
     """A convolution with constant weight: on oneDNN the scale is folded into the weight, elsewhere it stays apart."""
 
     _name: str
@@ -89,15 +58,11 @@ class _PreparedConv(_Prepared):
     ) -> None:
         self.dtype = dtype
         self.geometry = (list(stride), list(padding), list(dilation), groups)
-        self.asked = backend
         self.weight = weight.detach()
         self.scale = scale.detach().clone()
         self.shift = shift.detach().clone()
-        self._pack()
-
-    def _pack(self) -> None:
-        self.backend = choose(self._name, self.weight, self.geometry[3], self.dtype, self.asked)
-        self._packed = None
+        self.backend = choose(self._name, self.weight, self.geometry[3], self.dtype, backend)
+        self._packed: _packing.PackedConv | None = None
         if self.backend == "onednn":
             self._packed = _packing.PackedConv(self.shift.to(self.dtype), self.weight.shape, *self.geometry)
 
@@ -182,20 +147,16 @@ class Stem(_PreparedConv):
         return _stem_run_packed(self._packed, x, self._folded, self.ceil_mode)
 
 
-class Head(_Prepared):
+class Head:
     """``head`` on constant weight and bias, rounded once to ``dtype``."""
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype = torch.float32, backend: str = "auto"
     ) -> None:
-        self.asked = backend
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
-        self._pack()
-
-    def _pack(self) -> None:
         # Plain torch is what runs fastest on a CPU, so only a choice of "reference" makes a difference.
-        chosen = backends.runs("onednn", "cpu", self.asked) and self.weight.device.type == "cpu"
+        chosen = backends.runs("onednn", "cpu", backend) and self.weight.device.type == "cpu"
         self.backend = "onednn" if chosen and not onednn.unavailable() else "reference"
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from ._common import (
     conv_output_size,
     register,
     relu_gradient,
+    transformed,
 )
 
 NAME = "stem"
@@ -239,5 +240,8 @@ def stem(
     Raises:
         ValueError: shapes, devices, mean or std do not fit; TypeError: a dtype does not.
     """
+    if transformed():
+        _check(x, weight, scale, shift, mean, std, ceil_mode)
+        return reference(x, weight, scale, shift, mean, std, ceil_mode)
     result: Tensor = torch.ops.resnet_fast.stem.default(x, weight, scale, shift, mean, std, ceil_mode)
     return result
