@@ -243,6 +243,8 @@ def _call(run: Callable[[object], object], x: object) -> Callable[[int], object]
 
 
 def _warn_if_disturbed(console: Console, busy: float | None) -> None:
+    from resnet_fast.benchmarking import machine
+
     if busy is not None and busy > machine.DISTURBED:
         console.print(f"[yellow]Other processes kept {busy:.2f} cores busy meanwhile: do not trust these times.[/]")
 
