@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from resnet_fast.nn.fused import is_frozen_batch_norm
+
 from .ir import ADD_ACT, CONV_BN_ACT, HEAD, STEM, nodes_in
-from .trace import is_frozen_batch_norm
 
 #: Functions whose result is new memory (called without ``inplace=True`` and ``out=``).
 _FRESH_FUNCTIONS = {

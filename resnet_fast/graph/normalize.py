@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from resnet_fast.nn.fused import is_frozen_batch_norm
+
 from . import ir, memory
-from .trace import is_frozen_batch_norm
 
 
 class SharedMemoryError(Exception):

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from resnet_fast import backends
+from resnet_fast.nn.fused import is_frozen_batch_norm
 
 from . import batching, finite, ir, memory, plan, shapes
 from .fold_bn import fold_bn
@@ -27,7 +28,7 @@ from .fuse_stem import fuse_stem
 from .guard import TooLarge, with_separate_relus
 from .normalize import SharedMemoryError, normalize
 from .report import Report, Row
-from .trace import check, hooked, is_frozen_batch_norm, layer_kind, rebuilt, trace
+from .trace import check, hooked, layer_kind, rebuilt, trace
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -17,20 +17,12 @@ from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from resnet_fast.nn.fused import is_frozen_batch_norm
+
 from .shapes import first_line
 
 _IN_PLACE_KINDS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
-def is_frozen_batch_norm(module: nn.Module) -> bool:
-    """torchvision's FrozenBatchNorm2d, or anybody's of that name with the same four buffers and eps."""
-    names = ("weight", "bias", "running_mean", "running_var")
-    return (
-        type(module).__name__ == "FrozenBatchNorm2d"
-        and all(isinstance(getattr(module, name, None), torch.Tensor) for name in names)
-        and isinstance(getattr(module, "eps", None), float)
-    )
 
 
 class _Proxy(fx.Proxy):

@@ -19,9 +19,12 @@ __all__ = ["conv_bn_act", "head", "scale_and_shift", "shortcut", "stem"]
 
 
 def is_frozen_batch_norm(module: nn.Module) -> bool:
-    """torchvision's and detectron's ``FrozenBatchNorm2d``: BatchNorm with constant statistics and affine parameters."""
-    return type(module).__name__ == "FrozenBatchNorm2d" and {"weight", "bias", "running_mean", "running_var"} <= set(
-        module._buffers
+    """torchvision's FrozenBatchNorm2d, or anybody's of that name with the same four buffers and eps."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    return (
+        type(module).__name__ == "FrozenBatchNorm2d"
+        and all(isinstance(getattr(module, name, None), Tensor) for name in names)
+        and isinstance(getattr(module, "eps", None), float)
     )
 
 

@@ -107,6 +107,42 @@ def relu_gradient(grad: Tensor, output: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward.default(grad, output, 0)
 
 
+def convolution_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``conv(x, weight) * scale + shift`` for x, weight, scale and shift, None where not ``needed``.
+
+    dL/dx is the data gradient for the weight ``w * scale``, and with G = the weight gradient for the unscaled ``grad``,
+    dL/dw = scale * G and dL/dscale = sum over C, R, S of w * G. So neither the convolution's output nor a division by
+    scale is needed.
+    """
+    need_x, need_weight, need_scale, need_shift = needed
+    per_channel = scale.view(-1, 1, 1, 1)
+    grad_x = grad_weight = grad_scale = grad_shift = None
+    if need_x or need_weight or need_scale:
+        scaled = (weight.to(scale.dtype) * per_channel).to(x.dtype)
+        wanted = [need_x, need_weight or need_scale, False]
+        grad_x, unscaled, _ = torch.ops.aten.convolution_backward(
+            grad, x, scaled, None, stride, padding, dilation, False, [0, 0], groups, wanted
+        )
+        if need_weight:
+            grad_weight = (unscaled.to(scale.dtype) * per_channel).to(weight.dtype)
+        if need_scale:
+            grad_scale = (unscaled.to(scale.dtype) * weight.to(scale.dtype)).sum((1, 2, 3))
+    if need_shift:
+        grad_shift = grad.sum((0, 2, 3), dtype=shift.dtype)
+    return grad_x, grad_weight, grad_scale, grad_shift
+
+
 def register(
     schema: str,
     *,

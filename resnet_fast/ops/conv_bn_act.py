@@ -23,6 +23,7 @@ from ._common import (
     check_per_channel,
     check_weight_dtype,
     conv_output_size,
+    convolution_gradients,
     empty_channels_last,
     pair,
     register,
@@ -204,24 +205,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad = relu_gradient(grad, output)
     if ctx.has_residual and not residual_after_activation:
         grad_residual = grad
-    need_x, need_weight, need_scale, need_shift = ctx.needs_input_grad[:4]
-    per_channel = scale.view(-1, 1, 1, 1)
-    grad_x = grad_weight = grad_scale = grad_shift = None
-    if need_x or need_weight or need_scale:
-        # With y = conv(x, w) * scale + shift: dL/dx is the data gradient for the weight w * scale, and with
-        # G = the weight gradient for the unscaled dL/dy, dL/dw = scale * G and dL/dscale = sum over C, R, S of w * G.
-        # So neither the convolution's output nor a division by scale is needed.
-        grad_x, unscaled, _ = torch.ops.aten.convolution_backward(
-            grad, x, (weight.to(scale.dtype) * per_channel).to(x.dtype), None,
-            stride, padding, dilation, False, [0, 0], groups, [need_x, need_weight or need_scale, False],
-        )  # fmt: skip
-        if need_weight:
-            grad_weight = (unscaled.to(scale.dtype) * per_channel).to(weight.dtype)
-        if need_scale:
-            grad_scale = (unscaled.to(scale.dtype) * weight.to(scale.dtype)).sum((1, 2, 3))
-    if need_shift:
-        grad_shift = grad.sum((0, 2, 3), dtype=shift.dtype)
-    return grad_x, grad_weight, grad_scale, grad_shift, grad_residual, *([None] * 6)
+    gradients = convolution_gradients(
+        grad, x, weight, scale, shift, stride, padding, dilation, groups, ctx.needs_input_grad[:4]
+    )
+    return *gradients, grad_residual, *([None] * 6)
 
 
 def _autocast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:

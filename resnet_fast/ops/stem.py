@@ -22,6 +22,7 @@ from ._common import (
     check_per_channel,
     check_weight_dtype,
     conv_output_size,
+    convolution_gradients,
     register,
     relu_gradient,
     transformed,
@@ -175,22 +176,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     _, indices = torch.ops.aten.max_pool2d_with_indices.default(inner, *pooling)
     grad = torch.ops.aten.max_pool2d_with_indices_backward.default(grad, inner, *pooling, indices)
     grad = relu_gradient(grad, inner)
-    need_x, need_weight, need_scale, need_shift = ctx.needs_input_grad[:4]
-    # From here as in conv_bn_act's backward, whose comment derives it.
-    per_channel = scale.view(-1, 1, 1, 1)
-    grad_x = grad_weight = grad_scale = grad_shift = None
-    if need_x or need_weight or need_scale:
-        grad_x, unscaled, _ = torch.ops.aten.convolution_backward(
-            grad, image, (weight.to(scale.dtype) * per_channel).to(dtype), None,
-            *_GEOMETRY[:3], False, [0, 0], 1, [need_x, need_weight or need_scale, False],
-        )  # fmt: skip
-        if need_weight:
-            grad_weight = (unscaled.to(scale.dtype) * per_channel).to(weight.dtype)
-        if need_scale:
-            grad_scale = (unscaled.to(scale.dtype) * weight.to(scale.dtype)).sum((1, 2, 3))
-    if need_shift:
-        grad_shift = grad.sum((0, 2, 3), dtype=shift.dtype)
-    return grad_x, grad_weight, grad_scale, grad_shift, None, None, None
+    gradients = convolution_gradients(grad, image, weight, scale, shift, *_GEOMETRY, needed=ctx.needs_input_grad[:4])
+    return *gradients, None, None, None
 
 
 def _autocast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
