@@ -19,6 +19,7 @@ SOURCE_ARCHIVE = (
     "Makefile",
     "constraints.txt",
     "hubconf.py",
+    "kernels/resources.csv",
     "benchmarks/**/*",
     "csrc/**/*",
     "docs/**/*",

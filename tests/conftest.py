@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports a kernel: Triton then interprets them, on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from . import _torchvision_stub  # noqa: F401 - before any test imports torchvision
 

@@ -10,12 +10,12 @@ import threading
 import warnings
 from types import TracebackType
 
-from . import onednn
+from . import onednn, triton
 
 __all__ = ["FallbackWarning", "available", "current", "fallback", "fallbacks", "runs", "use"]
 
-#: Every backend by name, with the device type it runs on ("" = any).
-_DEVICES = {"reference": "", "onednn": "cpu"}
+#: Every backend by name, with the device types it runs on (none named = any).
+_DEVICES: dict[str, tuple[str, ...]] = {"reference": (), "onednn": ("cpu",), "triton": ("cuda",)}
 
 _lock = threading.Lock()
 _selected = "auto"
@@ -28,7 +28,7 @@ class FallbackWarning(UserWarning):
 
 def available() -> dict[str, str]:
     """Each backend's name with ``""`` if it can be used here, else the reason why it cannot."""
-    return {"reference": "", "onednn": onednn.unavailable()}
+    return {"reference": "", "onednn": onednn.unavailable(), "triton": triton.unavailable()}
 
 
 def current() -> str:
@@ -75,9 +75,12 @@ def runs(name: str, device: str, asked: str = "auto") -> bool:
         RuntimeError: the chosen backend does not run on tensors of this device type.
     """
     chosen = asked if asked != "auto" else _selected
-    if chosen != "auto" and _DEVICES[chosen] not in ("", device):
-        raise RuntimeError(f"backend {chosen!r} runs on {_DEVICES[chosen]} tensors, got a tensor on {device!r}")
-    return chosen in ("auto", name)
+    if chosen == "auto":
+        return not _DEVICES[name] or device in _DEVICES[name]
+    devices = _DEVICES[chosen]
+    if devices and device not in devices and not (chosen == "triton" and triton.interpreted() and device == "cpu"):
+        raise RuntimeError(f"backend {chosen!r} runs on {' and '.join(devices)} tensors, got a tensor on {device!r}")
+    return chosen == name
 
 
 def fallback(what: str, reason: str) -> None:

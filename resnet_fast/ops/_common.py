@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import backends
+from ..backends import triton
+
 ACTIVATIONS = ("none", "relu")
 
 _library = torch.library.Library("resnet_fast", "DEF")
@@ -102,6 +105,35 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def runs_triton(op: str, x: Tensor, dtype: torch.dtype | None = None, asked: str = "auto") -> bool:
+    """Whether the op's Triton kernel computes for ``x`` (in ``dtype``, x's own where not given).
+
+    By itself on CUDA tensors; on CPU tensors only where somebody chose it. Where it should run and cannot, that is
+    recorded as a fallback, and False returned.
+    """
+    return can_run_triton(op, x.device, x.dtype if dtype is None else dtype, asked) if x.numel() else False
+
+
+def can_run_triton(op: str, device: torch.device, dtype: torch.dtype, asked: str = "auto") -> bool:
+    """:func:`runs_triton` for constants whose inputs are not there yet."""
+    if not backends.runs("triton", device.type, asked):
+        return False
+    reason = triton.unavailable() or triton.unsupported(dtype, device)
+    if reason:
+        backends.fallback(op, f"{reason}; the plain torch reference runs instead")
+    return not reason
+
+
+def kernel_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A convolution's weight as the Triton kernels read it: ``dtype``, dense channels_last; no copy where it is so."""
+    return channels_last(weight.detach().to(dtype))
+
+
+def kernel_vector(vector: Tensor) -> Tensor:
+    """A per-channel vector as the Triton kernels read it: float32, dense."""
+    return vector.detach().float().contiguous()
+
+
 def relu_gradient(grad: Tensor, output: Tensor) -> Tensor:
     """torch's ReLU backward: ``grad`` where ``output`` is not <= 0 (so it passes where output is NaN), else 0."""
     return torch.ops.aten.threshold_backward.default(grad, output, 0)
@@ -148,6 +180,7 @@ def register(
     *,
     default: Callable[..., Tensor],
     cpu: Callable[..., Tensor],
+    cuda: Callable[..., Tensor] | None = None,
     fake: Callable[..., Tensor],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
@@ -160,7 +193,7 @@ def register(
 
     Args:
         schema: as ``name(Tensor x, ...) -> Tensor``.
-        default: runs on every device that has no kernel of its own. cpu: runs on CPU tensors.
+        default: runs on every device that has no kernel of its own. cpu: runs on CPU tensors, cuda: on CUDA tensors.
         fake: shapes, dtypes and strides only. setup_context, backward: as for ``torch.library.register_autograd``.
         autocast: the arguments, in schema order, cast for an autocast dtype. ``torch.library.register_autocast`` would
             cast every floating point tensor; scale, shift and weights stay as they are, they are folded in float32.
@@ -169,6 +202,8 @@ def register(
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, default, "CompositeExplicitAutograd")
     _library.impl(name, cpu, "CPU")
+    if cuda is not None:
+        _library.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"resnet_fast::{name}", fake, lib=_library)
     torch.library.register_autograd(f"resnet_fast::{name}", backward, setup_context=setup_context, lib=_library)
     op = getattr(torch.ops.resnet_fast, name).default

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ._common import accumulate_dtype, cast, check_activation, check_device, register, relu_gradient, transformed
+from ..backends import triton
+from ._common import (
+    accumulate_dtype,
+    cast,
+    check_activation,
+    check_device,
+    register,
+    relu_gradient,
+    runs_triton,
+    transformed,
+)
 
 NAME = "add_act"
 
@@ -40,13 +50,51 @@ def _check(x: Tensor, y: Tensor, activation: str) -> None:
 
 def _default(x: Tensor, y: Tensor, activation: str) -> Tensor:
     _check(x, y, activation)
-    if x.device.type == "cuda" and backends.current() != "reference":
-        backends.fallback(NAME, "no CUDA kernel in this version; CUDA tensors run the plain torch reference")
     return reference(x, y, activation)
+
+
+def _flat(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``x`` with its elements in memory as dense ``strides`` put them; a copy only where they lie otherwise."""
+    if all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), strides, strict=True)):
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def run_triton(x: Tensor, y: Tensor, activation: str) -> Tensor:
+    """The op by its Triton kernel, on checked arguments with at least one element."""
+    from resnet_fast.kernels import add_act as kernel
+
+    out = torch.empty_like(x)
+    problem = kernel.Problem(x.numel(), triton.precision(x.dtype))
+    config = kernel.choose(problem, triton.gpu_of(x.device))
+    x, y = _flat(x, out.stride()), _flat(y, out.stride())
+    with triton.on(x.device):
+        kernel.launch(x, y, out, problem, config, activation=activation)()
+    return out
+
+
+def run_triton_backward(grad: Tensor, output: Tensor) -> Tensor:
+    """The gradient by its Triton kernel, on tensors of one shape and dtype with at least one element."""
+    from resnet_fast.kernels import add_act as kernel
+
+    out = torch.empty_like(output)
+    problem = kernel.Problem(output.numel(), triton.precision(output.dtype))
+    config = kernel.choose(problem, triton.gpu_of(output.device))
+    grad, output = _flat(grad, out.stride()), _flat(output, out.stride())
+    with triton.on(output.device):
+        kernel.launch_backward(grad, output, out, problem, config)()
+    return out
+
+
+def _cuda(x: Tensor, y: Tensor, activation: str) -> Tensor:
+    _check(x, y, activation)
+    return (run_triton if runs_triton(NAME, x) else reference)(x, y, activation)
 
 
 def _cpu(x: Tensor, y: Tensor, activation: str) -> Tensor:
     _check(x, y, activation)
+    if runs_triton(NAME, x):
+        return run_triton(x, y, activation)
     if backends.runs("onednn", "cpu"):
         # One vectorised pass that rounds once, and the ReLU in place on the still cached sum.
         z = torch.add(x, y, out=torch.empty_like(x))
@@ -66,7 +114,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (output,) = ctx.saved_tensors
     if output is not None:
-        grad = relu_gradient(grad, output)
+        # torch.func and forward mode know how to treat torch's function, not ours.
+        grad = (relu_gradient if transformed() else torch.ops.resnet_fast.add_act_backward.default)(grad, output)
     return grad if ctx.needs_input_grad[0] else None, grad if ctx.needs_input_grad[1] else None, None
 
 
@@ -81,10 +130,64 @@ register(
     "add_act(Tensor x, Tensor y, str activation) -> Tensor",
     default=_default,
     cpu=_cpu,
+    cuda=_cuda,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
     autocast=_autocast,
+)
+
+
+def _check_backward(grad: Tensor, output: Tensor) -> None:
+    if not output.is_floating_point() or grad.dtype is not output.dtype:
+        raise TypeError(
+            f"{NAME}_backward: grad and output must have one floating point dtype, got {grad.dtype} and {output.dtype}"
+        )
+    if grad.shape != output.shape:
+        raise ValueError(
+            f"{NAME}_backward: grad has shape {list(grad.shape)}, output has {list(output.shape)}; "
+            "they must be the same"
+        )
+    check_device(f"{NAME}_backward", output, grad=grad)
+
+
+def _backward_default(grad: Tensor, output: Tensor) -> Tensor:
+    _check_backward(grad, output)
+    return torch.ops.aten.threshold_backward.grad_input(grad, output, 0, grad_input=torch.empty_like(output))
+
+
+def _backward_kernel(grad: Tensor, output: Tensor) -> Tensor:
+    _check_backward(grad, output)
+    if runs_triton(NAME, output):
+        return run_triton_backward(grad, output)
+    return _backward_default(grad, output)
+
+
+def _backward_fake(grad: Tensor, output: Tensor) -> Tensor:
+    _check_backward(grad, output)
+    return torch.empty_like(output)
+
+
+def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    # Linear in its first argument; in the second it is a step, whose derivative is 0 wherever it has one.
+    (output,) = ctx.saved_tensors
+    return torch.ops.resnet_fast.add_act_backward.default(grad, output), None
+
+
+# The gradient for x and y of ``relu(x + y) = output``: grad where not output <= 0 (so it passes where output is NaN).
+register(
+    "add_act_backward(Tensor grad, Tensor output) -> Tensor",
+    default=_backward_default,
+    cpu=_backward_kernel,
+    cuda=_backward_kernel,
+    fake=_backward_fake,
+    setup_context=_backward_setup_context,
+    backward=_backward_backward,
+    autocast=lambda dtype, args: args,
 )
 
 

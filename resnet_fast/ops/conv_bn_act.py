@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends import triton
 from . import _packing
 from ._common import (
     accumulate_dtype,
@@ -25,9 +26,12 @@ from ._common import (
     conv_output_size,
     convolution_gradients,
     empty_channels_last,
+    kernel_vector,
+    kernel_weight,
     pair,
     register,
     relu_gradient,
+    runs_triton,
     transformed,
 )
 
@@ -118,9 +122,67 @@ def _default(
     residual_after_activation: bool,
 ) -> Tensor:
     _check(x, weight, scale, shift, residual, stride, padding, dilation, groups, activation)
-    if x.device.type == "cuda" and backends.current() != "reference":
-        backends.fallback(NAME, "no CUDA kernel in this version; CUDA tensors run the plain torch reference")
     return reference(
+        x, weight, scale, shift, residual, stride, padding, dilation, groups, activation, residual_after_activation
+    )
+
+
+def run_triton(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    residual_after_activation: bool,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The op by its Triton kernel, on checked arguments with at least one element; ``out``: dense channels_last."""
+    from resnet_fast.kernels import conv_bn_act as kernel
+
+    x = channels_last(x)
+    weight = kernel_weight(weight, x.dtype)
+    residual = None if residual is None else channels_last(residual)
+    n, c, h, w = x.shape
+    k, _, r, s = weight.shape
+    problem = kernel.Problem(
+        n, h, w, c, k, (r, s), (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups,
+        triton.precision(x.dtype), residual is not None,
+    )  # fmt: skip
+    if out is None:
+        out = empty_channels_last(x, [n, k, *problem.output])
+    if out.numel() == 0:
+        return out
+    config = kernel.choose(problem, triton.gpu_of(x.device))
+    launch = kernel.launch(
+        x, weight, kernel_vector(scale), kernel_vector(shift), residual, out, problem, config,
+        activation=activation, residual_after_activation=residual_after_activation,
+    )  # fmt: skip
+    with triton.on(x.device):
+        launch()
+    return out
+
+
+def _cuda(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    residual_after_activation: bool,
+) -> Tensor:
+    _check(x, weight, scale, shift, residual, stride, padding, dilation, groups, activation)
+    run = run_triton if runs_triton(NAME, x) else reference
+    return run(
         x, weight, scale, shift, residual, stride, padding, dilation, groups, activation, residual_after_activation
     )
 
@@ -149,6 +211,10 @@ def _cpu(
         if len(_checked) > 10_000:
             _checked.clear()
         _checked.add(seen)
+    if runs_triton(NAME, x):
+        return run_triton(
+            x, weight, scale, shift, residual, stride, padding, dilation, groups, activation, residual_after_activation
+        )
     if x.numel() and backends.runs("onednn", "cpu"):
         reason = _packing.unsupported(x.dtype, weight, groups)
         if not reason:
@@ -224,6 +290,7 @@ register(
     "SymInt[] padding, SymInt[] dilation, SymInt groups, str activation, bool residual_after_activation) -> Tensor",
     default=_default,
     cpu=_cpu,
+    cuda=_cuda,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

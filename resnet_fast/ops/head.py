@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ._common import accumulate_dtype, cast, check_device, check_image, check_weight_dtype, register, transformed
+from ..backends import triton
+from ._common import (
+    accumulate_dtype,
+    cast,
+    channels_last,
+    check_device,
+    check_image,
+    check_weight_dtype,
+    register,
+    runs_triton,
+    transformed,
+)
 
 NAME = "head"
 
@@ -36,13 +47,36 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _default(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check(x, weight, bias)
-    if x.device.type == "cuda" and backends.current() != "reference":
-        backends.fallback(NAME, "no CUDA kernel in this version; CUDA tensors run the plain torch reference")
     return reference(x, weight, bias)
+
+
+def run_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The op by its Triton kernel, on checked arguments; x has at least one element."""
+    from resnet_fast.kernels import head as kernel
+
+    x = channels_last(x)
+    n, c, h, w = x.shape
+    out = x.new_empty((n, weight.shape[0]))
+    if out.numel() == 0:
+        return out
+    problem = kernel.Problem(n, h, w, c, weight.shape[0], triton.precision(x.dtype, "matmul"))
+    weight = weight.detach().to(x.dtype).contiguous()
+    bias = None if bias is None else bias.detach().contiguous()
+    config = kernel.choose(problem, triton.gpu_of(x.device))
+    with triton.on(x.device):
+        kernel.launch(x, weight, bias, out, problem, config)()
+    return out
+
+
+def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, weight, bias)
+    return (run_triton if runs_triton(NAME, x) else reference)(x, weight, bias)
 
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check(x, weight, bias)
+    if runs_triton(NAME, x):
+        return run_triton(x, weight, bias)
     if x.dtype in (torch.bfloat16, torch.float16) and weight.dtype is x.dtype and backends.runs("onednn", "cpu"):
         return run(x, weight, bias)
     return reference(x, weight, bias)
@@ -91,6 +125,7 @@ register(
     "head(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     default=_default,
     cpu=_cpu,
+    cuda=_cuda,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -7,6 +7,7 @@ Packed copies are made at the first call for an input shape.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,22 +15,25 @@ from torch import Tensor
 from .. import backends
 from ..backends import onednn
 from . import _packing
-from ._common import check_activation
+from ._common import can_run_triton, check_activation, kernel_weight
+from .bottleneck_tail import run_triton as _bottleneck_tail_run_triton
 from .conv_bn_act import reference as _conv_bn_act_reference
+from .conv_bn_act import run_triton as _conv_bn_act_run_triton
 from .head import reference as _head_reference
 from .head import run as _head_run
+from .head import run_triton as _head_run_triton
 from .stem import PADDING, STRIDE
+from .stem import kernel_weight as _stem_kernel_weight
 from .stem import reference as _stem_reference
 from .stem import run_packed as _stem_run_packed
+from .stem import run_triton as _stem_run_triton
 
 
 def choose(name: str, weight: Tensor, groups: int, dtype: torch.dtype, asked: str) -> str:
     """The backend for a constant weight and inputs of ``dtype``; records a fallback where it is not the fastest."""
     device = weight.device
-    if device.type != "cpu":
-        if asked == "auto" and backends.runs("reference", device.type, asked):
-            backends.fallback(name, f"no {device.type} kernel in this version; the plain torch reference runs")
-        return "reference"
+    if can_run_triton(name, device, dtype, asked):
+        return "triton"
     if not backends.runs("onednn", device.type, asked):
         return "reference"
     reason = _packing.unsupported(dtype, weight, groups)
@@ -65,6 +69,8 @@ class _PreparedConv:
         self._packed: _packing.PackedConv | None = None
         if self.backend == "onednn":
             self._packed = _packing.PackedConv(self.shift.to(self.dtype), self.weight.shape, *self.geometry)
+        elif self.backend == "triton":
+            self.weight = kernel_weight(self.weight, self.dtype)
 
     def _folded(self) -> Tensor:
         return _packing.fold(self.weight, self.scale, self.dtype)
@@ -107,6 +113,11 @@ class ConvBNAct(_PreparedConv):
         """The op; with ``overwrite_residual`` the result may be written into ``residual``, with ``finite`` the caller
         vouches that neither NaN nor an overflow can reach the ReLU.
         """
+        if self.backend == "triton" and x.numel():
+            return _conv_bn_act_run_triton(
+                x, self.weight, self.scale, self.shift, residual, *self.geometry,
+                self.activation, self.residual_after_activation,
+            )  # fmt: skip
         if self._packed is None or x.numel() == 0:
             return _conv_bn_act_reference(
                 x, self.weight, self.scale, self.shift, residual, *self.geometry,
@@ -140,8 +151,14 @@ class Stem(_PreparedConv):
     ) -> None:
         self.ceil_mode = ceil_mode
         super().__init__(weight, scale, shift, STRIDE, PADDING, [1, 1], 1, dtype, backend)
+        if self.backend == "triton":
+            self.weight = _stem_kernel_weight(self.weight, self.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.backend == "triton" and x.numel():
+            return _stem_run_triton(
+                x, self.weight, self.scale, self.shift, None, None, self.ceil_mode, packed=self.weight
+            )
         if self._packed is None or x.numel() == 0:
             return _stem_reference(x, self.weight, self.scale, self.shift, None, None, self.ceil_mode)
         return _stem_run_packed(self._packed, x, self._folded, self.ceil_mode)
@@ -155,9 +172,77 @@ class Head:
     ) -> None:
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
-        # Plain torch is what runs fastest on a CPU, so only a choice of "reference" makes a difference.
-        chosen = backends.runs("onednn", "cpu", backend) and self.weight.device.type == "cpu"
-        self.backend = "onednn" if chosen and not onednn.unavailable() else "reference"
+        if can_run_triton("head", self.weight.device, dtype, backend):
+            self.backend = "triton"
+        else:
+            # Plain torch is what runs fastest on a CPU, so only a choice of "reference" makes a difference.
+            chosen = self.weight.device.type == "cpu" and backends.runs("onednn", "cpu", backend)
+            self.backend = "onednn" if chosen and not onednn.unavailable() else "reference"
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.backend == "triton" and x.numel():
+            return _head_run_triton(x, self.weight, self.bias)
         return (_head_run if self.backend == "onednn" else _head_reference)(x, self.weight, self.bias)
+
+
+class BottleneckTail:
+    """``bottleneck_tail`` on constant weights: the arguments of the op that are no data, as for :class:`ConvBNAct`.
+
+    Where its kernel does not run its convolutions run one after the other; ``backend`` names what runs them.
+    """
+
+    def __init__(
+        self,
+        weight2: Tensor,
+        scale2: Tensor,
+        shift2: Tensor,
+        weight3: Tensor,
+        scale3: Tensor,
+        shift3: Tensor,
+        weight_shortcut: Tensor | None = None,
+        scale_shortcut: Tensor | None = None,
+        shift_shortcut: Tensor | None = None,
+        weight1: Tensor | None = None,
+        scale1: Tensor | None = None,
+        shift1: Tensor | None = None,
+        *,
+        stride: Sequence[int] = (1, 1),
+        shortcut_stride: Sequence[int] = (1, 1),
+        dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+    ) -> None:
+        def conv(weight: Tensor, scale: Tensor | None, shift: Tensor | None, **options: Any) -> ConvBNAct:
+            assert scale is not None and shift is not None
+            return ConvBNAct(weight, scale, shift, dtype=dtype, backend=backend, **options)
+
+        self._spatial = conv(weight2, scale2, shift2, stride=stride, padding=(1, 1))
+        self._expand = conv(weight3, scale3, shift3)
+        self._project = self._following = None
+        if weight_shortcut is not None:
+            self._project = conv(
+                weight_shortcut, scale_shortcut, shift_shortcut, stride=shortcut_stride, activation="none"
+            )
+        if weight1 is not None:
+            self._following = conv(weight1, scale1, shift1)
+        self.backend = self._spatial.backend
+        self._stride, self._shortcut_stride = list(stride), list(shortcut_stride)
+
+    def __call__(self, a: Tensor, residual: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """y, or (y, following) where ``weight1`` was given."""
+        if self.backend == "triton" and a.numel():
+
+            def constants(conv: ConvBNAct | None) -> tuple[Any, Any, Any]:
+                return (None, None, None) if conv is None else (conv.weight, conv.scale, conv.shift)
+
+            results = _bottleneck_tail_run_triton(
+                a, *constants(self._spatial), *constants(self._expand), residual, *constants(self._project),
+                *constants(self._following), self._stride, self._shortcut_stride,
+            )  # fmt: skip
+            if results is not None:
+                return results[0] if self._following is None else results
+        b = self._spatial(a)
+        if self._project is None:
+            y = self._expand(b, residual)
+        else:  # the projected shortcut is nobody else's
+            y = self._expand(b, self._project(residual), overwrite_residual=True)
+        return y if self._following is None else (y, self._following(y))

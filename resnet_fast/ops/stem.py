@@ -6,12 +6,14 @@ Schema, reference, fake, autograd, autocast and the choice of what runs. Reads f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends import triton
 from . import _packing
 from ._common import (
     accumulate_dtype,
@@ -25,6 +27,7 @@ from ._common import (
     convolution_gradients,
     register,
     relu_gradient,
+    runs_triton,
     transformed,
 )
 
@@ -115,9 +118,68 @@ def _default(
     ceil_mode: bool,
 ) -> Tensor:
     _check(x, weight, scale, shift, mean, std, ceil_mode)
-    if x.device.type == "cuda" and backends.current() != "reference":
-        backends.fallback(NAME, "no CUDA kernel in this version; CUDA tensors run the plain torch reference")
     return reference(x, weight, scale, shift, mean, std, ceil_mode)
+
+
+@lru_cache(maxsize=64)
+def _normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+    """[2, C] float32: factor and summand that make ``(pixel / 255 - mean) / std`` of a byte. Copied to a GPU once."""
+    factors = [1 / (255 * s) for s in std]
+    return torch.tensor([factors, [-m / s for m, s in zip(mean, std, strict=True)]], device=device)
+
+
+def kernel_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[K, C, 7, 7] in ``dtype``, stored as [7, 7, C, K]: the kernel then reads many output channels at a time."""
+    k, c, r, s = weight.shape
+    stored = torch.empty((r, s, c, k), dtype=dtype, device=weight.device)
+    return stored.permute(3, 2, 0, 1).copy_(weight.detach())
+
+
+def run_triton(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    ceil_mode: bool,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """The op by its Triton kernel, on checked arguments with at least one element; ``packed``: of `kernel_weight`."""
+    from resnet_fast.kernels import stem as kernel
+
+    dtype = _output_dtype(x, weight)
+    k, c = weight.shape[:2]
+    uint8 = x.dtype is torch.uint8
+    height, width = (x.shape[1], x.shape[2]) if uint8 else (x.shape[2], x.shape[3])
+    problem = kernel.Problem(x.shape[0], height, width, c, k, uint8, ceil_mode, triton.precision(dtype))
+    shape = [x.shape[0], k, *problem.output]
+    out = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    if out.numel() == 0:
+        return out
+    normalisation = None if mean is None or std is None else _normalisation(tuple(mean), tuple(std), x.device)
+    launch = kernel.launch(
+        x, kernel_weight(weight, dtype) if packed is None else packed,
+        scale.detach().float().contiguous(), shift.detach().float().contiguous(), normalisation, out,
+        problem, kernel.choose(problem, triton.gpu_of(x.device)),
+    )  # fmt: skip
+    with triton.on(x.device):
+        launch()
+    return out
+
+
+def _cuda(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    ceil_mode: bool,
+) -> Tensor:
+    _check(x, weight, scale, shift, mean, std, ceil_mode)
+    run = run_triton if runs_triton(NAME, x, _output_dtype(x, weight)) else reference
+    return run(x, weight, scale, shift, mean, std, ceil_mode)
 
 
 def _cpu(
@@ -130,6 +192,8 @@ def _cpu(
     ceil_mode: bool,
 ) -> Tensor:
     _check(x, weight, scale, shift, mean, std, ceil_mode)
+    if runs_triton(NAME, x, _output_dtype(x, weight)):
+        return run_triton(x, weight, scale, shift, mean, std, ceil_mode)
     dtype = _output_dtype(x, weight)
     if x.numel() and backends.runs("onednn", "cpu"):
         reason = _packing.unsupported(dtype, weight, 1)
@@ -194,6 +258,7 @@ register(
     "stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, float[]? mean, float[]? std, bool ceil_mode) -> Tensor",
     default=_default,
     cpu=_cpu,
+    cuda=_cuda,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -1,0 +1,457 @@
+"""conv_bn_act: implicit-GEMM convolution with scale, shift, residual and ReLU in its epilogue; kernels and launch.
+
+    out[m, k] = act(sum over (r, s, c) of x[pixel m at tap (r, s), c] * weight[k, r, s, c] * scale[k] + shift[k]
+                    + residual[m, k])
+
+Floor: x read once, out written once, residual read once; 2 * N * P * Q * K * R * S * C / groups operations. One program
+computes a tile of BLOCK_M pixels by BLOCK_N channels; neighbouring programs share the pixels, so that x comes from
+memory once and then from the level-2 cache, where all the weights stay too.
+
+Two forms:
+    boxes   for GPUs with a copy engine (capability 9.0 and up), one group, no dilation, strides 1 and 2: the pixels
+            of a tile are a box [images, rows, columns] of the output, and each tap is one copy of that box, moved by
+            (r, s). What lies outside the image the copy engine fills with zeros, and that is the padding: no masks.
+    gather  for everything else, with masked loads from computed addresses: any stride, dilation, groups, channel count.
+
+Traps: with stride 2 the box is taken from x seen as [N, H/2, 2, W/2, 2 C], which needs an even H and W; a box may not
+run over the last channel of a tap, since the next tap's weights would meet it: BLOCK_K divides C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import _tables
+from ._language import dot, relu, rounded
+from ._launch import (
+    ITEMSIZE,
+    Launch,
+    aligned,
+    cdiv,
+    dividing_power_of_two,
+    dot_precision,
+    image_box,
+    power_of_two,
+    wide,
+)
+from .gpus import GPU
+
+NAME = "conv_bn_act"
+
+_SIZES = ["N", "H", "W", "P", "Q", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W", "DILATION_H", "DILATION_W"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _gather(
+    x,  # [N, H, W, C]
+    weight,  # [K, R, S, C / groups]
+    scale,  # [K] float32
+    shift,  # [K] float32
+    residual,  # [N, P, Q, K]
+    out,  # [N, P, Q, K]
+    N,
+    H,
+    W,
+    C,
+    K,
+    P,
+    Q,
+    GROUP_C,  # C / groups
+    GROUP_K,  # K / groups
+    STRIDE_H,
+    STRIDE_W,
+    PAD_H,
+    PAD_W,
+    DILATION_H,
+    DILATION_W,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    PADDED: tl.constexpr,  # whether a tap may lie outside the image
+    FLAT: tl.constexpr,  # whether one block of the product runs over several taps: for few channels
+    RELU: tl.constexpr,
+    RESIDUAL: tl.constexpr,  # 0 none, 1 before the activation, 2 after it
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles_n = tl.cdiv(GROUP_K, BLOCK_N)
+    tiles_m = tl.cdiv(N * P * Q, BLOCK_M)
+    pid = tl.program_id(0)
+    tile_n = pid % tiles_n
+    tile_m = (pid // tiles_n) % tiles_m
+    group = pid // (tiles_n * tiles_m)
+    if WIDE:
+        tile_m = tile_m.to(tl.int64)
+        group = group.to(tl.int64)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside_m = m < N * P * Q
+    n = m // (P * Q)
+    row = (m // Q) % P * STRIDE_H - PAD_H
+    column = m % Q * STRIDE_W - PAD_W
+    base = ((n * H + row) * W + column) * C + group * GROUP_C
+    k = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_k = k < GROUP_K
+    channel = group * GROUP_K + k
+    taps = weight + channel * (R * S * GROUP_C)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if FLAT:
+        for start in range(0, R * S * GROUP_C, BLOCK_K):
+            position = start + tl.arange(0, BLOCK_K)
+            inside = position < R * S * GROUP_C
+            tap = position // GROUP_C
+            h = tap // S * DILATION_H
+            w = tap % S * DILATION_W
+            mask = inside_m[:, None] & inside[None, :]
+            if PADDED:
+                at_h = row[:, None] + h[None, :]
+                at_w = column[:, None] + w[None, :]
+                mask = mask & (at_h >= 0) & (at_h < H) & (at_w >= 0) & (at_w < W)
+            offset = (h * W + w) * C + position % GROUP_C
+            a = tl.load(x + base[:, None] + offset[None, :], mask=mask, other=0.0)
+            b = tl.load(taps[None, :] + position[:, None], mask=inside[:, None] & inside_k[None, :], other=0.0)
+            accumulator = dot(a, b, accumulator, PRECISION)
+    else:
+        blocks_c = tl.cdiv(GROUP_C, BLOCK_K)
+        for step in range(0, R * S * blocks_c):
+            tap = step // blocks_c
+            h = tap // S * DILATION_H
+            w = tap % S * DILATION_W
+            c = (step % blocks_c) * BLOCK_K + tl.arange(0, BLOCK_K)
+            inside = c < GROUP_C
+            valid = inside_m
+            if PADDED:
+                at_h = row + h
+                at_w = column + w
+                valid = valid & (at_h >= 0) & (at_h < H) & (at_w >= 0) & (at_w < W)
+            a = tl.load(
+                x + (base + (h * W + w) * C)[:, None] + c[None, :], mask=valid[:, None] & inside[None, :], other=0.0
+            )
+            b = tl.load(
+                taps[None, :] + (tap * GROUP_C + c)[:, None], mask=inside[:, None] & inside_k[None, :], other=0.0
+            )
+            accumulator = dot(a, b, accumulator, PRECISION)
+    y = accumulator * tl.load(scale + channel, mask=inside_k, other=0.0)[None, :]
+    y += tl.load(shift + channel, mask=inside_k, other=0.0)[None, :]
+    offset = m[:, None] * K + channel[None, :]
+    mask = inside_m[:, None] & inside_k[None, :]
+    if RESIDUAL == 1:
+        y += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
+    if RELU:
+        y = relu(y)
+    if RESIDUAL == 2:
+        y += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + offset, rounded(y, out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["TILES_P", "TILES_Q", "PAD_H", "PAD_W"])
+def _boxes(
+    x,  # descriptor of [N, H, W, C], with stride 2 of [N, H/2, 2, W/2, 2 C]
+    weight,  # descriptor of [K, R * S, C]
+    scale,  # [K] float32
+    shift,  # [K] float32
+    residual,  # descriptor of [N, P, Q, K]
+    out,  # descriptor of [N, P, Q, K]
+    C,
+    K,
+    TILES_P,
+    TILES_Q,
+    PAD_H,
+    PAD_W,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDED: tl.constexpr,  # whether the stride is 2
+    RELU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BOX_N: tl.constexpr,
+    BOX_P: tl.constexpr,
+    BOX_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    BLOCK_M: tl.constexpr = BOX_N * BOX_P * BOX_Q
+    tiles_n = tl.cdiv(K, BLOCK_N)
+    pid = tl.program_id(0)
+    k = (pid % tiles_n) * BLOCK_N
+    box = pid // tiles_n
+    q = (box % TILES_Q) * BOX_Q
+    p = (box // TILES_Q % TILES_P) * BOX_P
+    n = (box // (TILES_Q * TILES_P)) * BOX_N
+    blocks_c = C // BLOCK_K
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in range(0, R * S * blocks_c):
+        tap = step // blocks_c
+        c = (step % blocks_c) * BLOCK_K
+        h = tap // S - PAD_H
+        w = tap % S - PAD_W
+        if STRIDED:
+            # Row 2 p + h lies in row pair p + floor(h / 2), at its parity; columns alike.
+            a = x.load([n, p + (h >> 1), h & 1, q + (w >> 1), (w & 1) * C + c])
+        else:
+            a = x.load([n, p + h, q + w, c])
+        b = weight.load([k, tap, c]).reshape(BLOCK_N, BLOCK_K)
+        accumulator = dot(a.reshape(BLOCK_M, BLOCK_K), b.T, accumulator, PRECISION)
+    channel = k + tl.arange(0, BLOCK_N)
+    inside = channel < K
+    y = accumulator * tl.load(scale + channel, mask=inside, other=0.0)[None, :]
+    y += tl.load(shift + channel, mask=inside, other=0.0)[None, :]
+    if RESIDUAL == 1:
+        y += residual.load([n, p, q, k]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
+    if RELU:
+        y = relu(y)
+    if RESIDUAL == 2:
+        y += residual.load([n, p, q, k]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
+    out.store([n, p, q, k], rounded(y, out.dtype).reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a launch choice may depend on: x [n, c, h, w], weight [k, c / groups, r, s], precision, residual or not."""
+
+    n: int
+    h: int
+    w: int
+    c: int
+    k: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    precision: str
+    residual: bool
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """P and Q."""
+        p, q = (
+            (size + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
+            for size, taps, stride, pad, dilation in zip(
+                (self.h, self.w), self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+        return p, q
+
+    @property
+    def pixels(self) -> int:
+        """N * P * Q, the rows of the product."""
+        return self.n * self.output[0] * self.output[1]
+
+    def key(self) -> str:
+        """The problem as tables name it."""
+        pairs = (f"{name}{a}x{b}" for name, (a, b) in (("s", self.stride), ("p", self.padding), ("d", self.dilation)))
+        shape = f"n{self.n} {self.h}x{self.w} c{self.c} k{self.k} {self.kernel[0]}x{self.kernel[1]}"
+        return f"{self.precision} {shape} {' '.join(pairs)} g{self.groups}{' residual' if self.residual else ''}"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A launch choice: tile sizes, warps, pipeline stages, and whether the copy engine fetches the pixels in boxes."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    boxes: bool
+
+    def shared_memory(self, problem: Problem) -> int:
+        """Bytes of shared memory a program takes at most: the operands of every stage, or the output tile."""
+        item = ITEMSIZE[problem.precision]
+        operands = (self.block_m + self.block_n) * self.block_k * item * self.num_stages
+        staged = self.block_m * self.block_n * item if self.boxes else 0
+        return max(operands, staged)
+
+
+def supports_boxes(problem: Problem, gpu: GPU) -> bool:
+    """Whether the form ``boxes`` can compute the problem on the GPU, as far as shapes tell."""
+    vector = 16 // ITEMSIZE[problem.precision]
+    plain = problem.groups == 1 and problem.dilation == (1, 1) and problem.c % 16 == 0 and problem.k % vector == 0
+    even = problem.h % 2 == 0 and problem.w % 2 == 0
+    strides = problem.stride == (1, 1) or (problem.stride == (2, 2) and even)
+    return gpu.capability >= 90 and plain and strides
+
+
+def _widest_k(problem: Problem, boxes: bool) -> int:
+    """The longest sensible step through the product: 128 bytes, or all of a short one."""
+    item = ITEMSIZE[problem.precision]
+    most = 16 if problem.precision == "fp32" else 128 // item
+    if boxes:
+        return dividing_power_of_two(problem.c, most)
+    per_group = problem.c // problem.groups
+    short = _flat(problem)
+    taps = problem.kernel[0] * problem.kernel[1]
+    return power_of_two(per_group * taps if short else per_group, 16, most)
+
+
+def _flat(problem: Problem) -> bool:
+    """Few channels: one step through the product covers several taps."""
+    return problem.c // problem.groups < 16 and problem.kernel != (1, 1)
+
+
+def _fits(config: Config, problem: Problem, gpu: GPU) -> bool:
+    return config.shared_memory(problem) <= gpu.shared_memory
+
+
+def heuristic(problem: Problem, gpu: GPU) -> Config:
+    """A launch choice from the shape alone: the largest tile that still gives every multiprocessor work."""
+    boxes = supports_boxes(problem, gpu)
+    block_k = _widest_k(problem, boxes)
+    per_group = problem.k // problem.groups
+    if problem.precision == "fp32":  # plain multiply-adds: the tile is bound by registers, not by shared memory
+        return Config(64, power_of_two(per_group, 16, 64), block_k, 8, 2, boxes)
+    if _flat(problem):  # an address for every element: small tiles, or the addresses alone fill the registers
+        return Config(64, power_of_two(per_group, 16, 64), min(block_k, 32), 4, 2, False)
+    widest = 128 if problem.precision in ("fp16", "bf16") or gpu.capability >= 90 else 64
+    block_n = power_of_two(per_group, 16, widest)
+    block_m = 128
+    while cdiv(problem.pixels, block_m) * cdiv(per_group, block_n) * problem.groups < gpu.multiprocessors:
+        if block_m > 64 and block_m >= block_n:
+            block_m //= 2
+        elif block_n > 32:
+            block_n //= 2
+        else:
+            break
+    warps = 8 if block_m * block_n >= 128 * 128 else 4
+    config = Config(block_m, block_n, block_k, warps, 4, boxes)
+    # Two programs on a multiprocessor hide each other's epilogues, so leave room for the second one.
+    while config.num_stages > 2 and config.shared_memory(problem) > gpu.shared_memory_per_multiprocessor // 2 - 1024:
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config
+
+
+def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
+    """Every launch choice worth measuring: within the GPU's shared memory, tiles no wider than the problem."""
+    per_group = problem.k // problem.groups
+    forms = (True, False) if supports_boxes(problem, gpu) else (False,)
+    tiles = ((64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128), (128, 256), (256, 64), (256, 128))
+    if problem.precision == "fp32":
+        tiles = ((32, 32), (32, 64), (64, 32), (64, 64))
+    seen = set()
+    for boxes in forms:
+        block_k = _widest_k(problem, boxes)
+        for block_m, wanted_n in tiles:
+            block_n = min(wanted_n, power_of_two(per_group, 16, 256))
+            if block_m > power_of_two(problem.pixels, 64, 256):
+                continue
+            area = block_m * block_n
+            for num_warps in (4, 8):
+                # Accumulators alone would take more than half of the registers, or leave a warp next to nothing.
+                if area // (num_warps * 32) > 128 or area // (num_warps * 32) < 8:
+                    continue
+                for num_stages in (2, 3, 4):
+                    config = Config(block_m, block_n, block_k, num_warps, num_stages, boxes)
+                    if config not in seen and _fits(config, problem, gpu):
+                        seen.add(config)
+                        yield config
+
+
+@_tables.remembers
+@lru_cache(maxsize=4096)
+def choose(problem: Problem, gpu: GPU) -> Config:
+    """The measured choice where there is one that fits, else the heuristic's."""
+    fields = _tables.lookup(NAME, problem.key(), gpu.name)
+    if fields is not None:
+        names = Config.__dataclass_fields__
+        try:
+            config = Config(**{name: fields[name] for name in names})
+        except (KeyError, TypeError):
+            return heuristic(problem, gpu)
+        if _fits(config, problem, gpu) and (not config.boxes or supports_boxes(problem, gpu)):
+            return config
+    return heuristic(problem, gpu)
+
+
+def as_fields(config: Config) -> dict[str, Any]:
+    """A config as a table stores it."""
+    return asdict(config)
+
+
+def launch(
+    x: Any,
+    weight: Any,
+    scale: Any,
+    shift: Any,
+    residual: Any,
+    out: Any,
+    problem: Problem,
+    config: Config,
+    *,
+    activation: str = "relu",
+    residual_after_activation: bool = False,
+) -> Launch:
+    """The launch that fills ``out``.
+
+    Args:
+        x: [N, C, H, W], residual and out: [N, K, P, Q], all dense channels_last and of one dtype.
+        weight: [K, C / groups, R, S], dense channels_last, of that dtype.
+        scale, shift: [K] float32, dense.
+        config: for the form ``boxes`` every tensor must begin at a multiple of 16 bytes; where one does not, the same
+            tile is fetched by the form ``gather``.
+    """
+    n, h, w, c, k = problem.n, problem.h, problem.w, problem.c, problem.k
+    p, q = problem.output
+    kernel_r, kernel_s = problem.kernel
+    flags = {
+        "R": kernel_r,
+        "S": kernel_s,
+        "RELU": activation == "relu",
+        "RESIDUAL": 0 if residual is None else 2 if residual_after_activation else 1,
+        "PRECISION": dot_precision(problem.precision),
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    if config.boxes and aligned(x, weight, residual, out):
+        strided = problem.stride == (2, 2)
+        if problem.kernel == (1, 1) and not strided and problem.padding == (0, 0):
+            n, h, w, p, q = 1, 1, n * h * w, 1, n * p * q  # a plain product: one long row of pixels
+        box = image_box(n, p, q, config.block_m)
+        if strided:
+            shape, strides = [n, h // 2, 2, w // 2, 2 * c], [h * w * c, 2 * w * c, w * c, 2 * c, 1]
+            x_box = [box[0], box[1], 1, box[2], config.block_k]
+        else:
+            shape, strides = [n, h, w, c], [h * w * c, w * c, c, 1]
+            x_box = [*box, config.block_k]
+        taps = kernel_r * kernel_s
+        outputs = [n, p, q, k], [p * q * k, q * k, k, 1], [*box, config.block_n]
+        written = TensorDescriptor(out, *outputs)
+        args = (
+            TensorDescriptor(x, shape, strides, x_box),
+            TensorDescriptor(weight, [k, taps, c], [taps * c, c, 1], [config.block_n, 1, config.block_k]),
+            scale,
+            shift,
+            written if residual is None else TensorDescriptor(residual, *outputs),
+            written,
+            c,
+            k,
+            cdiv(p, box[1]),
+            cdiv(q, box[2]),
+            *problem.padding,
+        )
+        flags |= {"STRIDED": strided, "BOX_N": box[0], "BOX_P": box[1], "BOX_Q": box[2]}
+        grid = (cdiv(n, box[0]) * cdiv(p, box[1]) * cdiv(q, box[2]) * cdiv(k, config.block_n),)
+        return Launch(_boxes, grid, args, flags)
+    per_group = c // problem.groups, k // problem.groups
+    args = (
+        x, weight, scale, shift, out if residual is None else residual, out,
+        n, h, w, c, k, p, q, *per_group, *problem.stride, *problem.padding, *problem.dilation,
+    )  # fmt: skip
+    flags |= {
+        "PADDED": problem.padding != (0, 0),
+        "FLAT": _flat(problem),
+        "WIDE": wide(x, out),
+        "BLOCK_M": config.block_m,
+    }
+    grid = (cdiv(problem.pixels, config.block_m) * cdiv(per_group[1], config.block_n) * problem.groups,)
+    return Launch(_gather, grid, args, flags)

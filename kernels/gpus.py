@@ -1,0 +1,96 @@
+"""What a launch choice and a floor need to know of a GPU: its limits, its memory and its matrix units.
+
+Plain data, no import of triton or torch. ``known`` finds a built-in GPU by name, ``GPU(...)`` describes any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+#: How a convolution multiplies: storage type, or for float32 whether the matrix units round to tf32 first.
+PRECISIONS = ("fp16", "bf16", "tf32", "fp32")
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One GPU.
+
+    Attributes:
+        name: lower case, as the files in ``tuned/`` are called.
+        capability: compute capability, major * 10 + minor (90 for Hopper).
+        multiprocessors: streaming multiprocessors.
+        shared_memory: bytes one thread block may use; ``shared_memory_per_multiprocessor``: for all its blocks.
+        l2: bytes of level-2 cache.
+        bandwidth: bytes per second of device memory.
+        flops: floating point operations per second (a multiply-add is two) by precision, without sparsity.
+        source: where the figures come from.
+    """
+
+    name: str
+    capability: int
+    multiprocessors: int
+    shared_memory: int
+    shared_memory_per_multiprocessor: int
+    l2: int
+    bandwidth: float
+    flops: Mapping[str, float] = field(hash=False)
+    source: str = "given"
+    registers: int = 65536
+
+    def __post_init__(self) -> None:
+        missing = [precision for precision in PRECISIONS if self.flops.get(precision, 0) <= 0]
+        if missing or self.bandwidth <= 0 or self.multiprocessors < 1:
+            raise ValueError(
+                f"GPU {self.name!r}: bandwidth, multiprocessors and flops of {', '.join(PRECISIONS)} must be positive"
+                + (f"; {', '.join(missing)} is missing" if missing else "")
+            )
+
+
+def _flops(fp16: float, tf32: float, fp32: float) -> Mapping[str, float]:
+    """From TFLOP/s; bfloat16 runs at float16's rate on all of them."""
+    return MappingProxyType({"fp16": fp16 * 1e12, "bf16": fp16 * 1e12, "tf32": tf32 * 1e12, "fp32": fp32 * 1e12})
+
+
+_KB, _MB = 1024, 1024 * 1024
+_SHEET = "NVIDIA's data sheet, dense rates with float32 accumulation"
+
+#: Built-in GPUs. Where a ceiling was measured it stands in place of the data sheet's, and ``source`` says so.
+GPUS: tuple[GPU, ...] = (
+    GPU("h100", 90, 132, 227 * _KB, 228 * _KB, 50 * _MB, 3.0e12, _flops(798, 399, 66.9),
+        "SXM: copy (read + write) and 8192^3 product measured; tf32 at half of it; fp32 from the data sheet"),
+    GPU("h200", 90, 132, 227 * _KB, 228 * _KB, 50 * _MB, 4.8e12, _flops(989, 494, 66.9), _SHEET),
+    GPU("a100", 80, 108, 163 * _KB, 164 * _KB, 40 * _MB, 2.039e12, _flops(312, 156, 19.5), f"SXM 80 GB: {_SHEET}"),
+    GPU("b200", 100, 148, 227 * _KB, 228 * _KB, 126 * _MB, 8.0e12, _flops(2250, 1125, 75), _SHEET),
+    GPU("l4", 89, 58, 99 * _KB, 100 * _KB, 48 * _MB, 300e9, _flops(121, 60.5, 30.3), _SHEET),
+    GPU("rtx4090", 89, 128, 99 * _KB, 100 * _KB, 72 * _MB, 1.008e12, _flops(165.2, 82.6, 82.6), _SHEET),
+    GPU("rtx5090", 120, 170, 99 * _KB, 100 * _KB, 96 * _MB, 1.792e12, _flops(209.5, 104.8, 104.8), _SHEET),
+)  # fmt: skip
+
+
+#: Words that make another chip of a name, or a part of one: fewer multiprocessors, other memory.
+_OTHER_CHIPS = {"pcie", "nvl", "d", "ti", "super", "laptop", "max", "mig"}
+
+
+def normalise(name: str) -> str:
+    """A driver's or a user's name for a GPU as the tables write it: ``NVIDIA H100 80GB HBM3`` -> ``h100``."""
+    words = name.lower().replace("-", " ").replace("geforce", "").replace("nvidia", "").split()
+    names = {gpu.name for gpu in GPUS}
+    for count in range(1, len(words) + 1):
+        # Whole words only: "l40s" and "h100x" are no "l4" and "h100". Memory sizes and form factors may follow.
+        if "".join(words[:count]) in names and not _OTHER_CHIPS & set(words[count:]):
+            return "".join(words[:count])
+    return "_".join(words) or "unknown"
+
+
+def known(name: str) -> GPU:
+    """The built-in GPU of that name.
+
+    Raises:
+        ValueError: there is none; the message lists them.
+    """
+    found = {gpu.name: gpu for gpu in GPUS}.get(normalise(name))
+    if found is None:
+        raise ValueError(f"unknown GPU {name!r}; built in are {', '.join(gpu.name for gpu in GPUS)}")
+    return found

@@ -1,0 +1,138 @@
+"""Triton: whether its kernels can run here, what they know of the GPU, and how float32 is to be multiplied.
+
+It imports neither triton nor a kernel, so that asking costs nothing. The ops hold the calls of the kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from resnet_fast.kernels import gpus
+
+_OLDEST = (3, 6)
+_PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+_assumed: gpus.GPU | None = None
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels, on CPU tensors too (``TRITON_INTERPRET=1``, set before the first use)."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _missing() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'resnet_fast[triton]')"
+    version = importlib.metadata.version("triton")
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if numbers < _OLDEST:
+        return f"triton is {version}, and the kernels need {'.'.join(map(str, _OLDEST))} or newer"
+    return ""
+
+
+@functools.cache
+def _no_gpu() -> str:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
+    if torch.version.hip is not None:
+        return "the kernels are written for NVIDIA GPUs"
+    return ""
+
+
+def unavailable() -> str:
+    """Why the Triton kernels cannot be used in this process, or "" if they can."""
+    return _missing() or ("" if interpreted() else _no_gpu())
+
+
+def unsupported(dtype: torch.dtype, device: torch.device) -> str:
+    """Why tensors of this dtype on this device cannot be computed by the kernels, or ""."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the Triton kernels compute float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    capability = gpu_of(device).capability
+    if capability < 80:
+        return f"the Triton kernels need compute capability 8.0, this GPU has {capability // 10}.{capability % 10}"
+    return ""
+
+
+def precision(dtype: torch.dtype, product: str = "conv") -> str:
+    """How the kernels multiply: "fp16", "bf16", and for float32 "tf32" or "fp32", whichever torch is set to.
+
+    Args:
+        product: "conv" follows ``torch.backends.cudnn.conv.fp32_precision`` (and ``cudnn.allow_tf32``), "matmul"
+            ``torch.backends.cuda.matmul.fp32_precision`` (and ``torch.set_float32_matmul_precision``).
+    """
+    if dtype is not torch.float32:
+        return _PRECISIONS[dtype]
+    setting: Any = torch.backends.cudnn.conv if product == "conv" else torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    return "tf32" if setting.fp32_precision == "tf32" else "fp32"
+
+
+def gpu_of(device: torch.device) -> gpus.GPU:
+    """The GPU that launches on ``device`` are chosen for: the one given to :func:`assume`, else itself.
+
+    An H100 for CPU tensors, which only the interpreter computes.
+    """
+    if _assumed is not None:
+        return _assumed
+    if device.type != "cuda":
+        return gpus.known("h100")
+    return _described(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@contextmanager
+def assume(gpu: gpus.GPU) -> Iterator[None]:
+    """Choose launches as for this GPU, whatever computes them: for the interpreter, and for tests."""
+    global _assumed
+    before, _assumed = _assumed, gpu
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+#: Multiply-adds in float16 per multiprocessor and clock, dense, by capability: for GPUs that no table describes.
+_RATES = {80: 1024, 86: 512, 87: 512, 89: 512, 90: 2048, 100: 4096, 103: 4096, 120: 512}
+
+
+@functools.cache
+def _described(index: int) -> gpus.GPU:
+    properties = torch.cuda.get_device_properties(index)
+    name = gpus.normalise(properties.name)
+    for gpu in gpus.GPUS:
+        if gpu.name == name and gpu.multiprocessors == properties.multi_processor_count:
+            return gpu
+    capability = properties.major * 10 + properties.minor
+    clock = getattr(properties, "clock_rate", 1_500_000) * 1e3
+    memory_clock = getattr(properties, "memory_clock_rate", 0) * 1e3
+    bandwidth = 2 * memory_clock * getattr(properties, "memory_bus_width", 0) / 8 or 1e12
+    fp16 = 2 * _RATES.get(capability, 512) * properties.multi_processor_count * clock
+    fp32 = 2 * 128 * properties.multi_processor_count * clock
+    per_multiprocessor = properties.shared_memory_per_multiprocessor
+    return gpus.GPU(
+        name=name,
+        capability=capability,
+        multiprocessors=properties.multi_processor_count,
+        shared_memory=getattr(properties, "shared_memory_per_block_optin", per_multiprocessor - 1024),
+        shared_memory_per_multiprocessor=per_multiprocessor,
+        l2=properties.L2_cache_size,
+        bandwidth=bandwidth,
+        flops=MappingProxyType({"fp16": fp16, "bf16": fp16, "tf32": fp16 / 2, "fp32": fp32}),
+        source="the driver's clocks and widths, times what its generation does per clock",
+    )
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Launches inside go to ``device`` and its current stream."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.device(device)

@@ -1,0 +1,31 @@
+"""Where the tests of the Triton kernels run: on the GPU if there is one, else on the CPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from resnet_fast import backends
+from resnet_fast.backends import triton
+from resnet_fast.kernels import gpus
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+#: In the interpreter launches are chosen as for these GPUs: with the copy engine, and without. A real GPU is itself.
+FORMS = ["as found"] if DEVICE == "cuda" else ["h100", "a100"]
+
+needs_triton = pytest.mark.skipif(bool(triton.unavailable()), reason=triton.unavailable() or "Triton runs")
+
+
+@contextmanager
+def kernels(form: str) -> Iterator[None]:
+    """The ops run Triton, with launches chosen as for the GPU ``form``."""
+    if DEVICE == "cuda":
+        with backends.use("triton"):
+            yield
+        return
+    with triton.assume(gpus.known(form)), backends.use("triton"):
+        yield
