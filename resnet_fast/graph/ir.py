@@ -30,6 +30,7 @@ CONV_BN_ACT = torch.ops.resnet_fast.conv_bn_act.default
 ADD_ACT = torch.ops.resnet_fast.add_act.default
 STEM = torch.ops.resnet_fast.stem.default
 HEAD = torch.ops.resnet_fast.head.default
+BOTTLENECK_TAIL = torch.ops.resnet_fast.bottleneck_tail.default
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from resnet_fast.nn.fused import is_frozen_batch_norm
 
-from .ir import ADD_ACT, CONV_BN_ACT, HEAD, STEM, nodes_in
+from .ir import ADD_ACT, BOTTLENECK_TAIL, CONV_BN_ACT, HEAD, STEM, nodes_in
 
 #: Functions whose result is new memory (called without ``inplace=True`` and ``out=``).
 _FRESH_FUNCTIONS = {
@@ -24,7 +24,7 @@ _FRESH_FUNCTIONS = {
     F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.mean, torch.sum, F.linear, torch.cat, torch.stack,
     torch.softmax, F.softmax,
     torch.clone, torch.exp, torch.sqrt, torch.rsqrt, torch.matmul, F.group_norm, F.layer_norm,
-    CONV_BN_ACT, ADD_ACT, STEM, HEAD,
+    CONV_BN_ACT, ADD_ACT, STEM, HEAD, BOTTLENECK_TAIL,
 }  # fmt: skip
 _FRESH_METHODS = {
     "add", "sub", "mul", "div", "neg", "relu", "sigmoid", "tanh", "softmax", "exp", "sqrt", "rsqrt", "mean", "sum",

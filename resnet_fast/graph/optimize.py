@@ -9,26 +9,35 @@ import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from resnet_fast import backends
+from resnet_fast.backends import triton
+from resnet_fast.kernels import gpus
 from resnet_fast.nn.fused import is_frozen_batch_norm
+from resnet_fast.roofline import cost
 
 from . import batching, finite, ir, memory, plan, shapes
+from . import cuda_graphs as cuda_graphs_
 from .fold_bn import fold_bn
 from .fuse_act import fuse_act
 from .fuse_add import fuse_add
 from .fuse_head import fuse_head
 from .fuse_stem import fuse_stem
+from .fuse_tail import fuse_tail
 from .guard import TooLarge, with_separate_relus
 from .normalize import SharedMemoryError, normalize
 from .report import Report, Row
 from .trace import check, hooked, layer_kind, rebuilt, trace
+
+#: How many images a plan for a GPU is made for. Smaller batches run the parts of a fused block one by one.
+_PLANNED_BATCH = 128
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -56,6 +65,7 @@ class OptimizedModule(nn.Module):
         dtype: torch.dtype,
         output_dtype: torch.dtype,
         image: ImageInput | None,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         self.training = False
@@ -66,6 +76,8 @@ class OptimizedModule(nn.Module):
         self._certified = True  # finite.certify has seen these constants
         self._separable = not batching.why_not_separable(graph_module)
         self._pieces: dict[tuple[Any, ...], int] = {}
+        self.cuda_graphs = cuda_graphs
+        self._recorder: cuda_graphs_.Recorder | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original model's result, without gradients. Floating point inputs are cast to ``dtype``.
@@ -85,6 +97,10 @@ class OptimizedModule(nn.Module):
                 piece = self._piece(first) if self._separable and first.shape[0] > 1 else 0
                 if 0 < piece < first.shape[0]:
                     return batching.run_pieces(self._run, first, piece)
+            if self.cuda_graphs and isinstance(first, Tensor) and first.is_cuda and first.numel() and _may_record():
+                if self._recorder is None:
+                    self._recorder = cuda_graphs_.Recorder(self._run)
+                return self._recorder(first)
             return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,8 +119,12 @@ class OptimizedModule(nn.Module):
                 result = self.graph_module(*args, **kwargs)
         return _cast(result, self.dtype, self.output_dtype)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_recorder": None}
+
     def _load_from_state_dict(self, *args: Any) -> None:
         self._certified = False  # of the old constants; the new ones are looked at when they run
+        self._recorder = None
         super()._load_from_state_dict(*args)
 
     def _piece(self, x: Tensor) -> int:
@@ -163,11 +183,17 @@ class OptimizedModule(nn.Module):
             return moved
 
         self._certified = False
+        self._recorder = None
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:
         return f"{self._report.model}, dtype={self.dtype}"
+
+
+def _may_record() -> bool:
+    """Not while somebody else records, or traces."""
+    return not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
 
 
 def _cast(value: Any, source: torch.dtype | None, target: torch.dtype) -> Any:
@@ -190,21 +216,29 @@ def optimize(
     example_inputs: Tensor | Sequence[Any] | None = None,
     cuda_graphs: bool | str = "auto",
     backend: str = "auto",
+    gpu: str | None = None,
 ) -> OptimizedModule:
     """A frozen copy of ``model`` for inference whose layers run fused; ``model`` itself is not changed.
 
     Fused are convolution + BatchNorm (eval mode or frozen) + residual + ReLU, the stem with its max-pool, global
-    average pool + linear, and addition + ReLU. Everything else runs as before; ``report()`` of the result lists both.
+    average pool + linear, and addition + ReLU; for a GPU also bottleneck blocks from their 3x3 to the next block's
+    first convolution, where that moves less. Everything else runs as before; ``report()`` of the result lists both.
     It is valid for every batch and image size that the model takes.
 
     Args:
         model: a module in eval mode that ``torch.fx`` can trace, or an ``fx.GraphModule``.
         dtype: what to compute in: torch.float32, bfloat16, float16 or float64; None keeps the parameters' dtype.
             BatchNorm is folded in float64 and each weight rounded once. Results come in the model's own dtype.
-        example_inputs: a tensor or a sequence of the model's positional arguments, read for its sizes.
-            None: one image of the first convolution's channels, 224x224 or the first other size that fits.
-        cuda_graphs: "auto" or False; True is refused, since this version records none.
+        example_inputs: a tensor or a sequence of the model's positional arguments, read for its sizes: tensors without
+            data (device "meta") do as well. What is planned for a GPU is planned for this batch.
+            None: one image (128 to plan for a GPU) of the first convolution's channels, 224x224 or the first other
+            size that fits.
+        cuda_graphs: whether a run on a GPU is recorded at its second image of a shape and replayed from then on: "auto"
+            where every layer runs as a Triton kernel, True always (ValueError where the graph cannot be replayed),
+            False never.
         backend: "auto" or a name from ``resnet_fast.backends.available()``.
+        gpu: the GPU to plan for, as "h100"; the result still runs on the model's device. None: the CUDA device that the
+            model is on; on a CPU nothing is planned.
 
     Raises:
         ValueError: the model or one of its batch norms is in training mode, or an argument has an impossible value.
@@ -217,6 +251,7 @@ def optimize(
     device, original = _device_and_dtype(model, dtype)
     _check_options(dtype, cuda_graphs, backend, device)
     target = original if dtype is None else dtype
+    planned = _planned(gpu, device)
     notes = ir.Notes()
     hooks = hooked(model)
     if hooks:
@@ -225,7 +260,7 @@ def optimize(
         warnings.warn(f"optimize: forward hooks are not kept in the frozen snapshot: {names}", stacklevel=2)
 
     gm = trace(model)
-    inputs, problem = _example(gm, example_inputs, original)
+    inputs, problem = _example(gm, example_inputs, original, 1 if planned is None else _PLANNED_BATCH)
     layers = _annotate(gm, inputs)
     if problem:
         notes.add(f"shapes are unknown, additions are not fused: {problem}")
@@ -247,14 +282,17 @@ def optimize(
         fuse_add(gm)
         fuse_stem(gm)
         fuse_head(gm)
+        if planned is not None:
+            fuse_tail(gm, planned, target, notes)
         gm = plan.lower(gm, target, backend)
     _freeze(gm, target)
     guards = finite.certify(gm)
     if guards:
         notes.add(f"{guards} tensors are measured at each run for values near overflow; not counted in the bytes moved")
+    recorded = _records(gm, cuda_graphs, device, notes)
     report = _report(gm, type(model).__name__, layers, inputs, target, backend, notes)
     result = OptimizedModule(
-        gm, report, target, original, None if image is None else ImageInput(str(image[0].target), image[1])
+        gm, report, target, original, None if image is None else ImageInput(str(image[0].target), image[1]), recorded
     )
     for node in gm.graph.nodes:
         node.meta = {}
@@ -266,15 +304,36 @@ def _check_options(dtype: Any, cuda_graphs: Any, backend: Any, device: torch.dev
         raise ValueError(f"optimize: dtype is {dtype!r}; it must be None or one of {', '.join(map(str, _DTYPES))}")
     if not (cuda_graphs is True or cuda_graphs is False or cuda_graphs == "auto"):
         raise ValueError(f"optimize: cuda_graphs is {cuda_graphs!r}; it must be 'auto', True or False")
-    if cuda_graphs is True:
-        if device.type != "cuda":
-            raise ValueError(f"optimize: cuda_graphs=True needs the model on a CUDA device, it is on {device}")
-        raise NotImplementedError("optimize: this version records no CUDA graphs; use cuda_graphs='auto' or False")
+    if cuda_graphs is True and device.type != "cuda":
+        raise ValueError(f"optimize: cuda_graphs=True needs the model on a CUDA device, it is on {device}")
     states = backends.available()
     if backend != "auto" and backend not in states:
         raise ValueError(f"optimize: backend is {backend!r}; it must be one of {['auto', *states]}")
     if backend != "auto" and states[backend]:
         raise RuntimeError(f"optimize: backend {backend!r} cannot be used here: {states[backend]}")
+
+
+def _records(gm: fx.GraphModule, asked: bool | str, device: torch.device, notes: ir.Notes) -> bool:
+    """Whether runs are recorded as CUDA graphs, with a note of the reason where they are not."""
+    if device.type != "cuda" or asked is False:
+        return False
+    reason = cuda_graphs_.why_not_recordable(gm)
+    if reason and asked is True:
+        raise ValueError(f"optimize: cuda_graphs=True, but a run cannot be recorded: {reason}")
+    notes.add(f"cuda_graphs: not recorded, {reason}" if reason else "cuda_graphs: recorded from the second image on")
+    return not reason
+
+
+def _planned(name: Any, device: torch.device) -> gpus.GPU | None:
+    """The GPU to plan for: the one asked for, else the one that the model is on."""
+    if name is None:
+        return triton.gpu_of(device) if device.type == "cuda" and not triton.unavailable() else None
+    if not isinstance(name, str):
+        raise TypeError(f"optimize: gpu is {name!r}; it must be None or a GPU's name, as 'h100'")
+    try:
+        return gpus.known(name)
+    except ValueError as error:
+        raise ValueError(f"optimize: gpu is {name!r}: {error}") from None
 
 
 def _device_and_dtype(model: nn.Module, asked: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
@@ -299,16 +358,17 @@ def _device_and_dtype(model: nn.Module, asked: torch.dtype | None) -> tuple[torc
     return device, next(iter(found))
 
 
-def _example(gm: fx.GraphModule, given: Any, dtype: torch.dtype) -> tuple[tuple[Any, ...] | None, str]:
-    """Inputs to find shapes with, and why there are none."""
+def _example(gm: fx.GraphModule, given: Any, dtype: torch.dtype, batch: int) -> tuple[tuple[Any, ...] | None, str]:
+    """Inputs to find shapes with, and why there are none; ``batch`` images where no inputs are given."""
     if given is None:
-        return shapes.default_inputs(gm, dtype, shapes.module_image_channels(gm))
+        return shapes.default_inputs(gm, dtype, shapes.module_image_channels(gm), batch)
     if isinstance(given, Mapping) or not isinstance(given, Tensor | Sequence) or isinstance(given, str):
         raise TypeError(
             f"optimize: example_inputs is a {type(given).__name__}; it must be a tensor or a sequence of the model's "
             "positional arguments"
         )
     inputs = (given,) if isinstance(given, Tensor) else tuple(given)
+    inputs = pytree.tree_map_only(FakeTensor, _meta, inputs)
     cast_inputs = _cast(inputs, None, dtype)
     error = shapes.run(gm, cast_inputs).error
     if error:
@@ -322,6 +382,11 @@ def _example(gm: fx.GraphModule, given: Any, dtype: torch.dtype) -> tuple[tuple[
             ) from real
         return cast_inputs, error
     return cast_inputs, ""
+
+
+def _meta(fake: Tensor) -> Tensor:
+    """A FakeTensor's shape and dtype without its mode, which takes no other tensors."""
+    return torch.empty(tuple(int(size) for size in fake.shape), dtype=fake.dtype, device="meta")
 
 
 def _described(value: Any) -> str:
@@ -365,6 +430,7 @@ def _bytes_moved(gm: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any
     if all(tensor.untyped_storage()._cdata in storages for tensor in written) and not memory.written(gm, node):
         return 0
     total = sum(tensor.numel() * tensor.element_size() for tensor in (*read, *written))
+    total -= _skipped(gm, node, values)
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
         if isinstance(module, plan.Fused):
@@ -372,6 +438,24 @@ def _bytes_moved(gm: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any
         constants = (*module.parameters(), *module.buffers())
         total += sum(tensor.numel() * tensor.element_size() for tensor in constants if tensor.dim())
     return total
+
+
+def _skipped(gm: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> int:
+    """Bytes of its input that a convolution module steps over: pixels between those of a 1x1 with a stride."""
+    module: Any = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if isinstance(module, nn.Conv2d | plan.FusedConvBNAct):
+        position, weight, stride = 0, cast(Tensor, module.weight), cast(Any, module.stride)
+    elif isinstance(module, plan.FusedBottleneckTail) and module.weight_shortcut is not None:
+        position, weight, stride = 1, cast(Tensor, module.weight_shortcut), module.shortcut_stride
+    else:
+        return 0
+    source = node.args[position] if len(node.args) > position else None
+    x, result = values.get(source) if isinstance(source, fx.Node) else None, values.get(node)
+    y = result[0] if isinstance(result, tuple) else result
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.dim() != 4 or y.dim() != 4:
+        return 0
+    pixels = x.shape[2] * x.shape[3] - cost.pixels_read(x.shape[2:], weight.shape[2:], stride, y.shape[2:])
+    return x.shape[0] * x.shape[1] * pixels * x.element_size()
 
 
 def _freeze(gm: fx.GraphModule, dtype: torch.dtype) -> None:
@@ -428,7 +512,7 @@ def _report(
         op, runs = "", "torch"
         if node.op == "call_module" and isinstance(module := gm.get_submodule(str(node.target)), plan.Fused):
             op, runs = module.op, module.backend
-        elif node.target in (ir.ADD_ACT, plan.add_act_reference):
+        elif node.target in (ir.ADD_ACT, *plan.ADD_ACTS.values()):
             op, runs = "add_act", _add_act_backend(gm, backend)
         for index, layer in enumerate(members):
             reason = "" if op else layer.reason or ("it moves no data" if after == 0 else "no fused form of this layer")
@@ -438,11 +522,11 @@ def _report(
     for layer in layers:
         if layer not in rows:
             rows[layer] = Row(layer.name, layer.kind, "", "", "", layer.shape, layer.bytes_before, 0)
-    if any(parameter.device.type == "cuda" for parameter in gm.buffers()):
-        notes.add("cuda_graphs: this version records none")
     ordered = tuple(rows[layer] for layer in layers)
     example = () if inputs is None else tuple(_described(value) for value in inputs)
-    return Report(model, str(dtype).removeprefix("torch."), example, ordered, tuple(notes.lines))
+    first = next((value for value in inputs or () if isinstance(value, Tensor) and value.dim() > 0), None)
+    batch = None if first is None else first.shape[0]
+    return Report(model, str(dtype).removeprefix("torch."), example, ordered, tuple(notes.lines), batch)
 
 
 def _metas(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -451,7 +535,8 @@ def _metas(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _add_act_backend(gm: fx.GraphModule, backend: str) -> str:
     """What the add_act op will choose on the device of this graph."""
-    device = next((buffer.device.type for buffer in gm.buffers()), "cpu")
-    if device != "cpu" or backend == "reference" or not backends.runs("onednn", device):
-        return "reference"
-    return "onednn"
+    device = next((buffer.device for buffer in gm.buffers()), torch.device("cpu"))
+    for name in ("triton", "onednn"):
+        if backends.runs(name, device.type, backend) and not backends.available()[name]:
+            return name
+    return "reference"

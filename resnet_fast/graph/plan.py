@@ -5,16 +5,20 @@ Which backend runs is the prepared ops' choice; nothing here knows one.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from resnet_fast.ops import prepared
+from resnet_fast.ops._common import runs_triton
 
 from . import ir, memory
 from .guard import careful
 from .trace import rebuilt
+
+add_act: Any = importlib.import_module("resnet_fast.ops.add_act")  # the package's attribute is the function
 
 
 class Fused(nn.Module):
@@ -51,7 +55,7 @@ class Fused(nn.Module):
         total = 0
         for name, tensor in self._buffers.items():
             if tensor is not None:
-                size = tensor.element_size() if name in ("scale", "shift") else self.dtype.itemsize
+                size = tensor.element_size() if name.startswith(("scale", "shift")) else self.dtype.itemsize
                 total += tensor.numel() * size
         return total
 
@@ -152,6 +156,55 @@ class FusedHead(Fused):
         return cast(Tensor, ir.HEAD(x, state["weight"].to(x.dtype), None if bias is None else bias.to(x.dtype)))
 
 
+class FusedBottleneckTail(Fused):
+    """``bottleneck_tail``: y, or the pair (y, following) where the next block's 1x1 is part of it."""
+
+    op = "bottleneck_tail"
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor | None],
+        dtype: torch.dtype,
+        backend: str,
+        stride: tuple[int, int],
+        shortcut_stride: tuple[int, int],
+    ) -> None:
+        super().__init__(tensors, dtype, backend)
+        self.stride, self.shortcut_stride = list(stride), list(shortcut_stride)
+
+    def _make(self) -> Any:
+        constants: Any = {name: getattr(self, name) for name in _TAIL_CONSTANTS}
+        return prepared.BottleneckTail(
+            **constants, stride=self.stride, shortcut_stride=self.shortcut_stride, dtype=self.dtype, backend=self.asked
+        )
+
+    def forward(self, a: Tensor, residual: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return cast("Tensor | tuple[Tensor, Tensor]", self.prepare()(a, residual))
+
+    def plain(self, state: dict[str, Tensor], a: Tensor, residual: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The op itself on the constants in ``state``: for shapes."""
+        values = [
+            value.to(a.dtype) if value is not None and name.startswith("weight") else value
+            for name, value in ((name, state.get(name)) for name in _TAIL_CONSTANTS)
+        ]
+        y, following = ir.BOTTLENECK_TAIL(a, *values[:6], residual, *values[6:], self.stride, self.shortcut_stride)
+        return y if state.get("weight1") is None else (y, following)
+
+    def extra_repr(self) -> str:
+        (k, mid, *_), first = self.weight3.shape, self.weight1  # type: ignore[misc]
+        parts = [f"{mid}, {k}", f"stride={self.stride}"]
+        parts += ["projection"] if self.weight_shortcut is not None else []
+        parts += [f"following={first.shape[0]}"] if isinstance(first, Tensor) else []
+        return ", ".join((*parts, str(self.dtype)[6:]))
+
+
+#: The constants of a tail in the order of the op's schema, the residual left out.
+_TAIL_CONSTANTS = (
+    "weight2", "scale2", "shift2", "weight3", "scale3", "shift3",
+    "weight_shortcut", "scale_shortcut", "shift_shortcut", "weight1", "scale1", "shift1",
+)  # fmt: skip
+
+
 def lower(gm: fx.GraphModule, dtype: torch.dtype, backend: str) -> fx.GraphModule:
     """``gm`` with its fused nodes as calls of modules that compute in ``dtype``, and nothing its graph does not use."""
     made = {node: module for node in gm.graph.nodes if (module := _module(gm, node, dtype, backend)) is not None}
@@ -160,15 +213,23 @@ def lower(gm: fx.GraphModule, dtype: torch.dtype, backend: str) -> fx.GraphModul
         inputs = [node.args[0]]
         if ir.is_call(node, ir.CONV_BN_ACT) and node.args[4] is not None:
             inputs.append(node.args[4])
+        if ir.is_call(node, ir.BOTTLENECK_TAIL):
+            inputs.append(node.args[7])
         with gm.graph.inserting_before(node):
             new = gm.graph.create_node("call_module", names[node], tuple(inputs))
         new.meta = dict(node.meta)
+        if isinstance(made[node], FusedBottleneckTail) and made[node].weight1 is None:
+            # The op always gives two tensors, the module only what there is.
+            for output in list(node.users):
+                new.meta["value"] = output.meta.get("value")
+                output.replace_all_uses_with(new)
+                gm.graph.erase_node(output)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
     for node in gm.graph.nodes:
-        if ir.is_call(node, ir.ADD_ACT) and backend == "reference":
+        if ir.is_call(node, ir.ADD_ACT) and backend in ADD_ACTS:
             # The op itself follows the choice for the whole process; one made for this graph alone is kept here.
-            node.target = add_act_reference
+            node.target = ADD_ACTS[backend]
     for node in list(gm.graph.nodes):
         if node.op == "get_attr" and not node.users:
             gm.graph.erase_node(node)
@@ -185,6 +246,11 @@ def _module(gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype, backend: str)
         _, weight, scale, shift, _, _, ceil_mode = node.args
         tensors = _constants(gm, dtype, weight=weight, scale=scale, shift=shift)
         return FusedStem(tensors, dtype, backend, cast(bool, ceil_mode))
+    if ir.is_call(node, ir.BOTTLENECK_TAIL):
+        nodes = (*node.args[1:7], *node.args[8:14])
+        tensors = _constants(gm, dtype, **dict(zip(_TAIL_CONSTANTS, nodes, strict=True)))
+        stride, shortcut_stride = cast(Any, node.args[14:])
+        return FusedBottleneckTail(tensors, dtype, backend, stride, shortcut_stride)
     if ir.is_call(node, ir.HEAD):
         _, weight, bias = node.args
         return FusedHead(_constants(gm, dtype, weight=weight, bias=bias), dtype, backend)
@@ -211,9 +277,17 @@ def _names(gm: fx.GraphModule, made: dict[fx.Node, Fused]) -> dict[fx.Node, str]
 
 def add_act_reference(x: Tensor, y: Tensor, activation: str) -> Tensor:
     """``add_act`` in plain torch, whatever backend was chosen for the process."""
-    from resnet_fast.ops.add_act import reference
+    return add_act.reference(x, y, activation)
 
-    return reference(x, y, activation)
+
+def add_act_triton(x: Tensor, y: Tensor, activation: str) -> Tensor:
+    """``add_act`` by its Triton kernel where that can run, whatever backend was chosen for the process."""
+    run = add_act.run_triton if runs_triton(add_act.NAME, x, asked="triton") else add_act.reference
+    return run(x, y, activation)
+
+
+#: ``add_act`` by the backend asked for.
+ADD_ACTS = {"reference": add_act_reference, "triton": add_act_triton}
 
 
 def _constants(gm: fx.GraphModule, dtype: torch.dtype, **nodes: Any) -> dict[str, Tensor | None]:

@@ -32,13 +32,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The layers in the model's order, the example inputs that the shapes and bytes belong to, and remarks."""
+    """The layers in the model's order, the example inputs that the shapes and bytes belong to, and remarks.
+
+    ``batch`` is the number of images in the example inputs; None if that is unknown.
+    """
 
     model: str
     dtype: str
     example: tuple[str, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = field(default=())
+    batch: int | None = None
 
     @property
     def fused(self) -> tuple[Row, ...]:
@@ -60,6 +64,12 @@ class Report:
         """Total over all fused ops and remaining layers, None if one of them is unknown."""
         return _total([row.bytes_after for row in self.rows])
 
+    @property
+    def bytes_per_image(self) -> float | None:
+        """``bytes_after`` by image of the example inputs, their share of the weights included; None if unknown."""
+        after = self.bytes_after
+        return None if after is None or not self.batch else after / self.batch
+
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, with the totals."""
         totals = {
@@ -68,6 +78,7 @@ class Report:
             "not_fused": len(self.not_fused),
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "bytes_per_image": self.bytes_per_image,
         }
         data = asdict(self)
         for row in data["rows"]:
@@ -90,7 +101,8 @@ class Report:
         before, after = self.bytes_before, self.bytes_after
         if before is not None and after is not None:
             ratio = f" ({before / after:.2f} times less)" if after else ""
-            text.append(f"bytes moved: {_size(before)} before, {_size(after)} after{ratio}")
+            each = f", {_size(after // self.batch)} per image" if self.batch and self.batch > 1 else ""
+            text.append(f"bytes moved: {_size(before)} before, {_size(after)} after{ratio}{each}")
         else:
             text.append("bytes moved: unknown")
         text += [f"note: {note}" for note in self.notes]

@@ -99,13 +99,15 @@ def required_inputs(gm: fx.GraphModule) -> list[fx.Node]:
     return [node for node in gm.graph.nodes if node.op == "placeholder" and not node.args]
 
 
-def default_inputs(gm: fx.GraphModule, dtype: torch.dtype, channels: int | None) -> tuple[tuple[Any, ...] | None, str]:
+def default_inputs(
+    gm: fx.GraphModule, dtype: torch.dtype, channels: int | None, batch: int = 1
+) -> tuple[tuple[Any, ...] | None, str]:
     """Example inputs for a graph with one image input of ``channels`` channels; None and the reason if none fit."""
     if channels is None or len(required_inputs(gm)) != 1:
         return None, "no single image input; pass example_inputs to optimize()"
     reason = ""
     for size in _SIZES:
-        inputs = (torch.empty((1, channels, size, size), dtype=dtype, device="meta"),)
+        inputs = (torch.empty((batch, channels, size, size), dtype=dtype, device="meta"),)
         error = run(gm, inputs).error
         if not error:
             return inputs, ""

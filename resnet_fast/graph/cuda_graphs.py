@@ -1,0 +1,126 @@
+"""One CUDA graph per input shape: the whole network as a single launch, so that no kernel waits for Python.
+
+What may be recorded is decided here; what a run computes is not known here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from . import ir, memory, plan
+
+#: Shapes kept; the one used longest ago makes room for a new one.
+SHAPES_KEPT = 8
+
+#: Puts what a function does on the GPU into a graph: the function's result, and what replays it.
+Record = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
+
+
+def why_not_recordable(gm: fx.GraphModule) -> str:
+    """Why a lowered graph cannot be replayed for other data of the same shape, or "" if it can.
+
+    Fused ops and plain torch ops on one image do the same launches for each input. Modules and methods of others may
+    look at values, draw random numbers or keep state.
+    """
+    if sum(node.op == "placeholder" for node in gm.graph.nodes) != 1:
+        return "the model takes more than one input"
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        if memory.written(gm, node):
+            return f"{node.name} writes in place"
+        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, plan.Fused):
+            if module.backend != "triton":
+                return f"{ir.name_of(node)} runs on the backend {module.backend!r}"
+        elif not memory.fresh(gm, node) and not _selects(node):
+            return f"{node.name} is no fused op"
+    return ""
+
+
+def _selects(node: fx.Node) -> bool:
+    """Whether the node takes one result out of several, or flattens."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in ("getitem", "flatten")
+
+
+def recording() -> Record:
+    """Captures functions in CUDA graphs on the current device, which all work in the same memory.
+
+    They may share it since no two run at once and nothing in it is read after its graph's replay and the copies of
+    the results behind it.
+    """
+    pool: list[Any] = []
+
+    def record(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        if not pool:
+            pool.append(torch.cuda.graph_pool_handle())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool[0]):
+            result = function()
+        return result, graph.replay
+
+    return record
+
+
+@dataclass
+class _Recorded:
+    image: Tensor
+    result: Any
+    replay: Callable[[], None]
+
+
+class Recorder:
+    """Runs ``run`` for the first image of a shape, and from the second on replays it as recorded.
+
+    So nobody waits for a recording before the first answer, and kernels are compiled before anything is captured.
+    Results are copies: the next call does not change them. One call at a time; the GPU's work is ordered by events, so
+    calls on several streams are right, one after the other.
+    """
+
+    def __init__(self, run: Callable[[Tensor], Any], record: Record | None = None) -> None:
+        self._run, self._record = run, recording() if record is None else record
+        self._lock = threading.Lock()
+        self._seen: OrderedDict[tuple[Any, ...], _Recorded | None] = OrderedDict()
+        self._last: torch.cuda.Event | None = None
+
+    def __call__(self, x: Tensor) -> Any:
+        key = (x.shape, x.stride(), x.dtype, x.device)
+        with self._lock, torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            if key not in self._seen:
+                result = self._run(x)
+                self._seen[key] = None
+                if len(self._seen) > SHAPES_KEPT:
+                    self._seen.popitem(last=False)
+                return result
+            self._seen.move_to_end(key)
+            self._wait(x)
+            recorded = self._seen[key]
+            if recorded is None:
+                image = torch.empty_like(x).copy_(x)
+                result, replay = self._record(lambda: self._run(image))
+                recorded = self._seen[key] = _Recorded(image, result, replay)
+            else:
+                recorded.image.copy_(x)
+            recorded.replay()
+            result = pytree.tree_map_only(Tensor, torch.clone, recorded.result)
+            self._done(x)
+            return result
+
+    def _wait(self, x: Tensor) -> None:
+        """The buffers of the recordings are free: what an earlier call put on another stream has ended."""
+        if x.is_cuda and self._last is not None:
+            torch.cuda.current_stream(x.device).wait_event(self._last)
+
+    def _done(self, x: Tensor) -> None:
+        if x.is_cuda:
+            self._last = torch.cuda.Event()
+            self._last.record(torch.cuda.current_stream(x.device))

@@ -1,0 +1,317 @@
+"""The compile check: every launch that the networks need, as machine code, against limits and a committed table.
+
+``python -m resnet_fast.tuning.compile`` shows what was compiled; it fails on spills, on too much shared memory and on
+products that miss Hopper's matrix units, with ``--check`` also on rows that differ from ``kernels/resources.csv``;
+``--write`` makes that table anew. No GPU is used or needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import ops, shapes
+from .compiler import Compiled, Compiler, Task, launch
+
+if TYPE_CHECKING:
+    from resnet_fast.kernels.gpus import GPU
+
+#: The GPU whose limits and heuristics stand for each architecture.
+ARCHITECTURES = {80: "a100", 90: "h100", 100: "b200"}
+
+_COLUMNS = ("arch", "kernel", "type", "constants", "registers", "shared", "occupancy", "matrix")
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """What one compiled kernel is made from: two launches with equal keys run the same machine code.
+
+    Attributes:
+        arch: as "sm_90". kernel: as "conv_bn_act._boxes". type: of the operands, as "fp16".
+        constants: compile-time constants, what is known of the arguments, warps and stages.
+    """
+
+    arch: str
+    kernel: str
+    type: str
+    constants: str
+
+
+Row = tuple[str, str, str, str]
+"""Registers, shared memory, occupancy, matrix instructions."""
+
+Table = dict[Key, Row]
+
+
+def table_path() -> Path:
+    """Where the committed table lies in a checkout; it is not installed."""
+    from resnet_fast.kernels import gpus
+
+    return Path(gpus.__file__).with_name("resources.csv")
+
+
+# --- what is to be compiled
+
+
+def tasks(gpu: GPU, cases: Iterable[ops.Case]) -> dict[Key, Task]:
+    """What the heuristics choose for ``cases`` on ``gpu``: one launch for each kernel that the compiler would make."""
+    found: dict[Key, Task] = {}
+    for case in cases:
+        task = Task(gpu.capability, case, ops.get(case.op).kernel.heuristic(case.problem, gpu))
+        found.setdefault(key(task), task)
+    return found
+
+
+def table_tasks(gpu: GPU, folder: Path) -> tuple[dict[Key, Task], list[str]]:
+    """Every choice in the tables of ``folder`` for GPUs of this capability, and what is wrong with the tables.
+
+    A table names problems by their keys alone, so they are looked up among those of all ten networks.
+
+    Raises:
+        ValueError: a file is no table.
+    """
+    from resnet_fast import models
+    from resnet_fast.kernels import _tables, gpus
+
+    found: dict[Key, Task] = {}
+    wrong = []
+    for path in sorted(folder.glob("*.json")):
+        like = {known.name: known for known in gpus.GPUS}.get(path.stem)
+        if like is None:
+            wrong.append(f"{path.name}: no built-in GPU has this name, so its choices cannot be compiled")
+        if like is None or like.capability != gpu.capability:
+            continue
+        table = _tables.read(path)
+        names = [problem for problems in table.values() for problem in problems]
+        batches = {int(number) for name in names for number in re.findall(r"\bn(\d+)\b", name)} | {*shapes.BATCHES}
+        cases: dict[tuple[str, str], list[ops.Case]] = {}
+        for case in shapes.problems(models.list_models(), sorted(batches), gpus.PRECISIONS, gpu=like):
+            cases.setdefault((case.op, case.problem.key()), []).append(case)
+        for op, problems in table.items():
+            for name, fields in problems.items():
+                if (op, name) not in cases:
+                    wrong.append(f"{path.name}: {op} {name}: no network has this launch")
+                    continue
+                config = ops.get(op).kernel.Config
+                try:
+                    chosen = config(**{field: fields[field] for field in config.__dataclass_fields__})
+                except KeyError as missing:
+                    wrong.append(f"{path.name}: {op} {name}: has no {missing.args[0]}")
+                    continue
+                for case in cases[op, name]:
+                    task = Task(gpu.capability, case, chosen)
+                    found.setdefault(key(task), task)
+    return found, wrong
+
+
+def key(task: Task) -> Key:
+    """What the task's launch is compiled from."""
+    made = launch(task)
+    known = []
+    for parameter, argument in zip(made.kernel.params, made.args, strict=False):
+        known += _known(parameter, argument)
+    options = " ".join(f"{name}={int(v) if isinstance(v, bool) else v}" for name, v in made.options.items())
+    dtype = ops.DTYPES[task.case.problem.precision]
+    types = {ops.DTYPES[name]: name for name in ("fp16", "bf16", "fp32")}
+    return Key(
+        f"sm_{task.capability}",
+        f"{task.case.op}.{made.kernel.__name__}",
+        types[dtype],
+        " ".join([options, *known]),
+    )
+
+
+def _known(parameter: Any, argument: Any) -> list[str]:
+    """What Triton compiles into a kernel about an argument, in words."""
+    if hasattr(argument, "block_shape"):
+        return [f"{parameter.name}[{'x'.join(map(str, argument.block_shape))}]"]
+    if argument is None:
+        return [f"{parameter.name}=None"]
+    if not isinstance(argument, int):
+        return []
+    wide = [f"{parameter.name}:i64"] if argument >= 2**31 else []
+    if parameter.do_not_specialize:
+        return wide
+    if argument == 1:
+        return [f"{parameter.name}=1"]
+    return wide + ([f"{parameter.name}%16"] if argument % 16 == 0 else [])
+
+
+# --- what is wrong
+
+
+def faults(compiled: Compiled, gpu: GPU) -> list[str]:
+    """What is wrong with one compiled launch on ``gpu``, in words; empty if nothing is."""
+    resources = compiled.resources
+    if resources is None:
+        return [f"does not compile: {compiled.error}"]
+    found = []
+    if resources.spills:
+        found.append(f"spills registers: {resources.stack} bytes of stack, {resources.local} of local memory a thread")
+    if resources.shared > gpu.shared_memory:
+        found.append(f"takes {resources.shared} bytes of shared memory; {gpu.name} has {gpu.shared_memory}")
+    case = compiled.task.case
+    # A warp group multiplies 64 rows at once; a config with fewer was chosen to use more multiprocessors.
+    rows = getattr(compiled.task.config, "block_m", 0)
+    matrix = ops.get(case.op).matrix and case.problem.precision != "fp32" and rows >= 64
+    if matrix and gpu.capability == 90 and "HGMMA" not in resources.matrix:
+        found.append(f"multiplies with {resources.matrix or 'nothing'} instead of HGMMA")
+    return found
+
+
+def row(compiled: Compiled, gpu: GPU) -> Row:
+    """The table's row of a launch that compiled."""
+    resources = compiled.resources
+    assert resources is not None
+    return str(resources.registers), str(resources.shared), str(resources.occupancy(gpu)), resources.matrix
+
+
+def read_table(path: Path) -> tuple[str, Table]:
+    """The committed table: the version of Triton it was made with, and its rows.
+
+    Raises:
+        ValueError: the file is no such table.
+    """
+    first, _, rest = path.read_text(encoding="utf-8").partition("\n")
+    lines = list(csv.reader(io.StringIO(rest)))
+    if not first.startswith("# triton ") or not lines or tuple(lines[0]) != _COLUMNS:
+        raise ValueError(f"{path} is no table of resources; --write makes one")
+    table: Table = {}
+    for line in lines[1:]:
+        if len(line) != len(_COLUMNS):
+            raise ValueError(f"{path} has a row of {len(line)} columns, not {len(_COLUMNS)}: {','.join(line)}")
+        table[Key(*line[:4])] = (line[4], line[5], line[6], line[7])
+    return first.split()[2].rstrip(";:,"), table
+
+
+def write_table(path: Path, version: str, table: Mapping[Key, Row]) -> None:
+    """Replace the table; rows are sorted, so that equal results give equal files."""
+    text = io.StringIO()
+    text.write(f"# triton {version}; made by: python -m resnet_fast.tuning.compile --write\n")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for row_key in sorted(table):
+        writer.writerow((row_key.arch, row_key.kernel, row_key.type, row_key.constants, *table[row_key]))
+    path.write_text(text.getvalue(), encoding="utf-8")
+
+
+def differences(committed: Table, now: Mapping[Key, Row], archs: Iterable[str]) -> list[str]:
+    """Where ``now`` differs from the rows of ``committed`` on these architectures, in words."""
+    wanted = set(archs)
+    found = []
+    for each in sorted({k for k in committed if k.arch in wanted} | set(now)):
+        before, after = committed.get(each), now.get(each)
+        if before == after:
+            continue
+        name = f"{each.arch} {each.kernel} {each.type} {each.constants}"
+        if before is None:
+            found.append(f"{name}: not in the table")
+        elif after is None:
+            found.append(f"{name}: in the table, but no launch needs it")
+        else:
+            names = _COLUMNS[4:]
+            changed = (f"{n} {b} -> {a}" for n, b, a in zip(names, before, after, strict=True) if b != a)
+            found.append(f"{name}: {', '.join(changed)}")
+    return found
+
+
+# --- the command
+
+
+def run(
+    wanted: Mapping[GPU, Mapping[Key, Task]],
+    jobs: int | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Table, list[str]]:
+    """Compile everything; the rows of what compiled, and what is wrong, in words."""
+    keys = {task: (each, gpu) for gpu, made in wanted.items() for each, task in made.items()}
+    table: Table = {}
+    wrong = []
+    with Compiler(jobs) as compiler:
+        for done, compiled in enumerate(compiler.run(keys), 1):
+            each, gpu = keys[compiled.task]
+            if compiled.resources is not None:
+                table[each] = row(compiled, gpu)
+            name = f"{each.arch} {compiled.task.case} {compiled.task.config}"
+            wrong += [f"{name}: {fault}" for fault in faults(compiled, gpu)]
+            if progress is not None:
+                progress(done, len(keys))
+    return table, sorted(wrong)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m resnet_fast.tuning.compile", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare with the committed table too")
+    parser.add_argument("--write", action="store_true", help="write the table anew")
+    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(ARCHITECTURES), default=sorted(ARCHITECTURES))
+    parser.add_argument("--op", nargs="+", choices=ops.names(), default=list(ops.names()), help="only these ops")
+    parser.add_argument("--jobs", type=int, default=None, help="processes; by default one for each core")
+    given = parser.parse_args(arguments)
+    if given.write and (set(given.arch) != set(ARCHITECTURES) or set(given.op) != set(ops.names())):
+        parser.error("--write makes the whole table; it takes no --arch and no --op")
+
+    os.environ.pop("TRITON_INTERPRET", None)  # before the first import of triton
+    import triton
+
+    from resnet_fast.kernels import _tables, gpus
+
+    began = time.perf_counter()
+    wanted: dict[GPU, dict[Key, Task]] = {}
+    unsound: list[str] = []
+    for arch in given.arch:
+        gpu = gpus.known(ARCHITECTURES[arch])
+        cases = shapes.problems(shapes.MODELS, shapes.BATCHES, gpus.PRECISIONS, gpu=gpu)
+        measured, doubts = table_tasks(gpu, _tables.checked_in_folder())
+        both = measured | tasks(gpu, cases)
+        wanted[gpu] = {each: task for each, task in both.items() if task.case.op in given.op}
+        unsound += [line for line in doubts if line not in unsound]
+    count = sum(map(len, wanted.values()))
+    listed = ", ".join(f"{len(made)} for sm_{gpu.capability}" for gpu, made in wanted.items())
+    print(f"{count} kernels to compile ({listed}), Triton {triton.__version__}", flush=True)
+
+    def progress(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        elif done % 50 == 0 or done == total:
+            print(f"{done}/{total} after {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+
+    table, found = run(wanted, given.jobs, progress)
+    wrong = unsound + found
+    if given.write:
+        write_table(table_path(), triton.__version__, table)
+        print(f"{len(table)} rows written to {table_path()}")
+    elif given.check:
+        wrong += _compare(table, given.arch, given.op, triton.__version__)
+    else:
+        for each in sorted(table):
+            print(",".join((each.arch, each.kernel, each.type, each.constants, *table[each])))
+    for line in wrong:
+        print(f"WRONG {line}")
+    print(f"{count} kernels in {time.perf_counter() - began:.0f} s: {f'{len(wrong)} faults' if wrong else 'all well'}")
+    return 1 if wrong else 0
+
+
+def _compare(table: Table, archs: Iterable[int], chosen: Sequence[str], version: str) -> list[str]:
+    path = table_path()
+    if not path.is_file():
+        return [f"there is no {path}; --write makes it"]
+    made_with, committed = read_table(path)
+    if made_with != version:
+        print(f"rows are not compared: the table was made with Triton {made_with}, this is {version}")
+        return []
+    of_ops = {each: cells for each, cells in committed.items() if each.kernel.partition(".")[0] in chosen}
+    return differences(of_ops, table, [f"sm_{arch}" for arch in archs])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

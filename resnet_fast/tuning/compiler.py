@@ -1,0 +1,214 @@
+"""Real machine code without a GPU: launches compiled for a capability in worker processes, and what came out of it.
+
+Nothing is ever launched here. Triton keeps what was compiled in its cache on disk, where a later launch finds it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import ops
+from .ops import Case
+
+if TYPE_CHECKING:
+    from resnet_fast.kernels.gpus import GPU
+
+#: Multiply instructions by the lowest nine bits of their machine code, the same on capabilities 8.0 to 10.0: warp
+#: products, warp-group products, products in tensor memory, and plain multiply-adds, one or two at a time.
+OPCODES = {0x03C: "HMMA", 0x1F0: "HGMMA", 0x1EA: "UTCHMMA", 0x023: "FFMA", 0x049: "FFMA"}
+
+_USAGE = re.compile(r"\b(REG|STACK|LOCAL):(\d+)")
+
+#: Threads and blocks that a multiprocessor holds at most, where it is not 2048 and 32.
+_THREADS = {86: 1536, 87: 1536, 89: 1536, 120: 1536, 121: 1536}
+_BLOCKS = {86: 16, 87: 16, 89: 24}
+
+#: Columns of tensor memory on a multiprocessor of capability 10.
+_TENSOR_COLUMNS = 512
+
+
+@dataclass(frozen=True)
+class Task:
+    """A launch to compile: for which capability, of which case, with which of its kernel's configs."""
+
+    capability: int
+    case: Case
+    config: Any
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes, and which instructions multiply in it.
+
+    Attributes:
+        registers: of a thread. stack, local: bytes of memory a thread uses besides, which is where spills go.
+        shared: bytes of shared memory of a block. threads: of a block.
+        tensor_columns: of tensor memory, which capability 10 has.
+        matrix: its multiply instructions: HGMMA, HMMA or UTCHMMA, FFMA where no matrix unit works, "" without any.
+    """
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    threads: int
+    tensor_columns: int
+    matrix: str
+
+    @property
+    def spills(self) -> bool:
+        return self.stack > 0 or self.local > 0
+
+    def occupancy(self, gpu: GPU) -> int:
+        """How many blocks a multiprocessor of ``gpu`` holds at once; 0 if not even one fits."""
+        warps = self.threads // 32
+        per_warp = -(-self.registers * 32 // 256) * 256  # registers are handed out to warps in units of 256
+        by_registers = 4 * (gpu.registers // 4 // per_warp) // warps  # each quarter has its own
+        by_shared = gpu.shared_memory_per_multiprocessor // (self.shared + 1024)  # the system keeps 1 KB of each block
+        if self.shared > gpu.shared_memory:
+            by_shared = 0
+        by_threads = _THREADS.get(gpu.capability, 2048) // self.threads
+        limits = [by_registers, by_shared, by_threads, _BLOCKS.get(gpu.capability, 32)]
+        if self.tensor_columns:
+            limits.append(_TENSOR_COLUMNS // self.tensor_columns)
+        return min(limits)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A task's outcome: resources, or the error in one line."""
+
+    task: Task
+    resources: Resources | None
+    error: str = ""
+
+
+class _Driver:
+    """Stands in for the driver of a GPU of one capability. The capability is its device number too, since Triton
+    remembers the target of each device."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def is_active(self) -> bool:
+        return True
+
+
+def launch(task: Task) -> Any:
+    """The task's ``Launch``, on tensors that have no data."""
+    op = ops.get(task.case.op)
+    tensors = op.tensors(task.case.problem, torch.device("meta"))
+    return op.launch(op.kernel, tensors, task.case, task.config)
+
+
+def compile_task(task: Task) -> Compiled:
+    """Compile one task in this process, whose Triton must not interpret; its active driver is replaced for good."""
+    import triton
+
+    triton.runtime.driver.set_active(_Driver(task.capability))
+    try:
+        return Compiled(task, _resources(launch(task).compile()))
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return Compiled(task, None, f"{type(error).__name__}: {lines[-1].strip()}")
+
+
+def _resources(kernel: Any) -> Resources:
+    from triton import knobs
+
+    metadata, cubin = kernel.metadata, kernel.asm["cubin"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in _USAGE.findall(text)}
+    found = instructions(cubin)
+    return Resources(
+        registers=usage["REG"],
+        stack=usage["STACK"],
+        local=usage["LOCAL"],
+        shared=metadata.shared,
+        threads=32 * metadata.num_warps,
+        tensor_columns=getattr(metadata, "tmem_size", 0) or 0,
+        matrix="+".join(sorted(found - {"FFMA"})) or "+".join(found),
+    )
+
+
+def instructions(cubin: bytes) -> set[str]:
+    """Which multiply instructions (the names in ``OPCODES``) the machine code of a 64-bit ELF file holds.
+
+    Read from the code itself: nvdisasm takes longer for one kernel than compiling it.
+    """
+    sections = struct.unpack_from("<Q", cubin, 40)[0]
+    size, count, named = struct.unpack_from("<HHH", cubin, 58)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, sections + index * size) for index in range(count)]
+    strings = headers[named][4]
+    found = set()
+    for name, _, _, _, offset, length in headers:
+        if cubin.startswith(b".text.", strings + name):
+            for at in range(offset, offset + length, 16):  # instructions have 128 bits, the opcode comes first
+                found.add(OPCODES.get(struct.unpack_from("<H", cubin, at)[0] & 0x1FF))
+    return {name for name in found if name is not None}
+
+
+def _begin(environment: dict[str, str]) -> None:
+    """In a new worker: no interpreter, the parent's other settings, and Ctrl-C left to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+
+
+class Compiler:
+    """Worker processes that compile; a context manager. ``jobs``: how many, by default one for each core."""
+
+    def __init__(self, jobs: int | None = None) -> None:
+        self.jobs = jobs or os.cpu_count() or 1
+        # Workers are started anew, not forked: this process may have a GPU or an interpreting Triton.
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        self._pool = ProcessPoolExecutor(
+            self.jobs, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(environment,)
+        )
+
+    def __enter__(self) -> Compiler:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[Compiled]:
+        """The outcomes, in the order in which they come."""
+        futures = [self._pool.submit(compile_task, task) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()

@@ -1,0 +1,196 @@
+"""The sweep's runner on a CUDA GPU: compiles in other processes, checks against torch, times CUDA graphs of launches.
+
+It changes no setting of the GPU and chooses nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from resnet_fast.roofline.measure import tf32
+
+from . import ops
+from .compiler import Compiler, Task
+from .ops import Case
+
+if TYPE_CHECKING:
+    from resnet_fast.kernels.gpus import GPU
+
+#: The relative error, in the 2-norm, that a launch's answer may have: a few roundings of what it stores or multiplies.
+ALLOWED = {"fp16": 4 * 2.0**-11, "bf16": 4 * 2.0**-8, "tf32": 4 * 2.0**-11, "fp32": 1e-5}
+
+_SECONDS = 2e-3
+"""How long one replay of a graph lasts at least."""
+
+_MOST_LAUNCHES = 512
+_MOST_SETS = 256
+_REPLAYS = 5
+
+
+def error(ours: Tensor, exact: Tensor, precision: str) -> str:
+    """What is wrong with an answer beside the exact one, "" if nothing is.
+
+    The error must be within ``ALLOWED`` of the exact answer's size, and no single element off by more than 16 times
+    that, so that one wrong pixel among millions shows too.
+    """
+    allowed = ALLOWED[precision]
+    difference = (ours.to(exact.dtype) - exact).abs()
+    if not bool(difference.isfinite().all()):
+        return "NaN or infinity in the answer"
+    size = exact.norm()
+    relative = float(difference.norm() / size)
+    if relative > allowed:
+        return f"relative error {relative:.2e}, allowed is {allowed:.2e}"
+    typical = size / max(1, exact.numel()) ** 0.5
+    worst = float((difference / (typical + exact.abs())).max())
+    if worst > 16 * allowed:
+        return f"an element is off by {worst:.2e} of its size, allowed is {16 * allowed:.2e}"
+    return ""
+
+
+class CudaRunner:
+    """Runs the launches of cases on one GPU; a context manager, since it owns processes.
+
+    Args:
+        gpu: its description. device: where its tensors are. jobs: processes that compile.
+    """
+
+    def __init__(self, gpu: GPU, device: torch.device, jobs: int | None = None) -> None:
+        self.gpu, self.device = gpu, device
+        self._compiler = Compiler(jobs)
+        self.batch = 2 * self._compiler.jobs
+        self._case: Case | None = None
+        self._sets: list[dict[str, Tensor | None]] = []
+        self._exact: dict[str, Tensor] = {}
+
+    def __enter__(self) -> CudaRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._compiler.__exit__(kind, value, trace)
+
+    def load(self, case: Case) -> None:
+        op = ops.get(case.op)
+        self._case, self._sets, self._exact = case, [], {}  # the last case's memory is free before more is taken
+        torch.manual_seed(0)
+        first = op.tensors(case.problem, self.device)
+        with tf32(False), torch.no_grad():
+            half = case.problem.precision in ("fp16", "bf16")
+            self._exact = op.reference(_widened(first, torch.float32 if half else torch.float64), case)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in first.values() if tensor is not None)
+        # Successive launches take different tensors, so that none finds its own in the level-2 cache.
+        count = min(_MOST_SETS, 1 + math.ceil(2 * self.gpu.l2 / size))
+        self._sets = [first, *(op.tensors(case.problem, self.device) for _ in range(count - 1))]
+
+    def unusable(self, configs: Sequence[Any]) -> Mapping[Any, str]:
+        assert self._case is not None
+        reasons: dict[Any, str] = {}
+        for compiled in self._compiler.run([Task(self.gpu.capability, self._case, config) for config in configs]):
+            resources, reason = compiled.resources, compiled.error
+            if resources is not None and resources.spills:
+                reason = f"spills {resources.stack + resources.local} bytes a thread"
+            elif resources is not None and resources.occupancy(self.gpu) == 0:
+                reason = (
+                    f"a block does not fit: {resources.shared} bytes of shared memory, {resources.registers} registers"
+                )
+            if reason:
+                reasons[compiled.task.config] = reason
+        return reasons
+
+    def wrong(self, config: Any) -> str:
+        from triton import errors
+
+        case, tensors = self._case, self._sets[0]
+        assert case is not None
+        for name in self._exact:
+            output = tensors[name]
+            assert output is not None
+            output.fill_(math.nan)  # what the launch does not write shows
+        try:
+            with torch.cuda.device(self.device):
+                self._launch(config, 0)()
+                torch.cuda.synchronize()
+        except (errors.TritonError, RuntimeError) as failure:
+            torch.cuda.synchronize()  # fails too where the GPU can run nothing any more, and that ends the sweep
+            return f"does not run: {' '.join(str(failure).split())[:200]}"
+        for name, exact in self._exact.items():
+            output = tensors[name]
+            assert output is not None
+            if reason := error(output, exact, case.problem.precision):
+                return reason
+        return ""
+
+    def seconds(self, config: Any) -> float:
+        return self._timed([self._launch(config, index) for index in range(len(self._sets))])
+
+    def separately(self) -> float:
+        case = self._case
+        assert case is not None
+        parts = ops.get(case.op).parts
+        if parts is None:
+            return math.inf
+        with torch.no_grad(), tf32(case.problem.precision == "tf32"):
+            return self._timed([partial(parts, tensors, case) for tensors in self._sets])
+
+    def _timed(self, launches: Sequence[Callable[[], object]]) -> float:
+        """Seconds of one of the launches, from replays of a CUDA graph of them all."""
+        with torch.cuda.device(self.device):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                begin.record()
+                for launch in launches:
+                    launch()
+                end.record()
+            torch.cuda.synchronize()
+            once = 1e-3 * begin.elapsed_time(end) / len(launches)
+            rounds = math.ceil(min(_MOST_LAUNCHES, _SECONDS / max(once, 1e-7)) / len(launches))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(rounds):
+                    for launch in launches:
+                        launch()
+            taken = []
+            for _ in range(1 + _REPLAYS):
+                begin.record()
+                graph.replay()
+                end.record()
+                torch.cuda.synchronize()
+                taken.append(1e-3 * begin.elapsed_time(end))
+        return statistics.median(taken[1:]) / (rounds * len(launches))
+
+    def _launch(self, config: Any, index: int) -> Any:
+        assert self._case is not None
+        op = ops.get(self._case.op)
+        return op.launch(op.kernel, self._sets[index], self._case, config)
+
+
+def _widened(tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor | None]:
+    """Floating point tensors in ``dtype``; images of bytes stay so."""
+    return {
+        name: tensor if tensor is None or not tensor.is_floating_point() else tensor.to(dtype)
+        for name, tensor in tensors.items()
+    }
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What a table is measured with: the GPU as its driver names it, torch, triton and CUDA."""
+    import triton
+
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": str(torch.version.cuda),
+    }

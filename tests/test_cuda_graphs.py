@@ -1,0 +1,134 @@
+"""Recording runs: when, for which shapes, what callers get. With a recorder of our own where there is no GPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import resnet_fast as rf
+from resnet_fast.graph.cuda_graphs import SHAPES_KEPT, Recorder, why_not_recordable
+
+from .test_fuse_tail import small
+from .triton_device import DEVICE, needs_triton
+
+
+class Replayed:
+    """Records as a GPU does: the results keep their memory, and a replay writes new values there."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        self.recorded += 1
+        result = pytree.tree_map_only(Tensor, lambda t: torch.full_like(t, float("nan")), function())
+
+        def replay() -> None:
+            self.replayed += 1
+            pytree.tree_map(lambda old, new: old.copy_(new), result, function())
+
+        return result, replay
+
+
+def test_the_first_image_of_a_shape_runs_and_the_second_is_recorded() -> None:
+    runs: list[tuple[int, ...]] = []
+
+    def run(x: Tensor) -> Tensor:
+        runs.append(tuple(x.shape))
+        return x * 2
+
+    gpu = Replayed()
+    recorder = Recorder(run, gpu)
+    for count, x in enumerate(torch.randn(4, 2, 3)):
+        assert torch.equal(recorder(x), x * 2)
+        assert (gpu.recorded, gpu.replayed) == (min(count, 1), count)
+    other = torch.randn(3, 2)
+    assert torch.equal(recorder(other), other * 2) and gpu.recorded == 1
+    assert torch.equal(recorder(other.t()), other.t() * 2) and gpu.recorded == 1  # another layout: another recording
+    assert torch.equal(recorder(other), other * 2) and gpu.recorded == 2
+
+
+def test_results_belong_to_the_caller_and_inputs_stay_his() -> None:
+    recorder = Recorder(lambda x: {"double": x * 2, "more": [x + 1]}, Replayed())
+    images = list(torch.randn(3, 2, 3))
+    kept = [image.clone() for image in images]
+    results = [recorder(image) for image in images]
+    for image, before, result in zip(images, kept, results, strict=True):
+        assert torch.equal(image, before)
+        assert torch.equal(result["double"], before * 2) and torch.equal(result["more"][0], before + 1)
+    images[2].zero_()
+    assert torch.equal(recorder(kept[0])["double"], kept[0] * 2)
+
+
+def test_the_shape_used_longest_ago_is_forgotten() -> None:
+    gpu = Replayed()
+    recorder = Recorder(lambda x: x + 1, gpu)
+    for size in range(SHAPES_KEPT + 1):
+        for _ in range(2):
+            recorder(torch.zeros(size + 1))
+    assert gpu.recorded == SHAPES_KEPT + 1
+    recorder(torch.zeros(SHAPES_KEPT + 1))
+    assert gpu.recorded == SHAPES_KEPT + 1
+    recorder(torch.zeros(1))
+    recorder(torch.zeros(1))
+    assert gpu.recorded == SHAPES_KEPT + 2
+
+
+@needs_triton
+def test_what_can_be_recorded() -> None:
+    torch.manual_seed(0)
+    net = small((1, 1, 1, 1))
+    options: dict[str, Any] = {"dtype": torch.float16, "gpu": "h100"}
+    fused = rf.optimize(net.to(DEVICE), backend="triton", **options)
+    assert why_not_recordable(fused.graph_module) == ""
+    reference = rf.optimize(net, backend="reference", **options)
+    assert "runs on the backend 'reference'" in why_not_recordable(reference.graph_module)
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return torch.relu(x + y)
+
+    class Random(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.drop = nn.AlphaDropout()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.bernoulli(self.conv(x).sigmoid())
+
+    assert "more than one input" in why_not_recordable(rf.optimize(Two().eval(), backend="triton").graph_module)
+    random = rf.optimize(Random().eval(), backend="triton").graph_module
+    assert "is no fused op" in why_not_recordable(random)
+
+
+def test_on_a_cpu_nothing_is_recorded() -> None:
+    fused = rf.optimize(small((1, 1, 1, 1)))
+    assert fused.cuda_graphs is False and not any("cuda_graphs" in note for note in fused.report().notes)
+    copy.deepcopy(fused)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_recorded_runs_on_a_gpu(dtype: torch.dtype) -> None:
+    net = small((2, 2, 2, 2)).cuda()
+    plain = rf.optimize(net, dtype=dtype, cuda_graphs=False)
+    recorded = rf.optimize(net, dtype=dtype)
+    assert recorded.cuda_graphs, recorded.report().notes
+    for n in (2, 3, 2):
+        for _ in range(3):
+            x = torch.randn(n, 3, 64, 64, device="cuda")
+            want = plain(x)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                assert torch.equal(recorded(x), want)
+            torch.cuda.current_stream().wait_stream(side)
+            assert torch.equal(recorded(x), want)
+    recorded.load_state_dict(recorded.state_dict())
+    assert torch.equal(recorded(x), want)

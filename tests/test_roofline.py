@@ -1,0 +1,523 @@
+"""Floors: every number against arithmetic done by hand or other people's counts, and the command around them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import fx, nn
+from typer.testing import CliRunner
+
+from resnet_fast import models
+from resnet_fast.cli import app
+from resnet_fast.cli import roofline as command
+from resnet_fast.kernels import gpus
+from resnet_fast.roofline import Conv, Kernel, Schedule, Work, cost, fits_on_chip, measure, rotated
+from resnet_fast.roofline.schedule import LAUNCH
+
+H100 = gpus.known("h100")
+STAGES = {"resnet50": (3, 4, 6, 3), "resnet152": (3, 8, 36, 3)}
+
+
+@cache
+def made(arch: str, precision: str = "fp16", batch: int = 128, size: int = 224) -> tuple[Schedule, ...]:
+    subject = command.Subject(arch, batch, size, command.Arithmetic(precision))
+    return command.schedules(subject, H100)
+
+
+def by_hand(arch: str, rotate: bool) -> int:
+    """Elements that a bottleneck network at 224 px moves for an image, by the pictures in docs/roofline.md."""
+    total = 3 * 224 * 224 + 64 * 56 * 56  # the stem
+    side, channels = 56, 64
+    middles = [m for m, blocks in zip((64, 128, 256, 512), STAGES[arch], strict=True) for _ in range(blocks)]
+    for index, mid in enumerate(middles):
+        first = index == 0 or middles[index - 1] != mid
+        out = side // 2 if first and mid != 64 else side
+        if not rotate or index == 0:
+            total += (channels + mid) * side**2  # 1x1
+        total += mid * side**2  # the 3x3's input
+        if not rotate:
+            total += 2 * mid * out**2  # its output, written and read
+        if first:
+            total += channels * out**2  # the pixels that the projection reads
+        if first and not rotate:
+            total += 2 * 4 * mid * out**2  # the projection, written and read
+        if not first:
+            total += 4 * mid * out**2  # the residual
+        total += 4 * mid * out**2  # the block's output
+        if rotate and index + 1 < len(middles):
+            total += middles[index + 1] * out**2  # the next 1x1's output
+        side, channels = out, 4 * mid
+    return total + 2048 * 49 + 1000
+
+
+# --- one op at a time
+
+
+def test_a_pointwise_convolution_by_hand() -> None:
+    work = cost.conv(2, 64, (56, 56), 256, (1, 1), (1, 1), (56, 56), residual=True)
+    # 3136 pixels of 64 channels in, of 256 in and out; two bytes each
+    assert work.activations == 2 * (64 + 256 + 256) * 3136 * 2 == 7_225_344
+    assert work.weights == 64 * 256 * 2 + 2 * 256 * 4 == 34_816
+    assert work.flops == 2 * 2 * 3136 * 256 * 64 == 205_520_896
+
+
+def test_a_strided_pointwise_convolution_reads_a_quarter_of_the_pixels() -> None:
+    work = cost.conv(1, 256, (56, 56), 512, (1, 1), (2, 2), (28, 28))
+    assert work.activations == (256 + 512) * 28 * 28 * 2
+    odd = cost.conv(1, 1, (7, 7), 1, (1, 1), (2, 2), (4, 4), itemsize=4)
+    assert odd.activations == (16 + 16) * 4
+
+
+def test_a_strided_3x3_reads_all_pixels() -> None:
+    work = cost.conv(1, 8, (14, 14), 8, (3, 3), (2, 2), (7, 7), groups=2, itemsize=4)
+    assert work == Work(4 * (8 * 196 + 8 * 49), 4 * 8 * 4 * 9 + 8 * 8, 2 * 8 * 49 * 4 * 9)
+
+
+def test_the_floor_is_the_longer_of_the_two_times() -> None:
+    assert Work(3_000_000, 0, 1000).floor(H100, "fp16") == pytest.approx(1e-6)
+    assert Work(3_000_000, 3_000_000, 1000).floor(H100, "fp16") == pytest.approx(2e-6)
+    assert Work(10, 0, 798_000_000).floor(H100, "fp16") == pytest.approx(1e-6)
+    assert Work(10, 0, 798_000_000).floor(H100, "tf32") == pytest.approx(2e-6)
+
+
+# --- whole networks
+
+
+@pytest.mark.parametrize(("arch", "per_conv", "rotation"), [("resnet50", 51.48, 29.10), ("resnet152", 112.50, 67.24)])
+def test_bytes_by_hand(arch: str, per_conv: float, rotation: float) -> None:
+    _, straight, turned, _ = made(arch)
+    for schedule, rotate, megabytes in ((straight, False, per_conv), (turned, True, rotation)):
+        expected = 2 * by_hand(arch, rotate)
+        assert schedule.work.activations == 128 * expected
+        assert expected / 1e6 == pytest.approx(megabytes, abs=0.006)
+        totals = schedule.totals(H100, "fp16")
+        assert totals.activations == expected
+        assert totals.bytes_seconds == pytest.approx((expected + schedule.work.weights / 128) / 3.0e12)
+
+
+def test_weights_are_the_networks_parameters() -> None:
+    _, straight, turned, _ = made("resnet50")
+    network = torchvision.models.resnet50()
+    parameters = sum(p.numel() for p in network.parameters())
+    norms = sum(m.num_features for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+    # two bytes for each weight; the norms' two become scale and shift, four bytes each
+    assert straight.work.weights == turned.work.weights == 2 * (parameters - 2 * norms) + 2 * 4 * norms
+
+
+@pytest.mark.parametrize("arch", models.list_models())
+def test_flops_are_those_that_torchvision_documents(arch: str) -> None:
+    """Their ``_ops`` are 1e9 multiply-adds of convolutions and linear layers, to three digits, of one image."""
+    documented = 2 * torchvision.models.get_model_weights(arch).DEFAULT.meta["_ops"]
+    eager, straight, turned, _ = made(arch)
+    channels = 512 if arch in ("resnet18", "resnet34") else 2048
+    for schedule in (straight, turned):
+        pooled = channels * 49
+        assert schedule.work.flops / 128 == pytest.approx(documented * 1e9 + pooled, abs=1.1e6)
+    plain = sum(kernel.work.flops for kernel in eager.kernels if kernel.op in ("Conv2d", "Linear"))
+    assert plain == straight.work.flops - 128 * channels * 49
+
+
+def test_the_flops_of_resnet50_and_152() -> None:
+    assert made("resnet50")[1].work.flops / 128 == 2 * 4_089_184_256 + 2048 * 49  # 8.178e9
+    assert made("resnet152")[1].work.flops / 128e9 == pytest.approx(23.03, abs=0.005)
+
+
+def test_eager_moves_every_layer_by_itself() -> None:
+    eager = made("resnet50")[0]
+    counted: dict[str, int] = {}
+    for kernel in eager.kernels:
+        counted[kernel.op] = counted.get(kernel.op, 0) + 1
+    assert counted == {
+        "Conv2d": 53, "BatchNorm2d": 53, "ReLU": 49, "MaxPool2d": 1, "add": 16, "AdaptiveAvgPool2d": 1, "Linear": 1,
+    }  # fmt: skip
+    first = {kernel.op: kernel.work for kernel in reversed(eager.kernels)}
+    stem = 64 * 112 * 112
+    assert first["Conv2d"] == Work(128 * 2 * (3 * 224 * 224 + stem), 2 * 64 * 3 * 49, 128 * 2 * stem * 3 * 49)
+    assert first["BatchNorm2d"] == Work(128 * 2 * 2 * stem, 4 * 64 * 2, 128 * 2 * stem)
+    assert first["ReLU"] == Work(128 * 2 * 2 * stem, 0, 128 * stem)
+    assert first["MaxPool2d"] == Work(128 * 2 * (stem + stem // 4), 0, 128 * 9 * stem // 4)
+    assert first["add"] == Work(128 * 2 * 3 * 256 * 56 * 56, 0, 128 * 256 * 56 * 56)
+    assert first["AdaptiveAvgPool2d"] == Work(128 * 2 * (2048 * 49 + 2048), 0, 128 * 2048 * 49)
+    assert first["Linear"] == Work(128 * 2 * (2048 + 1000), 2 * 2049 * 1000, 128 * 2 * 2048 * 1000)
+    assert eager.work.activations / 128 == pytest.approx(159.7e6, abs=0.05e6)
+
+
+def test_floors_of_the_schedules_are_in_order() -> None:
+    floors = [schedule.totals(H100, "fp16") for schedule in made("resnet50")]
+    assert [round(1e6 * sums.floor_seconds, 1) for sums in floors] == [56.2, 20.1, 12.7, 12.7]
+    for sums in floors:
+        assert sums.floor_seconds >= max(sums.bytes_seconds, sums.math_seconds)
+        assert sums.images_per_second == pytest.approx(1 / sums.floor_seconds)
+    assert [sums.launches for sums in floors] == [174, 54, 19, 21]
+
+
+def test_float32_moves_twice_as_much() -> None:
+    half, full = made("resnet18", "bf16")[1].work, made("resnet18", "fp32")[1].work
+    assert full.activations == 2 * half.activations and full.flops == half.flops
+    assert made("resnet18", "tf32")[1].work == full
+
+
+def test_image_size_and_batch_are_free() -> None:
+    eager, straight, turned, _ = made("resnet50", "fp16", 3, 97)
+    assert straight.kernels[0].shape == (3, 64, 25, 25)
+    assert straight.kernels[0].work.activations == 3 * 2 * (3 * 97 * 97 + 64 * 25 * 25)
+    assert turned.kernels[-2].shape == (3, 2048, 4, 4)
+    assert eager.batch == straight.batch == turned.batch == 3
+
+
+@pytest.mark.parametrize(
+    ("driver", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("RTX5090", "rtx5090"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA H100 PCIe", "h100_pcie"),
+        ("NVIDIA H200 NVL", "h200_nvl"),
+        ("NVIDIA GeForce RTX 4090 D", "rtx_4090_d"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "rtx_4090_laptop_gpu"),
+        ("NVIDIA A100-PCIE-40GB", "a100_pcie_40gb"),
+        ("", "unknown"),
+    ],
+)
+def test_names_that_drivers_give(driver: str, name: str) -> None:
+    assert gpus.normalise(driver) == name
+
+
+# --- what optimize() plans
+
+
+def test_the_planned_schedule_is_optimizes_graph() -> None:
+    _, straight, turned, planned = made("resnet50")
+    assert {name for kernel in planned.kernels for name in kernel.parts} == {kernel.name for kernel in straight.kernels}
+    assert straight.work.flops == planned.work.flops and straight.work.weights == planned.work.weights
+    assert turned.work.activations <= planned.work.activations <= 1.05 * turned.work.activations
+    same = {frozenset(kernel.parts): kernel.work for kernel in turned.kernels}
+    compared = [kernel for kernel in planned.kernels if frozenset(kernel.parts) in same]
+    assert len(compared) > 12 and all(same[frozenset(kernel.parts)] == kernel.work for kernel in compared)
+
+
+# --- rotation
+
+
+def test_the_rotated_schedule_of_resnet50() -> None:
+    turned = made("resnet50")[2]
+    assert [kernel.op for kernel in turned.kernels] == ["stem", "conv_bn_act", *["bottleneck_tail"] * 16, "head"]
+    first, second, last = turned.kernels[2], turned.kernels[3], turned.kernels[-2]
+    assert first.parts == ("layer1.0.conv2", "layer1.0.downsample.0", "layer1.0.conv3", "layer1.1.conv1")
+    assert second.parts == ("layer1.1.conv2", "layer1.1.conv3", "layer1.2.conv1")
+    assert last.parts == ("layer4.2.conv2", "layer4.2.conv3")
+    # kernels.md's 10 mid a pixel: mid in, 4 mid of residual in, 4 mid out, mid out
+    assert second.work.activations == 128 * 2 * 10 * 64 * 56 * 56
+    parts = {name for kernel in turned.kernels for name in kernel.parts}
+    assert parts == {kernel.name for kernel in made("resnet50")[1].kernels}
+
+
+def test_rotation_keeps_to_what_is_feasible() -> None:
+    straight = made("resnet50")[1]
+    asked = []
+
+    def small(mid: int, following: int | None, precision: str) -> bool:
+        asked.append((mid, following, precision))
+        return mid <= 256 and (following or 0) <= 256
+
+    turned = rotated(straight, H100, "fp16", small)
+    tails = [kernel for kernel in turned.kernels if kernel.op == "bottleneck_tail"]
+    assert len(tails) == 13 and len(turned.kernels) == 26
+    assert tails[-1].parts == ("layer3.5.conv2", "layer3.5.conv3")  # what follows has 512 channels
+    assert (256, 512, "fp16") in asked and (512, None, "fp16") in asked
+    assert rotated(straight, H100, "fp16", lambda *_: False).kernels == straight.kernels
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d"])
+def test_basic_and_grouped_blocks_are_not_rotated(arch: str) -> None:
+    _, straight, turned, _ = made(arch)
+    assert turned.kernels == straight.kernels
+
+
+def test_what_fits_on_chip() -> None:
+    feasible = fits_on_chip(H100)  # 64 pixels in 227 KiB
+    assert feasible(512, 512, "fp16") and feasible(1024, None, "fp16") and not feasible(1024, 1024, "fp16")
+    assert feasible(512, None, "fp32") and not feasible(512, 512, "tf32")
+    assert not fits_on_chip(gpus.known("rtx4090"))(512, 512, "bf16")
+    assert fits_on_chip(gpus.known("rtx4090"))(256, 512, "bf16")
+
+
+def bottleneck(**changes: dict[str, Any]) -> Schedule:
+    """A 3x3, an expansion with a plain residual, and the next 1x1; ``changes`` are fields of one of them."""
+    geometry: dict[str, Any] = {
+        "n": 8, "c": 64, "size": (14, 14), "k": 64, "kernel": (1, 1), "stride": (1, 1), "padding": (0, 0),
+        "dilation": (1, 1), "output": (14, 14), "groups": 1, "activation": "relu", "residual": None,
+    }  # fmt: skip
+    layers: dict[str, dict[str, Any]] = {
+        "spatial": {"source": "a", "kernel": (3, 3), "padding": (1, 1)},
+        "expand": {"source": "spatial", "residual": "x", "k": 256},
+        "next": {"source": "expand", "c": 256},
+        "end": {"source": "next", "residual": "expand", "k": 256},
+    }
+    kernels = []
+    for name, fields in layers.items():
+        conv = Conv(**{**geometry, **fields, **changes.get(name, {})})
+        shape = (conv.n, conv.k, *conv.output)
+        kernels.append(Kernel(name, "conv_bn_act", shape, conv.work("fp16"), conv, (name,)))
+    return Schedule("per-conv", 8, tuple(kernels))
+
+
+def test_a_block_is_fused_from_its_3x3_on() -> None:
+    turned = rotated(bottleneck(), H100, "fp16")
+    assert [kernel.parts for kernel in turned.kernels] == [("spatial", "expand", "next"), ("end",)]
+    pixels = 8 * 14 * 14
+    assert turned.kernels[0].work.activations == 2 * pixels * (64 + 256 + 256 + 64)
+    assert turned.kernels[0].work.flops == 2 * pixels * (64 * 64 * 9 + 64 * 256 + 256 * 64)
+
+
+@pytest.mark.parametrize(
+    ("layer", "changes"),
+    [
+        ("spatial", {"groups": 2}),
+        ("spatial", {"kernel": (1, 1), "padding": (0, 0)}),
+        ("spatial", {"padding": (2, 2), "dilation": (2, 2)}),
+        ("spatial", {"c": 32}),
+        ("spatial", {"activation": "none"}),
+        ("spatial", {"residual": "x"}),
+        ("expand", {"residual": None}),
+        ("expand", {"activation": "none"}),
+        ("expand", {"residual_after_activation": True}),
+        ("expand", {"groups": 2}),
+        ("next", {"source": "spatial"}),
+    ],
+)
+def test_what_is_no_bottleneck_stays(layer: str, changes: dict[str, Any]) -> None:
+    plain = bottleneck(**{layer: changes})
+    assert rotated(plain, H100, "fp16").kernels == plain.kernels
+
+
+@pytest.mark.parametrize("changes", [{"activation": "none"}, {"stride": (2, 2)}, {"residual": "x"}, {"groups": 2}])
+def test_what_follows_stays_apart_unless_it_is_a_plain_pointwise_convolution(changes: dict[str, Any]) -> None:
+    turned = rotated(bottleneck(next=changes), H100, "fp16")
+    assert [kernel.parts for kernel in turned.kernels] == [("spatial", "expand"), ("next",), ("end",)]
+
+
+def test_a_launch_decides_where_floors_are_equal() -> None:
+    slow = dataclasses.replace(H100, flops=dict.fromkeys(gpus.PRECISIONS, 1e9))  # everything is bound by math
+    apart, turned = bottleneck(), rotated(bottleneck(), slow, "fp16")
+    assert len(turned.kernels) == 2
+    assert turned.totals(slow, "fp16").floor_seconds == pytest.approx(apart.totals(slow, "fp16").floor_seconds)
+    assert 0 < LAUNCH < 1e-4
+
+
+# --- measuring
+
+
+class FakeEvent:
+    """Says that the n-th recording happened at n*n milliseconds."""
+
+    recorded = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at = -1
+
+    def record(self) -> None:
+        FakeEvent.recorded += 1
+        self.at = FakeEvent.recorded
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return float(other.at**2 - self.at**2)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """torch.cuda's part in measuring, without a GPU; the list is what was called."""
+    calls: list[str] = []
+    FakeEvent.recorded = 0
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append(f"sleep {cycles > 0}"))
+    return calls
+
+
+def test_every_node_gets_its_own_median(fake_cuda: list[str]) -> None:
+    graph_module = fx.symbolic_trace(nn.Sequential(nn.ReLU(), nn.Sigmoid()))
+    seconds = measure.node_seconds(graph_module, torch.ones(2), runs=3, warmup=1)
+    # A forward records 4 events. The first two do not count; the median of the other three is the fourth forward's.
+    assert seconds == {"_0": pytest.approx(1e-3 * (14**2 - 13**2)), "_1": pytest.approx(1e-3 * (16**2 - 15**2))}
+    assert fake_cuda == ["synchronize", "synchronize", *["sleep True", "synchronize"] * 3]
+
+
+def test_tf32_is_allowed_for_the_time_being() -> None:
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    for allowed, precision in ((True, "high"), (False, "highest")):
+        with measure.tf32(allowed):
+            assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (allowed, precision)
+        assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == before
+
+
+def test_measured_nodes_are_found_in_the_per_conv_schedule(fake_cuda: list[str]) -> None:
+    subject = command.Subject("resnet18", 1, 64, command.Arithmetic.fp32)
+    seconds, backends = command.measure(subject, "cpu")
+    straight = command.schedules(subject, H100)[1]
+    assert {frozenset(kernel.parts) for kernel in straight.kernels} == set(seconds)
+    assert backends and all(value > 0 for value in seconds.values())
+
+
+@pytest.mark.gpu
+def test_measured_times_are_no_less_than_their_floors() -> None:
+    known = command._is_known(torch.cuda.get_device_name())
+    subject = command.Subject("resnet50", 128, 224, command.Arithmetic.fp16)
+    seconds, _ = command.measure(subject, "cuda")
+    fastest = known or H100
+    for schedule in command.schedules(subject, fastest)[1:]:
+        for kernel in schedule.kernels:
+            taken = seconds.get(frozenset(kernel.parts))
+            # A part of the inputs may still be in the level-2 cache: that much less comes from memory.
+            if taken is not None:
+                assert taken > kernel.work.floor(fastest, "fp16") - fastest.l2 / fastest.bandwidth
+
+
+# --- the command
+
+
+def run(*arguments: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["roofline", *map(str, arguments)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_device_name", lambda: None)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_the_tables() -> None:
+    code, out, err = run("--model", "resnet18", "--gpu", "l4", "--dtype", "bf16", "--batch", "4")
+    assert code == 0 and not err
+    lines = out.splitlines()
+    assert lines[0].strip() == "per-conv: resnet18, bf16, batch 4, 224 px, l4"
+    stem = next(line for line in lines if " stem " in line)
+    cells = [cell.strip() for cell in stem.strip("│ ").split("│")]
+    moved, weights = 2 * (3 * 224 * 224 + 64 * 56 * 56), 2 * 64 * 147 + 8 * 64
+    seconds = (4 * moved + weights) / 300e9, 4 * 2 * 64 * 112 * 112 * 147 / 121e12
+    assert cells == [
+        "conv1", "stem", "64x56x56", f"{(moved + weights / 4) / 1e6:.3f}", "236.0",
+        f"{1e6 * seconds[0]:.2f}", f"{1e6 * seconds[1]:.2f}", f"{1e6 * max(seconds):.2f}", "bytes",
+    ]  # fmt: skip
+    assert "measured us" not in out and "nothing measured: torch sees no CUDA GPU here" in out
+    assert "0.3 TB/s, 121 TFLOP/s in bf16" in out
+    assert [line.split()[1] for line in lines if line.startswith("│ ") and "│" in line][-4:] == [
+        "eager", "per-conv", "rotated", "planned",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_json_and_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    code, _, err = run("-a", "resnet50", "-b", "128", "--json", tmp_path / "a.json", "--plot", tmp_path / "a.svg")
+    assert code == 0, err
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert set(found) == {"schema", "kind", "setting", "gpu", "measured", "schedules"}
+    assert found["setting"] == {"arch": "resnet50", "batch": 128, "image_size": 224, "dtype": "fp16"}
+    assert found["gpu"]["name"] == "h100" and found["measured"]["device"] is None
+    eager, straight, turned, _ = found["schedules"]
+    assert [schedule["name"] for schedule in found["schedules"]] == ["eager", "per-conv", "rotated", "planned"]
+    assert straight["per_image"]["activations"] == 2 * by_hand("resnet50", rotate=False)
+    row = straight["rows"][3]
+    assert (row["layer"], row["op"], row["shape"]) == ("layer1.0.downsample.0", "conv_bn_act", [128, 256, 56, 56])
+    assert row["activations"] == 128 * 2 * (64 + 256) * 56 * 56 and row["flops"] == 128 * 2 * 64 * 256 * 56 * 56
+    assert row["floor_seconds"] == row["bytes_seconds"] > row["math_seconds"] and row["bound"] == "bytes"
+    assert row["measured_seconds"] is None
+    assert turned["rows"][2]["parts"][1] == "layer1.0.downsample.0" and len(eager["rows"]) == 174
+    svg = (tmp_path / "a.svg").read_text()
+    assert svg.startswith("<?xml")
+    for words in ("per-conv", "rotated", "eager", "266 flops per byte", "resnet50, fp16, batch 128, 224 px; h100"):
+        assert words in svg
+    assert "hollow" not in svg
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.svg"]
+
+
+def test_json_alone_on_stdout() -> None:
+    code, out, err = run("-a", "resnet18", "-b", "1", "--gpu", "a100", "--json", "-")
+    assert code == 0 and json.loads(out)["gpu"]["bandwidth"] == 2.039e12, err
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_gpu_by_numbers() -> None:
+    numbers = ["--bandwidth", "3.0", "--tflops", "798"]
+    code, out, err = run("-a", "resnet50", "--json", "-", *numbers)
+    assert code == 0, err
+    found, built_in = json.loads(out), json.loads(run("-a", "resnet50", "--json", "-")[1])
+    assert found["gpu"]["name"] == "given" and "as given" in found["gpu"]["source"]
+    assert found["schedules"] == built_in["schedules"][:3]  # optimize() plans for built-in GPUs only
+    code, out, _ = run("-a", "resnet50", "--json", "-", *numbers, "--capability", "86", "--gpu", "a6000")
+    found = json.loads(out)
+    assert (found["gpu"]["name"], found["gpu"]["capability"]) == ("a6000", 86)
+    tails = [row for row in found["schedules"][2]["rows"] if row["op"] == "bottleneck_tail"]
+    assert tails[-3]["parts"][-1] == "layer4.0.conv3"  # 512 + 512 channels do not fit into 99 KiB
+
+
+def test_measured_times_stand_beside_the_floor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    straight = command.schedules(command.Subject("resnet18", 2, 64, command.Arithmetic.fp16), H100)[1]
+    seconds = {frozenset(kernel.parts): 3 * kernel.work.floor(H100, "fp16") for kernel in straight.kernels}
+    monkeypatch.setattr(command, "_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(command, "measure", lambda subject, device: (seconds, ("triton",)))
+    arguments = ["-a", "resnet18", "-b", "2", "--size", "64"]
+    code, out, _ = run(*arguments, "--json", tmp_path / "a.json", "--plot", tmp_path / "a.svg")
+    assert code == 0
+    lines = [line for line in out.splitlines() if "layer2.0.conv1" in line]
+    assert all("3.00x" in line for line in lines) and lines
+    assert "measured on NVIDIA H100 80GB HBM3, random weights, triton: optimize()'s 21 fused ops take" in out
+    rows = json.loads((tmp_path / "a.json").read_text())["schedules"][1]["rows"]
+    assert all(row["measured_seconds"] == pytest.approx(3 * row["floor_seconds"]) for row in rows)
+    assert "hollow: measured" in (tmp_path / "a.svg").read_text()
+
+    _, out, _ = run(*arguments, "--gpu", "h100")  # the same one, by name
+    assert "3.00x" in out
+    _, out, _ = run(*arguments, "--gpu", "l4")
+    assert "3.00x" not in out
+    assert "nothing measured: this machine's GPU is NVIDIA H100 80GB HBM3, the floors are l4's" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mention"),
+    [
+        (["--model", "vgg16"], "unknown arch 'vgg16'"),
+        (["--gpu", "h1000"], "unknown GPU 'h1000'; built in are h100, h200"),
+        (["--bandwidth", "2"], "--tflops is missing"),
+        (["--tflops", "2"], "--bandwidth is missing"),
+        (["--tflops", "2", "--bandwidth", "0"], "--bandwidth is 0.0; it must be a positive number"),
+        (["--tflops", "nan", "--bandwidth", "1"], "--tflops is nan"),
+        (["--capability", "90"], "give --bandwidth and --tflops too"),
+        (["--tflops", "2", "--bandwidth", "1", "--capability", "52"], "--capability is 52; known are 80, 86"),
+        (["--plot", "a.txt"], ".svg"),
+        (["--json", "/no/such/folder/a.json"], "there is no folder /no/such/folder"),
+    ],
+)
+@pytest.mark.usefixtures("no_gpu")
+def test_errors_are_one_line(arguments: list[str], mention: str) -> None:
+    code, out, err = run(*arguments)
+    assert code == 1 and not out
+    assert err.startswith("resnet-fast: ") and len(err.strip().splitlines()) == 1
+    assert mention in err
+
+
+def test_a_gpu_that_is_not_built_in_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_device_name", lambda: "NVIDIA RTX A6000")
+    code, _, err = run("-a", "resnet18")
+    assert code == 1 and "this machine's GPU, NVIDIA RTX A6000, is not built in" in err and "--bandwidth" in err
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_wrong_options_exit_with_2() -> None:
+    for arguments in (["--dtype", "int8"], ["--batch", "0"], ["--size", "0"]):
+        code, _, err = run(*arguments)
+        assert code == 2 and len(err.strip().splitlines()) == 1
