@@ -71,7 +71,8 @@ def check(arguments: dict[str, Any], dtype: torch.dtype, **options: Any) -> Tens
 def test_sizes_and_channels(dtype: torch.dtype, size: tuple[int, int], c: int, kernel: int) -> None:
     if dtype is torch.float16 and size == (97, 131):
         size = (9, 31)  # torch's own float16 convolution takes seconds there
-    check(problem(2, c, *size, 24, kernel), dtype, padding=kernel // 2, stride=2 if kernel == 7 else 1)
+    n = 16 if size == (1, 1) else 2  # the rule compares norms: of a few values these are a matter of luck
+    check(problem(n, c, *size, 24, kernel), dtype, padding=kernel // 2, stride=2 if kernel == 7 else 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import resnet_fast as rf
-from resnet_fast.graph.cuda_graphs import SHAPES_KEPT, Recorder, why_not_recordable
+from resnet_fast.graph.cuda_graphs import SHAPES_KEPT, Recorder, RecordingFailed, why_not_recordable
 
 from .test_fuse_tail import small
 from .triton_device import DEVICE, needs_triton
@@ -77,6 +77,39 @@ def test_the_shape_used_longest_ago_is_forgotten() -> None:
     recorder(torch.zeros(1))
     recorder(torch.zeros(1))
     assert gpu.recorded == SHAPES_KEPT + 2
+
+
+def test_a_refused_recording_is_reported_and_the_run_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        raise RuntimeError("CUDA out of memory")
+
+    recorder = Recorder(lambda x: x + 1, refuse)
+    recorder(torch.zeros(2))
+    with pytest.raises(RecordingFailed, match="out of memory"):
+        recorder(torch.zeros(2))
+
+    fused = rf.optimize(small((1, 1, 1, 1)))
+    fused.cuda_graphs = True
+    x = torch.randn(1, 3, 64, 64)
+    want = fused(x)
+
+    class Cuda(Tensor):  # what forward asks an image before it records
+        is_cuda = True
+
+    monkeypatch.setattr(fused, "_recorded", recorder_that_refuses := Refused())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with pytest.warns(rf.backends.FallbackWarning, match="no longer recorded as CUDA graphs: out of memory"):
+        got = fused(x.as_subclass(Cuda))
+    assert torch.equal(got.as_subclass(Tensor), want) and recorder_that_refuses.asked == 1
+    assert fused.cuda_graphs is False
+
+
+class Refused:
+    asked = 0
+
+    def __call__(self, x: Tensor) -> Any:
+        self.asked += 1
+        raise RecordingFailed("out of memory")
 
 
 @needs_triton

@@ -71,6 +71,10 @@ def recording() -> Record:
     return record
 
 
+class RecordingFailed(RuntimeError):
+    """The GPU or its driver refused to record a run; the message is its own."""
+
+
 @dataclass
 class _Recorded:
     image: Tensor
@@ -84,6 +88,9 @@ class Recorder:
     So nobody waits for a recording before the first answer, and kernels are compiled before anything is captured.
     Results are copies: the next call does not change them. One call at a time; the GPU's work is ordered by events, so
     calls on several streams are right, one after the other.
+
+    Raises:
+        RecordingFailed: a run could not be recorded. Nothing is lost, it can run as usual.
     """
 
     def __init__(self, run: Callable[[Tensor], Any], record: Record | None = None) -> None:
@@ -106,7 +113,10 @@ class Recorder:
             recorded = self._seen[key]
             if recorded is None:
                 image = torch.empty_like(x).copy_(x)
-                result, replay = self._record(lambda: self._run(image))
+                try:
+                    result, replay = self._record(lambda: self._run(image))
+                except RuntimeError as error:  # out of memory, for one: a recording keeps what it works in
+                    raise RecordingFailed(str(error)) from error
                 recorded = self._seen[key] = _Recorded(image, result, replay)
             else:
                 recorded.image.copy_(x)

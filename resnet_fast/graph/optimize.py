@@ -98,9 +98,11 @@ class OptimizedModule(nn.Module):
                 if 0 < piece < first.shape[0]:
                     return batching.run_pieces(self._run, first, piece)
             if self.cuda_graphs and isinstance(first, Tensor) and first.is_cuda and first.numel() and _may_record():
-                if self._recorder is None:
-                    self._recorder = cuda_graphs_.Recorder(self._run)
-                return self._recorder(first)
+                try:
+                    return self._recorded(first)
+                except cuda_graphs_.RecordingFailed as error:
+                    self.cuda_graphs, self._recorder = False, None
+                    backends.fallback("optimize", f"runs are no longer recorded as CUDA graphs: {error}")
             return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
@@ -118,6 +120,11 @@ class OptimizedModule(nn.Module):
                 stack.enter_context(with_separate_relus())
                 result = self.graph_module(*args, **kwargs)
         return _cast(result, self.dtype, self.output_dtype)
+
+    def _recorded(self, x: Tensor) -> Any:
+        if self._recorder is None:
+            self._recorder = cuda_graphs_.Recorder(self._run)
+        return self._recorder(x)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_recorder": None}
