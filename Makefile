@@ -13,7 +13,7 @@ DESCRIBES_INSTALL := pyproject.toml setup.py constraints.txt
 NATIVE := build/native
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench wheel native clean
+.PHONY: help demo test lint format bench gpu kernels wheel native clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -46,6 +46,14 @@ format: $(VENV)/.dev ## rewrite the sources as ruff and clang-format want them
 bench: $(VENV)/.bench ## time ResNet-50 on this machine against torch and the installed peers
 	@echo "==> resnet-fast bench"
 	@$(BIN)/resnet-fast bench $(ARGS)
+
+# Nothing is installed, since nothing may be installable: the python3 that has torch runs what is in this folder.
+gpu: ## on a machine with a GPU: check, time and tune everything in 9 minutes (ARGS="--budget 300 --out FOLDER")
+	@$(PY) -m benchmarks.gpu $(ARGS)
+
+kernels: $(VENV)/.test ## compile every Triton kernel without a GPU and check registers, shared memory, instructions
+	@echo "==> compiling the kernels"
+	@$(BIN)/python -m resnet_fast.tuning.compile --check $(ARGS)
 
 wheel: $(VENV)/.dev ## build the source archive, and from it the wheel, into dist/
 	@echo "==> building dist/"

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from resnet_fast.benchmarking import plot, results
+from resnet_fast.benchmarking import cuda, plot, results
 from resnet_fast.benchmarking.machine import DISTURBED, threads_text
 from resnet_fast.benchmarking.peers import PEERS
 
@@ -23,6 +23,16 @@ HEADINGS = {
     "openvino": "OpenVINO",
     "live": "live module",
     "optimize": "**optimize()**",
+}
+
+ON_GPU = {
+    "optimize": "**optimize()**",
+    "recorded": "with its own graphs",
+    "live": "live module",
+    "eager": "torch eager",
+    "compile": "torch.compile max-autotune",
+    "jax": "JAX/XLA",
+    "cudnn": "cuDNN graph API",
 }
 
 
@@ -78,9 +88,146 @@ def _timed(result: dict[str, Any], name: str) -> dict[str, Any] | None:
     return row if row and row["status"] == "timed" else None
 
 
-def markdown(machines: dict[str, list[dict[str, Any]]]) -> str:
+# --- results of a GPU
+
+
+def load_gpus(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """What ``make gpu`` wrote below ``folder``: GPU -> "models", "ops", "correctness" -> the file's content."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name in ("models", "ops", "correctness"):
+        for path in sorted(folder.glob(f"*/{name}.json")):
+            data = results.read(path)
+            if data.get("kind") == f"gpu-{name}":
+                found.setdefault(path.parent.name, {})[name] = data
+    return found
+
+
+def gpu_section(files: dict[str, dict[str, Any]]) -> str:
+    """The tables of one GPU: networks, single ops at float16 and batch 128, relative errors."""
+    parts = []
+    if cases := measured(files):
+        parts.append(gpu_table(cases, files["models"]["machine"]))
+    if rows := op_rows(files):
+        parts.append(op_table(rows, files["ops"]))
+    if models := files.get("correctness", {}).get("models"):
+        parts.append(error_table(models))
+    return "\n\n".join(parts)
+
+
+def measured(files: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The networks that were timed, by precision, network and batch."""
+    cases = [row for row in files.get("models", {}).get("cases", {}).values() if "contestants" in row]
+    precisions = list(cuda.DTYPES)
+
+    def order(row: dict[str, Any]) -> tuple[int, int, str, int]:
+        setting = row["setting"]
+        return precisions.index(setting["precision"]), len(setting["arch"]), setting["arch"], setting["batch"]
+
+    return sorted(cases, key=order)
+
+
+def rate(contestant: dict[str, Any] | None) -> float | None:
+    """Images per second by its faster way; None if it was not timed."""
+    found = [(contestant or {}).get(mode, {}).get("images_per_second") for mode in ("call", "graph")]
+    return max((value for value in found if value), default=None)
+
+
+def gpu_table(cases: list[dict[str, Any]], machine: dict[str, Any]) -> str:
+    """Images per second of every network, and how many times faster ours is."""
+    names = [name for name in ON_GPU if any(rate(row["contestants"].get(name)) for row in cases)]
+    others = [name for name in names if not cuda.PEERS[name].ours]
+    heading = ["network", "precision", "batch", *(ON_GPU[name] for name in names)]
+    heading += [f"against {ON_GPU[name]}" for name in others]
+    lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * 3 + "---:|" * (len(heading) - 3)]
+    for row in cases:
+        setting = row["setting"]
+        cells = [setting["arch"], setting["precision"], str(setting["batch"])]
+        for name in names:
+            value = rate(row["contestants"].get(name))
+            cells.append(f"{value:,.0f}" if value else "–")
+        for name in others:
+            ratio = row["against"].get(name, {}).get("best")
+            cells.append(f"{ratio['p50']:.2f}×" if ratio else "–")
+        lines.append("| " + " | ".join(cells) + " |")
+    sizes = sorted({row["setting"]["image_size"] for row in cases})
+    note = (
+        f"Images per second, {' and '.join(map(str, sizes))} px, on {describe_gpu(machine)}; random weights. Each "
+        "contestant by its faster way, plain calls or CUDA-graph replays; medians of interleaved rounds. "
+        "Ratios are medians over the rounds of how many times faster optimize() is."
+    )
+    return "\n".join([note, "", *lines])
+
+
+def describe_gpu(machine: dict[str, Any]) -> str:
+    """The GPU with everything that its numbers depend on."""
+    versions = machine["versions"]
+    software = [f"{name} {versions[name]}" for name in ("torch", "triton", "jax") if name in versions]
+    parts = [machine["gpu"], f"driver {machine['driver']}", *software, f"nvcc {machine['nvcc'] or 'none'}"]
+    return ", ".join([*parts, f"commit {machine['commit'] or 'unknown'}"])
+
+
+def op_rows(files: dict[str, dict[str, Any]], precision: str = "fp16", batch: int = 128) -> list[dict[str, Any]]:
+    """The timed ops at one precision and batch size."""
+    rows = files.get("ops", {}).get("rows", {}).values()
+    return [row for row in rows if "share" in row and (row["precision"], row["batch"]) == (precision, batch)]
+
+
+def op_table(rows: list[dict[str, Any]], file: dict[str, Any]) -> str:
+    """Each op beside its floor and plain torch."""
+    lines = [
+        "| op | shape | µs | floor µs | bound by | share of the floor | torch µs |",
+        "|---|---|---:|---:|---|---:|---:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['op']} | {row['case']} | {1e6 * row['seconds']['p50']:.1f} | {1e6 * row['floor_seconds']:.1f} | "
+            f"{row['bound']} | {100 * row['share']:.0f} % | {1e6 * row['plain_seconds']['p50']:.1f} |"
+        )
+    precision, batch = rows[0]["precision"], rows[0]["batch"]
+    copied, computed = (file["ceilings"][name]["per_second"] / 1e12 for name in ("copy", precision))
+    note = (
+        f"Single ops, {precision}, batch {batch}, on {describe_gpu(file['machine'])}; medians of CUDA-graph replays, "
+        f"inputs rotating past the level-2 cache. Floors from what was measured there: copy {copied:.2f} TB/s, "
+        f"{precision} product {computed:.0f} TFLOP/s."
+    )
+    return "\n".join([note, "", *lines])
+
+
+def error_table(models: dict[str, Any]) -> str:
+    """Relative error of each network at each precision, ours and plain torch's."""
+    lines = ["| network | relative error | of plain torch | allowed | |", "|---|---:|---:|---:|---|"]
+    for name, row in models.items():
+        cells = [f"{row[key]:.1e}" if row[key] is not None else "–" for key in ("error", "torch", "allowed")]
+        lines.append(f"| {name} | {' | '.join(cells)} | {'right' if row['passed'] else 'WRONG: ' + row['reason']} |")
+    return "\n".join(["Relative error of the scores against float64:", "", *lines])
+
+
+def gpu_plots(slug: str, files: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
+    """One plot for each precision that was timed, one of the ops' shares of their floors."""
+    made, cases = [], measured(files)
+    ours = {name for name, peer in cuda.PEERS.items() if peer.ours}
+    for precision in dict.fromkeys(row["setting"]["precision"] for row in cases):
+        groups = {}
+        for row in cases:
+            setting = row["setting"]
+            rates = {name: rate(found) for name, found in row["contestants"].items()}
+            if setting["precision"] == precision:
+                groups[f"{setting['arch']} b{setting['batch']}"] = {n: value for n, value in rates.items() if value}
+        machine = files["models"]["machine"]
+        title = f"{machine['gpu']}, {precision}, torch {machine['versions'].get('torch', '?')}"
+        path = folder / f"{slug}-models-{precision}.svg"
+        made.append(plot.save(plot.throughput(title, groups, ours), path))
+    if rows := op_rows(files):
+        found = {f"{row['op']} {row['case']}": row["share"] for row in rows}
+        figure = plot.shares(f"{files['ops']['machine']['gpu']}, fp16, batch 128: share of the floor", found)
+        made.append(plot.save(figure, folder / f"{slug}-ops-fp16-b128.svg"))
+    return made
+
+
+def markdown(machines: dict[str, list[dict[str, Any]]], gpus: dict[str, dict[str, dict[str, Any]]]) -> str:
     """What belongs between the markers."""
-    return "\n\n".join(table(found) for found in machines.values())
+    sections = [gpu_section(files) for files in gpus.values()]
+    return "\n\n".join([*filter(None, sections), *(table(found) for found in machines.values())])
 
 
 def spliced(readme: str, text: str) -> str:
@@ -98,13 +245,13 @@ def main() -> int:
     parser.add_argument("--plots", type=Path, default=ROOT / "docs" / "benchmarks", help="where the plots go")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README is out of date")
     given = parser.parse_args()
-    machines = load(given.results)
-    if not machines:
+    machines, gpus = load(given.results), load_gpus(given.results)
+    if not machines and not gpus:
         print(f"report: no results in {given.results}; run python -m benchmarks.bench_models first", file=sys.stderr)
         return 1
     readme = given.readme.read_text(encoding="utf-8")
     try:
-        fresh = spliced(readme, markdown(machines))
+        fresh = spliced(readme, markdown(machines, gpus))
     except ValueError as error:
         print(f"report: {given.readme}: {error}", file=sys.stderr)
         return 1
@@ -116,7 +263,9 @@ def main() -> int:
     for slug, found in machines.items():
         for result in found:
             plot.save(plot.comparison(result), given.plots / f"{slug}-{result['name']}.svg")
-    print(f"{given.readme} and {sum(map(len, machines.values()))} plots in {given.plots} written")
+    count = sum(map(len, machines.values()))
+    count += sum(len(gpu_plots(slug, files, given.plots)) for slug, files in gpus.items())
+    print(f"{given.readme} and {count} plots in {given.plots} written")
     return 0
 
 

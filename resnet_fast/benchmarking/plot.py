@@ -116,6 +116,49 @@ def breakdown(title: str, bars: dict[str, dict[str, float]]) -> Figure:
     return figure
 
 
+def throughput(title: str, groups: dict[str, dict[str, float]], ours: set[str]) -> Figure:
+    """Grouped bars: what was run -> contestant -> images per second; those in ``ours`` in our colour."""
+    from matplotlib.figure import Figure
+
+    bars = [(group, name, rate) for group, found in groups.items() for name, rate in found.items()]
+    figure = Figure(figsize=(8.5, 1.2 + 0.24 * len(bars) + 0.2 * len(groups)))
+    axes = figure.add_subplot()
+    position, ticks = 0.0, []
+    for group, found in groups.items():
+        ticks.append((position + (len(found) - 1) / 2, group))
+        for name, rate in found.items():
+            axes.barh(position, rate, color=OURS if name in ours else THEIRS, height=0.85)
+            axes.text(rate, position, f"  {name} {rate:,.0f}", va="center", color=INK, fontsize=8)
+            position += 1
+        position += 0.8
+    axes.set_yticks([tick for tick, _ in ticks], [group for _, group in ticks])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.35 * max(rate for _, _, rate in bars))
+    axes.set_xlabel("images per second")
+    axes.set_title(title, fontsize=10, loc="left")
+    _plain_frame(axes)
+    return figure
+
+
+def shares(title: str, rows: dict[str, float]) -> Figure:
+    """Bars of the share of its floor's speed, between 0 and about 1, that each kernel reaches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 1.1 + 0.27 * len(rows)))
+    axes = figure.add_subplot()
+    for position, share in enumerate(rows.values()):
+        axes.barh(position, 100 * share, color=OURS, height=0.75)
+        axes.text(100 * share, position, f"  {100 * share:.0f} %", va="center", color=INK, fontsize=8)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 115 * max(1.0, *rows.values()))
+    axes.axvline(100, color=INK, linewidth=0.8)
+    axes.set_xlabel("floor / measured time, in percent")
+    axes.set_title(title, fontsize=10, loc="left")
+    _plain_frame(axes)
+    return figure
+
+
 def _plain_frame(axes: Any) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

@@ -1,0 +1,170 @@
+"""What a measurement on a GPU ran on: GPU, driver, clocks, compilers, versions, commit. Standard library only.
+
+So it works where torch does not. It reads; it changes no setting of the GPU and needs no privilege.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+GPU_FIELDS = (
+    "name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem",
+    "power.limit", "temperature.gpu", "compute_mode", "pstate",
+)  # fmt: skip
+CLOCK_FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+DISTRIBUTIONS = (
+    "torch", "triton", "torchvision", "timm", "numpy", "pytest", "pytest-xdist", "hypothesis", "safetensors", "jax",
+    "jaxlib", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "nvidia-cudnn-frontend", "matplotlib", "typer", "rich",
+)  # fmt: skip
+TOOLS = ("nvcc", "compute-sanitizer", "ncu", "cuobjdump")
+VARIABLES = re.compile(r"CUDA_VISIBLE_DEVICES|(TRITON|TORCH|PYTORCH|RESNET_FAST|XLA|NVIDIA_TF32)_.*")
+
+
+def report() -> dict[str, Any]:
+    """Everything, as a dictionary of plain values; what cannot be read is empty."""
+    return {
+        "gpus": _query(GPU_FIELDS) or _query(GPU_FIELDS[:2]),
+        "nvcc": _nvcc(),
+        "tools": {name: shutil.which(name) or "" for name in TOOLS},
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+        "cpu": _cpu(),
+        "cores": os.cpu_count() or 1,
+        "versions": versions(),
+        "commit": commit(),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)},
+    }
+
+
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    """The part that every result file repeats beside its numbers."""
+    gpu = found["gpus"][0] if found["gpus"] else {}
+    return {
+        "gpu": gpu.get("name", ""),
+        "driver": gpu.get("driver_version", ""),
+        "nvcc": found["nvcc"],
+        "python": found["python"],
+        "cpu": found["cpu"],
+        "cores": found["cores"],
+        "versions": found["versions"],
+        "commit": found["commit"],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed distributions that matter; what is not installed is left out."""
+    found = {}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """``RESNET_FAST_COMMIT`` where it is set (for copies without .git), else git's; ``+changes`` if files differ."""
+    given = os.environ.get("RESNET_FAST_COMMIT")
+    if given:
+        return given
+    revision = _output(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]).strip()
+    changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]).strip()
+    return f"{revision}+changes" if revision and changed else revision
+
+
+class Clocks:
+    """Clocks, power and temperature seen while the block runs, one sample in two seconds: ``with Clocks() as clocks``.
+
+    ``seen`` afterwards: least, median and most of each, and how many samples; empty without a GPU.
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {}
+
+    def __enter__(self) -> Clocks:
+        self._process: subprocess.Popen[bytes] | None = None
+        program = shutil.which("nvidia-smi")
+        if program:
+            self._file = tempfile.TemporaryFile()
+            command = [
+                program,
+                f"--query-gpu={','.join(CLOCK_FIELDS)}",
+                "--format=csv,noheader,nounits",
+                "-lms",
+                "2000",
+            ]
+            try:
+                self._process = subprocess.Popen(command, stdout=self._file, stderr=subprocess.DEVNULL)
+            except OSError:
+                self._file.close()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is None:
+            return
+        self._process.terminate()
+        self._process.wait()
+        with self._file:
+            self._file.seek(0)
+            self.seen = _ranges(self._file.read().decode(errors="replace"))
+
+
+def _ranges(text: str) -> dict[str, Any]:
+    columns: list[list[float]] = [[] for _ in CLOCK_FIELDS]
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) == len(columns):
+            for column, cell in zip(columns, cells, strict=True):
+                if re.fullmatch(r"[\d.]+", cell):
+                    column.append(float(cell))
+    return {
+        name: {
+            "min": min(column),
+            "median": sorted(column)[len(column) // 2],
+            "max": max(column),
+            "samples": len(column),
+        }
+        for name, column in zip(CLOCK_FIELDS, columns, strict=True)
+        if column
+    }
+
+
+def _query(fields: tuple[str, ...]) -> list[dict[str, str]]:
+    text = _output(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"])
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()]
+    return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
+
+
+def _nvcc() -> str:
+    match = re.search(r"release ([\d.]+), V([\d.]+)", _output(["nvcc", "--version"]))
+    return match[2] if match else ""
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else platform.machine()
+
+
+def _output(command: list[str]) -> str:
+    """What a program prints; "" if there is none or it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout if done.returncode == 0 else ""

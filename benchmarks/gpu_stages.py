@@ -1,0 +1,703 @@
+"""The stages of ``make gpu``, each a process of its own that benchmarks/gpu.py starts with a time limit.
+
+    python -m benchmarks.gpu_stages STAGE --results FOLDER --seconds LIMIT
+
+A stage writes its result file anew after every measurement, whole, and begins nothing that its time is too short for.
+Exit status 1 says that an answer was wrong or a test failed. Which stages there are and when is not decided here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import gc
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import environment, ops
+from resnet_fast.benchmarking import cuda, results
+from resnet_fast.benchmarking.compare import fresh_model
+from resnet_fast.benchmarking.cuda import DTYPES, Case, Device
+from resnet_fast.benchmarking.gate import judge
+from resnet_fast.benchmarking.network import seeded_batches
+from resnet_fast.benchmarking.peers import plain
+from resnet_fast.benchmarking.timing import flatten, paired_ratio, summarize
+from resnet_fast.roofline.measure import tf32
+
+PRECISIONS = ("fp16", "bf16", "tf32", "fp32")
+FIRST = tuple(Case("resnet50", "fp16", batch) for batch in (128, 1, 32, 256, 8))
+OTHERS = (
+    *(Case(arch, "fp16", batch) for arch in ("resnet152", "resnet18") for batch in (128, 1)),
+    *(Case("resnet50", precision, batch) for batch in (128, 1) for precision in ("bf16", "tf32", "fp32")),
+    *(Case(arch, "fp16", batch) for batch in (32, 256, 8) for arch in ("resnet152", "resnet18")),
+    *(Case("resnet50", precision, batch) for batch in (32, 256, 8) for precision in ("bf16", "tf32", "fp32")),
+    *(
+        Case(arch, precision, batch)
+        for batch in (128, 1, 32, 256, 8)
+        for arch in ("resnet152", "resnet18")
+        for precision in ("bf16", "tf32", "fp32")
+    ),
+)
+ACCURACY = tuple((arch, precision) for arch in ("resnet50", "resnet18", "resnet152") for precision in PRECISIONS)
+
+
+class Book:
+    """A result file of sections of named rows, whole on disk after every addition. Rows of earlier runs stay until
+    they are measured again; each says of which commit it is."""
+
+    def __init__(self, folder: Path, name: str, sections: tuple[str, ...]) -> None:
+        self.path = folder / f"{name}.json"
+        kind = f"gpu-{name}"
+        try:
+            self.data = results.read(self.path)
+        except (OSError, ValueError):
+            self.data = {}
+        if self.data.get("kind") != kind:
+            self.data = {}
+        self.data |= {"schema": results.SCHEMA, "kind": kind, "machine": environment.summary(environment.report())}
+        for section in sections:
+            self.data.setdefault(section, {})
+        self.save()
+
+    def add(self, section: str, name: str, row: dict[str, Any]) -> None:
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self.data[section][name] = {"time": now, "commit": self.data["machine"]["commit"], **row}
+        self.save()
+
+    def save(self) -> None:
+        results.write(self.path, self.data)
+
+
+class Deadline:
+    """When a stage has to be done, and how long its longest item took so far."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._end, self._longest = clock() + seconds, 0.0
+
+    @property
+    def left(self) -> float:
+        return self._end - self._clock()
+
+    def each(self, items: Iterable[Any]) -> Iterator[Any]:
+        """The items one after the other, as long as there is time for one as long as the longest."""
+        for item in items:
+            if self.left <= 1.1 * self._longest:
+                print("  the rest: out of time", flush=True)
+                return
+            before = self._clock()
+            yield item
+            self._longest = max(self._longest, self._clock() - before)
+
+
+# --- is it right
+
+
+def smoke(folder: Path, deadline: Deadline, device: str = "cuda", workers: int | None = None) -> int:
+    """Every op at small shapes and every precision by the error rule, with memory full of NaN before each.
+
+    Most of its time goes to compiling, so ``workers`` processes share it; with 1 it all happens in this one.
+    """
+    book, wrong = Book(folder, "correctness", ("ops", "models")), 0
+    items = [
+        (precision, index, device) for precision in PRECISIONS for index in range(len(ops.small(precision, device)))
+    ]
+    with _mapped(_smoke_one, items, workers or _workers(len(items))) as rows:
+        for title, row in rows:
+            wrong += not row["passed"]
+            book.add("ops", title, row)
+            text = row["reason"] or f"{row['error']:.1e} of {row['allowed']:.1e}"
+            print(f"  {'right' if row['passed'] else 'WRONG'} {title}: {text}", flush=True)
+            if deadline.left <= 0:
+                print("  the rest: out of time", flush=True)
+                break
+    return int(wrong > 0)
+
+
+def smoke_alone(folder: Path, deadline: Deadline) -> int:
+    """The same in one process, for a tool that watches it."""
+    return smoke(folder, deadline, workers=1)
+
+
+def _smoke_one(item: tuple[str, int, str]) -> tuple[str, dict[str, Any]]:
+    precision, index, device = item
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), tf32(precision == "tf32"):
+            warnings.filterwarnings("ignore", message=".*deterministic.*")
+            case = ops.small(precision, device)[index]()
+            try:
+                error, allowed, reason = case.judge("op")
+            except Exception as failure:  # one kernel's failure must not hide the others' results
+                error, allowed, reason = float("inf"), 0.0, _one_line(failure)
+        return case.title, {"error": error, "allowed": allowed, "passed": not reason, "reason": reason}
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _workers(items: int) -> int:
+    return max(1, min(8, (os.cpu_count() or 2) // 2, items))
+
+
+@contextmanager
+def _mapped(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Iterator[Any]]:
+    """What ``function`` makes of the items, in any order as they are done, by that many processes."""
+    if workers == 1:
+        yield map(function, items)
+        return
+    import multiprocessing
+
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield pool.imap_unordered(function, items)
+
+
+def accuracy(folder: Path, deadline: Deadline, device: str = "cuda", image_size: int = 224, batch: int = 128) -> int:
+    """Relative error of whole networks, ours and plain torch's at the same precision, against float64: of the first
+    and last two images of a batch of the size that is timed later."""
+    book, wrong = Book(folder, "correctness", ("ops", "models")), 0
+    picked = sorted({0, 1, batch - 2, batch - 1})
+    for arch, precision in deadline.each(ACCURACY):
+        model, dtype = _model(arch, image_size), DTYPES[precision]
+        images = seeded_batches((batch, 3, image_size, image_size), 1, seed=7)[0].to(device, dtype)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(), tf32(precision == "tf32"):
+            exact = plain(model).to(device).double()(images[picked].double()).cpu()
+            same = plain(model).to(device, dtype).to(memory_format=torch.channels_last)(images)[picked].cpu()
+            try:
+                answer = cuda.PEERS["optimize"].build(cuda.Task(model, images, dtype))(images)[picked]
+                row = judge(answer.float(), same, exact, dtype).as_dict()
+            except Exception as failure:
+                row = {"passed": False, "reason": _one_line(failure), "error": None, "allowed": None}
+        row["torch"] = float((same.double() - exact).norm() / exact.norm())
+        wrong += not row["passed"]
+        book.add("models", f"{arch} {precision}", {"image_size": image_size, "batch": batch, **row})
+        print(f"  {arch} {precision}: ours {row['error']}, torch {row['torch']:.2e} {row['reason']}", flush=True)
+        gc.collect()
+    return int(wrong > 0)
+
+
+def tests(folder: Path, deadline: Deadline) -> int:
+    """pytest on the kernels' tests, on the GPU, and on whatever else is marked for one."""
+    book = Book(folder, "tests", ("pytest", "sanitizer"))
+    kernels, marked = gpu_tests(Path("tests"))
+    failed = 0
+    for name, arguments in (("kernels", kernels), ("marked gpu", ["-m", "gpu", *marked])):
+        if not any(argument.endswith(".py") for argument in arguments):
+            continue
+        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "--maxfail=25"]
+        if importlib.util.find_spec("xdist"):
+            command += ["-n", str(min(8, max(1, (os.cpu_count() or 2) // 2)))]
+        counts, output, status = _pytest([*command, *arguments], deadline)
+        failed += counts.get("FAILED", 0) + counts.get("ERROR", 0) + (status not in (0, 5, None))
+        ended = "out of time" if status is None else f"exit status {status}"
+        book.add("pytest", name, {"counts": counts, "ended": ended, "tail": output[-4000:]})
+        print(f"  {name}: {counts} ({ended})", flush=True)
+        if counts.get("FAILED") or counts.get("ERROR") or status not in (0, 5, None):
+            print(output[-3000:], flush=True)
+    return int(failed > 0)
+
+
+def gpu_tests(root: Path) -> tuple[list[str], list[str]]:
+    """The kernels' test files, and the others in which something is marked for a GPU."""
+    kernels = sorted(root.glob("test_triton_*.py"))
+    others = [path for path in sorted(root.glob("test_*.py")) if path not in kernels]
+    marked = [path for path in others if re.search(r"mark\.gpu\b", path.read_text(encoding="utf-8"))]
+    return [str(path) for path in kernels], [str(path) for path in marked]
+
+
+def _pytest(command: list[str], deadline: Deadline) -> tuple[dict[str, int], str, int | None]:
+    """Outcomes counted line by line, so that what was cut off still counts; status None if it was."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            output, _ = process.communicate(timeout=max(1.0, deadline.left - 3))
+            status: int | None = process.returncode
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            try:
+                output, _ = process.communicate(timeout=2)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                output, _ = process.communicate()
+            status = None
+    return outcomes(output), output, status
+
+
+def outcomes(output: str) -> dict[str, int]:
+    """How many tests passed, failed, ... in the output of ``pytest -v``, with or without xdist."""
+    counts: dict[str, int] = {}
+    for line in output.splitlines():
+        match = re.match(
+            r"(?:\[gw\d+\] \[ *\d+%\] (\w+) \S+::|\S+::.* (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b)", line
+        )
+        if match:
+            word = match[1] or match[2]
+            counts[word] = counts.get(word, 0) + 1
+    return counts
+
+
+def sanitizer(folder: Path, deadline: Deadline) -> int:
+    """compute-sanitizer's memcheck and racecheck on the ops at small shapes, then memcheck on the kernels' tests."""
+    book = Book(folder, "tests", ("pytest", "sanitizer"))
+    program, failed = shutil.which("compute-sanitizer"), 0
+    if program is None:
+        print("  compute-sanitizer is not installed", flush=True)
+        return 0
+    # Without torch's pool every tensor is an allocation of its own, and its bounds are seen.
+    surroundings = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    scratch = Path("sanitizer")
+    stage = ["-m", "benchmarks.gpu_stages", "smoke_alone", "--results", str(scratch), "--seconds", "100000"]
+    runs = [("memcheck", "ops at small shapes", stage), ("racecheck", "ops at small shapes", stage)]
+    runs += [
+        ("memcheck", path, ["-m", "pytest", "-q", "-p", "no:cacheprovider", path])
+        for path in gpu_tests(Path("tests"))[0]
+    ]
+    for tool, what, arguments in deadline.each(runs):
+        command = [program, "--tool", tool, "--target-processes", "all", "--error-exitcode", "9", sys.executable]
+        try:
+            done = subprocess.run(
+                [*command, *arguments], env=surroundings, capture_output=True, text=True,
+                timeout=max(1.0, deadline.left - 3),
+            )  # fmt: skip
+            output, status = done.stdout + done.stderr, str(done.returncode)
+        except subprocess.TimeoutExpired as error:
+            output, status = (error.stdout or b"").decode(errors="replace"), "out of time"
+        found = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", output)
+        errors = sum(int(a or b) for a, b in found) if found else None
+        clean = errors == 0 and status == "0"
+        failed += bool(errors)
+        book.add(
+            "sanitizer", f"{tool} {what}", {"errors": errors, "status": status, "clean": clean, "tail": output[-3000:]}
+        )
+        print(f"  {tool}, {what}: {'clean' if clean else f'errors {errors}, status {status}'}", flush=True)
+    return int(failed > 0)
+
+
+# --- how fast
+
+
+def warm(folder: Path, deadline: Deadline) -> int:
+    """Compiles in parallel what the later stages will run, by running each network once; nothing is kept but caches."""
+    others = [Case(arch, precision, 128) for arch, precision in ACCURACY]
+    cases = [*FIRST, *(case for case in others if case not in FIRST)]
+    with _mapped(_warm_one, cases, _workers(len(cases))) as done:
+        for name, reason in done:
+            print(f"  {name} {reason or 'compiled'}", flush=True)
+    return 0
+
+
+def _warm_one(case: Case) -> tuple[str, str]:
+    try:
+        dtype = DTYPES[case.precision]
+        with torch.no_grad(), tf32(case.precision == "tf32"):
+            batch = torch.zeros(case.batch, 3, case.image_size, case.image_size, device="cuda", dtype=dtype)
+            batch = batch.contiguous(memory_format=torch.channels_last)
+            cuda.PEERS["optimize"].build(cuda.Task(_model(case.arch), batch, dtype))(batch)
+            torch.cuda.synchronize()
+        return case.name, ""
+    except Exception as error:
+        return case.name, _one_line(error)
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def models(folder: Path, deadline: Deadline) -> int:
+    """ResNet-50 in float16 at every batch size, against torch eager."""
+    return _models(folder, deadline, FIRST, ("optimize", "recorded", "live", "eager"))
+
+
+def compiled(folder: Path, deadline: Deadline) -> int:
+    """The same against torch.compile max-autotune, as far as its compile times let it."""
+    return _models(folder, deadline, FIRST, ("optimize", "eager", "compile"))
+
+
+def networks(folder: Path, deadline: Deadline) -> int:
+    """The other networks and precisions, against torch eager."""
+    return _models(folder, deadline, OTHERS, ("optimize", "eager"))
+
+
+def jax(folder: Path, deadline: Deadline) -> int:
+    """ResNet-50 in float16 against JAX/XLA, in a process of its own: two copies of cuDNN may not get on."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    return _models(folder, deadline, FIRST, ("optimize", "eager", "jax"))
+
+
+def cudnn(folder: Path, deadline: Deadline) -> int:
+    """ResNet-50 in float16 against cuDNN's graph API, where its Python package is."""
+    return _models(folder, deadline, FIRST, ("optimize", "eager", "cudnn"))
+
+
+def _models(folder: Path, deadline: Deadline, cases: Iterable[Case], names: tuple[str, ...]) -> int:
+    missing = [cuda.PEERS[name].missing() for name in names if cuda.PEERS[name].missing()]
+    if missing:
+        print(f"  nothing to compare with: {'; '.join(missing)}", flush=True)
+        return 0
+    wrong = 0
+    for case in deadline.each(cases):
+        wrong += not measure_case(folder, case, names)
+    return int(wrong > 0)
+
+
+def measure_case(
+    folder: Path, case: Case, names: tuple[str, ...], *, seconds: float = 1.5, device: Device | None = None
+) -> bool:
+    """Measures one case into ``models.json``, prints a line, and says whether our own answer was right.
+
+    What is in the file already about contestants that take no part this time stays, marked by its own time.
+    """
+    book = Book(folder, "models", ("cases",))
+    try:
+        row = cuda.compare(case, _model(case.arch, case.image_size), names=names, device=device, seconds=seconds)
+    except Exception as error:
+        book.add("cases", case.name, {"setting": dataclasses.asdict(case), "failed": _one_line(error)})
+        print(f"  {case.name}: FAILED {_one_line(error)}", flush=True)
+        return False
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    earlier = book.data["cases"].get(case.name, {})
+    for name, old in earlier.get("contestants", {}).items():
+        if name not in row["contestants"]:
+            row["contestants"][name] = {"time": earlier["time"], **old}
+            if name in earlier["against"]:
+                row["against"][name] = earlier["against"][name]
+    book.add("cases", case.name, row)
+    print(f"  {case.name}: {case_line(row)}", flush=True)
+    return True
+
+
+def case_line(row: dict[str, Any]) -> str:
+    """``optimize 51234 img/s, eager 20123 (2.55x)``: each contestant's faster way, and how many times faster we are."""
+    parts = []
+    for name, found in row["contestants"].items():
+        rates = [
+            found[mode]["images_per_second"] for mode in ("call", "graph") if "images_per_second" in found.get(mode, {})
+        ]
+        if rates:
+            ratio = row["against"].get(name, {}).get("best", {}).get("p50")
+            parts.append(f"{name} {max(rates):.0f} img/s" + (f" ({ratio:.2f}x)" if ratio else ""))
+        else:
+            parts.append(f"{name}: {found['call'].get('reason')}")
+    return ", ".join(parts)
+
+
+_models_made: dict[tuple[str, int], nn.Module] = {}
+
+
+def _model(arch: str, image_size: int = 224) -> nn.Module:
+    """A seeded network, made once in a process."""
+    key = (arch, image_size)
+    if key not in _models_made:
+        _models_made[key] = fresh_model(arch, image_size=image_size)
+    return _models_made[key]
+
+
+def kernels(folder: Path, deadline: Deadline, device: Device | None = None) -> int:
+    """Each op at ResNet-50's shapes beside its floor, from the copy bandwidth and matrix rates measured here."""
+    from resnet_fast.backends import triton
+
+    place = device if device is not None else Device()
+    book = Book(folder, "ops", ("ceilings", "rows"))
+    gpu = triton.gpu_of(torch.device(place.name, 0) if place.name == "cuda" else torch.device(place.name))
+    ceilings = measure_ceilings(place)
+    for name, row in ceilings.items():
+        book.add("ceilings", name, row)
+    limits = dataclasses.replace(
+        gpu, bandwidth=ceilings["copy"]["per_second"],
+        flops={precision: ceilings[precision]["per_second"] for precision in PRECISIONS},
+    )  # fmt: skip
+    wanted = [(p, 128) for p in PRECISIONS[:1]] + [("fp16", 1), ("fp16", 32)] + [(p, 128) for p in PRECISIONS[1:]]
+    wrong = 0
+    cases = ((make, precision) for precision, batch in wanted for make in ops.full(precision, batch, place.name))
+    for make, precision in deadline.each(cases):
+        with tf32(precision == "tf32"), torch.no_grad():
+            wrong += not measure_op(book, make(), limits, place)
+    return int(wrong > 0)
+
+
+def measure_ceilings(device: Device, size: int = 1 << 28, edge: int = 8192) -> dict[str, dict[str, float]]:
+    """Bytes a large copy moves in a second (read and written), and what a large product of random matrices computes."""
+
+    def timed(call: Callable[[int], object]) -> list[list[float]]:
+        return cuda.turns({"it": call}, device, seconds=0.3)["it"]
+
+    source = torch.randn(size, device=device.name)
+    found = {"copy": timed(functools.partial(_copy, torch.empty_like(source), source))}
+    work = {"copy": 2.0 * source.numel() * source.element_size()}
+    del source
+    for precision in PRECISIONS:
+        edge_now = edge if precision != "fp32" else edge // 2
+        with tf32(precision == "tf32"):
+            a, b = (torch.randn(edge_now, edge_now, device=device.name).to(DTYPES[precision]) for _ in range(2))
+            found[precision] = timed(functools.partial(_multiply, a, b))
+        work[precision] = 2.0 * edge_now**3
+    return {
+        name: {"per_second": work[name] / summarize(flatten(rounds)).p50, "work": work[name]}
+        for name, rounds in found.items()
+    }
+
+
+def _copy(target: Tensor, source: Tensor, number: int) -> None:
+    target.copy_(source)
+
+
+def _multiply(a: Tensor, b: Tensor, number: int) -> Tensor:
+    return a @ b
+
+
+def measure_op(book: Book, case: ops.OpCase, limits: Any, device: Device, *, seconds: float = 0.3) -> bool:
+    """Judges and times one op case against plain torch, replaying graphs, into ``book``. Whether it was right."""
+    row: dict[str, Any] = {"op": case.op, "case": case.name, "precision": case.precision, "batch": case.batch}
+    try:
+        error, allowed, reason = case.judge("op")
+        row |= {"error": error, "allowed": allowed, "passed": not reason, "reason": reason}
+        if not reason:
+            row |= time_op(case, limits, device, seconds=seconds)
+    except Exception as failure:
+        row |= {"passed": False, "reason": _one_line(failure)}
+    book.add("rows", case.title, row)
+    text = (
+        f"{1e6 * row['seconds']['p50']:.1f} us, {100 * row['share']:.0f} % of its floor"
+        if row["passed"]
+        else row["reason"]
+    )
+    print(f"  {case.title}: {text}", flush=True)
+    gc.collect()
+    return bool(row["passed"])
+
+
+def time_op(case: ops.OpCase, limits: Any, device: Device, *, seconds: float) -> dict[str, Any]:
+    """Seconds of the op and of plain torch by graph replay, inputs rotating past the level-2 cache, and the share of
+    the floor."""
+    calls: dict[str, Callable[[int], object]] = {}
+    count = 1
+    for who in ("op", "plain"):
+        every, count = case.rotation(who, limits.l2)
+        replay, _ = device.capture(every)
+        calls[who] = lambda number, replay=replay: replay()
+    samples = {
+        who: [[one / count for one in turn] for turn in rounds]
+        for who, rounds in cuda.turns(calls, device, seconds=seconds, turn=0.005).items()
+    }
+    taken = {who: summarize(flatten(rounds)) for who, rounds in samples.items()}
+    floor = case.work.floor(limits, case.precision)
+    bytes_seconds = case.work.bytes / limits.bandwidth
+    return {
+        "seconds": taken["op"].as_dict(),
+        "plain_seconds": taken["plain"].as_dict(),
+        "against_plain": paired_ratio(samples["op"], samples["plain"]).as_dict(),
+        "floor_seconds": floor,
+        "bound": "bytes" if bytes_seconds >= floor else "math",
+        "share": floor / taken["op"].p50,
+        "bytes": case.work.bytes,
+        "flops": case.work.flops,
+        "input_sets": count,
+    }
+
+
+def tune(folder: Path, deadline: Deadline) -> int:
+    """Sweeps the launch choices of ResNet-50 in float16, batch by batch, into a table beside the results."""
+    from resnet_fast.backends import triton
+    from resnet_fast.kernels import _tables
+    from resnet_fast.tuning import sweep
+    from resnet_fast.tuning.cuda import CudaRunner, versions
+
+    device = torch.device("cuda", 0)
+    gpu = triton.gpu_of(device)
+    path = _tables.user_folder() / f"{gpu.name}.json"
+    with CudaRunner(gpu, device) as runner:
+        for case in FIRST:
+            if deadline.left < 10:
+                break
+            sweep.sweep(
+                tunable(case, gpu), gpu, runner, path,
+                measured_with=versions(device), seconds=deadline.left - 5, finished=_tuned,
+            )  # fmt: skip
+    return 0
+
+
+def tunable(case: Case, gpu: Any) -> list[Any]:
+    """The launches of a network that no table in force has a choice for."""
+    from resnet_fast.kernels import _tables
+    from resnet_fast.tuning import shapes
+
+    cases = shapes.problems([case.arch], [case.batch], [case.precision], gpu=gpu)
+    return [found for found in cases if _tables.lookup(found.op, found.problem.key(), gpu.name) is None]
+
+
+def _tuned(outcome: Any) -> None:
+    seconds = (
+        f"{1e6 * outcome.seconds:.1f} us, floor {1e6 * outcome.floor:.1f} us" if outcome.config else "nothing runs"
+    )
+    refused = f", {len(outcome.refused)} refused" if outcome.refused else ""
+    cut = "" if outcome.finished else " (cut off)"
+    print(
+        f"  {outcome.case.op} {outcome.case.problem.key()}: {seconds}, {outcome.tried} tried{refused}{cut}", flush=True
+    )
+
+
+# --- without a GPU
+
+
+class FakeDriver:
+    """Stands where Triton's CUDA driver would, so that kernels compile for a GPU that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def is_active(self) -> bool:
+        return True
+
+
+class _Reroute(TorchDispatchMode):
+    """Sends the package's ops to their Triton code, on tensors without data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.without: set[str] = set()
+        self.refused: dict[str, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "resnet_fast":
+            name = function._opname
+            module = importlib.import_module(f"resnet_fast.ops.{name}")
+            if hasattr(module, "run_triton"):
+                result = module.run_triton(*args)
+                if result is not None:
+                    return result
+                self.refused[name] = self.refused.get(name, 0) + 1
+            else:
+                self.without.add(name)
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _recorded_launches() -> Iterator[list[Any]]:
+    """Launches are collected instead of launched."""
+    launch = importlib.import_module("resnet_fast.kernels._launch").Launch
+    before, found = launch.__call__, []
+    launch.__call__ = lambda self: found.append(self)
+    try:
+        yield found
+    finally:
+        launch.__call__ = before
+
+
+def rehearse(folder: Path, deadline: Deadline) -> int:
+    """Everything up to the first launch: result files, models and their plans, every launch of the op cases, and some
+    of them compiled for compute capability 9.0."""
+    from triton.runtime import driver
+
+    for name, sections in (("correctness", ("ops", "models")), ("tests", ("pytest", "sanitizer")),
+                           ("models", ("cases",)), ("ops", ("ceilings", "rows"))):  # fmt: skip
+        Book(folder, name, sections)
+    warnings.simplefilter("ignore")
+    driver.set_active(FakeDriver(90))
+    reroute = _Reroute()
+    with torch.no_grad(), _recorded_launches() as launches, reroute:
+        for precision in PRECISIONS:
+            with tf32(precision == "tf32"):
+                for make in (*ops.small(precision, "meta"), *ops.full(precision, 128, "meta")):
+                    case = make()
+                    case.contestants["op"](*case.data(0))
+    kinds: dict[str, Any] = {}
+    for launch in launches:
+        kinds.setdefault(f"{launch.kernel.__module__}.{launch.kernel.__name__}", launch)
+    print(f"  {len(launches)} launches built, of {len(kinds)} kernels", flush=True)
+    for name, count in reroute.refused.items():
+        print(f"  {name}: its kernel has no tile for {count} of the cases", flush=True)
+    if reroute.without:
+        print(f"  without Triton code: {', '.join(sorted(reroute.without))}", flush=True)
+    for name, launch in deadline.each(kinds.items()):
+        made = launch.compile()
+        print(f"  compiled {name} for sm_90: {made.metadata.shared} bytes of shared memory", flush=True)
+    from resnet_fast.graph import optimize
+    from resnet_fast.kernels import gpus
+    from resnet_fast.models import get_model
+
+    print(f"  {len(tunable(FIRST[0], gpus.known('h100')))} launches of {FIRST[0].name} to tune", flush=True)
+    for arch in deadline.each(("resnet50", "resnet18", "resnet152")):
+        model = get_model(arch).eval()
+        planned = optimize(
+            model, dtype=torch.float16, gpu="h100", example_inputs=torch.empty(128, 3, 224, 224, device="meta")
+        )
+        counts: dict[str, int] = {}
+        for node in planned.graph_module.graph.nodes:
+            if node.op == "call_module":
+                op = getattr(planned.graph_module.get_submodule(str(node.target)), "op", "other")
+                counts[op] = counts.get(op, 0) + 1
+        each = planned.report().bytes_per_image
+        print(
+            f"  {arch} fp16 batch 128, planned for an h100: {counts}, {each / 1e6 if each else 0:.1f} MB per image",
+            flush=True,
+        )
+    return 0
+
+
+STAGES: dict[str, Callable[[Path, Deadline], int]] = {
+    stage.__name__: stage
+    for stage in (
+        smoke,
+        smoke_alone,
+        tests,
+        accuracy,
+        warm,
+        models,
+        compiled,
+        networks,
+        jax,
+        cudnn,
+        kernels,
+        tune,
+        sanitizer,
+        rehearse,
+    )
+}
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_stages", description=__doc__.split("\n")[0])
+    parser.add_argument("stage", choices=list(STAGES))
+    parser.add_argument("--results", type=Path, required=True, help="folder of the result files")
+    parser.add_argument("--seconds", type=float, required=True, help="time to be done in")
+    given = parser.parse_args()
+    return STAGES[given.stage](given.results, Deadline(given.seconds))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,655 @@
+"""``make gpu`` without a GPU: budgets, stages, result files, the harness on a CPU in a GPU's place, and its report."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import environment, gpu, gpu_stages, ops, report
+from benchmarks.gpu import Outcome, Run, Stage
+from resnet_fast.benchmarking import cuda, results, timing
+from resnet_fast.benchmarking.compare import fresh_model
+from resnet_fast.benchmarking.cuda import Case, Device, Peer
+from resnet_fast.kernels import gpus
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_GPU: dict[str, Any] = {
+    "gpus": [], "nvcc": "", "python": "3", "cpu": "a cpu", "cores": 2, "versions": {}, "commit": "0123456789ab"
+}  # fmt: skip
+
+
+def recorded_on_cpu(run: Callable[[], Tensor]) -> cuda.Captured:
+    """What a CUDA graph does, on a CPU: one static output that every replay fills."""
+    output = run().clone()
+    return lambda: output.copy_(run()), output
+
+
+CPU = Device("cpu", lambda: None, recorded_on_cpu)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return fresh_model("resnet18", image_size=64)
+
+
+# --- the whole thing
+
+
+def test_dry_run_does_everything_up_to_the_first_launch(tmp_path: Path) -> None:
+    """As on a machine where nothing is installed: the package comes from the overlay alone."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RESNET_FAST_COMMIT")}
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path)]
+    environment = clean | {"OMP_NUM_THREADS": "1", "RESNET_FAST_COMMIT": "fedcba987654"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "gpu-dry-run"
+    written = {path.stem: results.read(path) for path in folder.glob("*.json")}
+    assert set(written) == {"environment", "correctness", "tests", "models", "ops"}
+    assert {data["kind"] for data in written.values()} == {f"gpu-{name}" for name in written}
+    assert written["models"]["machine"]["commit"] == "fedcba987654"
+    stages = written["environment"]["stages"]
+    assert {name: stage["status"] for name, stage in stages.items()} == dict.fromkeys(
+        ("import", "collect", "rehearse"), "done"
+    )
+    assert "overlay-" in stages["import"]["tail"]  # not the package that the tests themselves run on
+    rehearsed = stages["rehearse"]["tail"]
+    assert "compiled resnet_fast.kernels.conv_bn_act._boxes for sm_90" in rehearsed
+    assert "'bottleneck_tail': 16" in rehearsed and "MB per image" in rehearsed
+    for stage in gpu.STAGES:
+        assert stage.what in done.stdout
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    assert gpu.main() == 1
+    assert "--dry-run" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["gpu", "--stages", "smoke,sing"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "'sing' is none of smoke, tests" in capsys.readouterr().err
+
+
+def test_every_stage_exists_and_the_most_important_come_first() -> None:
+    names = [stage.name for stage in gpu.STAGES]
+    assert set(names) | {gpu.WARM.name, "rehearse", "smoke_alone"} == set(gpu_stages.STAGES)
+    assert sum(stage.least for stage in gpu.STAGES) < 0.6
+    assert names.index("smoke") < names.index("tests") < names.index("accuracy")
+    assert all(not stage.timed for stage in gpu.STAGES[:3]) and names.index("accuracy") < names.index("models")
+    assert gpu_stages.FIRST[0].name == "resnet50-fp16-b128"
+    cases = {case.name for case in (*gpu_stages.FIRST, *gpu_stages.OTHERS)}
+    assert len(cases) == 3 * 4 * 5 == len(gpu_stages.FIRST) + len(gpu_stages.OTHERS)
+
+
+def test_a_gpus_folder_is_named_as_its_table_of_launches_is() -> None:
+    assert gpu.slug(NO_GPU) == "none"
+    assert gpu.slug({"gpus": [{"name": "NVIDIA H200"}]}) == gpus.normalise("NVIDIA H200") == "h200"
+
+
+# --- budget and stages
+
+
+def test_a_stage_gets_its_most_but_never_what_later_ones_need() -> None:
+    first, second = Stage("a", "", 0.5, 0.1), Stage("b", "", 0.4, 0.3)
+    assert gpu.limit(first, (second,), 100, 100) == 50
+    assert gpu.limit(first, (second,), 100, 60) == 30
+    assert gpu.limit(first, (second,), 100, 20) == 0
+    assert gpu.limit(second, (), 100, 20) == 20
+
+
+class Fake:
+    """Stages that are lines of Python, for ``gpu.perform``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **code: str) -> None:
+        monkeypatch.setattr(gpu, "command", lambda name, folder, seconds: [sys.executable, "-c", code.get(name, "")])
+        monkeypatch.setattr(environment.shutil, "which", lambda name: None)
+        self.folder = tmp_path
+        self.run = Run(tmp_path, 30.0, NO_GPU)
+
+    def perform(self, *stages: Stage) -> int:
+        return gpu.perform(self.run, stages, self.folder, os.environ)
+
+    def statuses(self) -> dict[str, str]:
+        data = results.read(self.folder / "environment.json")
+        return {name: stage["status"] for name, stage in data["stages"].items()}
+
+
+SMOKE, TIMED = Stage("smoke", "", 0.5, 0.0), Stage("models", "", 0.5, 0.0, timed=True)
+
+
+def test_stages_run_in_order_and_show_their_lines(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake = Fake(monkeypatch, tmp_path, smoke="print('  right'); print('noise')", models="print('  fast')")
+    assert fake.perform(SMOKE, TIMED) == 0
+    assert fake.statuses() == {"smoke": "done", "warm": "done", "models": "done"}
+    shown = capfd.readouterr().out
+    assert shown.index("  right") < shown.index("  fast") and "noise" not in shown
+    assert "noise" in fake.run.outcomes["smoke"].tail
+
+
+def test_wrong_answers_are_never_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = Fake(monkeypatch, tmp_path, smoke="raise SystemExit(1)", models="open('timed', 'w')")
+    assert fake.perform(SMOKE, TIMED, Stage("sanitizer", "", 0.5, 0.0)) == 1
+    assert fake.statuses() == {"smoke": "failed", "models": "skipped", "sanitizer": "done"}
+    assert not (tmp_path / "timed").exists()
+
+
+def test_a_process_out_of_time_ends_with_all_it_started(tmp_path: Path) -> None:
+    child = "import time; open('began', 'w'); time.sleep(3); open('survived', 'w')"
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    process = gpu.Process([sys.executable, "-c", parent], tmp_path, os.environ)
+    assert process.wait(1.5) is None
+    assert (tmp_path / "began").exists()
+    time.sleep(2.5)
+    assert not (tmp_path / "survived").exists()
+
+
+def test_no_time_left_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = Fake(monkeypatch, tmp_path)
+    assert fake.perform(Stage("smoke", "", 1.0, 0.2), Stage("tests", "", 0.5, 0.95)) == 0
+    assert fake.statuses() == {"smoke": "skipped", "tests": "done"}
+    assert fake.run.outcomes["smoke"].reason == "no time left"
+
+
+def test_deadline_starts_nothing_that_it_has_no_time_for() -> None:
+    now = [0.0]
+    deadline = gpu_stages.Deadline(10.0, clock=lambda: now[0])
+    done = []
+    for item in deadline.each(range(9)):
+        now[0] += 3.0
+        done.append(item)
+    assert done == [0, 1, 2]
+
+
+# --- environment
+
+
+def test_environment_reads_what_nvidia_smi_and_nvcc_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (
+        ("nvidia-smi", "NVIDIA H200, 580.1, 143771 MiB, 345 MHz, 1980 MHz, 3201 MHz, 3201 MHz, 700 W, 30, Default, P0"),
+        ("nvcc", "Cuda compilation tools, release 13.0, V13.0.88"),
+    ):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\necho '{text}'\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("RESNET_FAST_COMMIT", "abc")
+    found = environment.report()
+    assert found["gpus"][0]["name"] == "NVIDIA H200" and found["gpus"][0]["clocks.max.sm"] == "1980 MHz"
+    assert found["nvcc"] == "13.0.88" and found["commit"] == "abc"
+    short = environment.summary(found)
+    assert (short["gpu"], short["driver"]) == ("NVIDIA H200", "580.1")
+    assert short["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    json.dumps(found)
+
+
+def test_clocks_are_sampled_while_something_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '1980, 3201, 650.1, 51'\necho '1755, 3201, 699.9, 60'\nsleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with environment.Clocks() as clocks:
+        time.sleep(0.5)
+    assert clocks.seen["clocks.sm"] == {"min": 1755.0, "median": 1980.0, "max": 1980.0, "samples": 2}
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with environment.Clocks() as none:
+        pass
+    assert none.seen == {}
+
+
+# --- networks
+
+
+def test_networks_are_judged_and_timed_as_calls_and_as_graphs(model: nn.Module) -> None:
+    def wrong(task: cuda.Task) -> Any:
+        right = cuda.PEERS["eager"].build(task)
+        return cuda.Contestant(right.prepare, lambda batch: right.run(batch) * 1.1, right.result)
+
+    def broken(task: cuda.Task) -> Any:
+        raise OSError("no such\nlibrary")
+
+    def stale(task: cuda.Task) -> Any:
+        """Right when called, but its second call, which is what a graph records, is not."""
+        right, calls = cuda.PEERS["eager"].build(task), []
+
+        def run(batch: Tensor) -> Tensor:
+            calls.append(1)
+            return right.run(batch) * (1 if len(calls) == 1 else 2)
+
+        return cuda.Contestant(right.prepare, run, right.result)
+
+    lineup = dict(cuda.PEERS) | {
+        "live": Peer("live", "wrong on purpose", wrong),
+        "compile": Peer("compile", "broken on purpose", broken),
+        "jax": Peer("jax", "missing on purpose", broken, needs=("no_such_module",)),
+        "stale": Peer("stale", "another answer from graphs", stale),
+    }
+    names = ("optimize", "live", "eager", "compile", "jax", "stale")
+    found = cuda.compare(
+        Case("resnet18", "fp32", 2, 64), model, names=names, device=CPU, seconds=0.1, peers=lineup
+    )  # fmt: skip
+    rows = found["contestants"]
+    assert {name: row["call"]["status"] for name, row in rows.items()} == {
+        "optimize": "timed", "live": "wrong", "eager": "timed", "compile": "excluded", "jax": "excluded",
+        "stale": "timed",
+    }  # fmt: skip
+    assert rows["compile"]["call"]["reason"] == "failed: OSError: no such library"
+    assert "no_such_module" in rows["jax"]["call"]["reason"]
+    assert rows["stale"]["graph"]["status"] == "wrong" and "seconds" not in rows["stale"]["graph"]
+    assert "graph" not in rows["live"] and "seconds" not in rows["live"]["call"]
+    for mode in ("call", "graph"):
+        assert rows["optimize"][mode]["images_per_second"] > 0 and rows["eager"][mode]["gate"]["passed"]
+    assert set(found["against"]["eager"]) == {"best", "call", "graph"}
+    assert set(found["against"]["stale"]) == {"best", "call"}
+    assert found["setting"]["name"] == "resnet18-fp32-b2"
+    json.loads(results.dumps(found))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_networks_at_every_precision(model: nn.Module, precision: str) -> None:
+    case = Case("resnet18", precision, 2, 64)
+    found = cuda.compare(case, model, names=("optimize", "live", "eager"), device=CPU, seconds=0.05)
+    assert all(row["call"]["status"] == "timed" for row in found["contestants"].values())
+
+
+def test_a_wrong_optimize_fails_the_case(model: nn.Module) -> None:
+    def wrong(task: cuda.Task) -> Any:
+        right = cuda.PEERS["eager"].build(task)
+        return cuda.Contestant(right.prepare, lambda batch: right.run(batch) + 1, right.result)
+
+    lineup = dict(cuda.PEERS) | {"optimize": Peer("optimize", "wrong", wrong)}
+    with pytest.raises(RuntimeError, match=r"could not be measured at resnet18-fp32-b1: error .* is beyond"):
+        cuda.compare(Case("resnet18", "fp32", 1, 64), model, device=CPU, seconds=0.05, peers=lineup)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [({"precision": "int8"}, "precision is 'int8'"), ({"batch": 0}, "is 0")])
+def test_cases_refuse(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Case(**({"arch": "resnet18", "precision": "fp16", "batch": 1} | wrong))
+
+
+def test_turns_divide_by_their_calls_and_wait_for_the_device() -> None:
+    now, waits = [0.0], []
+
+    def call(cost: float) -> Callable[[int], None]:
+        def run(number: int) -> None:
+            now[0] += cost
+
+        return run
+
+    device = Device("cpu", lambda: waits.append(now[0]), recorded_on_cpu)
+    found = cuda.turns(
+        {"slow": call(0.5), "quick": call(0.001)}, device, seconds=0.1, turn=0.02, clock=lambda: now[0]
+    )  # fmt: skip
+    assert len(found["slow"]) == len(found["quick"]) == 5
+    assert found["quick"][0][0] == pytest.approx(0.001) and found["slow"][0][0] == pytest.approx(0.5)
+    assert len(waits) >= 2 * 5
+
+
+def test_against_takes_each_sides_faster_way() -> None:
+    samples: timing.Samples = {
+        "optimize call": [[4.0]], "optimize graph": [[1.0]], "eager call": [[8.0]], "eager graph": [[6.0]],
+        "jax call": [[3.0]],
+    }  # fmt: skip
+    found = cuda.against(samples)
+    assert {mode: ratio["p50"] for mode, ratio in found["eager"].items()} == {"best": 6, "call": 2, "graph": 6}
+    assert {mode: ratio["p50"] for mode, ratio in found["jax"].items()} == {"best": 3, "call": 0.75}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_jax_gives_the_right_answer(model: nn.Module, precision: str) -> None:
+    pytest.importorskip("jax")
+    case = Case("resnet18", precision, 2, 64)
+    found = cuda.compare(case, model, names=("optimize", "jax"), device=CPU, seconds=0.05)
+    assert found["contestants"]["jax"]["call"]["status"] == "timed"
+
+
+class FakeCudnn:
+    """The part of nvidia-cudnn-frontend that the contestant uses, computed by torch, as its own tests call it."""
+
+    class data_type:
+        HALF, BFLOAT16, FLOAT = "half", "bfloat16", "float"
+
+    class heur_mode:
+        A, FALLBACK = "a", "fallback"
+
+    class Value:
+        """A tensor of a graph: how to compute it from what is bound to the graph's inputs."""
+
+        def __init__(self, shape: list[int], compute: Callable[[dict[Any, Tensor]], Tensor] | None = None) -> None:
+            self.shape, self.computed = shape, compute is not None
+            self.compute = compute or (lambda bound: bound[self])
+
+        def set_output(self, is_output: bool) -> FakeCudnn.Value:
+            return self
+
+        def set_data_type(self, kind: str) -> FakeCudnn.Value:
+            return self
+
+        def get_dim(self) -> list[int]:
+            return self.shape
+
+    class pygraph:
+        def __init__(self, *, io_data_type: str, intermediate_data_type: str, compute_data_type: str, handle: Any):
+            self.stages: list[str] = []
+
+        def tensor(self, *, name: str, dim: list[int], stride: list[int], data_type: str) -> FakeCudnn.Value:
+            assert stride[1] == 1 and len(dim) == len(stride) == 4
+            return FakeCudnn.Value(dim)
+
+        def conv_fprop(self, *, image: Any, weight: Any, **how: list[int]) -> FakeCudnn.Value:
+            shape = list(nn.functional.conv2d(torch.empty(image.shape), torch.empty(weight.shape), **how).shape)
+
+            def compute(bound: dict[Any, Tensor]) -> Tensor:
+                return nn.functional.conv2d(bound[image].float(), bound[weight].float(), **how)
+
+            return FakeCudnn.Value(shape, compute)
+
+        def mul(self, *, a: Any, b: Any) -> FakeCudnn.Value:
+            return FakeCudnn.Value(a.shape, lambda bound: a.compute(bound) * b.compute(bound))
+
+        def add(self, *, a: Any, b: Any) -> FakeCudnn.Value:
+            return FakeCudnn.Value(a.shape, lambda bound: a.compute(bound) + b.compute(bound))
+
+        def relu(self, *, input: Any) -> FakeCudnn.Value:
+            return FakeCudnn.Value(input.shape, lambda bound: input.compute(bound).relu())
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in (
+                "validate",
+                "build_operation_graph",
+                "create_execution_plans",
+                "check_support",
+                "build_plans",
+            ):
+                raise AttributeError(name)
+            return lambda *given: self.stages.append(name)
+
+        def get_workspace_size(self) -> int:
+            assert self.stages[-1] == "build_plans"
+            return 0
+
+        def execute(self, bound: dict[Any, Tensor], workspace: Tensor, handle: Any) -> None:
+            (output,) = (value for value in bound if value.computed)
+            bound[output].copy_(output.compute(bound))
+
+    @staticmethod
+    def create_handle() -> str:
+        return "a handle"
+
+
+@pytest.mark.parametrize(("arch", "precision"), [("resnet18", "fp32"), ("resnet50", "bf16")])
+def test_cudnn_gives_the_right_answer(arch: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cudnn", FakeCudnn)
+    lineup = dict(cuda.PEERS) | {"cudnn": Peer("cudnn", "cuDNN graph API", cuda.PEERS["cudnn"].build)}
+    found = cuda.compare(
+        Case(arch, precision, 2, 64), fresh_model(arch, image_size=64), names=("optimize", "cudnn"), device=CPU,
+        seconds=0.05, peers=lineup,
+    )  # fmt: skip
+    row = found["contestants"]["cudnn"]
+    assert row["call"]["status"] == row["graph"]["status"] == "timed", row
+
+
+def test_cases_of_several_runs_meet_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+    case = Case("resnet18", "fp32", 1, 64)
+    assert gpu_stages.measure_case(tmp_path, case, ("optimize", "live"), seconds=0.05, device=CPU)
+    assert gpu_stages.measure_case(tmp_path, case, ("optimize", "eager"), seconds=0.05, device=CPU)
+    row = results.read(tmp_path / "models.json")["cases"][case.name]
+    assert set(row["contestants"]) == {"optimize", "live", "eager"} and set(row["against"]) == {"live", "eager"}
+    assert row["commit"] == "0123456789ab" and "time" in row["contestants"]["live"]
+    monkeypatch.setattr(cuda, "compare", lambda *given, **options: 1 / 0)
+    assert not gpu_stages.measure_case(tmp_path, case, ("optimize", "eager"), device=CPU)
+    assert "ZeroDivisionError" in results.read(tmp_path / "models.json")["cases"][case.name]["failed"]
+
+
+# --- ops
+
+
+def test_conv_shapes_are_those_of_the_network() -> None:
+    found = ops.conv_shapes("resnet50")
+    assert len(found) == len(set(found)) == 23
+    assert ops.ConvShape(64, 256, 1, 1, 56, residual=True) in found
+    assert ops.ConvShape(256, 512, 1, 2, 56, activation="none") in found
+    assert ops.ConvShape(512, 512, 3, 2, 14) in found
+    assert sum(shape.residual for shape in found) == 4
+    basic = ops.conv_shapes("resnet18")
+    assert ops.ConvShape(64, 64, 3, 1, 56, residual=True) in basic and ops.ConvShape(64, 64, 3, 1, 56) in basic
+    assert any(shape.groups == 32 for shape in ops.conv_shapes("resnext50_32x4d"))
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_smoke_judges_every_op(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+    monkeypatch.setattr(gpu_stages, "PRECISIONS", (precision,))
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        assert gpu_stages.smoke(tmp_path, gpu_stages.Deadline(100), "cpu", workers=1) == 0
+        rows = results.read(tmp_path / "correctness.json")["ops"]
+        assert {name.split()[0] for name in rows} == {"conv_bn_act", "add_act", "stem", "head", "bottleneck_tail"}
+        assert all(row["passed"] and row["error"] <= row["allowed"] for row in rows.values())
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def test_smoke_shares_its_work_between_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+    monkeypatch.setattr(gpu_stages, "PRECISIONS", ("fp32",))
+    assert gpu_stages.smoke(tmp_path, gpu_stages.Deadline(100), "cpu", workers=2) == 0
+    assert len(results.read(tmp_path / "correctness.json")["ops"]) == len(ops.small("fp32", "cpu"))
+
+
+def test_smoke_sees_a_wrong_and_a_broken_op(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+    right = ops.add_act(16, 5, 2, "fp32")
+
+    def skewed(x: Tensor, y: Tensor) -> Tensor:
+        return right.contestants["plain"](x, y) * 1.001
+
+    def spoiled(name: str, run: Callable[..., Tensor]) -> ops.OpCase:
+        return ops.OpCase(
+            "add_act", name, "fp32", 2, right.data, {**right.contestants, "op": run}, right.exact, right.work
+        )
+
+    cases = [right, spoiled("skewed", skewed), spoiled("broken", lambda x, y: 1 / 0)]
+    monkeypatch.setattr(gpu_stages, "PRECISIONS", ("fp32",))
+    monkeypatch.setattr(
+        ops, "small", lambda precision, device: [functools.partial(lambda case: case, case) for case in cases]
+    )
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        assert gpu_stages.smoke(tmp_path, gpu_stages.Deadline(100), "cpu", workers=1) == 1
+    finally:
+        torch.use_deterministic_algorithms(before)
+    rows = results.read(tmp_path / "correctness.json")["ops"]
+    assert [row["passed"] for row in rows.values()] == [True, False, False]
+    assert "beyond the allowed" in rows["add_act skewed fp32 batch 2"]["reason"]
+    assert "ZeroDivisionError" in rows["add_act broken fp32 batch 2"]["reason"]
+    assert capsys.readouterr().out.count("WRONG") == 2
+
+
+def test_ops_are_timed_beside_their_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+    ceilings = gpu_stages.measure_ceilings(CPU, size=1 << 16, edge=64)
+    assert set(ceilings) == {"copy", "fp16", "bf16", "tf32", "fp32"}
+    assert all(row["per_second"] > 0 for row in ceilings.values())
+    book = gpu_stages.Book(tmp_path, "ops", ("ceilings", "rows"))
+    limits = gpus.GPU("slow", 90, 1, 1, 1, 1 << 16, 1e9, dict.fromkeys(gpus.PRECISIONS, 1e9))
+    case = ops.conv_bn_act(ops.ConvShape(16, 16, 3, 1, 8), 2, "fp32")
+    with torch.no_grad():
+        assert gpu_stages.measure_op(book, case, limits, CPU, seconds=0.05)
+    row = results.read(tmp_path / "ops.json")["rows"][case.title]
+    assert row["floor_seconds"] == pytest.approx(
+        2 * 2 * 16 * 64 * 9 * 16 / 1e9
+    )  # by hand: 2 * N * P * Q * K * R * S * C
+    assert row["bound"] == "math" and row["share"] == pytest.approx(row["floor_seconds"] / row["seconds"]["p50"])
+    moved = 4 * (2 * 2 * 16 * 64)
+    assert row["bytes"] == moved + 4 * 16 * 9 * 16 + 2 * 4 * 16
+    assert row["input_sets"] == -(-2 * (1 << 16) // moved)
+    assert set(row["against_plain"]) >= {"p10", "p50", "p90"}
+
+
+def test_accuracy_is_written_for_every_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+    monkeypatch.setattr(gpu_stages, "ACCURACY", (("resnet18", "bf16"), ("resnet18", "fp32")))
+    assert gpu_stages.accuracy(tmp_path, gpu_stages.Deadline(100), "cpu", image_size=64, batch=5) == 0
+    rows = results.read(tmp_path / "correctness.json")["models"]
+    assert list(rows) == ["resnet18 bf16", "resnet18 fp32"]
+    assert all(0 < row["error"] <= row["allowed"] and row["torch"] > 0 for row in rows.values())
+
+
+# --- pytest and the sanitizer
+
+
+def test_outcomes_are_counted_with_and_without_xdist() -> None:
+    text = (
+        "tests/test_a.py::test_x[1] PASSED [ 10%]\ntests/test_a.py::test_y SKIPPED (needs it) [ 20%]\nnoise PASSED\n"
+        "[gw3] [ 30%] FAILED tests/test_b.py::test_z[fp16-(1, 2)] \n[gw0] [ 35%] PASSED tests/test_b.py::test_w\n"
+    )
+    assert gpu_stages.outcomes(text) == {"PASSED": 2, "SKIPPED": 1, "FAILED": 1}
+
+
+def test_gpu_tests_are_found(tmp_path: Path) -> None:
+    (tmp_path / "test_triton_a.py").write_text("")
+    (tmp_path / "test_b.py").write_text("@pytest.mark." + "gpu\ndef test(): pass")
+    (tmp_path / "test_c.py").write_text("def test(): pass")
+    assert gpu_stages.gpu_tests(tmp_path) == ([str(tmp_path / "test_triton_a.py")], [str(tmp_path / "test_b.py")])
+    kernels, _ = gpu_stages.gpu_tests(ROOT / "tests")
+    assert kernels
+
+
+def test_pytest_that_is_cut_off_still_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+    monkeypatch.setattr(gpu_stages.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").mkdir()
+    path = tmp_path / "tests" / "test_triton_it.py"
+    path.write_text("import time\ndef test_a(): pass\ndef test_b(): assert 0\n")
+    assert gpu_stages.tests(tmp_path, gpu_stages.Deadline(60)) == 1
+    row = results.read(tmp_path / "tests.json")["pytest"]["kernels"]
+    assert row["counts"] == {"PASSED": 1, "FAILED": 1} and row["ended"] == "exit status 1"
+    path.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
+    assert gpu_stages.tests(tmp_path, gpu_stages.Deadline(7)) == 0
+    row = results.read(tmp_path / "tests.json")["pytest"]["kernels"]
+    assert row["counts"] == {"PASSED": 1} and row["ended"] == "out of time"
+
+
+@pytest.mark.parametrize(("errors", "status"), [(0, 0), (3, 1)])
+def test_the_sanitizers_summary_is_read(
+    errors: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\necho '========= ERROR SUMMARY: {errors} errors'\nexit {9 if errors else 0}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    assert gpu_stages.sanitizer(tmp_path, gpu_stages.Deadline(60)) == status
+    rows = results.read(tmp_path / "tests.json")["sanitizer"]
+    assert rows["memcheck ops at small shapes"]["clean"] == (errors == 0)
+    assert rows["racecheck ops at small shapes"]["errors"] == errors
+
+
+# --- the report
+
+
+def quantiles(p50: float) -> dict[str, float]:
+    return timing.summarize([0.9 * p50, p50, 1.1 * p50]).as_dict()
+
+
+@pytest.fixture
+def synthetic(tmp_path: Path) -> Path:
+    """Result files of a GPU as the stages write them, with made-up numbers."""
+    gpus_seen = [{"name": "NVIDIA H200", "driver_version": "580.1"}]
+    versions = {"torch": "2.11.0", "triton": "3.6.0"}
+    machine = environment.summary(NO_GPU | {"gpus": gpus_seen, "versions": versions})
+    head = {"schema": results.SCHEMA, "machine": machine}
+
+    def mode(rate: float) -> dict[str, Any]:
+        return {"status": "timed", "reason": "", "seconds": quantiles(128 / rate), "images_per_second": rate}
+
+    def case(precision: str, batch: int) -> dict[str, Any]:
+        return {
+            "setting": {"arch": "resnet50", "precision": precision, "batch": batch, "image_size": 224, "seed": 0},
+            "contestants": {
+                "optimize": {"label": "ours", "ours": True, "call": mode(41000.0), "graph": mode(52000.0)},
+                "eager": {"label": "eager", "ours": False, "call": mode(13000.0), "graph": mode(12000.0)},
+                "compile": {"label": "c", "ours": False, "call": {"status": "excluded", "reason": "failed: it"}},
+            },
+            "against": {"eager": {"best": quantiles(4.0)}},
+        }
+
+    row = {
+        "op": "add_act", "case": "256-56px", "precision": "fp16", "batch": 128, "passed": True, "share": 0.93,
+        "seconds": quantiles(1e-4), "plain_seconds": quantiles(2e-4), "floor_seconds": 9.3e-5, "bound": "bytes",
+    }  # fmt: skip
+    ceilings = {"copy": {"per_second": 4.3e12}, "fp16": {"per_second": 788e12}}
+    folder = tmp_path / "results" / "h200"
+    cases = {"b": case("bf16", 1), "a": case("fp16", 128), "broken": {"failed": "it did"}}
+    results.write(folder / "models.json", head | {"kind": "gpu-models", "cases": cases})
+    rows = {"x": row, "y": {**row, "batch": 1}, "z": {"passed": False}}
+    results.write(folder / "ops.json", head | {"kind": "gpu-ops", "ceilings": ceilings, "rows": rows})
+    models = {"resnet50 fp16": {"error": 1.2e-3, "allowed": 3e-3, "torch": 1.2e-3, "passed": True, "reason": ""}}
+    results.write(folder / "correctness.json", head | {"kind": "gpu-correctness", "ops": {}, "models": models})
+    results.write(folder / "environment.json", {"schema": results.SCHEMA, "kind": "gpu-environment"})
+    return tmp_path
+
+
+def test_report_of_a_gpu(synthetic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    readme = synthetic / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    arguments = [
+        "report",
+        "--results",
+        f"{synthetic}/results",
+        "--readme",
+        str(readme),
+        "--plots",
+        f"{synthetic}/plots",
+    ]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert report.main() == 0
+    text = readme.read_text()
+    assert "| resnet50 | fp16 | 128 | 52,000 | 13,000 | 4.00× |" in text
+    assert text.index("| resnet50 | fp16 | 128 |") < text.index("| resnet50 | bf16 | 1 |")
+    assert "NVIDIA H200, driver 580.1, torch 2.11.0, triton 3.6.0, nvcc none, commit 0123456789ab" in text
+    assert "| add_act | 256-56px | 100.0 | 93.0 | bytes | 93 % | 200.0 |" in text and text.count("| add_act") == 1
+    assert "copy 4.30 TB/s" in text and "788 TFLOP/s" in text
+    assert "| resnet50 fp16 | 1.2e-03 | 1.2e-03 | 3.0e-03 | right |" in text
+    plots = {path.name: path.read_text() for path in (synthetic / "plots").iterdir()}
+    assert set(plots) == {"h200-models-fp16.svg", "h200-models-bf16.svg", "h200-ops-fp16-b128.svg"}
+    assert "optimize 52,000" in plots["h200-models-fp16.svg"] and "93 %" in plots["h200-ops-fp16-b128.svg"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--check"])
+    assert report.main() == 0
+
+
+def test_table_printed_last(synthetic: Path) -> None:
+    text = gpu.table(synthetic / "results" / "h200", {"smoke": Outcome("done", seconds=12.0)})
+    assert "smoke" in text and "models: 1 of 1 right" in text
+    assert "img/s: optimize 52000, eager 13000 (4.00x)" in text
+    assert "add_act: 93 % of the floor's speed (median of 2), least 93 % at 256-56px fp16 batch 1" in text
