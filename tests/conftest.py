@@ -28,6 +28,18 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _float32_is_float32() -> Iterator[None]:
+    """On a GPU torch's convolutions round float32 to tf32 unless told otherwise; a test that wants that says so."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    from resnet_fast.roofline.measure import tf32
+
+    with tf32(False):
+        yield
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Every ``torch.empty`` is full of NaN, in Python and in C++, so that an element nobody wrote shows."""

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 import resnet_fast as rf
 from resnet_fast.graph.cuda_graphs import SHAPES_KEPT, Recorder, RecordingFailed, why_not_recordable
 
-from .test_fuse_tail import small
+from .networks import small
 from .triton_device import DEVICE, needs_triton
 
 

@@ -13,28 +13,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import BasicBlock
 
 import resnet_fast as rf
 from resnet_fast.graph import OptimizedModule, fuse_tail, optimize
 from resnet_fast.graph.plan import FusedBottleneckTail
 from resnet_fast.kernels import gpus
 
+from .networks import Lambda, assert_same, conv_bn, randomise, small
 from .numerics import assert_obeys_error_rule
-from .test_graph import Lambda, assert_same, conv_bn, randomise
 
 pytestmark = pytest.mark.filterwarnings("ignore::resnet_fast.backends.FallbackWarning")
 
 BATCH = torch.empty(128, 3, 224, 224, device="meta")
-
-
-def small(layers: tuple[int, ...] = (2, 1, 1, 2), block: Any = Bottleneck, **kwargs: Any) -> nn.Module:
-    """torchvision's ResNet with few blocks, statistics that are not trivial, and a trunk that stays in range."""
-    model = randomise(ResNet(block, list(layers), **kwargs))
-    for name, module in model.named_modules():
-        if name.endswith("bn3") and isinstance(module, nn.BatchNorm2d):
-            module.weight.data.mul_(0.3)
-    return model
 
 
 @pytest.fixture(scope="module")

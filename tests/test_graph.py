@@ -20,56 +20,9 @@ from resnet_fast.graph import OptimizedModule, Report, batching, finite, optimiz
 from resnet_fast.graph.guard import Guard
 from resnet_fast.graph.plan import Fused, FusedConvBNAct
 
+from .networks import Lambda, assert_same, conv_bn, leaves, randomise
+
 EXAMPLE = torch.empty(1, 4, 12, 12)
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Weights and batch norm statistics that no layer is trivial with, in eval mode."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
-            if module.running_mean is not None and module.running_var is not None:
-                module.running_mean.normal_(0, 0.2)
-                module.running_var.uniform_(0.5, 1.5)
-            if module.affine:
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-                nn.init.normal_(module.bias, 0, 0.2)
-    return model.eval()
-
-
-def conv_bn(channels: int = 4, out: int | None = None, **kwargs: Any) -> nn.Sequential:
-    out = channels if out is None else out
-    kwargs = {"kernel_size": 3, "padding": 1, "bias": False, **kwargs}
-    return nn.Sequential(nn.Conv2d(channels, out, **kwargs), nn.BatchNorm2d(out))
-
-
-class Lambda(nn.Module):
-    """Modules by name and a forward given as a function of them."""
-
-    def __init__(self, function: Callable[..., Any], **modules: nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            setattr(self, name, module)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
-
-
-def leaves(value: Any) -> list[Tensor]:
-    return list(torch.utils._pytree.tree_leaves(value))
-
-
-def assert_same(fused: nn.Module, model: nn.Module, x: Tensor, tolerance: float = 1e-5) -> None:
-    """Both give the same nest of tensors up to rounding, each on its own copy of ``x``."""
-    with torch.no_grad():
-        expected = model(x.clone())
-    actual = fused(x.clone())
-    assert torch.utils._pytree.tree_structure(actual) == torch.utils._pytree.tree_structure(expected)
-    for index, (a, e) in enumerate(zip(leaves(actual), leaves(expected), strict=True)):
-        assert a.shape == e.shape, index
-        assert a.dtype is e.dtype, index
-        assert not a.requires_grad, index
-        assert (a - e).norm() <= tolerance * (e.norm() + 1e-3), (index, (a - e).norm().item(), e.norm().item())
 
 
 def check(

@@ -19,8 +19,9 @@ import resnet_fast
 from resnet_fast import backends
 from resnet_fast.graph import OptimizedModule, Report, batching, optimize
 
+from .networks import assert_same, randomise
 from .numerics import assert_obeys_error_rule
-from .test_graph import assert_same, ops, randomise
+from .test_graph import ops
 
 ARCHITECTURES = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",

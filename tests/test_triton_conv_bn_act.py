@@ -14,6 +14,7 @@ import resnet_fast as rf
 from resnet_fast import backends
 from resnet_fast.backends import triton
 from resnet_fast.kernels import gpus
+from resnet_fast.roofline.measure import tf32
 
 from .numerics import assert_obeys_error_rule
 from .test_conv_bn_act import plain, problem
@@ -238,6 +239,20 @@ def test_offsets_of_64_bits(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "wide", lambda *_: True)
     check(problem(2, 17, 9, 7, 20, 3, residual=(9, 7)), torch.float16, form, padding=1)
     check(problem(2, 12, 9, 7, 20, 3, groups=4), torch.float32, form, groups=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_tf32_follows_torchs_setting(form: str, kernel: int) -> None:
+    a = {n: t if t is None else t.float().cuda() for n, t in problem(2, 64, 14, 14, 64, kernel).items()}
+    exact = plain(**{n: t if t is None else t.double() for n, t in a.items()}, padding=kernel // 2)
+    errors = {}
+    for allowed in (False, True):
+        with tf32(allowed):
+            ours, torchs = rf.ops.conv_bn_act(**a, padding=kernel // 2), plain(**a, padding=kernel // 2)
+        assert_obeys_error_rule(ours, torchs, exact, f"tf32 {allowed}")
+        errors[allowed] = float((ours.double() - exact).norm() / exact.norm())
+    assert errors[False] < 1e-6 < 1e-5 < errors[True]
 
 
 @pytest.mark.gpu

@@ -19,8 +19,8 @@ from resnet_fast.backends import triton
 from resnet_fast.graph import fuse_tail
 from resnet_fast.kernels import gpus
 
+from .networks import small
 from .numerics import assert_obeys_error_rule
-from .test_fuse_tail import small
 from .triton_device import DEVICE, FORMS, kernels, needs_triton
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("poisoned_memory"), pytest.mark.parametrize("form", FORMS)]
