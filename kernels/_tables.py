@@ -10,13 +10,16 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 _CHECKED_IN = Path(__file__).parent / "tuned"
 _LARGEST = 16 * 1024 * 1024
 FORMAT = 1
+
+Choice = TypeVar("Choice")
 
 
 def user_folder() -> Path:
@@ -46,7 +49,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path} is no table of launch choices: {error}") from None
     choices = data.get("choices") if isinstance(data, dict) and data.get("format") == FORMAT else None
     sound = isinstance(choices, dict) and all(
-        isinstance(problems, dict) and all(isinstance(fields, dict) for fields in problems.values())
+        isinstance(problems, dict) and all(isinstance(choice, dict) for choice in problems.values())
         for problems in choices.values()
     )
     if not sound:
@@ -82,7 +85,7 @@ def _load(gpu: str) -> dict[tuple[str, str], dict[str, Any]]:
             except (OSError, ValueError) as error:
                 warnings.warn(f"tuned launch choices are not used: {error}", stacklevel=4)
                 continue
-            found |= {(op, problem): fields for op, problems in table.items() for problem, fields in problems.items()}
+            found |= {(op, key): choice for op, problems in table.items() for key, choice in problems.items()}
     return found
 
 
@@ -105,3 +108,26 @@ def remembers(function: Any) -> Any:
 def lookup(op: str, problem: str, gpu: str) -> dict[str, Any] | None:
     """The measured choice for a problem's key on a GPU, None if nobody measured it."""
     return _load(gpu).get((op, problem))
+
+
+_LARGEST_VALUE = 4096
+#: Fields that count something else than elements or warps, which come in powers of two.
+_ANY_COUNT = ("num_stages", "stages", "slice_stages", "rows")
+
+
+def measured(op: str, problem: str, gpu: str, kind: type[Choice]) -> Choice | None:
+    """The measured choice as a config of that dataclass; None if there is none, or none that a kernel can take."""
+    found = lookup(op, problem, gpu)
+    if found is None:
+        return None
+    values = {field.name: found.get(field.name) for field in fields(kind)}  # type: ignore[arg-type]
+    for field in fields(kind):  # type: ignore[arg-type]
+        value = values[field.name]
+        if field.type == "bool":
+            sound = isinstance(value, bool)
+        else:
+            sound = type(value) is int and 1 <= value <= _LARGEST_VALUE
+            sound = sound and (field.name in _ANY_COUNT or value & (value - 1) == 0)
+        if not sound:
+            return None
+    return kind(**values)

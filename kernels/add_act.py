@@ -114,13 +114,7 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, gpu: GPU) -> Config:
     """The measured choice where there is one, else the heuristic's."""
-    fields = _tables.lookup(NAME, problem.key(), gpu.name)
-    if fields is not None:
-        try:
-            return Config(**{name: fields[name] for name in Config.__dataclass_fields__})
-        except (KeyError, TypeError):
-            pass
-    return heuristic(problem, gpu)
+    return _tables.measured(NAME, problem.key(), gpu.name, Config) or heuristic(problem, gpu)
 
 
 def as_fields(config: Config) -> dict[str, Any]:

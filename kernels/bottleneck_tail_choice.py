@@ -183,17 +183,14 @@ def choose(problem: Problem, gpu: GPU) -> Config | None:
     A table may also say ``"separate": true``: measured, the convolutions were faster one by one.
     """
     standard = heuristic(problem, gpu)
-    fields = None if standard is None else _tables.lookup(NAME, problem.key(), gpu.name)
-    if fields is not None:
-        if fields.get("separate") is True:
-            return None
-        try:
-            config = Config(**{name: fields[name] for name in Config.__dataclass_fields__})
-        except (KeyError, TypeError):
-            return standard
-        if not config.boxes or supports_boxes(problem, gpu, config.block_n):
-            return config
-    return standard
+    if standard is None:
+        return None
+    if (_tables.lookup(NAME, problem.key(), gpu.name) or {}).get("separate") is True:
+        return None
+    config = _tables.measured(NAME, problem.key(), gpu.name, Config)
+    if config is None or problem.mid % config.block_c or config.block_n < 16:
+        return standard
+    return config if not config.boxes or supports_boxes(problem, gpu, config.block_n) else standard
 
 
 def as_fields(config: Config) -> dict[str, Any]:

@@ -359,14 +359,10 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, gpu: GPU) -> Config:
     """The measured choice where there is one that fits, else the heuristic's."""
-    fields = _tables.lookup(NAME, problem.key(), gpu.name)
-    if fields is not None:
-        names = Config.__dataclass_fields__
-        try:
-            config = Config(**{name: fields[name] for name in names})
-        except (KeyError, TypeError):
-            return heuristic(problem, gpu)
-        if _fits(config, problem, gpu) and (not config.boxes or supports_boxes(problem, gpu)):
+    config = _tables.measured(NAME, problem.key(), gpu.name, Config)
+    if config is not None and _fits(config, problem, gpu):
+        boxes = supports_boxes(problem, gpu) and problem.c % config.block_k == 0
+        if boxes or not config.boxes:
             return config
     return heuristic(problem, gpu)
 

@@ -168,14 +168,9 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, gpu: GPU) -> Config:
     """The measured choice where there is one that fits, else the heuristic's."""
-    fields = _tables.lookup(NAME, problem.key(), gpu.name)
-    if fields is not None:
-        try:
-            config = Config(**{name: fields[name] for name in Config.__dataclass_fields__})
-        except (KeyError, TypeError):
-            return heuristic(problem, gpu)
-        if _fits(config, problem, gpu):
-            return config
+    config = _tables.measured(NAME, problem.key(), gpu.name, Config)
+    if config is not None and _fits(config, problem, gpu):
+        return config
     return heuristic(problem, gpu)
 
 

@@ -110,8 +110,27 @@ def test_faults() -> None:
         check.faults(compiler.Compiled(task(precision="fp32"), dataclasses.replace(RESOURCES, matrix="FFMA")), H100)
         == []
     )
+    (rounds,) = check.faults(compiler.Compiled(task(precision="fp32"), RESOURCES), H100)
+    assert "HGMMA, which rounds to tf32" in rounds
+    (nan,) = check.faults(outcome(drops_nan=True), H100)
+    assert "drops NaN" in nan
     (broken,) = check.faults(compiler.Compiled(task(), None, "CompilationError: no"), H100)
     assert "CompilationError" in broken
+
+
+@pytest.mark.parametrize(
+    ("line", "drops"),
+    [
+        ("max.NaN.f32 %r1, %r2, 0f00000000;", False),
+        ("max.f32 %r1, %r2, 0f00000000;", True),
+        ("max.ftz.f32 %r1, %r2, %r3;", True),
+        ("max.f16x2 %r1, %r2, %r3;", True),
+        ("max.NaN.bf16x2 %r1, %r2, %r3;", False),
+        ("max.s32 %r1, %r2, %r3;", False),
+    ],
+)
+def test_maxima_that_drop_nan_are_seen(line: str, drops: bool) -> None:
+    assert bool(compiler._MAXIMUM.search(line)) is drops
 
 
 @pytest.mark.parametrize(

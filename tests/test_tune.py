@@ -96,12 +96,31 @@ def test_a_broken_table_is_a_warning_and_the_heuristic(folders: tuple[Path, Path
         {name: value for name, value in FIELDS.items() if name != "block_k"},
         FIELDS | {"block_m": 4096, "block_n": 4096},  # more shared memory than there is
         FIELDS | {"boxes": True},  # on a GPU without a copy engine
+        FIELDS | {"block_n": 48},
+        FIELDS | {"block_k": 0},
+        FIELDS | {"num_warps": "4"},
+        FIELDS | {"num_stages": True},
+        FIELDS | {"boxes": 0},
     ],
 )
 def test_a_choice_that_cannot_be_is_not_taken(folders: tuple[Path, Path], fields: dict[str, Any]) -> None:
     a100 = gpus.known("a100")
     _tables.write(folders[1] / "a100.json", "a100", WITH, {"conv_bn_act": {problem().key(): fields}})
     assert conv_bn_act.choose(problem(), a100) == conv_bn_act.heuristic(problem(), a100)
+
+
+@pytest.mark.parametrize("changed", [{"block_c": 128}, {"block_n": 8}, {"block_n": 256, "boxes": True}, {"stages": 0}])
+def test_a_tile_that_would_leave_channels_out_is_not_taken(folders: tuple[Path, Path], changed: dict[str, Any]) -> None:
+    described = bottleneck_tail.Problem(128, 56, 56, 64, 128, 1, None, 0, "fp16")
+    standard = bottleneck_tail.heuristic(described, H100)
+    assert standard is not None
+    fields = bottleneck_tail.as_fields(standard) | changed
+    _tables.write(folders[1] / "h100.json", "h100", WITH, {"bottleneck_tail": {described.key(): fields}})
+    assert bottleneck_tail.choose(described, H100) == standard
+    described = problem(c=48, k=64)
+    fields = conv_bn_act.as_fields(conv_bn_act.heuristic(described, H100)) | {"block_k": 32}
+    _tables.write(folders[1] / "h100.json", "h100", WITH, {"conv_bn_act": {described.key(): fields}})
+    assert fields["boxes"] and conv_bn_act.choose(described, H100).block_k == 16
 
 
 # --- the search

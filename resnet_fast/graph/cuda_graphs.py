@@ -64,7 +64,7 @@ def recording() -> Record:
         if not pool:
             pool.append(torch.cuda.graph_pool_handle())
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool[0]):
+        with torch.cuda.graph(graph, pool=pool[0], capture_error_mode="thread_local"):
             result = function()
         return result, graph.replay
 

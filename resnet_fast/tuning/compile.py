@@ -165,6 +165,10 @@ def faults(compiled: Compiled, gpu: GPU) -> list[str]:
     matrix = ops.get(case.op).matrix and case.problem.precision != "fp32" and rows >= 64
     if matrix and gpu.capability == 90 and "HGMMA" not in resources.matrix:
         found.append(f"multiplies with {resources.matrix or 'nothing'} instead of HGMMA")
+    if case.problem.precision == "fp32" and resources.matrix not in ("FFMA", ""):
+        found.append(f"multiplies float32 with {resources.matrix}, which rounds to tf32")
+    if resources.drops_nan:
+        found.append("takes a maximum that drops NaN (propagate_nan is not set)")
     return found
 
 

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 #: products, warp-group products, products in tensor memory, and plain multiply-adds, one or two at a time.
 OPCODES = {0x03C: "HMMA", 0x1F0: "HGMMA", 0x1EA: "UTCHMMA", 0x023: "FFMA", 0x049: "FFMA"}
 
+#: A maximum in PTX without ``.NaN``.
+_MAXIMUM = re.compile(r"\bmax(?:\.ftz)?\.(?:b?f16x?2?|f32)\b")
+
 _USAGE = re.compile(r"\b(REG|STACK|LOCAL):(\d+)")
 
 #: Threads and blocks that a multiprocessor holds at most, where it is not 2048 and 32.
@@ -57,6 +60,7 @@ class Resources:
         shared: bytes of shared memory of a block. threads: of a block.
         tensor_columns: of tensor memory, which capability 10 has.
         matrix: its multiply instructions: HGMMA, HMMA or UTCHMMA, FFMA where no matrix unit works, "" without any.
+        drops_nan: whether it takes a floating point maximum that turns NaN into the other operand.
     """
 
     registers: int
@@ -66,6 +70,7 @@ class Resources:
     threads: int
     tensor_columns: int
     matrix: str
+    drops_nan: bool = False
 
     @property
     def spills(self) -> bool:
@@ -158,6 +163,7 @@ def _resources(kernel: Any) -> Resources:
         threads=32 * metadata.num_warps,
         tensor_columns=getattr(metadata, "tmem_size", 0) or 0,
         matrix="+".join(sorted(found - {"FFMA"})) or "+".join(found),
+        drops_nan=bool(_MAXIMUM.search(kernel.asm["ptx"])),
     )
 
 
