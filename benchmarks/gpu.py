@@ -357,6 +357,13 @@ def main() -> int:
     unknown = [name for name in names if name not in {stage.name for stage in STAGES}]
     if unknown:
         parser.error(f"--stages: {unknown[0]!r} is none of {', '.join(stage.name for stage in STAGES)}")
+    if given.budget <= 0:
+        parser.error(f"--budget is {given.budget:g}; it must be a positive number of seconds")
+    missing = [name for name in ("torch", "triton", "pytest") if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(
+            f"{sys.executable} has no {' and no '.join(missing)}; another Python: make gpu PY=/path/to/python3"
+        )
     chosen = tuple(stage for stage in STAGES if not names or stage.name in names)
     found = environment.report()
     if not found["gpus"] and not given.dry_run:

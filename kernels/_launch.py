@@ -6,10 +6,13 @@ A kernel's file makes a ``Launch`` out of tensors, a problem and a config; whoev
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 #: Offsets from this element count on need 64 bits.
 WIDE_FROM = 2**31
+
+_LARGEST_TILE = 2**16
 
 ITEMSIZE = {"fp16": 2, "bf16": 2, "tf32": 4, "fp32": 4}
 
@@ -60,10 +63,11 @@ def aligned(*tensors: Any) -> bool:
 
 
 def wide(*tensors: Any) -> bool:
-    """Whether offsets into one of the tensors may not fit in 32 bits."""
-    return any(tensor is not None and tensor.numel() >= WIDE_FROM for tensor in tensors)
+    """Whether offsets into one of the tensors, masked ones of its last tile too, may not fit in 32 bits."""
+    return any(tensor is not None and tensor.numel() >= WIDE_FROM - _LARGEST_TILE for tensor in tensors)
 
 
+@lru_cache(maxsize=4096)
 def image_box(n: int, p: int, q: int, pixels: int) -> tuple[int, int, int]:
     """A box of ``pixels`` (a power of two) [images, rows, columns], powers of two, that covers [N, P, Q] best.
 

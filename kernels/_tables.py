@@ -115,6 +115,13 @@ _LARGEST_VALUE = 4096
 _ANY_COUNT = ("num_stages", "stages", "slice_stages", "rows")
 
 
+#: What can be launched at all: warps and stages of a program, and 16 values of a step through a product.
+_RANGES = {
+    "num_warps": (1, 32), "num_stages": (1, 8), "stages": (1, 8), "slice_stages": (1, 8),
+    "block_k": (16, 4096), "block_c": (16, 4096),
+}  # fmt: skip
+
+
 def measured(op: str, problem: str, gpu: str, kind: type[Choice]) -> Choice | None:
     """The measured choice as a config of that dataclass; None if there is none, or none that a kernel can take."""
     found = lookup(op, problem, gpu)
@@ -126,7 +133,8 @@ def measured(op: str, problem: str, gpu: str, kind: type[Choice]) -> Choice | No
         if field.type == "bool":
             sound = isinstance(value, bool)
         else:
-            sound = type(value) is int and 1 <= value <= _LARGEST_VALUE
+            least, most = _RANGES.get(field.name, (1, _LARGEST_VALUE))
+            sound = type(value) is int and least <= value <= most
             sound = sound and (field.name in _ANY_COUNT or value & (value - 1) == 0)
         if not sound:
             return None

@@ -158,10 +158,12 @@ def _gather(
 ):
     BLOCKS_C: tl.constexpr = MID // BLOCK_C
     tile = tl.program_id(0)
+    pixels = N * P * Q
     if WIDE:
         tile = tile.to(tl.int64)
+        pixels = N.to(tl.int64) * P * Q
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = m < N * P * Q
+    inside = m < pixels
     n = m // (P * Q)
     p = (m // Q) % P
     q = m % Q
@@ -177,9 +179,9 @@ def _gather(
         at_w = column + tap % 3
         valid = inside & (at_h >= 0) & (at_h < H) & (at_w >= 0) & (at_w < W)
         offset = base + (tap // 3 * W + tap % 3) * MID
-        pixels = tl.load(a + offset[:, None] + c[None, :], mask=valid[:, None], other=0.0)
+        seen = tl.load(a + offset[:, None] + c[None, :], mask=valid[:, None], other=0.0)
         taps = tl.load(weight2 + (middle * (9 * MID))[None, :] + (tap * MID + c)[:, None])
-        accumulator = dot(pixels, taps, accumulator, PRECISION)
+        accumulator = dot(seen, taps, accumulator, PRECISION)
     b = accumulator * tl.load(scale2 + middle)[None, :] + tl.load(shift2 + middle)[None, :]
     b = rounded(relu(b), out.dtype.element_ty)
     source = ((n * SHORTCUT_H + p * SHORTCUT_STRIDE) * SHORTCUT_W + q * SHORTCUT_STRIDE) * C
@@ -213,6 +215,8 @@ def _gather(
         y = rounded(relu(y), out.dtype.element_ty)
         tl.store(out + position, y, mask=mask)
         if NEXT > 0:
+            # Channels that are none may hold infinity times 0 by now, and no weight of 0 makes NaN harmless.
+            y = tl.where(there[None, :], y, tl.zeros((BLOCK_M, BLOCK_N), dtype=y.dtype))
             reduce = tl.load(weight1 + (last * K)[None, :] + channel[:, None], mask=there[:, None], other=0.0)
             gathered = dot(y, reduce, gathered, PRECISION)
     if NEXT > 0:
@@ -301,5 +305,5 @@ def launch(
         out, weight1, scale1, shift1, out if following is None else following,
         n, h, w, p, q, k, c, short_h, short_w, problem.stride, short_stride,
     )  # fmt: skip
-    flags |= {"WIDE": wide(a, shortcut, out), "BLOCK_M": config.block_m}
+    flags |= {"WIDE": wide(a, shortcut, out, weight2, weight3, weight_shortcut, weight1), "BLOCK_M": config.block_m}
     return Launch(_gather, (cdiv(problem.pixels, config.block_m),), args, flags)

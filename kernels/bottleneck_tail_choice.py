@@ -190,6 +190,8 @@ def choose(problem: Problem, gpu: GPU) -> Config | None:
     config = _tables.measured(NAME, problem.key(), gpu.name, Config)
     if config is None or problem.mid % config.block_c or config.block_n < 16:
         return standard
+    if config.shared_memory(problem) > gpu.shared_memory:
+        return standard
     return config if not config.boxes or supports_boxes(problem, gpu, config.block_n) else standard
 
 

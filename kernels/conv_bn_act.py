@@ -84,7 +84,10 @@ def _gather(
     BLOCK_K: tl.constexpr,
 ):
     tiles_n = tl.cdiv(GROUP_K, BLOCK_N)
-    tiles_m = tl.cdiv(N * P * Q, BLOCK_M)
+    pixels = N * P * Q
+    if WIDE:
+        pixels = N.to(tl.int64) * P * Q
+    tiles_m = tl.cdiv(pixels, BLOCK_M)
     pid = tl.program_id(0)
     tile_n = pid % tiles_n
     tile_m = (pid // tiles_n) % tiles_m
@@ -93,7 +96,7 @@ def _gather(
         tile_m = tile_m.to(tl.int64)
         group = group.to(tl.int64)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside_m = m < N * P * Q
+    inside_m = m < pixels
     n = m // (P * Q)
     row = (m // Q) % P * STRIDE_H - PAD_H
     column = m % Q * STRIDE_W - PAD_W
@@ -446,7 +449,7 @@ def launch(
     flags |= {
         "PADDED": problem.padding != (0, 0),
         "FLAT": _flat(problem),
-        "WIDE": wide(x, out),
+        "WIDE": wide(x, out, weight),
         "BLOCK_M": config.block_m,
     }
     grid = (cdiv(problem.pixels, config.block_m) * cdiv(per_group[1], config.block_n) * problem.groups,)

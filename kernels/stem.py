@@ -100,7 +100,7 @@ def _stem(
     first_h = 2 * first_p - 3
     first_w = 2 * first_q - 3
     if WIDE:
-        first = n * X_N + first_h.to(tl.int64) * X_H + first_w * X_W
+        first = n * X_N + first_h.to(tl.int64) * X_H + first_w.to(tl.int64) * X_W
     else:
         first = n * X_N + first_h * X_H + first_w * X_W
     first_h = tl.where(inside_m, first_h, FAR)
@@ -122,9 +122,11 @@ def _stem(
                 mask = (h < H.to(tl.uint32))[:, None] & (w < W.to(tl.uint32))
                 if WIDE:
                     corner = x + (2 * j + r).to(tl.int64) * X_H + 2 * i * X_W
+                    beside = s.to(tl.int64) * X_W + c.to(tl.int64) * X_C
                 else:
                     corner = x + ((2 * j + r) * X_H + 2 * i * X_W)
-                a = tl.load(corner + (first[:, None] + (s * X_W + c * X_C)[None, :]), mask=mask, other=0)
+                    beside = s * X_W + c * X_C
+                a = tl.load(corner + (first[:, None] + beside[None, :]), mask=mask, other=0)
                 if UINT8:
                     multiply = tl.load(normalise + c)
                     add = tl.load(normalise + C + c)

@@ -79,6 +79,49 @@ def test_the_shape_used_longest_ago_is_forgotten() -> None:
     assert gpu.recorded == SHAPES_KEPT + 2
 
 
+def test_recorded_in_inference_mode_and_used_outside() -> None:
+    gpu = Replayed()
+    recorder = Recorder(lambda x: x + 1, gpu)
+    with torch.inference_mode():
+        for _ in range(3):
+            recorder(torch.zeros(2))
+    assert torch.equal(recorder(torch.ones(2)), torch.full((2,), 2.0)) and gpu.recorded == 1
+
+
+def test_another_choice_of_tf32_is_another_recording() -> None:
+    gpu = Replayed()
+    recorder = Recorder(lambda x: x + 1, gpu)
+    for allowed in (True, True, False, False, True):
+        with torch.backends.cudnn.flags(allow_tf32=allowed):
+            recorder(torch.zeros(2))
+    assert gpu.recorded == 2
+
+
+def test_other_constants_make_recordings_void() -> None:
+    gpu, constants = Replayed(), [torch.ones(2)]
+    recorder = Recorder(lambda x: x + constants[0], gpu, lambda: tuple(constants))
+    for _ in range(2):
+        recorder(torch.zeros(2))
+    constants[0] = torch.full((2,), 5.0)
+    for count in (1, 2):
+        assert torch.equal(recorder(torch.zeros(2)), constants[0]) and gpu.recorded == count
+
+
+def test_loading_constants_anywhere_in_the_module_makes_recordings_void() -> None:
+    fused = rf.optimize(small((1, 1, 1, 1)))
+    x, gpu = torch.randn(1, 3, 64, 64), Replayed()
+    fused._recorded(x)
+    assert fused._recorder is not None
+    fused._recorder._record = gpu
+    fused._recorded(x)
+    assert gpu.recorded == 1
+    state = {name: 2 * value if "fc" in name or "avgpool" in name else value for name, value in
+             fused.graph_module.state_dict().items()}  # fmt: skip
+    fused.graph_module.load_state_dict(state)
+    assert torch.equal(fused._recorded(x), fused(x)) and gpu.recorded == 1
+    assert torch.equal(fused._recorded(x), fused(x)) and gpu.recorded == 2
+
+
 def test_a_refused_recording_is_reported_and_the_run_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         raise RuntimeError("CUDA out of memory")

@@ -112,6 +112,18 @@ def test_nan_and_infinities_pass_as_in_torch(form: str, dtype: torch.dtype, proj
     assert y.isnan().any() and y.isinf().any()
 
 
+@pytest.mark.parametrize("k", [40, 48, 64])
+def test_infinity_in_the_middle_spreads_no_further_than_in_torch(form: str, k: int) -> None:
+    """b is infinite: where the last slice of channels is not full, 0 times it must reach nothing."""
+    arguments = problem(1, 16, (5, 6), k, following=16)
+    arguments["a"][0, 3, 2, 2] = float("inf")
+    arguments["weight3"] = -arguments["weight3"].abs()
+    arguments["weight2"] = arguments["weight2"].abs()
+    arguments["shift2"] = arguments["shift2"].abs()
+    y, following = check(arguments, torch.float16, form)
+    assert y.isfinite().all() and following.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16])
 def test_any_strides_and_addresses(form: str, dtype: torch.dtype) -> None:
     narrow, _ = in_dtype(problem(2, 16, (6, 8), 64, following=16), dtype)

@@ -131,6 +131,26 @@ def test_features_under_the_residual_after_the_activation(form: str, launched: C
     assert launched["add_act"] == 1 and launched["conv_bn_act"] == 1
 
 
+def test_lazily_negated_images(form: str) -> None:
+    net, _ = nets("basic blocks")
+    x = torch.randn(1, 3, 32, 32, dtype=torch.complex64)
+    lazy = torch.conj(x).imag
+    assert lazy.is_neg()
+    with kernels(form):
+        fused = rf.optimize(copy.deepcopy(net).to(DEVICE), backend="triton")
+        compare(fused, net, lazy, torch.float32)
+
+
+def test_an_optimized_network_compiles(form: str) -> None:
+    """A launch cannot be traced; the ops can."""
+    net, x = nets("basic blocks")
+    with kernels(form):
+        fused = rf.optimize(copy.deepcopy(net).to(DEVICE), backend="triton", cuda_graphs=False)
+        compiled = torch.compile(fused.graph_module, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            compare(compiled, net, x, torch.float32)
+
+
 def test_the_planner_and_the_kernel_agree(form: str) -> None:
     """What the plan calls feasible is what the op then launches."""
     assert (

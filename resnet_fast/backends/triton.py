@@ -30,9 +30,10 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _missing() -> str:
+def missing() -> str:
+    """Why there is no usable triton, or "" if there is."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install 'resnet_fast[triton]')"
+        return "triton is not installed: pip install triton (the extra 'triton' of resnet_fast)"
     version = importlib.metadata.version("triton")
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if numbers < _OLDEST:
@@ -51,7 +52,7 @@ def _no_gpu() -> str:
 
 def unavailable() -> str:
     """Why the Triton kernels cannot be used in this process, or "" if they can."""
-    return _missing() or ("" if interpreted() else _no_gpu())
+    return missing() or ("" if interpreted() else _no_gpu())
 
 
 def unsupported(dtype: torch.dtype, device: torch.device) -> str:

@@ -82,12 +82,12 @@ def roofline(
     arch: Annotated[
         str, typer.Option("--model", "--arch", "-a", metavar="NAME", help="One of the ten ResNets, as resnet50.")
     ] = "resnet50",
-    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Images in a batch.")] = 128,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, max=1_000_000, help="Images in a batch.")] = 128,
     precision: Annotated[
         Arithmetic, typer.Option("--dtype", help="How to multiply; tf32 and fp32 are both stored as float32.")
     ] = Arithmetic.fp16,
     image_size: Annotated[
-        int, typer.Option("--size", "--image-size", min=1, help="Height and width of the images.")
+        int, typer.Option("--size", "--image-size", min=1, max=65_536, help="Height and width of the images.")
     ] = 224,
     gpu: Annotated[
         str | None,
@@ -178,14 +178,15 @@ def _choose(
                     f"this machine's GPU, {device}, is not built in; describe it by --bandwidth and --tflops, "
                     f"or ask about another one by --gpu ({', '.join(gpu.name for gpu in gpus.GPUS)})"
                 )
-            return gpus.known(name or device or DEFAULT_GPU)
+            return gpus.known(name if name is not None else device or DEFAULT_GPU)
     for option, value in (("--bandwidth", bandwidth), ("--tflops", tflops)):
         if value is None:
             raise UserError(f"{option} is missing; a GPU by numbers needs --bandwidth and --tflops")
         if not (0 < value < math.inf):
             raise UserError(f"{option} is {value}; it must be a positive number")
     assert bandwidth is not None and tflops is not None
-    like = _like(capability, name is None and device is not None)
+    named = None if name is None else _is_known(name)
+    like = named if named and capability is None else _like(capability, name is None and device is not None)
     rates = dict.fromkeys(gpus.PRECISIONS, tflops * 1e12)
     called = name or (gpus.normalise(device) if device else "given")
     return dataclasses.replace(
@@ -236,6 +237,7 @@ def schedules(subject: Subject, gpu: GPU) -> tuple[Schedule, ...]:
     from resnet_fast import models
     from resnet_fast.graph import optimize
     from resnet_fast.roofline import rotated
+    from resnet_fast.roofline.measure import tf32
 
     dtype = subject.precision.dtype
     with torch.device("meta"):
@@ -245,7 +247,8 @@ def schedules(subject: Subject, gpu: GPU) -> tuple[Schedule, ...]:
     per_conv = _fused("per-conv", fused, image, subject.precision.value)
     found = [_eager(model, image), per_conv, rotated(per_conv, gpu, subject.precision.value)]
     if _is_known(gpu.name) == gpu:
-        planned = optimize(model, dtype=dtype, example_inputs=image, backend="reference", gpu=gpu.name)
+        with tf32(subject.precision is Arithmetic.tf32):  # a plan for float32 follows torch's setting
+            planned = optimize(model, dtype=dtype, example_inputs=image, backend="reference", gpu=gpu.name)
         found.append(_fused("planned", planned, image, subject.precision.value))
     return tuple(found)
 

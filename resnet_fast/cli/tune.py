@@ -53,7 +53,8 @@ def tune(
         bool, typer.Option("--checked-in", help="Write the table that comes with the package, not the user's.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the problems and how many candidates each has; needs no GPU.")
+        bool,
+        typer.Option("--dry-run", help="List the problems and how many candidates each has; needs triton, no GPU."),
     ] = False,
     gpu_name: Annotated[
         str | None,
@@ -84,6 +85,10 @@ def tune(
     path = folder / f"{gpu.name}.json"
     with as_user_errors(ValueError, OSError):
         table = _tables.read(path) if path.is_file() else {}
+    if not cases:
+        asked = f"{', '.join(names)} at batch {', '.join(map(str, batches or [128]))}"
+        ops = f"{', '.join(op.value for op in chosen)} launch" if chosen else "launch"
+        raise UserError(f"tune: {asked} has no {ops} that is worth one on {gpu.name}, or the tables have it already")
     waiting = sweep.pending(cases, gpu, table, again)
     if dry_run:
         return _list(waiting, gpu)
@@ -96,14 +101,14 @@ def tune(
 
 
 def _dry_gpu(name: str | None) -> GPU:
-    import importlib.util
-
+    from resnet_fast.backends import triton
     from resnet_fast.kernels import gpus
 
-    if importlib.util.find_spec("triton") is None:
-        raise UserError("tune: triton is not installed (pip install 'resnet_fast[triton]')")
     with as_user_errors(ValueError):
-        return gpus.known(name or DEFAULT_GPU)
+        found = gpus.known(DEFAULT_GPU if name is None else name)
+    if triton.missing():
+        raise UserError(f"tune: {triton.missing()}")
+    return found
 
 
 def _this_gpu() -> GPU:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from resnet_fast.backends import triton
+
 from . import ir, memory, plan
 
 #: Shapes kept; the one used longest ago makes room for a new one.
@@ -71,6 +73,15 @@ def recording() -> Record:
     return record
 
 
+def _dense(x: Tensor) -> bool:
+    """Whether the elements fill their memory, in whatever order of dimensions."""
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
+    return len(a) == len(b) and all(one is other for one, other in zip(a, b, strict=True))
+
+
 class RecordingFailed(RuntimeError):
     """The GPU or its driver refused to record a run; the message is its own."""
 
@@ -80,6 +91,7 @@ class _Recorded:
     image: Tensor
     result: Any
     replay: Callable[[], None]
+    constants: tuple[object, ...]
 
 
 class Recorder:
@@ -87,43 +99,68 @@ class Recorder:
 
     So nobody waits for a recording before the first answer, and kernels are compiled before anything is captured.
     Results are copies: the next call does not change them. One call at a time; the GPU's work is ordered by events, so
-    calls on several streams are right, one after the other.
+    calls on several streams are right, one after the other. ``constants``: what the run reads besides its input; other
+    objects than at the recording make all recordings void.
 
     Raises:
         RecordingFailed: a run could not be recorded. Nothing is lost, it can run as usual.
     """
 
-    def __init__(self, run: Callable[[Tensor], Any], record: Record | None = None) -> None:
+    def __init__(
+        self,
+        run: Callable[[Tensor], Any],
+        record: Record | None = None,
+        constants: Callable[[], tuple[object, ...]] = tuple,
+    ) -> None:
         self._run, self._record = run, recording() if record is None else record
+        self._constants = constants
         self._lock = threading.Lock()
         self._seen: OrderedDict[tuple[Any, ...], _Recorded | None] = OrderedDict()
         self._last: torch.cuda.Event | None = None
 
     def __call__(self, x: Tensor) -> Any:
-        key = (x.shape, x.stride(), x.dtype, x.device)
+        # float32 is multiplied as torch is set to at each run, which a recording cannot follow.
+        precision = triton.precision(torch.float32), triton.precision(torch.float32, "matmul")
+        key = (x.shape, x.stride(), x.dtype, x.device, *precision)
         with self._lock, torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            recorded = self._seen.get(key)
+            constants = self._constants()
+            if recorded is not None and not _same(recorded.constants, constants):
+                self._wait(x)
+                self._seen.clear()  # what the recordings read is gone
+                recorded = None
             if key not in self._seen:
                 result = self._run(x)
+                self._wait(x)
                 self._seen[key] = None
                 if len(self._seen) > SHAPES_KEPT:
                     self._seen.popitem(last=False)
                 return result
             self._seen.move_to_end(key)
             self._wait(x)
-            recorded = self._seen[key]
             if recorded is None:
-                image = torch.empty_like(x).copy_(x)
-                try:
-                    result, replay = self._record(lambda: self._run(image))
-                except RuntimeError as error:  # out of memory, for one: a recording keeps what it works in
-                    raise RecordingFailed(str(error)) from error
-                recorded = self._seen[key] = _Recorded(image, result, replay)
-            else:
-                recorded.image.copy_(x)
+                recorded = self._seen[key] = self._recorded(x, constants)
+            recorded.image.copy_(x)
             recorded.replay()
             result = pytree.tree_map_only(Tensor, torch.clone, recorded.result)
             self._done(x)
             return result
+
+    def _recorded(self, x: Tensor, constants: tuple[object, ...]) -> _Recorded:
+        # What is written at every call must be no inference tensor, whatever mode the first caller is in.
+        with torch.inference_mode(False), torch.no_grad():
+            image = (
+                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+                if _dense(x)
+                else (torch.empty(x.shape, dtype=x.dtype, device=x.device))
+            )
+            image.copy_(x)
+            try:
+                self._run(image)  # compiles what this image's own layout and address need, which capture may not do
+                result, replay = self._record(lambda: self._run(image))
+            except Exception as error:  # out of memory, for one: a recording keeps what it works in
+                raise RecordingFailed(str(error)) from error
+        return _Recorded(image, result, replay, constants)
 
     def _wait(self, x: Tensor) -> None:
         """The buffers of the recordings are free: what an earlier call put on another stream has ended."""

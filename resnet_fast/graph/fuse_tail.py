@@ -115,7 +115,7 @@ def _described(members: list[tuple[Block, Schedule, Schedule | None]], size: str
     if best.form != SEPARATE:
         return f"{who} ({size}): {best.form}, floor {best} instead of {other}"
     if other is None:
-        return f"{who} ({size}): {SEPARATE}, floor {best}; {TAIL} has no kernel for this size in {dtype}"
+        return f"{who} ({size}): {SEPARATE}, floor {best}; {TAIL} is not planned for this size in {dtype}"
     return f"{who} ({size}): {SEPARATE}, floor {best}; bound by arithmetic, {other.form} would be {other}"
 
 

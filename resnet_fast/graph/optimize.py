@@ -123,7 +123,8 @@ class OptimizedModule(nn.Module):
 
     def _recorded(self, x: Tensor) -> Any:
         if self._recorder is None:
-            self._recorder = cuda_graphs_.Recorder(self._run)
+            parts = [module for module in self.graph_module.modules() if isinstance(module, plan.Fused)]
+            self._recorder = cuda_graphs_.Recorder(self._run, constants=lambda: tuple(part.prepare() for part in parts))
         return self._recorder(x)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def _cast(value: Any, source: torch.dtype | None, target: torch.dtype) -> Any:
 
     def one(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and (source is None or leaf.dtype is source):
-            return leaf.to(target)
+            return leaf.to(target).resolve_neg()  # kernels read memory as it is
         return leaf
 
     return pytree.tree_map(one, value)
@@ -297,7 +298,7 @@ def optimize(
     if guards:
         notes.add(f"{guards} tensors are measured at each run for values near overflow; not counted in the bytes moved")
     recorded = _records(gm, cuda_graphs, device, notes)
-    report = _report(gm, type(model).__name__, layers, inputs, target, backend, notes)
+    report = _report(gm, type(model).__name__, layers, inputs, target, original, backend, notes)
     result = OptimizedModule(
         gm, report, target, original, None if image is None else ImageInput(str(image[0].target), image[1]), recorded
     )
@@ -508,6 +509,7 @@ def _report(
     layers: list[ir.Layer],
     inputs: tuple[Any, ...] | None,
     dtype: torch.dtype,
+    original: torch.dtype,
     backend: str,
     notes: ir.Notes,
 ) -> Report:
@@ -533,7 +535,15 @@ def _report(
     example = () if inputs is None else tuple(_described(value) for value in inputs)
     first = next((value for value in inputs or () if isinstance(value, Tensor) and value.dim() > 0), None)
     batch = None if first is None else first.shape[0]
-    return Report(model, str(dtype).removeprefix("torch."), example, ordered, tuple(notes.lines), batch)
+    return Report(
+        model,
+        str(dtype).removeprefix("torch."),
+        example,
+        ordered,
+        tuple(notes.lines),
+        batch,
+        str(original).removeprefix("torch."),
+    )
 
 
 def _metas(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -283,7 +283,9 @@ def add_act_reference(x: Tensor, y: Tensor, activation: str) -> Tensor:
 def add_act_triton(x: Tensor, y: Tensor, activation: str) -> Tensor:
     """``add_act`` by its Triton kernel where that can run, whatever backend was chosen for the process."""
     run = add_act.run_triton if runs_triton(add_act.NAME, x, asked="triton") else add_act.reference
-    return run(x, y, activation)
+    if torch.compiler.is_compiling():
+        return cast(Tensor, ir.ADD_ACT(x, y, activation))
+    return run(x.resolve_neg(), y.resolve_neg(), activation)
 
 
 #: ``add_act`` by the backend asked for.

@@ -34,7 +34,8 @@ class Row:
 class Report:
     """The layers in the model's order, the example inputs that the shapes and bytes belong to, and remarks.
 
-    ``batch`` is the number of images in the example inputs; None if that is unknown.
+    ``batch`` is the number of images in the example inputs; None if that is unknown. ``dtype_before`` is the original
+    model's, in which its bytes are counted.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Report:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = field(default=())
     batch: int | None = None
+    dtype_before: str = ""
 
     @property
     def fused(self) -> tuple[Row, ...]:
@@ -86,7 +88,7 @@ class Report:
         return {**data, "rows": list(data["rows"]), "example": list(self.example), "notes": list(self.notes), **totals}
 
     def __str__(self) -> str:
-        header = ("layer", "kind", "fused into", "runs on", "output", "before", "after")
+        header = ("layer", "kind", "fused into", "runs here on", "output", "before", "after")
         lines = [header, *(self._cells(row) for row in self.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         right = (False, False, False, False, False, True, True)
@@ -102,7 +104,9 @@ class Report:
         if before is not None and after is not None:
             ratio = f" ({before / after:.2f} times less)" if after else ""
             each = f", {_size(after // self.batch)} per image" if self.batch and self.batch > 1 else ""
-            text.append(f"bytes moved: {_size(before)} before, {_size(after)} after{ratio}{each}")
+            differ = self.dtype_before not in ("", self.dtype)
+            kinds = [f" ({kind})" if differ else "" for kind in (self.dtype_before, self.dtype)]
+            text.append(f"bytes moved: {_size(before)} before{kinds[0]}, {_size(after)} after{kinds[1]}{ratio}{each}")
         else:
             text.append("bytes moved: unknown")
         text += [f"note: {note}" for note in self.notes]

@@ -186,10 +186,12 @@ def kernel_problem(
     stride: Sequence[int],
     shortcut_stride: Sequence[int],
 ) -> Any:
-    """What the Triton kernel has to compute, None where strides differ between rows and columns."""
+    """What the Triton kernel has to compute; None where it cannot: uneven strides, or no channels somewhere."""
     from resnet_fast.kernels import bottleneck_tail as kernel
 
     if stride[0] != stride[1] or shortcut_stride[0] != shortcut_stride[1]:
+        return None
+    if 0 in (weight3.shape[0], residual.shape[1]) or (weight1 is not None and weight1.shape[0] == 0):
         return None
     n, mid, h, w = a.shape
     shortcut = None if weight_shortcut is None else (*residual.shape[1:], shortcut_stride[0])
@@ -429,8 +431,25 @@ def bottleneck_tail(
         [N, mid_next, P, Q]. Differentiable in every tensor.
 
     Raises:
-        ValueError: shapes, devices or options do not fit; TypeError: a dtype does not.
+        ValueError: shapes, devices or options do not fit.
+        TypeError: a dtype does not fit, or no tensor is where one must be.
+
+    Example::
+
+        a, x = torch.rand(1, 64, 56, 56), torch.rand(1, 256, 56, 56)
+        weight2, weight3 = torch.rand(64, 64, 3, 3), torch.rand(256, 64, 1, 1)
+        one, zero = torch.ones(256), torch.zeros(256)
+        y = rf.ops.bottleneck_tail(a, weight2, one[:64], zero[:64], weight3, one, zero, residual=x)
     """
+    needed = {
+        "a": a, "weight2": weight2, "scale2": scale2, "shift2": shift2, "weight3": weight3, "scale3": scale3,
+        "shift3": shift3, "residual": residual,
+    }  # fmt: skip
+    for name, tensor in needed.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{NAME}: {name} must be a tensor, got {type(tensor).__name__}")
+    if weight_shortcut is None and max(pair(shortcut_stride, "shortcut_stride")) > 1:
+        raise ValueError(f"{NAME}: shortcut_stride is {shortcut_stride!r}, which means nothing without weight_shortcut")
     arguments = (
         a, weight2, scale2, shift2, weight3, scale3, shift3, residual, weight_shortcut, scale_shortcut, shift_shortcut,
         weight1, scale1, shift1, pair(stride, "stride"), pair(shortcut_stride, "shortcut_stride"),

@@ -113,6 +113,11 @@ class ConvBNAct(_PreparedConv):
         """The op; with ``overwrite_residual`` the result may be written into ``residual``, with ``finite`` the caller
         vouches that neither NaN nor an overflow can reach the ReLU.
         """
+        if self.backend == "triton" and torch.compiler.is_compiling():  # which cannot look into a launch
+            return torch.ops.resnet_fast.conv_bn_act.default(
+                x, self.weight, self.scale, self.shift, residual, *self.geometry,
+                self.activation, self.residual_after_activation,
+            )  # fmt: skip
         if self.backend == "triton" and x.numel():
             return _conv_bn_act_run_triton(
                 x, self.weight, self.scale, self.shift, residual, *self.geometry,
@@ -155,6 +160,10 @@ class Stem(_PreparedConv):
             self.weight = _stem_kernel_weight(self.weight, self.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.backend == "triton" and torch.compiler.is_compiling():
+            return torch.ops.resnet_fast.stem.default(
+                x, self.weight, self.scale, self.shift, None, None, self.ceil_mode
+            )
         if self.backend == "triton" and x.numel():
             return _stem_run_triton(
                 x, self.weight, self.scale, self.shift, None, None, self.ceil_mode, packed=self.weight
@@ -180,6 +189,8 @@ class Head:
             self.backend = "onednn" if chosen and not onednn.unavailable() else "reference"
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.backend == "triton" and torch.compiler.is_compiling():
+            return torch.ops.resnet_fast.head.default(x, self.weight, self.bias)
         if self.backend == "triton" and x.numel():
             return _head_run_triton(x, self.weight, self.bias)
         return (_head_run if self.backend == "onednn" else _head_reference)(x, self.weight, self.bias)
@@ -229,7 +240,7 @@ class BottleneckTail:
 
     def __call__(self, a: Tensor, residual: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """y, or (y, following) where ``weight1`` was given."""
-        if self.backend == "triton" and a.numel():
+        if self.backend == "triton" and a.numel() and not torch.compiler.is_compiling():
 
             def constants(conv: ConvBNAct | None) -> tuple[Any, Any, Any]:
                 return (None, None, None) if conv is None else (conv.weight, conv.scale, conv.shift)
