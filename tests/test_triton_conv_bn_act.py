@@ -121,6 +121,15 @@ def test_geometry(form: str, dtype: torch.dtype, options: dict[str, Any], size: 
     check(problem(2, 32, *size, 64, kernel, groups=options.get("groups", 1)), dtype, form, **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"dilation": (2, 3), "padding": (2, 3)}, {"stride": (2, 3), "padding": (0, 2)}, {"groups": 5, "dilation": (3, 1)}],
+)
+def test_geometry_of_few_channels(form: str, options: dict[str, Any]) -> None:
+    """One step of the product runs over several taps."""
+    check(problem(2, 5, 11, 12, 10, 3, groups=options.get("groups", 1)), torch.float32, form, **options)
+
+
 @pytest.mark.parametrize("width", [4, 8, 16])
 def test_resnext_groups(form: str, width: int) -> None:
     """32 groups of 4 to 16 channels, as ResNeXt's stages have them."""
