@@ -251,7 +251,6 @@ def optimize(
     Raises:
         ValueError: the model or one of its batch norms is in training mode, or an argument has an impossible value.
         TypeError: the model cannot be traced (or is no module), or an argument has the wrong type.
-        NotImplementedError: cuda_graphs=True.
     """
     if isinstance(model, OptimizedModule):
         raise TypeError("optimize: this module is the result of optimize() already; give it the original model")
