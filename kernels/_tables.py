@@ -122,6 +122,13 @@ _RANGES = {
 }  # fmt: skip
 
 
+def milliseconds(op: str, problem: str, gpu: str) -> float | None:
+    """What the measured choice took, None if there is none or the table does not say."""
+    found = lookup(op, problem, gpu)
+    taken = None if found is None else found.get("ms")
+    return float(taken) if type(taken) in (int, float) and 0 < taken < float("inf") else None
+
+
 def measured(op: str, problem: str, gpu: str, kind: type[Choice]) -> Choice | None:
     """The measured choice as a config of that dataclass; None if there is none, or none that a kernel can take."""
     found = lookup(op, problem, gpu)
@@ -132,6 +139,8 @@ def measured(op: str, problem: str, gpu: str, kind: type[Choice]) -> Choice | No
         value = values[field.name]
         if field.type == "bool":
             sound = isinstance(value, bool)
+        elif field.type == "str":
+            sound = isinstance(value, str) and value != ""
         else:
             least, most = _RANGES.get(field.name, (1, _LARGEST_VALUE))
             sound = type(value) is int and least <= value <= most

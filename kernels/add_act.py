@@ -21,6 +21,7 @@ from . import _tables
 from ._language import relu, rounded
 from ._launch import ITEMSIZE, WIDE_FROM, Launch, cdiv
 from .gpus import GPU
+from .problems import AddAct as Problem
 
 NAME = "add_act"
 
@@ -65,18 +66,6 @@ def _backward(grad, output, out, LENGTH, WIDE: tl.constexpr, BLOCK: tl.constexpr
         mask = at < LENGTH
         g = _open(tl.load(grad + at, mask=mask, other=0.0), tl.load(output + at, mask=mask, other=0.0))
         tl.store(out + at, rounded(g, out.dtype.element_ty), mask=mask)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a launch choice may depend on: how many elements, of which precision. Forward and backward are alike."""
-
-    length: int
-    precision: str
-
-    def key(self) -> str:
-        """The problem as tables name it; tf32 and fp32 differ in products only, and here is none."""
-        return f"{'fp32' if self.precision == 'tf32' else self.precision} {self.length}"
 
 
 @dataclass(frozen=True)

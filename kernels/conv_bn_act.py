@@ -42,6 +42,7 @@ from ._launch import (
     wide,
 )
 from .gpus import GPU
+from .problems import ConvBNAct as Problem
 
 NAME = "conv_bn_act"
 
@@ -214,46 +215,6 @@ def _boxes(
     if RESIDUAL == 2:
         y += residual.load([n, p, q, k]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
     out.store([n, p, q, k], rounded(y, out.dtype).reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a launch choice may depend on: x [n, c, h, w], weight [k, c / groups, r, s], precision, residual or not."""
-
-    n: int
-    h: int
-    w: int
-    c: int
-    k: int
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    precision: str
-    residual: bool
-
-    @property
-    def output(self) -> tuple[int, int]:
-        """P and Q."""
-        p, q = (
-            (size + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
-            for size, taps, stride, pad, dilation in zip(
-                (self.h, self.w), self.kernel, self.stride, self.padding, self.dilation, strict=True
-            )
-        )
-        return p, q
-
-    @property
-    def pixels(self) -> int:
-        """N * P * Q, the rows of the product."""
-        return self.n * self.output[0] * self.output[1]
-
-    def key(self) -> str:
-        """The problem as tables name it."""
-        pairs = (f"{name}{a}x{b}" for name, (a, b) in (("s", self.stride), ("p", self.padding), ("d", self.dilation)))
-        shape = f"n{self.n} {self.h}x{self.w} c{self.c} k{self.k} {self.kernel[0]}x{self.kernel[1]}"
-        return f"{self.precision} {shape} {' '.join(pairs)} g{self.groups}{' residual' if self.residual else ''}"
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from . import _tables
 from ._language import dot, rounded
 from ._launch import ITEMSIZE, Launch, cdiv, dot_precision, power_of_two, wide
 from .gpus import GPU
+from .problems import Head as Problem
 
 NAME = "head"
 
@@ -82,22 +83,6 @@ def _head(
         y += tl.load(bias + k, mask=inside_k, other=0.0).to(tl.float32)[:, None]
     mask = inside_k[:, None] & inside_m[None, :]
     tl.store(out + (m * K)[None, :] + k[:, None], rounded(y, out.dtype.element_ty), mask=mask)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a launch choice may depend on: x [n, c, h, w], weight [k, c], and how is multiplied."""
-
-    n: int
-    h: int
-    w: int
-    c: int
-    k: int
-    precision: str
-
-    def key(self) -> str:
-        """The problem as tables name it."""
-        return f"{self.precision} n{self.n} {self.h}x{self.w} c{self.c} k{self.k}"
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from . import _tables
 from ._language import _INTERPRETED, dot, relu, rounded
 from ._launch import ITEMSIZE, WIDE_FROM, Launch, cdiv, dot_precision, power_of_two, wide
 from .gpus import GPU
+from .problems import Stem as Problem
 
 NAME = "stem"
 
@@ -154,37 +155,6 @@ def _stem(
             y = relu(y + tl.load(shift + k, mask=inside_k, other=0.0)[None, :])
             tl.store(pooled[:, None] + (p * Q * K + k)[None, :], rounded(y, out.dtype.element_ty), mask=mask)
             best = row
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a launch choice may depend on: x [n, c, h, w] or uint8 [n, h, w, c], k channels out, the pool's form."""
-
-    n: int
-    h: int
-    w: int
-    c: int
-    k: int
-    uint8: bool
-    ceil_mode: bool
-    precision: str
-
-    @property
-    def convolved(self) -> tuple[int, int]:
-        """The convolution's output size, never stored."""
-        return (self.h - 1) // 2 + 1, (self.w - 1) // 2 + 1
-
-    @property
-    def output(self) -> tuple[int, int]:
-        """P and Q: padded by 1, or Caffe's unpadded windows with the size rounded up."""
-        p, q = ((size - 2) // 2 + 1 if self.ceil_mode else (size - 1) // 2 + 1 for size in self.convolved)
-        return p, q
-
-    def key(self) -> str:
-        """The problem as tables name it."""
-        pixels = "uint8 " if self.uint8 else ""
-        pool = " ceil" if self.ceil_mode else ""
-        return f"{self.precision} {pixels}n{self.n} {self.h}x{self.w} c{self.c} k{self.k}{pool}"
 
 
 @dataclass(frozen=True)

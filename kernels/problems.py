@@ -1,0 +1,108 @@
+"""What each op's kernels are asked to compute, as plain data: the part of a launch choice that the caller knows.
+
+Triton's and CUDA's kernels are chosen for the same problems and tables name them by the same keys. It imports no
+triton, and no choice is made here; bottleneck_tail's problem is in bottleneck_tail_choice.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ConvBNAct:
+    """What a launch choice may depend on: x [n, c, h, w], weight [k, c / groups, r, s], precision, residual or not."""
+
+    n: int
+    h: int
+    w: int
+    c: int
+    k: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    precision: str
+    residual: bool
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """P and Q."""
+        p, q = (
+            (size + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
+            for size, taps, stride, pad, dilation in zip(
+                (self.h, self.w), self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+        return p, q
+
+    @property
+    def pixels(self) -> int:
+        """N * P * Q, the rows of the product."""
+        return self.n * self.output[0] * self.output[1]
+
+    def key(self) -> str:
+        """The problem as tables name it."""
+        pairs = (f"{name}{a}x{b}" for name, (a, b) in (("s", self.stride), ("p", self.padding), ("d", self.dilation)))
+        shape = f"n{self.n} {self.h}x{self.w} c{self.c} k{self.k} {self.kernel[0]}x{self.kernel[1]}"
+        return f"{self.precision} {shape} {' '.join(pairs)} g{self.groups}{' residual' if self.residual else ''}"
+
+
+@dataclass(frozen=True)
+class Stem:
+    """What a launch choice may depend on: x [n, c, h, w] or uint8 [n, h, w, c], k channels out, the pool's form."""
+
+    n: int
+    h: int
+    w: int
+    c: int
+    k: int
+    uint8: bool
+    ceil_mode: bool
+    precision: str
+
+    @property
+    def convolved(self) -> tuple[int, int]:
+        """The convolution's output size, never stored."""
+        return (self.h - 1) // 2 + 1, (self.w - 1) // 2 + 1
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """P and Q: padded by 1, or Caffe's unpadded windows with the size rounded up."""
+        p, q = ((size - 2) // 2 + 1 if self.ceil_mode else (size - 1) // 2 + 1 for size in self.convolved)
+        return p, q
+
+    def key(self) -> str:
+        """The problem as tables name it."""
+        pixels = "uint8 " if self.uint8 else ""
+        pool = " ceil" if self.ceil_mode else ""
+        return f"{self.precision} {pixels}n{self.n} {self.h}x{self.w} c{self.c} k{self.k}{pool}"
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a launch choice may depend on: x [n, c, h, w], weight [k, c], and how is multiplied."""
+
+    n: int
+    h: int
+    w: int
+    c: int
+    k: int
+    precision: str
+
+    def key(self) -> str:
+        """The problem as tables name it."""
+        return f"{self.precision} n{self.n} {self.h}x{self.w} c{self.c} k{self.k}"
+
+
+@dataclass(frozen=True)
+class AddAct:
+    """What a launch choice may depend on: how many elements, of which precision. Forward and backward are alike."""
+
+    length: int
+    precision: str
+
+    def key(self) -> str:
+        """The problem as tables name it; tf32 and fp32 differ in products only, and here is none."""
+        return f"{'fp32' if self.precision == 'tf32' else self.precision} {self.length}"
