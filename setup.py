@@ -1,15 +1,22 @@
-"""The part of the build that pyproject.toml cannot say: where the packages lie, and what goes into the source archive.
+"""What pyproject.toml cannot say: where the packages lie, what goes into the source archive, the native module.
 
-It imports no torch and needs no compiler. kernels/ at the top level installs as the package resnet_fast.kernels.
+It imports no torch and needs no compiler: CMake builds csrc/, where csrc/native_build.py finds that possible. kernels/
+at the top level installs as the package resnet_fast.kernels.
 """
 
-import os
+import sys
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc"))
+import native_build  # noqa: E402 - it lies in csrc/, which is no package
 
 # Everything that a source archive has beyond the packages, so that it can be tested and built like a checkout.
 SOURCE_ARCHIVE = (
@@ -38,19 +45,45 @@ class SourceArchive(sdist):
         super().make_distribution()
 
 
-def check_build_choice() -> None:
-    """Obey RESNET_FAST_BUILD, or say plainly why that is impossible."""
-    choice = os.environ.get("RESNET_FAST_BUILD", "auto")
-    if choice not in ("auto", "off", "require"):
-        raise SystemExit(f"RESNET_FAST_BUILD is {choice!r}; it must be one of 'auto', 'off' or 'require'")
-    if choice == "require":
-        raise SystemExit(
-            "RESNET_FAST_BUILD=require: setup.py of this version has no native extension to build yet; "
-            "set it to 'auto' or 'off' (or unset it) for the pure-Python package, which is complete without one"
-        )
+class Build(build):
+    """Runs build_ext whether or not there is anything to compile: it also records why there is not."""
+
+    sub_commands: ClassVar = [(name, None if name == "build_ext" else need) for name, need in build.sub_commands]
 
 
-check_build_choice()
+class BuildNative(build_ext):
+    """Builds the module as PLAN says, writes the record of that, and deletes what an earlier build left."""
+
+    def run(self) -> None:
+        source = Path(self.get_finalized_command("build_py").get_package_dir("resnet_fast"))
+        out = source if self.inplace else Path(self.build_lib, "resnet_fast")
+        native_build.remove_module(out)
+        try:
+            if PLAN.reason:
+                raise native_build.BuildError(PLAN.reason)
+            native_build.build(out, PLAN.archs, sm90=PLAN.sm90, strict=PLAN.strict)
+        except native_build.BuildError as error:
+            if PLAN.strict:
+                raise SystemExit(f"RESNET_FAST_BUILD=require: {error}") from None
+            print(f"resnet_fast: the pure Python package, without _C: {error}", flush=True)
+            native_build.Record(False, str(error)).write(out)
+            self.extensions = self.distribution.ext_modules = []
+
+
+class Wheel(bdist_wheel):
+    """Builds before it asks whether the wheel is pure, since a module that could not be built makes it so."""
+
+    def run(self) -> None:
+        if not self.skip_build:
+            self.run_command("build")
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+
+try:
+    PLAN = native_build.plan()
+except native_build.BuildError as error:
+    raise SystemExit(str(error)) from None
 setup(
     package_dir={"resnet_fast": "resnet_fast", "resnet_fast.kernels": "kernels"},
     packages=[
@@ -58,5 +91,7 @@ setup(
         "resnet_fast.kernels",
         *(f"resnet_fast.kernels.{name}" for name in find_packages(str(ROOT / "kernels"))),
     ],
-    cmdclass={"sdist": SourceArchive},
+    # The sources are CMakeLists.txt's affair. That there is a module makes the wheel one for this platform.
+    ext_modules=[] if PLAN.reason else [Extension("resnet_fast._C", sources=[])],
+    cmdclass={"sdist": SourceArchive, "build": Build, "build_ext": BuildNative, "bdist_wheel": Wheel},
 )

@@ -39,7 +39,7 @@ def run(
     *args: str | Path, cwd: Path, isolated: bool = False, **environment: str | None
 ) -> subprocess.CompletedProcess[str]:
     """Run this Python with args. An environment value of None unsets the variable."""
-    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RESNET_FAST_BUILD")}
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" and "RESNET_FAST_" not in key}
     env.update({key: value for key, value in environment.items() if value is not None})
     flags = ["-S"] if isolated else []
     return subprocess.run([sys.executable, *flags, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
@@ -61,19 +61,10 @@ def test_setup_needs_no_torch(tmp_path: Path) -> None:
     assert succeed("setup.py", "--version", cwd=ROOT, PYTHONPATH=str(tmp_path)).strip()
 
 
-@pytest.mark.parametrize("choice", [None, "auto", "off"])
-def test_pure_build(choice: str | None) -> None:
-    assert succeed("setup.py", "--version", cwd=ROOT, RESNET_FAST_BUILD=choice).strip()
-
-
-@pytest.mark.parametrize(
-    ("choice", "said"),
-    [("require", ["no native extension", "'auto' or 'off'"]), ("yes", ["'yes'", "'auto'", "'off'", "'require'"])],
-)
-def test_impossible_build_fails_and_says_why(choice: str, said: list[str]) -> None:
-    result = run("setup.py", "--version", cwd=ROOT, RESNET_FAST_BUILD=choice)
+def test_a_meaningless_choice_fails_and_says_why() -> None:
+    result = run("setup.py", "--version", cwd=ROOT, RESNET_FAST_BUILD="yes")
     assert result.returncode != 0
-    assert all(words in result.stderr for words in said), result.stderr
+    assert all(words in result.stderr for words in ["'yes'", "'auto'", "'off'", "'require'"]), result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -106,39 +97,62 @@ print(json.dumps([seconds, sorted({name.split(".")[0] for name in set(sys.module
 
 
 @pytest.fixture(scope="module")
-def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], Path]:
-    """The names in the source archive, and the wheel that is built from that archive."""
-    work = tmp_path_factory.mktemp("archives")
-    source = work / "source"
-    source.mkdir()
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of this checkout, in which an earlier native build has left its traces."""
+    source = tmp_path_factory.mktemp("checkout")
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy2(path, source)
     for folder in ("benchmarks", "csrc", "docs", "examples", "kernels", "resnet_fast", "tests"):
         if (ROOT / folder).is_dir():
-            shutil.copytree(ROOT / folder, source / folder)
+            shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("_C.*.so", "__pycache__"))
+    (source / "resnet_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_text("of an earlier build")
+    (source / "resnet_fast" / "_build_record.json").write_text('{"built": true, "reason": "an earlier build"}')
+    return source
 
-    succeed("setup.py", "-q", "sdist", "--dist-dir", work / "sdist", cwd=source)
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory, checkout: Path) -> tuple[set[str], Path]:
+    """The names in the source archive, and the wheel that is built from that archive."""
+    work = tmp_path_factory.mktemp("archives")
+    succeed("setup.py", "-q", "sdist", "--dist-dir", work / "sdist", cwd=checkout)
     (archive,) = (work / "sdist").iterdir()
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
         tar.extractall(work / "unpacked")
     (unpacked,) = (work / "unpacked").iterdir()
 
-    command = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", work / "wheel")
-    succeed(*command, unpacked, cwd=work)
-    (wheel,) = (work / "wheel").iterdir()
-    return names, wheel
+    return names, wheel_of(unpacked, work / "wheel", RESNET_FAST_BUILD="off")
+
+
+def pip_wheel(source: Path, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Let pip build a wheel with what is installed here."""
+    command = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", out)
+    return run(*command, source, cwd=out.parent, **environment)
+
+
+def wheel_of(source: Path, out: Path, **environment: str) -> Path:
+    result = pip_wheel(source, out, **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = out.iterdir()
+    return wheel
+
+
+def record_in(wheel: Path) -> dict[str, object]:
+    """What the package in a wheel says of its native build."""
+    with zipfile.ZipFile(wheel) as archive:
+        return json.loads(archive.read("resnet_fast/_build_record.json"))
 
 
 def test_source_archive_is_complete(archives: tuple[set[str], Path]) -> None:
     names, _ = archives
     for name in (
         *("LICENSE", "README.md", "CHANGELOG.md", "Makefile", "constraints.txt", "hubconf.py", "CMakeLists.txt"),
-        *("csrc/binding.cpp", "kernels/__init__.py", "resnet_fast/__init__.py", "tests/test_packaging.py"),
+        *("csrc/binding.cpp", "csrc/native_build.py", "csrc/build_backend.py", "csrc/kernels/conv_bn_act_sm90.cuh"),
+        *("kernels/__init__.py", "resnet_fast/__init__.py", "resnet_fast/_C.pyi", "tests/test_packaging.py"),
     ):
         assert name in names, name
-    assert not [name for name in names if name.endswith((".pyc", ".so"))]
+    assert not [name for name in names if name.endswith((".pyc", ".so", "_build_record.json"))]
 
 
 def test_wheel_is_pure_and_holds_the_package_only(archives: tuple[set[str], Path]) -> None:
@@ -151,8 +165,50 @@ def test_wheel_is_pure_and_holds_the_package_only(archives: tuple[set[str], Path
     top = {name.partition("/")[0] for name in names}
     assert top == {"resnet_fast", entry_points.partition("/")[0]}
     assert {"resnet_fast/__init__.py", "resnet_fast/kernels/__init__.py", "resnet_fast/py.typed"} <= set(names)
+    assert not [name for name in names if name.endswith(".so")]
     data = (*(ROOT / "resnet_fast").rglob("*.json"),)
     assert {str(path.relative_to(ROOT)) for path in data} <= set(names)
+    record = record_in(wheel)
+    assert (record["built"], record["reason"]) == (False, "RESNET_FAST_BUILD=off")
+
+
+@pytest.fixture
+def broken_nvcc(tmp_path: Path) -> str:
+    """A CUDA compiler that says what is wrong with it."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'nvcc fatal   : this compiler is broken on purpose' >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    return str(nvcc)
+
+
+def test_auto_without_nvcc_is_pure(checkout: Path, tmp_path: Path) -> None:
+    wheel = wheel_of(checkout, tmp_path / "wheel", RESNET_FAST_ARCHS="80", CUDACXX="/no/such/nvcc")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "nvcc was not found" in str(record_in(wheel)["reason"])
+
+
+def test_auto_with_a_broken_compiler_is_pure_and_says_why(checkout: Path, tmp_path: Path, broken_nvcc: str) -> None:
+    wheel = wheel_of(checkout, tmp_path / "wheel", RESNET_FAST_ARCHS="80", CUDACXX=broken_nvcc)
+    assert wheel.name.endswith("-py3-none-any.whl")
+    record = record_in(wheel)
+    assert record["built"] is False
+    assert "nvcc fatal   : this compiler is broken on purpose" in str(record["reason"])
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_require_without_a_working_compiler_fails(
+    checkout: Path, tmp_path: Path, broken_nvcc: str, found: bool
+) -> None:
+    variables = {"RESNET_FAST_BUILD": "require", "RESNET_FAST_ARCHS": "80"}
+    nvcc = broken_nvcc if found else "/no/such/nvcc"
+    result = pip_wheel(checkout, tmp_path / "wheel", CUDACXX=nvcc, **variables)
+    assert result.returncode != 0
+    said = "nvcc fatal   : this compiler is broken on purpose" if found else "nvcc was not found"
+    assert f"RESNET_FAST_BUILD=require: {'nvcc ended' if found else 'no CUDA'}" in result.stdout + result.stderr
+    assert said in result.stdout + result.stderr
+    assert not (tmp_path / "wheel").exists() or not list((tmp_path / "wheel").iterdir())
 
 
 def test_hub_works_on_a_checkout_that_is_not_installed(tmp_path: Path) -> None:

@@ -1,0 +1,340 @@
+"""Runs CMake on this checkout: what to build here and whether it can be, the build itself, and a record of it.
+
+Standard library only, and no torch: setup.py, the build backend, ``make native`` and ``make gpu`` share it. How a file
+is compiled is not said here but in CMakeLists.txt.
+
+    python csrc/native_build.py --out FOLDER [--archs "80;90a"] [--jobs N] [--cutlass FOLDER] [--sm90 all|ci|none]
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = "_build_record.json"
+ARCHS = ("80", "86", "89", "90a", "100a", "120a")
+CHOICES = ("auto", "off", "require")
+SUBSETS = ("all", "ci", "none")
+
+
+class BuildError(Exception):
+    """Why there is no module, in words: the compiler's own where it ran."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was built, kept beside the package as _build_record.json; see ``resnet_fast.info()``.
+
+    Attributes:
+        built: whether there is a module. reason: why not, "" if there is one.
+        archs: with machine code in the module. ptx: the one with PTX, which newer GPUs compile.
+        cuda: the compiler's version. sm90: which of the kernels made with CUTLASS are in: all, ci, none.
+        seconds: that the build took.
+    """
+
+    built: bool
+    reason: str = ""
+    archs: tuple[str, ...] = ()
+    ptx: str = ""
+    cuda: str = ""
+    sm90: str = "none"
+    seconds: float = 0.0
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECORD).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What pip is to do about the module. ``reason``: why nothing is tried; "" if a build is. ``archs``: for
+    CMakeLists.txt, where "" means all that the compiler knows. ``strict``: a failure fails the installation."""
+
+    reason: str
+    archs: str = ""
+    sm90: str | None = None
+    strict: bool = False
+
+
+# --- what there is
+
+
+def find_tool(name: str) -> str | None:
+    """The program of this name, first beside this Python (pip does not put an environment's own programs on PATH)."""
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+
+
+def find_nvcc() -> str | None:
+    """CUDA's compiler: ``CUDACXX``, on PATH, in ``CUDA_HOME`` or ``CUDA_PATH``, or where it is usually installed."""
+    given = os.environ.get("CUDACXX")
+    if given:
+        return shutil.which(given)
+    folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [shutil.which("nvcc")] + [shutil.which(os.path.join(each, "bin", "nvcc")) for each in folders if each]
+    return next(filter(None, candidates), None)
+
+
+def gpu_capabilities() -> list[str] | None:
+    """Those of this machine's GPUs, as "9.0", by nvidia-smi; [] if they cannot be told, None without a GPU."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        found = re.findall(r"^\s*(\d+\.\d+)\s*$", output, re.MULTILINE)
+        if found:
+            return sorted(set(found))
+    except (OSError, subprocess.SubprocessError):
+        pass  # no nvidia-smi, or no driver for it: perhaps only the program is missing
+    try:
+        return [] if os.listdir("/proc/driver/nvidia/gpus") else None
+    except OSError:
+        return None
+
+
+def arch_of(capability: str) -> str | None:
+    """The architecture of ``ARCHS`` for a GPU of this capability; None if it is too old.
+
+    Machine code runs on the same major version with the same or a higher minor one, code for an "a" architecture on
+    exactly that one. What is left compiles the PTX for 80 when it is first used.
+    """
+    major, minor = map(int, capability.split("."))
+    if major < 8:
+        return None
+    exact = [arch for arch in ARCHS if arch.rstrip("a") == f"{major}{minor}"]
+    older = [arch for arch in ARCHS if not arch.endswith("a") and int(arch) // 10 == major and int(arch) % 10 < minor]
+    return (exact or older[-1:] or ["80"])[0]
+
+
+def find_cutlass(given: str | None = None) -> str | None:
+    """The folder of CUTLASS's include/ and tools/util/include/: given, in ``RESNET_FAST_CUTLASS``, or the package's."""
+    given = given or os.environ.get("RESNET_FAST_CUTLASS")
+    if given:
+        return str(Path(given).absolute())
+    package = importlib.util.find_spec("cutlass_library")
+    source = Path(package.origin).parent / "source" if package and package.origin else None
+    return str(source) if source and (source / "include" / "cutlass").is_dir() else None
+
+
+# --- what pip is to do
+
+
+def plan() -> Plan:
+    """What ``RESNET_FAST_BUILD``, ``RESNET_FAST_ARCHS``, ``RESNET_FAST_SM90`` and this machine come to.
+
+    Raises:
+        BuildError: a variable has a value that means nothing.
+    """
+    choice = os.environ.get("RESNET_FAST_BUILD") or "auto"
+    if choice not in CHOICES:
+        raise BuildError(f"RESNET_FAST_BUILD is {choice!r}; it must be one of 'auto', 'off' or 'require'")
+    sm90 = os.environ.get("RESNET_FAST_SM90") or None
+    if sm90 not in (None, *SUBSETS):
+        raise BuildError(f"RESNET_FAST_SM90 is {sm90!r}; it must be one of 'all', 'ci' or 'none'")
+    archs = parse_archs(os.environ.get("RESNET_FAST_ARCHS", ""), "RESNET_FAST_ARCHS")
+    strict = choice == "require"
+    if choice == "off":
+        return Plan("RESNET_FAST_BUILD=off")
+    if find_nvcc() is None:
+        given = os.environ.get("CUDACXX")
+        where = f"CUDACXX is {given!r}" if given else "not on PATH, in CUDA_HOME or in /usr/local/cuda"
+        return Plan(f"no CUDA compiler: nvcc was not found ({where})", strict=strict)
+    if archs:
+        return Plan("", archs, sm90, strict)
+    capabilities = gpu_capabilities()
+    if capabilities is None and not strict:
+        return Plan("nvcc was found, but no GPU to compile for; RESNET_FAST_ARCHS, such as '80;90a', names some")
+    try:
+        return Plan("", native_archs(capabilities), sm90, strict)
+    except BuildError as error:
+        return Plan(str(error), strict=strict)
+
+
+def native_archs(capabilities: Sequence[str] | None) -> str:
+    """The architectures of GPUs with these capabilities; "", all that the compiler knows, where there are none.
+
+    Raises:
+        BuildError: they are all too old.
+    """
+    found = {arch_of(each) for each in capabilities or ()}
+    if found == {None}:
+        raise BuildError(f"the GPU has capability {', '.join(capabilities or ())}; 8.0 or newer is needed")
+    return ";".join(sorted(filter(None, found), key=ARCHS.index))
+
+
+def parse_archs(text: str, name: str) -> str:
+    """``text`` as CMake's list, whichever of ; , and blanks separates its items.
+
+    Raises:
+        BuildError: an item is not in ``ARCHS``.
+    """
+    found = re.findall(r"[^\s;,]+", text)
+    for arch in found:
+        if arch not in ARCHS:
+            raise BuildError(f"{name} names {arch!r}; it may name {', '.join(ARCHS)}, as '80;90a'")
+    return ";".join(sorted(set(found), key=ARCHS.index))
+
+
+def requirements() -> list[str]:
+    """The packages that the build of :func:`plan` needs and this machine lacks, for pip."""
+    wanted = plan()
+    if wanted.reason:
+        return []
+    found = ["pybind11>=2.12"]
+    found += [] if shutil.which("ninja") else ["ninja"]
+    # An installed CMake may be too old. The package is small beside the time to find that out.
+    found += ["cmake>=3.26"]
+    for_hopper = not wanted.archs or "90a" in wanted.archs.split(";")
+    if for_hopper and wanted.sm90 != "none" and not os.environ.get("RESNET_FAST_CUTLASS"):
+        found += ["nvidia-cutlass==4.2.*"]
+    return found
+
+
+# --- the build
+
+
+def remove_module(folder: Path) -> None:
+    """Delete what an earlier build left: a module that is not this build's must not be taken for it."""
+    for path in [*folder.glob("_C.*.so"), *folder.glob("_C.so"), *folder.glob("_C*.pyd"), folder / RECORD]:
+        path.unlink(missing_ok=True)
+
+
+def build(
+    out: Path,
+    archs: str = "",
+    jobs: int | None = None,
+    cutlass: str | None = None,
+    sm90: str | None = None,
+    build_dir: Path | None = None,
+    strict: bool = False,
+) -> Record:
+    """Compile csrc/ and put the module and its record into ``out``, which holds neither if that fails.
+
+    Args:
+        archs: as "80;90a"; "" for all that the compiler knows. jobs: compilers at once, by default one for each core.
+        cutlass: the folder of CUTLASS's headers. sm90: which of the kernels made with it, "all", "ci" or "none"; None
+            means all if the headers are found, and ``strict`` that they must be.
+        build_dir: kept between builds; a temporary folder by default.
+
+    Raises:
+        BuildError: there is no module.
+    """
+    began = time.monotonic()
+    remove_module(out)
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise BuildError("no CUDA compiler: nvcc was not found")
+    cmake, ninja = find_tool("cmake"), find_tool("ninja")
+    for name, path in (("cmake", cmake), ("ninja", ninja)):
+        if path is None:
+            raise BuildError(f"{name} was not found; run `{sys.executable} -m pip install {name}`")
+    assert cmake and ninja
+    headers = find_cutlass(cutlass)
+    if sm90 is None:
+        sm90 = "all" if headers or strict else "none"
+        if sm90 == "none" and (not archs or "90a" in archs.split(";")):
+            _say("CUTLASS's headers were not found, so its kernels for sm_90a are left out (RESNET_FAST_CUTLASS)")
+    with tempfile.TemporaryDirectory(prefix="resnet_fast_build_") as temporary:
+        folder = (build_dir or Path(temporary)).absolute()
+        configure = [
+            *(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
+            *(f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"),
+            *(f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DRESNET_FAST_ARCHS={archs}", f"-DRESNET_FAST_SM90={sm90}"),
+            f"-DRESNET_FAST_CUTLASS={headers or ''}",
+        ]
+        # CMake would say no more of a compiler that does not work than that it does not.
+        probe = ("-std=c++20", "-I", str(ROOT / "csrc"), "-c", str(ROOT / "csrc" / "build_info.cu"))
+        _run([nvcc, *probe, "-o", str(Path(temporary) / "build_info.o")])
+        _run(configure)
+        # Before the build, so that a failed one leaves nothing of an earlier one in a folder that is kept.
+        remove_module(folder)
+        _run([cmake, "--build", str(folder), "--parallel", str(jobs or default_jobs())])
+        (module,) = folder.glob("_C.*.so")
+        _run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r}); import _C; _C.build_info()"])
+        choices = json.loads((folder / "choices.json").read_text(encoding="utf-8"))
+        size = module.stat().st_size / 2**20
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(module, out)
+    seconds = round(time.monotonic() - began, 1)
+    record = Record(
+        True, "", tuple(choices["archs"].split(",")), choices["ptx"], choices["cuda"], choices["sm90"], seconds
+    )
+    record.write(out)
+    _say(f"built _C, {size:.1f} MB, with CUDA {record.cuda} for {', '.join(record.archs)} in {seconds:.0f} s")
+    return record
+
+
+def default_jobs() -> int:
+    """One compiler for each core that this process may use; CMakeLists.txt further bounds them by the memory."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _say(text: str) -> None:
+    print(f"resnet_fast: {text}", flush=True)
+
+
+def _run(command: Sequence[str]) -> None:
+    """Run and show a command; its failure is told in its own words."""
+    print("$", " ".join(command), flush=True)
+    lines: collections.deque[str] = collections.deque(maxlen=4000)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.rstrip())
+    if process.returncode:
+        raise BuildError(f"{Path(command[0]).name} ended with status {process.returncode}: {_heart(lines)}")
+
+
+def _heart(lines: Sequence[str], most: int = 3500) -> str:
+    """What a failed command's output says of the cause: from its first error on, or its end."""
+    lines = list(lines)
+    # A compiler's "error:" before what other programs say about having failed.
+    for pattern in (r"\b(fatal|error)\s*:", r"\b(error|fatal)\b"):
+        first = next((at for at, line in enumerate(lines) if re.search(pattern, line, re.IGNORECASE)), None)
+        if first is not None:
+            break
+    text = "\n".join(lines[-30:] if first is None else lines[first : first + 30]).strip()
+    return text if len(text) <= most else text[:most] + " ..."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python csrc/native_build.py", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="gets the module and its record")
+    parser.add_argument("--archs", default=None, help="as '80;90a'; by default those of this machine's GPUs")
+    parser.add_argument("--jobs", type=int, default=None, help="compilers at once; by default one for each core")
+    parser.add_argument("--cutlass", default=None, help="the folder of CUTLASS's include/ and tools/util/include/")
+    parser.add_argument("--sm90", choices=SUBSETS, default=None, help="which of the kernels made with CUTLASS")
+    parser.add_argument(
+        "--build-dir", type=Path, default=None, help="kept for the next build; by default a temporary one"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        archs = native_archs(gpu_capabilities()) if given.archs is None else parse_archs(given.archs, "--archs")
+        build(given.out, archs, given.jobs, given.cutlass, given.sm90, given.build_dir)
+    except BuildError as error:
+        remove_module(given.out)
+        Record(False, str(error)).write(given.out)
+        print(f"resnet_fast: not built: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
