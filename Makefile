@@ -2,10 +2,12 @@
 #   PY=python3.12      the Python that .venv is made from
 #   ARGS="..."         further arguments for resnet-fast demo, pytest or resnet-fast bench
 #   PIP_FLAGS="..."    further arguments for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
+#   NATIVE_FLAGS="..." arguments for csrc/native_build.py, such as --archs "80;90a" --sm90 ci --jobs 4
 PY ?= python3
 VENV ?= .venv
 ARGS ?=
 PIP_FLAGS ?=
+NATIVE_FLAGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
@@ -61,14 +63,14 @@ wheel: $(VENV)/.dev ## build the source archive, and from it the wheel, into dis
 	@$(BIN)/python -m build -q
 	@ls dist
 
-native: $(VENV)/.dev ## build csrc/ into build/native with CMake and ninja
-	@echo "==> cmake"
-	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(NATIVE) -G Ninja -DPython_EXECUTABLE="$(abspath $(BIN))/python"
-	@PATH="$(abspath $(BIN)):$$PATH" cmake --build $(NATIVE)
-	@$(BIN)/python -c 'import sys; sys.path.insert(0, "$(NATIVE)"); import _C; print(_C.build_info())'
+native: $(VENV)/.native ## build the CUDA kernels into this checkout (NATIVE_FLAGS='--archs "80;90a"'), and check their machine code
+	@echo "==> csrc/native_build.py"
+	@$(BIN)/python csrc/native_build.py --out resnet_fast --build-dir $(NATIVE) $(NATIVE_FLAGS)
+	@echo "==> checking registers, shared memory, instructions"
+	@$(BIN)/python -m resnet_fast.tuning.native resnet_fast --check
 
 clean: ## delete what was built and cached; the environment stays (rm -r .venv for a new one)
-	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf resnet_fast/_C.*.so resnet_fast/_build_record.json build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # Each file $(VENV)/.<extra> says that the extra is installed as these files describe it, so a second call is quick.
@@ -94,6 +96,13 @@ $(VENV)/.dev: $(DESCRIBES_INSTALL) | $(VENV)/.made
 	@echo "==> installing resnet_fast and the developers' tools in $(VENV)"
 	@$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
+
+# Of CUTLASS's package only the headers are wanted, not what its Python part depends on.
+$(VENV)/.native: $(DESCRIBES_INSTALL) | $(VENV)/.made
+	@echo "==> installing resnet_fast and what the native build needs in $(VENV)"
+	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-deps nvidia-cutlass
+	@touch $@ $(VENV)/.dev $(VENV)/.demo
 
 $(VENV)/.bench: $(DESCRIBES_INSTALL) | $(VENV)/.made
 	@echo "==> installing resnet_fast and the peers it is compared with in $(VENV)"

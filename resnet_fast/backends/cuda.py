@@ -1,0 +1,493 @@
+"""CUDA C++: whether resnet_fast._C can run here, which of its kernels computes a problem, and its launches on tensors.
+
+The module is loaded when somebody asks, and what went wrong is kept. Arguments are checked by the ops, not here. Where
+kernels run is torch's choice: the tensors' device and its current stream.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from resnet_fast.kernels import _tables, cuda_choice
+
+from . import triton
+
+if TYPE_CHECKING:
+    from resnet_fast.kernels.gpus import GPU
+
+#: What the module's functions are called with where nothing is known to be less aligned.
+ALIGNED = 128
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_STEM_CHANNELS = 4
+
+#: The ops that have CUDA kernels and are chosen here.
+OPS = ("conv_bn_act", "stem", "head", "add_act")
+
+
+class Native:
+    """A loaded ``_C``: the module, what it was built for and its convolution kernels.
+
+    Attributes:
+        emulated: whether its launches run on the CPU, on CPU tensors: the tests' build.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.info: dict[str, Any] = dict(module.build_info())
+        self.emulated = bool(self.info.get("emulated"))
+        listed = module.conv_bn_act_kernels() if hasattr(module, "conv_bn_act_kernels") else []
+        self.kernels = tuple(cuda_choice.Kernel(**entry) for entry in listed)
+
+
+_substituted: Native | None = None
+
+
+@contextmanager
+def substitute(module: Any) -> Iterator[None]:
+    """Use this module in place of ``resnet_fast._C``: one whose launches run on the CPU, for tests.
+
+    While it is in force CPU tensors are accepted if the module is emulated, and CUDA tensors otherwise.
+    """
+    global _substituted
+    before, _substituted = _substituted, Native(module)
+    try:
+        yield
+    finally:
+        _substituted = before
+
+
+def record() -> dict[str, Any]:
+    """What the last build of this installation left behind, empty where there was none.
+
+    ``built``, ``reason`` (why not), ``archs``, ``ptx``, ``cuda`` (the compiler's version), ``sm90``, ``seconds``.
+    """
+    try:
+        found = json.loads(Path(__file__).parents[1].joinpath("_build_record.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@functools.cache
+def _loaded() -> tuple[Native | None, str]:
+    """The installed module, or why there is none."""
+    if importlib.util.find_spec("resnet_fast._C") is None:
+        return None, f"resnet_fast._C is not built: {_why_not_built()}"
+    try:
+        native = Native(importlib.import_module("resnet_fast._C"))
+    except Exception as error:  # whatever keeps a shared library from loading; kept, and shown by info()
+        return None, f"resnet_fast._C does not load: {type(error).__name__}: {error}"
+    if not native.info.get("cuda"):
+        return None, "resnet_fast._C was built without CUDA: no CUDA compiler was found"
+    return native, ""
+
+
+def _why_not_built() -> str:
+    found = record()
+    if not found:
+        return "this copy was not installed by setup.py (pip install -e ., or make native)"
+    if found.get("built"):
+        return "it was, but the file is gone (install again)"
+    return str(found.get("reason") or "the build gave no reason")
+
+
+def native() -> Native | None:
+    """The module in force; None where there is none that loads."""
+    return _substituted if _substituted is not None else _loaded()[0]
+
+
+def load_error() -> str:
+    """Why there is no module, "" if there is one. For its first line the build record says why it was not built."""
+    return "" if _substituted is not None else _loaded()[1]
+
+
+def emulated() -> bool:
+    """Whether launches run on the CPU, because a test put such a module in place."""
+    return _substituted is not None and _substituted.emulated
+
+
+@functools.cache
+def _no_gpu() -> str:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    return "" if torch.version.hip is None else "the kernels are written for NVIDIA GPUs"
+
+
+def unavailable() -> str:
+    """Why the CUDA kernels cannot be used in this process, or "" if they can."""
+    if _substituted is not None:
+        return "" if _substituted.emulated else _no_gpu()
+    reason = _loaded()[1]
+    return reason.partition("\n")[0] if reason else _no_gpu() or _no_code(torch.cuda.current_device())
+
+
+@functools.cache
+def _no_code(index: int) -> str:
+    """Why nothing that was built runs on this GPU, or ""."""
+    found = native()
+    assert found is not None
+    capability = torch.cuda.get_device_capability(index)
+    return "" if built_for(found.info["archs"], *capability) else _not_built_for(found.info["archs"], *capability)
+
+
+def _not_built_for(archs: list[str], major: int, minor: int) -> str:
+    return f"resnet_fast._C was built for {', '.join(archs)}, this GPU is {major}.{minor}"
+
+
+def built_for(archs: list[str], major: int, minor: int) -> bool:
+    """Whether code for these architectures ("80", "90a") runs on a GPU of this compute capability.
+
+    Machine code runs on later minors of its major; with an "a" on its own capability alone. The lowest one without an
+    "a" is in the module as PTX too, which the driver compiles for whatever is newer.
+    """
+    capability = 10 * major + minor
+    plain = [int(arch) for arch in archs if arch.isdigit()]
+    exact = [arch for arch in archs if arch.endswith("a") and arch[:-1] == str(capability)]
+    same_major = [arch for arch in plain if arch // 10 == major and arch <= capability]
+    lowest = min((int(arch.rstrip("af")) for arch in archs), default=capability + 1)
+    return bool(exact or same_major or (lowest in plain and lowest <= capability))
+
+
+def unsupported(dtype: torch.dtype, device: torch.device) -> str:
+    """Why tensors of this dtype on this device cannot be computed by the kernels, or ""."""
+    if dtype not in _DTYPES:
+        return f"the CUDA kernels compute float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    wanted = "cpu" if emulated() else "cuda"
+    if device.type != wanted:
+        return f"the CUDA kernels run on {wanted} tensors here, not on {device.type} tensors"
+    if wanted == "cuda" and _substituted is None:
+        return _no_code(torch.cuda.current_device() if device.index is None else device.index)
+    return ""
+
+
+# --- which kernel
+
+
+def kernel(op: str, problem: Any, gpu: GPU, alignment: int = ALIGNED) -> tuple[str, str]:
+    """The kernel for a problem and "", or "" and why no CUDA kernel computes it.
+
+    Measured choices come first, then the heuristic. An op with one kernel names it like itself.
+
+    Args:
+        alignment: bytes that every tensor's address is a multiple of, a power of two.
+    """
+    found = native()
+    assert found is not None, load_error()
+    return _kernel(found, op, problem, gpu, alignment)
+
+
+def faster(op: str, problem: Any, gpu: GPU, alignment: int = ALIGNED) -> str:
+    """The kernel where tables say that it takes less time than Triton's, else ""."""
+    found = native()
+    return "" if found is None else _faster(found, op, problem, gpu, alignment)
+
+
+def supporting(problem: Any, gpu: GPU, alignment: int = ALIGNED) -> tuple[list[cuda_choice.Kernel], str]:
+    """The convolution kernels that compute the problem, and where there are none why not."""
+    found = native()
+    assert found is not None, load_error()
+    return _supporting(found, problem, gpu, alignment)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel(found: Native, op: str, problem: Any, gpu: GPU, alignment: int) -> tuple[str, str]:
+    if op == "stem" and problem.c > _STEM_CHANNELS:
+        return "", f"the CUDA stem takes up to {_STEM_CHANNELS} channels, x has {problem.c}"
+    if op == "stem" and problem.precision == "fp32":
+        return "", "the CUDA stem multiplies float32 as tf32 only, which torch is set not to"
+    if op != "conv_bn_act":
+        return (op, "") if op in OPS else ("", f"{op} has no CUDA kernel")
+    kernels, reason = _supporting(found, problem, gpu, alignment)
+    if not kernels:
+        return "", reason
+    wanted = cuda_choice.measured(op, problem, gpu)
+    chosen = next((each for each in kernels if each.name == wanted), None)
+    chosen = chosen or cuda_choice.heuristic(problem, gpu, kernels)
+    assert chosen is not None
+    return chosen.name, ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _faster(found: Native, op: str, problem: Any, gpu: GPU, alignment: int) -> str:
+    if not cuda_choice.faster(op, problem, gpu):
+        return ""
+    name, _ = _kernel(found, op, problem, gpu, alignment)
+    # The time is that of the kernel in the table; another one, chosen because that one is not there, was not measured.
+    return name if name == cuda_choice.measured(op, problem, gpu) else ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _supporting(found: Native, problem: Any, gpu: GPU, alignment: int) -> tuple[list[cuda_choice.Kernel], str]:
+    suited = [each for each in found.kernels if cuda_choice.suits(each, problem, gpu)]
+    if not suited:
+        what = {"fp32": "float32 without tf32", "tf32": "float32 as tf32"}.get(problem.precision, problem.precision)
+        return [], f"no CUDA convolution for this GPU computes {what}"
+    address = ALIGNED + alignment  # a multiple of `alignment` and of nothing more; 2 * ALIGNED is one of all of it
+    pointers = (address, address, address, address, address if problem.residual else 0, address)
+    fields = (*pointers, *_sizes(problem), True, False, 0)
+    reasons = {each: found.module.conv_bn_act_unsupported(each.name, *fields) for each in suited}
+    kernels = [each for each, reason in reasons.items() if not reason]
+    said = list(dict.fromkeys(reasons.values()))
+    return kernels, "" if kernels else f"no CUDA convolution computes this problem: {'; '.join(said[:3])}"
+
+
+_tables.remembers(_kernel)
+_tables.remembers(_faster)
+
+
+def _sizes(problem: Any) -> tuple[Any, ...]:
+    """The sizes and the precision of a convolution in the order of the module's arguments."""
+    return (
+        problem.n, problem.h, problem.w, problem.c, problem.k, *problem.kernel, *problem.output, *problem.stride,
+        *problem.padding, *problem.dilation, problem.groups, problem.precision,
+    )  # fmt: skip
+
+
+def alignment(*tensors: Tensor | None) -> int:
+    """The largest power of two, at most ``ALIGNED``, that divides all of the addresses."""
+    bits = ALIGNED
+    for tensor in tensors:
+        if tensor is not None:
+            bits |= tensor.data_ptr()
+    return bits & -bits
+
+
+# --- launches: thin, on checked arguments
+
+
+def _module() -> Any:
+    found = native()
+    if found is None:
+        raise RuntimeError(load_error())
+    return found.module
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _workspace(size: int, to: int, device: torch.device) -> tuple[Tensor | None, int]:
+    """Memory of ``size`` bytes and an address in it that is a multiple of ``to``; (None, 0) for no bytes.
+
+    It may be freed as soon as the launch is on the stream: torch reuses memory in the order of that stream.
+    """
+    if size == 0:
+        return None, 0
+    memory = torch.empty(size + to, dtype=torch.uint8, device=device)
+    return memory, -(-memory.data_ptr() // to) * to
+
+
+def conv_bn_act(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    problem: Any,
+    *,
+    activation: str = "relu",
+    residual_after_activation: bool = False,
+) -> None:
+    """Fill ``out`` by the convolution kernel ``name``.
+
+    Args:
+        x: [N, C, H, W], residual and out: [N, K, P, Q], all dense channels_last and of one dtype.
+        weight: [K, C / groups, R, S], dense channels_last, of that dtype.
+        scale, shift: [K] float32, dense.
+        problem: ``kernels.problems.ConvBNAct``.
+
+    Raises:
+        CudaError (a RuntimeError): the launch failed. ValueError: the kernel does not compute the problem.
+    """
+    module, device = _module(), x.device
+    pointers = [x.data_ptr(), weight.data_ptr(), scale.data_ptr(), shift.data_ptr(), _pointer(residual), out.data_ptr()]
+    fields = (*pointers, *_sizes(problem), activation == "relu", residual_after_activation)
+    with triton.on(device):
+        size = module.conv_bn_act_workspace(name, *fields, 0)
+        memory, address = _workspace(size, 256, device)
+        module.conv_bn_act(name, *fields, address, _stream(device))
+        del memory
+
+
+def stem(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    normalisation: Tensor | None,
+    out: Tensor,
+    problem: Any,
+) -> None:
+    """Fill ``out`` with convolution 7x7/2 + scale, shift + ReLU + max-pool 3x3/2.
+
+    Args:
+        x: [N, C, H, W] in out's dtype, or uint8 [N, H, W, C]; any strides.
+        weight: [K, 4, 4, 16] in out's dtype as ``ops.stem.cuda_weight`` packs it.
+        scale, shift: [K] float32, dense.
+        normalisation: for uint8 [2, C] float32, dense: a value is ``byte * normalisation[0] + normalisation[1]``.
+        out: [N, K, P, Q], dense channels_last.
+        problem: ``kernels.problems.Stem``.
+    """
+    module, device = _module(), x.device
+    stride_n, *others = x.stride()
+    strides = (others[2], others[0], others[1]) if problem.uint8 else others
+    with triton.on(device):
+        module.stem(
+            x.data_ptr(), stride_n, *strides, problem.uint8, _pointer(normalisation), weight.data_ptr(),
+            scale.data_ptr(), shift.data_ptr(), out.data_ptr(), problem.n, problem.c, problem.h, problem.w, problem.k,
+            *problem.convolved, *problem.output, problem.ceil_mode, problem.precision, _stream(device),
+        )  # fmt: skip
+
+
+def head(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, problem: Any, gpu: GPU) -> None:
+    """Fill ``out`` [N, K] with ``mean(x, (2, 3)) @ weight.T + bias``.
+
+    Args:
+        x: [N, C, H, W], dense channels_last. weight: [K, C] of x's dtype, dense. bias: [K] float32, dense, or None.
+        problem: ``kernels.problems.Head``.
+    """
+    module, device = _module(), x.device
+    sizes = (problem.n, problem.h * problem.w, problem.c, problem.k, problem.precision)
+    with triton.on(device):
+        memory, address = _workspace(module.head_workspace(*sizes, gpu.multiprocessors), 16, device)
+        module.head(
+            x.data_ptr(), weight.data_ptr(), _pointer(bias), out.data_ptr(), *sizes, address, gpu.multiprocessors,
+            _stream(device),
+        )  # fmt: skip
+        del memory
+
+
+def add_act(x: Tensor, y: Tensor, out: Tensor, *, activation: str = "relu") -> None:
+    """Fill ``out`` with ``act(x + y)``: one dtype and the same dense strides; ``out`` may be x or y."""
+    with triton.on(x.device):
+        _module().add_act(
+            x.data_ptr(), y.data_ptr(), out.data_ptr(), x.numel(), _PRECISIONS[x.dtype], activation == "relu",
+            _stream(x.device),
+        )  # fmt: skip
+
+
+def add_act_backward(grad: Tensor, output: Tensor, out: Tensor) -> None:
+    """Fill ``out`` with ``grad`` where not ``output`` <= 0, else 0; tensors as for :func:`add_act`."""
+    with triton.on(output.device):
+        _module().add_act_backward(
+            grad.data_ptr(), output.data_ptr(), out.data_ptr(), output.numel(), _PRECISIONS[output.dtype],
+            _stream(output.device),
+        )  # fmt: skip
+
+
+# Training BatchNorm + residual + ReLU. All images here are [N, C, H, W], dense channels_last and of one dtype; vectors
+# are [C], float32 and dense. Definitions as torch.nn.functional.batch_norm: Ioffe & Szegedy 2015, arXiv:1502.03167.
+
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    """An image's pixels and channels: what its memory is as a matrix."""
+    return (x.numel() // x.shape[1] if x.shape[1] else 0), x.shape[1]
+
+
+def batch_norm_act_statistics(
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    eps: float,
+    momentum: float,
+) -> None:
+    """Fill ``mean`` and ``invstd = 1 / sqrt(variance + eps)`` of x's channels, and update the running statistics.
+
+    ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance; None for no such statistics.
+    """
+    module, precision, rows = _module(), _PRECISIONS[x.dtype], _rows(x)
+    with triton.on(x.device):
+        memory, address = _workspace(module.batch_norm_act_workspace(*rows, precision), 16, x.device)
+        module.batch_norm_act_statistics(
+            x.data_ptr(), mean.data_ptr(), invstd.data_ptr(), _pointer(running_mean), _pointer(running_var), *rows, eps,
+            momentum, precision, address, _stream(x.device),
+        )  # fmt: skip
+        del memory
+
+
+def batch_norm_act_apply(
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    *,
+    activation: str = "relu",
+) -> None:
+    """Fill ``out`` with ``act((x - mean) * invstd * gamma + beta + residual)``; it may be x or the residual."""
+    with triton.on(x.device):
+        _module().batch_norm_act_apply(
+            x.data_ptr(), mean.data_ptr(), invstd.data_ptr(), _pointer(gamma), _pointer(beta), _pointer(residual),
+            out.data_ptr(), *_rows(x), activation == "relu", _PRECISIONS[x.dtype], _stream(x.device),
+        )  # fmt: skip
+
+
+def batch_norm_act_reduce(
+    grad: Tensor,
+    x: Tensor,
+    output: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    sum_grad: Tensor,
+    sum_grad_xhat: Tensor,
+) -> None:
+    """Fill the sums over pixels of ``g`` (beta's gradient) and of ``g * (x - mean) * invstd`` (gamma's).
+
+    ``g`` is ``grad`` where the ReLU was open, which ``output`` tells; all of it where that is None.
+    """
+    module, precision, rows = _module(), _PRECISIONS[x.dtype], _rows(x)
+    with triton.on(x.device):
+        memory, address = _workspace(module.batch_norm_act_workspace(*rows, precision), 16, x.device)
+        module.batch_norm_act_reduce(
+            grad.data_ptr(), x.data_ptr(), _pointer(output), mean.data_ptr(), invstd.data_ptr(), sum_grad.data_ptr(),
+            sum_grad_xhat.data_ptr(), *rows, precision, address, _stream(x.device),
+        )  # fmt: skip
+        del memory
+
+
+def batch_norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    output: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    gamma: Tensor | None,
+    sum_grad: Tensor | None,
+    sum_grad_xhat: Tensor | None,
+    grad_x: Tensor | None,
+    grad_residual: Tensor | None,
+) -> None:
+    """Fill ``grad_x`` and ``grad_residual`` (``g`` itself), where they are not None.
+
+    ``grad_x = gamma * invstd * (g - sum_grad / rows - xhat * sum_grad_xhat / rows)``, without the sums (None) for
+    statistics that do not depend on x.
+    """
+    with triton.on(x.device):
+        _module().batch_norm_act_backward(
+            grad.data_ptr(), x.data_ptr(), _pointer(output), mean.data_ptr(), invstd.data_ptr(), _pointer(gamma),
+            _pointer(sum_grad), _pointer(sum_grad_xhat), _pointer(grad_x), _pointer(grad_residual), *_rows(x),
+            _PRECISIONS[x.dtype], _stream(x.device),
+        )  # fmt: skip
