@@ -307,6 +307,13 @@ void bind_batch_norm_act(py::module_& m) {
 
 void bind_stem(py::module_& m) {
   m.def(
+      "stem_shared_bytes",
+      [](const std::string& precision, int c, int pooled_h) {
+        return stem_shared_bytes(precision_of(precision), c, pooled_h);
+      },
+      "Dynamic shared memory of a block of the kernel for c channels (3 or 4) and pooled_h rows (7 or 3), else 0.",
+      py::arg("precision"), py::arg("c"), py::arg("pooled_h"));
+  m.def(
       "stem",
       [](Address x, std::int64_t stride_n, std::int64_t stride_c, std::int64_t stride_h, std::int64_t stride_w,
          bool bytes, Address normalisation, Address weight, Address scale, Address shift, Address out, int n, int c,

@@ -196,6 +196,7 @@ def batch_norm_act_backward(
     precision: Precision,
     stream: int,
 ) -> None: ...
+def stem_shared_bytes(precision: Precision, c: int, pooled_h: int) -> int: ...
 def stem(
     x: int,
     stride_n: int,

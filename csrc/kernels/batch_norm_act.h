@@ -12,8 +12,8 @@
 
 namespace resnet_fast {
 
-// Bytes of workspace, aligned to 16, that statistics and reduce need for [rows, c]. Their first 4 * c... bytes need no
-// particular contents: a launch leaves nothing behind that a later one relies on.
+// Bytes of workspace, aligned to 16, that statistics and reduce need for [rows, c]. They need no particular contents,
+// and no launch leaves anything in them that a later one relies on.
 std::size_t batch_norm_act_workspace(std::int64_t rows, int c, Precision precision);
 
 struct BatchNormStatistics {
@@ -28,7 +28,7 @@ struct BatchNormStatistics {
   Precision precision;
   void* workspace;
 };
-// Pairwise or Welford merging: right where |mean| >> deviation. Two launches on the stream.
+// Right where |mean| >> deviation. Two launches on the stream.
 cudaError_t batch_norm_act_statistics(const BatchNormStatistics&, cudaStream_t stream);
 
 struct BatchNormApply {

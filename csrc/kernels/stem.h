@@ -35,4 +35,8 @@ struct Stem {
 // aligned.
 cudaError_t stem(const Stem&, cudaStream_t stream);
 
+// Dynamic shared memory of a block of the kernel for c = 3 or 4 channels that makes pooled_h (7 or 3) rows; 0 if there
+// is no such kernel.
+std::size_t stem_shared_bytes(Precision precision, int c, int pooled_h);
+
 }  // namespace resnet_fast

@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,12 @@ _NEEDED = (
     ("sm80::conv_bn_act<", ("HMMA", "LDGSTS", "LDSM", "STG.128")),
     ("sm80::conv_bn_act_masked<", ("HMMA", "LDSM")),
     ("stem_tile::stem_kernel<", ("HMMA", "LDGSTS", "LDSM", "STG.128")),
+    ("pool_and_multiply<half, true>", ("HMMA", "LDG.128")),
+    ("pool_and_multiply<bfloat16, true>", ("HMMA", "LDG.128")),
+    ("pool_and_multiply<float, true>", ("LDG.128",)),
 )
-#: Kernels with this template argument move packs of 16 bytes.
-_PACKS = re.compile(r"^(?:elementwise|statistics|apply|reduce|backward)<(?:(?:half|bfloat16), 8|float, 4)\b")
+#: Kernels with these template arguments move packs of 16 bytes; the first two only read them.
+_PACKS = re.compile(r"(slice_moments|slice_sums|elementwise|apply|backward)<(?:(?:half|bfloat16), 8|float, 4)\b")
 
 
 @dataclass
@@ -65,6 +68,9 @@ class Compiled:
 Key = tuple[str, str]
 """Architecture (as "sm_90a") and kernel."""
 
+Launch = tuple[str, str, tuple[int, ...]]
+"""Kind of kernel, precision, sizes: what the module says of a kernel and what its symbol says alike."""
+
 Row = tuple[str, str, str]
 """Registers, shared memory, instructions."""
 
@@ -77,15 +83,11 @@ def table_path() -> Path:
 # --- what is in a module
 
 
-def read_module(path: Path, launches: Iterable[Mapping[str, Any]] = ()) -> dict[Key, Compiled]:
-    """Every kernel in a library or object file.
-
-    Args:
-        launches: what ``_C.conv_bn_act_kernels()`` returns, for the dynamic shared memory.
-    """
+def read_module(path: Path, dynamic: Mapping[Launch, int] | None = None) -> dict[Key, Compiled]:
+    """Every kernel in a library or object file; ``dynamic``: bytes of shared memory that a launch asks for."""
+    dynamic = {} if dynamic is None else dynamic
     usage, code = _cuobjdump("-res-usage", path), _cuobjdump("-sass", path)
     names = _demangled(set(re.findall(r"Function\s?:?\s+(\w+)", usage + code)))
-    dynamic: dict[Launch | None, int] = {_launch_of(each): int(each["shared_bytes"]) for each in launches}
     kernels: dict[Key, Compiled] = {}
     arch = kernel = ""
     for line in usage.splitlines():
@@ -95,7 +97,8 @@ def read_module(path: Path, launches: Iterable[Mapping[str, Any]] = ()) -> dict[
             kernel = names[found[1]]
         elif line.startswith("  REG:"):
             values = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", line)}
-            shared = values["SHARED"] + dynamic.get(_launch_of_symbol(kernel), 0)
+            launch = launch_of_symbol(kernel)
+            shared = values["SHARED"] + (0 if launch is None else dynamic.get(launch, 0))
             kernels[arch, kernel] = Compiled(values["REG"], values["STACK"], values["LOCAL"], shared)
     for line in code.splitlines():
         if found := re.match(r"arch = (\w+)", line):
@@ -146,34 +149,46 @@ def short_name(name: str) -> str:
     return cutlass[1] if cutlass else name.partition("(")[0].strip()
 
 
-Launch = tuple[str, str, tuple[int, ...]]
-"""Kind of kernel, precision, tile: what a listed kernel and its symbol have in common."""
-
-#: With which fields of a listed kernel the template arguments begin, after the type.
+#: With which fields of a listed convolution the template arguments begin, after the type.
 _TEMPLATE_ARGUMENTS = {
     "implicit_gemm": ("block_m", "block_n", "block_k", "stages"),
     "masked": ("block_n",),
     "cutlass_conv": ("block_m", "block_n", "block_k"),
     "cutlass_gemm": ("block_m", "block_n", "block_k"),
 }
+_SYMBOL = re.compile(
+    r"(?:sm90::(Conv|Gemm)|sm80::conv_bn_act<sm80::VectorTile|sm80::conv_bn_act_(masked)<sm80::\w+"
+    r"|stem_tile::(stem)_kernel<.*stem_tile::Tile)<([^<>]+)>"
+)
 
 
-def _launch_of(listed: Mapping[str, Any]) -> Launch:
-    algorithm = str(listed["algorithm"])
-    kind = "masked" if "masked" in str(listed["name"]) else algorithm
-    fields = _TEMPLATE_ARGUMENTS[kind]
-    return kind, str(listed["precision"]), tuple(int(listed[name]) for name in fields)
+def launch_of(listed: Mapping[str, Any]) -> Launch:
+    """The launch of an entry of ``_C.conv_bn_act_kernels()``."""
+    kind = "masked" if "masked" in str(listed["name"]) else str(listed["algorithm"])
+    return kind, str(listed["precision"]), tuple(int(listed[name]) for name in _TEMPLATE_ARGUMENTS[kind])
 
 
-def _launch_of_symbol(kernel: str) -> Launch | None:
-    pattern = r"(?:sm90::(Conv|Gemm)|sm80::conv_bn_act<sm80::VectorTile|sm80::conv_bn_act_(masked)<sm80::\w+)<([^<>]+)>"
-    found = re.match(pattern, kernel)
+def launch_of_symbol(kernel: str) -> Launch | None:
+    """The launch of a kernel of that short name, None if the module does not tell what it asks for."""
+    found = _SYMBOL.match(kernel)
     if found is None:
         return None
-    element, *numbers = found[3].split(", ")
+    cutlass, masked, stem, arguments = found.groups()
+    element, *numbers = arguments.split(", ")
     precision = {"half": "fp16", "bfloat16": "bf16", "float": "tf32"}.get(element, element)
-    kind = f"cutlass_{found[1].lower()}" if found[1] else found[2] or "implicit_gemm"
-    return kind, precision, tuple(int(number) for number in numbers[: len(_TEMPLATE_ARGUMENTS[kind])])
+    kind = f"cutlass_{cutlass.lower()}" if cutlass else masked or stem or "implicit_gemm"
+    fields = len(_TEMPLATE_ARGUMENTS.get(kind, numbers))
+    return kind, precision, tuple(int(number) for number in numbers[:fields])
+
+
+def dynamic_shared(module: Any) -> dict[Launch, int]:
+    """What the kernels of a loaded ``_C`` ask for, in bytes a block."""
+    bytes_of = {launch_of(each): int(each["shared_bytes"]) for each in module.conv_bn_act_kernels()}
+    for precision in ("fp16", "bf16", "tf32"):
+        for square, channels in ((12, 3), (16, 4)):
+            for rows in (7, 3):
+                bytes_of["stem", precision, (square, rows)] = module.stem_shared_bytes(precision, channels, rows)
+    return bytes_of
 
 
 # --- what is wrong
@@ -185,8 +200,8 @@ def faults(arch: str, kernel: str, compiled: Compiled) -> list[str]:
     if compiled.stack or compiled.local or compiled.found & {"LDL", "STL"}:
         wrong.append(f"spills: {compiled.stack} bytes of stack, {compiled.local} of local memory a thread")
     needed = next((needed for begin, needed in _NEEDED if kernel.startswith(begin)), ())
-    if _PACKS.match(kernel):
-        needed = ("LDG.128", *(() if kernel.startswith(("statistics", "reduce")) else ("STG.128",)))
+    if packs := _PACKS.match(kernel):
+        needed = ("LDG.128",) if packs[1].startswith("slice") else ("LDG.128", "STG.128")
     missing = [each for each in needed if each not in compiled.found]
     if missing:
         wrong.append(f"has no {' and no '.join(missing)}")
@@ -209,7 +224,9 @@ def write_table(path: Path, compiler: str, rows: Mapping[Key, Row]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
     writer.writerows((*key, *rows[key]) for key in sorted(rows))
-    path.write_text(text.getvalue(), encoding="utf-8")
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text.getvalue(), encoding="utf-8")
+    temporary.replace(path)
 
 
 def read_table(path: Path) -> tuple[str, dict[Key, Row]]:
@@ -227,17 +244,18 @@ def read_table(path: Path) -> tuple[str, dict[Key, Row]]:
     return first.split()[2].rstrip(";"), {(line[0], line[1]): (line[2], line[3], line[4]) for line in lines[1:]}
 
 
-def differences(committed: Mapping[Key, Row], now: Mapping[Key, Row], whole: bool) -> list[str]:
+def differences(committed: Mapping[Key, Row], now: Mapping[Key, Row], listed: Container[Launch]) -> list[str]:
     """Where ``now`` differs from the table, in words.
 
     Args:
-        whole: whether ``now`` is of a module with all kernels. If not, those made with CUTLASS may be missing.
+        listed: the convolutions that the module says it has: it may be built without some of those made with CUTLASS.
     """
     archs = {arch for arch, _ in now}
     found = []
     for key in sorted({*committed, *now}):
         before, after = committed.get(key), now.get(key)
-        if key[0] not in archs or before == after or (after is None and not whole and key[1].startswith("sm90::")):
+        left_out = key[1].startswith("sm90::") and launch_of_symbol(key[1]) not in listed
+        if key[0] not in archs or before == after or (after is None and left_out):
             continue
         if before is None or after is None:
             found.append(f"{' '.join(key)}: {'not in the table' if before is None else 'in the table only'}")
@@ -274,13 +292,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     info = module.build_info()
     if not info["cuda"]:
         parser.error(f"{path} was built without CUDA")
-    listed = module.conv_bn_act_kernels()
-    kernels = read_module(path, listed)
+    dynamic = dynamic_shared(module)
+    kernels = read_module(path, dynamic)
     rows = {key: row(compiled) for key, compiled in kernels.items() if key[0] in ARCHITECTURES}
     wrong = [line for key, compiled in sorted(kernels.items()) for line in faults(*key, compiled)]
     if not kernels:
         wrong.append(f"{path} holds no kernels")
-    whole = {each["name"] for each in listed if each["algorithm"].startswith("cutlass")}
     if given.write:
         missing = [arch for arch in ARCHITECTURES if arch not in {key[0] for key in kernels}]
         if missing:
@@ -290,8 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif given.check:
         made_with, committed = read_table(table_path())
         if made_with == info["cuda"]:
-            of_cutlass = sum(kernel.startswith("sm90::") for _, kernel in committed)
-            wrong += differences(committed, rows, len(whole) == of_cutlass)
+            wrong += differences(committed, rows, dynamic)
         else:
             print(f"rows are not compared: the table was made with nvcc {made_with}, this is {info['cuda']}")
     else:
