@@ -1,7 +1,8 @@
 """Cases of batch_norm_act's kernels: a training step and a frozen one through all four, in every precision.
 
 The gradients' references take the ReLU's mask from our own output, so that a value which rounding puts on the other
-side of zero is not a difference. A read that a missing bounds check lets through shows in one of three ways: it is of a
+side of zero is not a difference. Of one number the error rule is luck, so problems of few channels are several, whose
+results are held to it together. A read that a missing bounds check lets through shows in one of three ways: it is of a
 neighbouring value, of NaN laid around a tensor (``framed``), or AddressSanitizer's, behind a tensor that ends its
 allocation.
 """
@@ -37,8 +38,8 @@ class Problem:
 
     rows: int
     c: int
-    mean: float = 0.5
-    std: float = 2.0
+    mean: float = 2.0
+    std: float = 1.5
     relu: bool = True
     residual: bool = True
     frozen: bool = False
@@ -55,14 +56,15 @@ def normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 @functools.cache
-def example(problem: Problem, precision: str) -> dict[str, Tensor]:
-    """Random tensors."""
-    generator = torch.Generator().manual_seed(20)
+def example(problem: Problem, precision: str, seed: int) -> dict[str, Tensor]:
+    """Random tensors, whose sums are well away from 0: of one that is not, float32 leaves few digits by any method."""
+    generator = torch.Generator().manual_seed(seed)
     rows, c = problem.rows, problem.c
+    xhat = normal(generator, rows, c)
     images = {
-        "x": normal(generator, rows, c) * problem.std + problem.mean,
+        "x": xhat * problem.std + problem.mean,
         "residual": normal(generator, rows, c),
-        "grad": normal(generator, rows, c),
+        "grad": normal(generator, rows, c) + xhat + 1,
     }
     if problem.special:  # not in every channel; the first row, which is the first slice's shift, has some
         values = images[problem.special].view(-1)
@@ -82,7 +84,7 @@ def forward(problem: Problem, tensors: dict[str, Tensor], wide: bool) -> dict[st
     t = {name: each.double() if wide else each.clone() for name, each in tensors.items()}
     statistics = (t["running_mean"], t["running_var"]) if problem.running or problem.frozen else (None, None)
     weights = (t["gamma"], t["beta"]) if problem.affine else (torch.ones_like(t["gamma"]), torch.zeros_like(t["beta"]))
-    y, mean, invstd = torch.native_batch_norm(t["x"], *weights, *statistics, not problem.frozen, MOMENTUM, EPS)
+    y, mean, invstd = torch.ops.aten.native_batch_norm(t["x"], *weights, *statistics, not problem.frozen, MOMENTUM, EPS)
     if problem.frozen:
         mean, invstd = t["running_mean"], 1 / (t["running_var"] + EPS).sqrt()
     if problem.residual:
@@ -110,7 +112,16 @@ def backward(problem: Problem, tensors: dict[str, Tensor], out: Tensor, wide: bo
 
 
 def run(native: ModuleType, precision: str, problem: Problem) -> Results:
-    tensors = example(problem, precision)
+    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for seed in range(20, 20 + max(1, 16 // problem.c)):
+        for name, *tensors in run_once(native, precision, problem, example(problem, precision, seed)):
+            found.setdefault(name, []).append((tensors[0], tensors[1], tensors[2]))
+    for name, each in found.items():
+        ours, same_dtype, exact = (torch.cat(parts) for parts in zip(*each, strict=True))
+        yield name, ours, same_dtype, exact
+
+
+def run_once(native: ModuleType, precision: str, problem: Problem, tensors: dict[str, Tensor]) -> Results:
     same_dtype, exact = (forward(problem, tensors, wide) for wide in (False, True))
     rows, c, dtype = problem.rows, problem.c, DTYPES[precision]
     sizes = {"rows": rows, "c": c, "precision": precision, "stream": 0}
@@ -205,6 +216,7 @@ def nothing(native: ModuleType) -> Results:
     apply = {"x": 0, "gamma": 0, "beta": 0, "residual": 0, "out": 0, "relu": True}
     given = {"grad": 0, "x": 0, "output": 0}
     results = {name: torch.zeros(5) for name in ("mean", "invstd", "sum_grad", "sum_grad_xhat")}
+    zeros, ones = torch.zeros(5), torch.ones(5)
     expected = {"mean": float("nan"), "invstd": float("nan"), "sum_grad": 0.0, "sum_grad_xhat": 0.0}
     for c in (0, 5):
         vectors = {name: t.data_ptr() if c else 0 for name, t in results.items()}
@@ -213,7 +225,7 @@ def nothing(native: ModuleType) -> Results:
         sizes = {"rows": 0 if c else 7, "c": c, "precision": "fp16", "stream": 0}
         native.batch_norm_act_statistics(**statistics, **mean, **sizes)
         native.batch_norm_act_apply(**apply, **mean, **sizes)
-        finite = {"mean": torch.zeros(5).data_ptr(), "invstd": torch.ones(5).data_ptr()} if c else mean
+        finite = {"mean": zeros.data_ptr(), "invstd": ones.data_ptr()} if c else mean
         native.batch_norm_act_reduce(**given, **finite, **sums, workspace=0, **sizes)
         native.batch_norm_act_backward(**given, **mean, gamma=0, **sums, grad_x=0, grad_residual=0, **sizes)
     for name, t in results.items():
@@ -237,8 +249,9 @@ GEOMETRY = {
     "64 channels, misaligned": Problem(70, 64, framed=True, offset=63),
     "several columns": Problem(37, 264, framed=True),
     "several columns of odd ones": Problem(34, 67, framed=True, offset=1),
+    "1 row": Problem(1, 24),
+    "1 row, odd": Problem(1, 5),
     "2 rows": Problem(2, 72),
-    "many slices": Problem(32 * 300 - 5, 4, residual=False),
     "no relu": Problem(49, 40, relu=False, residual=False),
     "no relu, odd": Problem(49, 5, relu=False),
     "not affine": Problem(96, 16, affine=False),
@@ -248,6 +261,8 @@ GEOMETRY = {
     "out is x, odd, no residual": Problem(90, 13, out="x", residual=False),
     "out is residual": Problem(90, 24, out="residual"),
     "mean 100": Problem(400, 16, mean=100.0, std=0.01, relu=False, residual=False),
+    "mean 1000 deviations": Problem(400, 16, mean=1000.0, std=1.0, residual=False),
+    "mean 1000 deviations, odd": Problem(230, 5, mean=-1000.0, std=1.0),
     "frozen": Problem(61, 48, frozen=True, framed=True),
     "frozen, odd": Problem(61, 11, frozen=True, framed=True, offset=7),
     "frozen, not affine, no relu": Problem(40, 16, frozen=True, affine=False, relu=False),
@@ -265,6 +280,8 @@ SPECIAL = {
 
 def cases() -> list[Case]:
     made = [Case("nothing", nothing), case("tf32", "tf32", Problem(40, 12))]
+    # Of the results of slices a merging thread takes 8 at once, its block 256: the same code in every precision.
+    made.append(case("many slices", "fp16", Problem(32 * 300 - 5, 32, residual=False)))
     for precision in ("fp16", "bf16", "fp32"):
         made += [case(name, precision, problem) for name, problem in (GEOMETRY | SPECIAL).items()]
     return made
