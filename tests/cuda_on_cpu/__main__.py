@@ -5,24 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import build
-from .harness import Site, cases, ops
+from .harness import SELFTEST, Site, cases, ops
 from .worker import Job, Worker, run
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.cuda_on_cpu", description=__doc__)
-    parser.add_argument("op", nargs="*", help="of: " + ", ".join(ops()))
+    parser.add_argument("op", nargs="*", help="of: " + ", ".join([*ops(), SELFTEST]))
     parser.add_argument("-k", default="", help="only cases with this in their name")
-    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=20, help="how many, from 0")
+    parser.add_argument("--seed", type=int, help="only 0, whose bits others must have, and this one")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--sites", action="store_true", help="list the places reached, and bank conflicts of ldmatrix")
     arguments = parser.parse_args()
 
-    build.build(sanitize=True)
     workers = [Worker() for _ in range(arguments.workers)]
     jobs = [
-        Job(op, [name], list(range(arguments.seeds)))
+        Job(op, [name], list(range(arguments.seeds)) if arguments.seed is None else sorted({0, arguments.seed}))
         for op in arguments.op or ops()
         for name in cases(op)
         if arguments.k in name

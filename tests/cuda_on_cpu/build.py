@@ -5,6 +5,7 @@ Objects and modules are kept in build/cuda_on_cpu/ under names that are hashes o
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import importlib.machinery
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -49,10 +51,12 @@ _SANITIZE = [
     "--param",
     "asan-stack=0",
 ]
+# AddressSanitizer, and behind it C++, whose exceptions it otherwise does not find.
+_PRELOADED = ("libasan.so", "libstdc++.so")
 
 
 @functools.cache
-def unavailable() -> str:
+def unavailable(sanitize: bool = False) -> str:
     """Why the kernels cannot be compiled here, '' if they can."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
@@ -65,14 +69,16 @@ def unavailable() -> str:
         return f"no Python.h in {sysconfig.get_path('include')}: the headers of this Python are not installed"
     if importlib.util.find_spec("pybind11") is None:
         return "no pybind11"
+    if sanitize and len(sanitizer()) != len(_PRELOADED):
+        return f"{compiler} has no AddressSanitizer (libasan)"
     return ""
 
 
 @functools.cache
 def sanitizer() -> list[Path]:
-    """What a process must load first: AddressSanitizer, and C++, whose exceptions it otherwise does not find."""
+    """What a process must load first."""
     paths = []
-    for name in ("libasan.so", "libstdc++.so"):
+    for name in _PRELOADED:
         asked = [_compiler(), f"-print-file-name={name}"]
         path = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
         if path.is_absolute() and path.exists():
@@ -97,8 +103,8 @@ def build(sanitize: bool = True, selftest: bool = False) -> Path:
     Raises:
         RuntimeError: with the compiler's words if a file does not compile, or the reason of ``unavailable()``.
     """
-    if unavailable():
-        raise RuntimeError(unavailable())
+    if unavailable(sanitize):
+        raise RuntimeError(unavailable(sanitize))
     sources = [HERE / "emulator.cpp"]
     if selftest:
         sources.append(HERE / "selftest.cu")
@@ -117,18 +123,31 @@ def build(sanitize: bool = True, selftest: bool = False) -> Path:
 
 
 @functools.cache
-def module(sanitize: bool = False) -> ModuleType:
-    """The emulated ``_C``, for tensors in this process's memory. With ``sanitize`` only below ``sanitizer()``."""
-    path = build(sanitize)
-    loader = importlib.machinery.ExtensionFileLoader("cuda_on_cpu._C", str(path))
-    spec = importlib.util.spec_from_file_location("cuda_on_cpu._C", path, loader=loader)
+def module() -> ModuleType:
+    """The emulated ``_C``, for tensors in this process's memory."""
+    return loaded(build(sanitize=False))
+
+
+def loaded(library: Path) -> ModuleType:
+    """The compiled ``_C``; what was compiled with the sanitizers only below ``sanitizer()``."""
+    loader = importlib.machinery.ExtensionFileLoader("cuda_on_cpu._C", str(library))
+    spec = importlib.util.spec_from_file_location("cuda_on_cpu._C", library, loader=loader)
     assert spec is not None
     before = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_LAZY)  # kernels that CUDA_ON_CPU_ONLY leaves out are missing only where they are called
-    loaded = importlib.util.module_from_spec(spec)
+    native = importlib.util.module_from_spec(spec)
     sys.setdlopenflags(before)
-    loader.exec_module(loaded)
-    return loaded
+    loader.exec_module(native)
+    return native
+
+
+def selftest(library: Path) -> ctypes.CDLL:
+    """The compiled kernels of selftest.cu, likewise."""
+    kernels = ctypes.CDLL(str(library))
+    kernels.selftest.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    kernels.selftest.restype = ctypes.c_char_p
+    kernels.emulator_seed.argtypes = [ctypes.c_uint64]
+    return kernels
 
 
 def _compiler() -> str:
@@ -175,9 +194,10 @@ def _object(source: Path, sanitize: bool) -> Path:
     compiled = staged / source.relative_to(ROOT) if below_csrc else source
     flags = [
         *_FLAGS,
-        *(_SANITIZE if sanitize and source.name != "binding.cpp" else ()),
-        f"-ffile-prefix-map={staged}/=",
+        # Without the sanitizer GCC 12 inlines more, and takes a loop that writes all of an array for one that may not.
+        *(_SANITIZE if sanitize and source.name != "binding.cpp" else ("-Wno-maybe-uninitialized",)),
         f"-ffile-prefix-map={ROOT}/=",
+        f"-ffile-prefix-map={staged}/=",  # of two that match the last one counts
         *("-I", str(HERE / "include"), "-I", str(HERE), "-I", str(staged / "csrc")),
         *("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")),
     ]
@@ -188,20 +208,29 @@ def _object(source: Path, sanitize: bool) -> Path:
     def object_path() -> Path | None:
         if not dependencies.exists():
             return None
-        read = re.sub(r"\\\n", " ", dependencies.read_text()).split(":", 1)[1].split()
-        contents = [Path(path).read_bytes().hex() if Path(path).exists() else "" for path in read]
+        contents = [file.read_bytes().hex() if file.exists() else "" for file in _read_by(dependencies)]
         return cache() / f"{name}-{_hash(*contents)}.o"
 
     path = object_path()
     if path is None or not path.exists():
         with tempfile.TemporaryDirectory(dir=cache()) as folder:
             made, listed = Path(folder) / "made.o", Path(folder) / "made.d"
-            _run_into(made, [_compiler(), *flags, "-MMD", "-MF", str(listed), "-x", "c++", "-c", str(compiled)])
+            for _ in range(3):
+                began = time.time_ns()
+                _run_into(made, [_compiler(), *flags, "-MMD", "-MF", str(listed), "-x", "c++", "-c", str(compiled)])
+                # Of a file that was edited meanwhile nobody knows what the compiler saw.
+                if all(file.stat().st_mtime_ns < began for file in _read_by(listed)):
+                    break
             os.replace(listed, dependencies)
             path = object_path()
             assert path is not None
             os.replace(made, path)
     return path
+
+
+def _read_by(listed: Path) -> list[Path]:
+    """What a compilation read, from the rule that it wrote for make."""
+    return [Path(path) for path in re.sub(r"\\\n", " ", listed.read_text()).split(":", 1)[1].split()]
 
 
 def _hash(*parts: str) -> str:

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Case:
     """
 
     name: str
-    run: Callable[[ModuleType], Iterable[tuple[str, Tensor, Tensor, Tensor]]]
+    run: Callable[[Any], Iterable[tuple[str, Tensor, Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,10 @@ class Site:
 
 
 class Emulator:
-    """The controls of an emulated ``_C``."""
+    """The controls of a compiled library (``build.build``)."""
 
-    def __init__(self, native: ModuleType) -> None:
-        assert native.__file__ is not None
-        self.library = ctypes.CDLL(native.__file__)
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
         self.library.emulator_seed.argtypes = [ctypes.c_uint64]
         self.library.emulator_disable.argtypes = [ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
         self.library.emulator_sites.restype = ctypes.c_char_p
@@ -80,6 +79,9 @@ class Emulator:
         return [Site(kind, file, *map(int, numbers)) for kind, file, *numbers in rows]
 
 
+SELFTEST = "_selftest"  # whose cases are of the emulator itself
+
+
 def ops() -> list[str]:
     """The ops that have cases."""
     return sorted(path.stem for path in (Path(__file__).parent / "cases").glob("[!_]*.py"))
@@ -96,7 +98,7 @@ def cases(op: str) -> dict[str, Case]:
 Bits = dict[str, Tensor]
 
 
-def check(case: Case, native: ModuleType, emulator: Emulator, seed: int, first: Bits | None) -> Bits:
+def check(case: Case, native: Any, emulator: Emulator, seed: int, first: Bits | None) -> Bits:
     """Runs a case and returns its results' bits, which must be those of ``first`` if that is given.
 
     Raises:

@@ -6,6 +6,8 @@ other end, and ``run`` spreads jobs over several.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
 import json
 import os
@@ -18,12 +20,12 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from queue import SimpleQueue
-from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import build
-from .harness import Bits, Emulator, Site, cases, check
+from .harness import SELFTEST, Bits, Emulator, Site, cases, check
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Job:
     cases: list[str]
     seeds: list[int]
     disabled: tuple[str, int, int] | None = None
-    seconds: float = 120.0  # for one case under one seed
+    seconds: float = 60.0  # of processor time, for one case under one seed
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Result:
     failure: str
     case: str
     seed: int
-    seconds: dict[str, float] = field(default_factory=dict)  # of each case, the first time
+    seconds: dict[str, float] = field(default_factory=dict)  # of processor time for each case, the first time
     sites: dict[str, list[Site]] = field(default_factory=dict)  # that each case reached, the first time
 
 
@@ -60,6 +62,7 @@ class Worker:
             "UBSAN_OPTIONS": "print_stacktrace=1",
             "OMP_NUM_THREADS": "1",
         }
+        personality = ctypes.CDLL(None).personality
         self._process = subprocess.Popen(
             [sys.executable, "-m", __spec__.name if __name__ == "__main__" else __name__],
             stdin=subprocess.PIPE,
@@ -67,11 +70,18 @@ class Worker:
             text=True,
             env=environment,
             cwd=build.ROOT,
+            # Not random addresses: sanitizers of GCC 12 and older do not start where the kernel draws 32 bits of them.
+            preexec_fn=lambda: personality(0x0040000),
         )
 
     def run(self, job: Job) -> Result:
+        """The job's result.
+
+        Raises:
+            RuntimeError: not even the first case was begun.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asdict(job)) + "\n")
+        self._process.stdin.write(json.dumps([str(_library(job.op == SELFTEST)), asdict(job)]) + "\n")
         self._process.stdin.flush()
         begun = ("", 0)
         seconds: dict[str, float] = {}
@@ -79,6 +89,8 @@ class Worker:
         for line in self._process.stdout:
             event = json.loads(line)
             if "ended" in event:
+                if event["ended"] and begun == ("", 0):
+                    raise RuntimeError(f"{job.op}: {event['ended']}")
                 return Result(event["ended"], *begun, seconds, sites)
             if "begun" in event:
                 begun = event["begun"]
@@ -93,8 +105,17 @@ class Worker:
         self._process.wait()
 
 
+@functools.cache
+def _library(selftest: bool) -> Path:
+    """One for this whole process, whatever becomes of the sources meanwhile."""
+    return build.build(sanitize=True, selftest=selftest)
+
+
 def run(jobs: Iterable[Job], workers: list[Worker]) -> Iterator[Result]:
-    """The jobs' results in order, as many at once as there are workers."""
+    """The jobs' results in order, as many at once as there are workers. Compiles first what is not compiled yet."""
+    jobs = list(jobs)
+    for selftest in {job.op == SELFTEST for job in jobs}:
+        _library(selftest)
     free: SimpleQueue[Worker] = SimpleQueue()
     for worker in workers:
         free.put(worker)
@@ -120,8 +141,6 @@ def _main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    native = build.module(sanitize=True)
-    emulator = Emulator(native)
     gc.collect()
     gc.freeze()  # or every child would soon copy all of it
     status = -1
@@ -130,9 +149,9 @@ def _main() -> None:
             child = os.fork()
             if child == 0:
                 os.dup2(errors.fileno(), 2)
-                _serve(native, emulator)
+                _serve()
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            if status == -signal.SIGALRM:
+            if status == -signal.SIGPROF:
                 _tell(ended="did not end in time")
             elif status not in (0, _TOLD):
                 errors.seek(0)
@@ -143,10 +162,11 @@ def _tell(**event: object) -> None:
     print(json.dumps(event), flush=True)
 
 
-def _serve(native: ModuleType, emulator: Emulator) -> NoReturn:
+def _serve() -> NoReturn:
     for line in sys.stdin:  # a job is sent when the one before it has ended, so nothing of the next one is read
+        library, job = json.loads(line)
         try:
-            _work(Job(**json.loads(line)), native, emulator)
+            _work(library, Job(**job))
         except Exception as error:
             _tell(ended=f"{type(error).__name__}: {error}")
             os._exit(_TOLD)
@@ -154,21 +174,28 @@ def _serve(native: ModuleType, emulator: Emulator) -> NoReturn:
     os._exit(0)
 
 
-def _work(job: Job, native: ModuleType, emulator: Emulator) -> None:
+@functools.cache
+def _loaded(library: str, selftest: bool) -> tuple[Any, Emulator]:
+    return (build.selftest if selftest else build.loaded)(Path(library)), Emulator(Path(library))
+
+
+def _work(library: str, job: Job) -> None:
+    native, emulator = _loaded(library, job.op == SELFTEST)
     known = cases(job.op)
+    assert known.keys() >= set(job.cases), f"no such case: {', '.join(set(job.cases) - known.keys())}"
     first: dict[str, Bits] = {}
     emulator.disable(job.disabled)
     for seed in job.seeds:
         for name in job.cases:
             _tell(begun=(name, seed))
             emulator.forget_counts()
-            began = time.perf_counter()
-            signal.setitimer(signal.ITIMER_REAL, job.seconds)
+            began = time.process_time()
+            signal.setitimer(signal.ITIMER_PROF, job.seconds)
             bits = check(known[name], native, emulator, seed, first.get(name))
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             if name not in first:
                 first[name] = bits
-                _tell(seconds=time.perf_counter() - began, sites=[asdict(site) for site in emulator.sites()])
+                _tell(seconds=time.process_time() - began, sites=[asdict(site) for site in emulator.sites()])
 
 
 def _crash(output: str, status: int) -> str:
@@ -177,14 +204,16 @@ def _crash(output: str, status: int) -> str:
     if found is None:
         return f"ended with status {status}: {output[-2000:]}"
     access = re.search(r"^((?:READ|WRITE) of size \d+)", output, re.MULTILINE)
-    place = re.search(r"\b(csrc/kernels/[^\s:]+:\d+|\S*cuda_on_cpu/[^\s:]+:\d+)", output)
+    frames = re.findall(r"\b((?:csrc/kernels|tests/cuda_on_cpu)/[^\s:]+:\d+)", output)
+    kernels = [frame for frame in frames if frame.startswith("csrc/") or "selftest.cu" in frame]
+    place = next(iter(kernels or frames), "")
     return " ".join(
         part
         for part in (
             "AddressSanitizer:" if found[1] else "UndefinedBehaviorSanitizer:",
-            found[1] or found[2],
+            found[1] or re.sub(r"0x[0-9a-f]+ ?", "", found[2]),
             access[1] if access else "",
-            f"at {place[1]}" if place else "",
+            f"at {place}" if place else "",
         )
         if part
     )
