@@ -22,6 +22,9 @@ namespace py = pybind11;
 
 namespace {
 
+// For what launches: with a full queue it waits, possibly for another Python thread.
+using without_gil = py::call_guard<py::gil_scoped_release>;
+
 std::string compiler() {
 #if defined(__clang__)
   return "Clang " __clang_version__;
@@ -181,7 +184,8 @@ void bind_conv_bn_act(py::module_& m) {
   define("conv_bn_act_unsupported", &conv_bn_act_unsupported,
          "Why the kernel cannot compute the problem (shapes and pointers), '' if it can.");
   define("conv_bn_act_workspace", &conv_bn_act_workspace, "Bytes of workspace, aligned to 256, that the launch needs.");
-  define("conv_bn_act", &conv_bn_act, "Put the kernel on the stream of the current device.", py::arg("stream"));
+  define("conv_bn_act", &conv_bn_act, "Put the kernel on the stream of the current device.", py::arg("stream"),
+         without_gil());
 }
 
 void bind_add_act(py::module_& m) {
@@ -194,7 +198,7 @@ void bind_add_act(py::module_& m) {
               "add_act", count, " elements, ", precision);
       },
       "out = act(x + y) over count elements.", py::arg("x"), py::arg("y"), py::arg("out"), py::arg("count"),
-      py::arg("precision"), py::arg("relu"), py::arg("stream"));
+      py::arg("precision"), py::arg("relu"), py::arg("stream"), without_gil());
   m.def(
       "add_act_backward",
       [](Address grad, Address output, Address out, std::int64_t count, const std::string& precision, Address stream) {
@@ -203,7 +207,7 @@ void bind_add_act(py::module_& m) {
               "add_act_backward", count, " elements, ", precision);
       },
       "out = grad where not output <= 0, else 0, over count elements.", py::arg("grad"), py::arg("output"),
-      py::arg("out"), py::arg("count"), py::arg("precision"), py::arg("stream"));
+      py::arg("out"), py::arg("count"), py::arg("precision"), py::arg("stream"), without_gil());
 }
 
 void bind_batch_norm_act(py::module_& m) {
@@ -234,7 +238,7 @@ void bind_batch_norm_act(py::module_& m) {
       },
       "mean and invstd of [rows, c], and the running statistics updated.", py::arg("x"), py::arg("mean"),
       py::arg("invstd"), py::arg("running_mean"), py::arg("running_var"), py::arg("rows"), py::arg("c"), py::arg("eps"),
-      py::arg("momentum"), py::arg("precision"), py::arg("workspace"), py::arg("stream"));
+      py::arg("momentum"), py::arg("precision"), py::arg("workspace"), py::arg("stream"), without_gil());
   m.def(
       "batch_norm_act_apply",
       [](Address x, Address mean, Address invstd, Address gamma, Address beta, Address residual, Address out,
@@ -255,7 +259,7 @@ void bind_batch_norm_act(py::module_& m) {
       },
       "out = act((x - mean) * invstd * gamma + beta + residual).", py::arg("x"), py::arg("mean"), py::arg("invstd"),
       py::arg("gamma"), py::arg("beta"), py::arg("residual"), py::arg("out"), py::arg("rows"), py::arg("c"),
-      py::arg("relu"), py::arg("precision"), py::arg("stream"));
+      py::arg("relu"), py::arg("precision"), py::arg("stream"), without_gil());
   m.def(
       "batch_norm_act_reduce",
       [](Address grad, Address x, Address output, Address mean, Address invstd, Address sum_grad, Address sum_grad_xhat,
@@ -277,7 +281,7 @@ void bind_batch_norm_act(py::module_& m) {
       "Sums over rows of g and of g * (x - mean) * invstd, g being grad where the ReLU was open.", py::arg("grad"),
       py::arg("x"), py::arg("output"), py::arg("mean"), py::arg("invstd"), py::arg("sum_grad"),
       py::arg("sum_grad_xhat"), py::arg("rows"), py::arg("c"), py::arg("precision"), py::arg("workspace"),
-      py::arg("stream"));
+      py::arg("stream"), without_gil());
   m.def(
       "batch_norm_act_backward",
       [](Address grad, Address x, Address output, Address mean, Address invstd, Address gamma, Address sum_grad,
@@ -302,7 +306,7 @@ void bind_batch_norm_act(py::module_& m) {
       "Gradients for x and the residual from the sums.", py::arg("grad"), py::arg("x"), py::arg("output"),
       py::arg("mean"), py::arg("invstd"), py::arg("gamma"), py::arg("sum_grad"), py::arg("sum_grad_xhat"),
       py::arg("grad_x"), py::arg("grad_residual"), py::arg("rows"), py::arg("c"), py::arg("precision"),
-      py::arg("stream"));
+      py::arg("stream"), without_gil());
 }
 
 void bind_stem(py::module_& m) {
@@ -348,7 +352,7 @@ void bind_stem(py::module_& m) {
       py::arg("stride_c"), py::arg("stride_h"), py::arg("stride_w"), py::arg("bytes"), py::arg("normalisation"),
       py::arg("weight"), py::arg("scale"), py::arg("shift"), py::arg("out"), py::arg("n"), py::arg("c"), py::arg("h"),
       py::arg("w"), py::arg("k"), py::arg("conv_h"), py::arg("conv_w"), py::arg("pooled_h"), py::arg("pooled_w"),
-      py::arg("ceil_mode"), py::arg("precision"), py::arg("stream"));
+      py::arg("ceil_mode"), py::arg("precision"), py::arg("stream"), without_gil());
 }
 
 void bind_head(py::module_& m) {
@@ -378,7 +382,7 @@ void bind_head(py::module_& m) {
       },
       "Mean over pixels, times weight, plus bias.", py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"),
       py::arg("n"), py::arg("pixels"), py::arg("c"), py::arg("k"), py::arg("precision"), py::arg("workspace"),
-      py::arg("multiprocessors"), py::arg("stream"));
+      py::arg("multiprocessors"), py::arg("stream"), without_gil());
 }
 
 #endif  // RESNET_FAST_CUDA

@@ -20,13 +20,12 @@
 // Sums: of a thread's rows in order, of a block's threads as a tree in shared memory, of the slices (their results are
 // the workspace) by a second small launch in the same way. The order depends on the sizes alone.
 //
-// Variance: sums of d and d^2, d = x - shift, where the shift is the mean of the slice's first four rows; then M2 = sum
-// d^2 - (sum d)^2 / n. Without a shift that cancels where |mean| >> deviation. A shift z deviations from the mean costs
-// a factor of 1 + z^2 in rounding errors: less than 2 for ordinary data, n / 16 at worst (one of the four is the
-// slice's only outlier). Slices are merged likewise, shifted by the first one's mean: M2 = sum (M2_i + n_i d_i^2) -
-// (sum n_i d_i)^2 / n (Chan, Golub and LeVeque 1983). Until then a slice's mean is its distance from x's first row:
-// rounded as a mean it would carry errors of |mean| into the variance. A shift that is NaN or infinite is taken as 0,
-// so that an infinite x makes the mean infinite rather than NaN.
+// Variance: the sum of squared deviations from the mean, merged by Chan, Golub and LeVeque's formula (1983): four rows
+// into a thread's, threads' into a block's, all from d = x - origin, origin being x's first row. Sums of d^2 would need
+// a shift near the mean: one that is z deviations away costs a factor of 1 + z^2 in rounding errors, and a row that is
+// an outlier is far away. The origin need not be near: it only keeps digits where |mean| >> deviation, and z is at most
+// the root of the number of rows. Slices are merged in double, where plain sums have digits enough. An origin that is
+// NaN or infinite is taken as 0, so that an infinite x makes the mean infinite rather than NaN.
 //
 // No rows, which torch refuses: the mean and variance of nothing are NaN, the sums are 0. One row: an unbiased variance
 // of 0 / 0, NaN, as in torch.
@@ -134,38 +133,60 @@ __device__ __forceinline__ void load_channels(float (&to)[SIZE], const float* fr
   }
 }
 
-// Adds the lanes' sums; lane 0 has the result. Thread `lane * width + i` of the block is lane `lane`'s i-th.
-template <int SIZE>
-__device__ __forceinline__ void sum_lanes(float2 (&sums)[SIZE], int lane, int width) {
-  float2* shared = ptx::shared_memory<float2>() + threadIdx.x;
+// Calls merge(mine, theirs, first, half) for two lanes' results, of which the second is `half` lanes behind the first,
+// until lane 0 has the result of all. Thread `lane * width + i` of the block is lane `lane`'s i-th.
+template <typename Sums, int SIZE, typename Merge>
+__device__ __forceinline__ void merge_lanes(Sums (&sums)[SIZE], int lane, int width, Merge merge) {
+  Sums* shared = ptx::shared_memory<Sums>() + threadIdx.x;
   for (int half = kThreads / width / 2; half > 0; half /= 2) {
     if (lane / half == 1) {
 #pragma unroll
       for (int j = 0; j < SIZE; ++j) shared[j * kThreads] = sums[j];
     }
     __syncthreads();
-    if (lane < half) {
-#pragma unroll
-      for (int j = 0; j < SIZE; ++j) {
-        const float2 other = shared[j * kThreads + half * width];
-        sums[j].x += other.x;
-        sums[j].y += other.y;
-      }
-    }
+    if (lane < half) merge(sums, shared + half * width, half);
   }
 }
-constexpr std::size_t shared_bytes(int size) { return sizeof(float2) * size * kThreads; }
+template <typename Sums>
+constexpr std::size_t shared_bytes(int size) {
+  return sizeof(Sums) * size * kThreads;
+}
+
+// Adds the lanes' sums; lane 0 has the result.
+template <typename Sums, int SIZE>
+__device__ __forceinline__ void sum_lanes(Sums (&sums)[SIZE], int lane, int width) {
+  merge_lanes(sums, lane, width, [](Sums(&mine)[SIZE], const Sums* theirs, int) {
+#pragma unroll
+    for (int j = 0; j < SIZE; ++j) {
+      mine[j].x += theirs[j * kThreads].x;
+      mine[j].y += theirs[j * kThreads].y;
+    }
+  });
+}
 
 template <typename T>
 __device__ __forceinline__ float finite_or_zero(T x) {
   return isfinite(to_float(x)) ? to_float(x) : 0.0f;
 }
 
-// Mean and sum of squared deviations of n values from the sums of d and d^2, d = value - shift.
-__device__ __forceinline__ float2 moments(float shift, float2 sums, float n) {
-  const float mean = sums.x / n;
-  return {shift + mean, ptx::max_nan(fmaf(-sums.x, mean, sums.y), 0.0f)};  // rounding may leave it below 0
-}
+// Merges sums (x) and squared deviations from their own mean (y): those of `more` rows into those of `n`.
+class Merging {
+ public:
+  __device__ __forceinline__ Merging(int n, int more) {
+    if (n == 0 || more == 0) return;
+    const float of_mine = static_cast<float>(n), of_theirs = static_cast<float>(more);
+    ratio_ = of_theirs / of_mine;
+    weight_ = of_mine / (of_theirs * (of_mine + of_theirs));
+  }
+  __device__ __forceinline__ void operator()(float2& mine, float2 theirs) const {
+    const float apart = fmaf(ratio_, mine.x, -theirs.x);
+    mine.y = fmaf(weight_ * apart, apart, mine.y + theirs.y);
+    mine.x += theirs.x;
+  }
+
+ private:
+  float ratio_ = 0.0f, weight_ = 0.0f;
+};
 
 // --- forward
 
@@ -173,42 +194,58 @@ template <typename T, int SIZE>
 __global__ void __launch_bounds__(kThreads) slice_moments(BatchNormStatistics a, Tiling tiling) {
   constexpr int kRows = 4;
   const Place at = place<SIZE>(tiling, a.rows, a.c);
-  float shift[SIZE];
+  float origin[SIZE];
   float2 sums[SIZE] = {};
   if (at.has_channels) {
-    Pack<T, SIZE> first[4];
+    const Pack<T, SIZE> first = load_pack<T, SIZE>(static_cast<const T*>(a.x) + at.channel);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      first[i] = load_pack<T, SIZE>(static_cast<const T*>(a.x) + at.index(ptx::inside(i, at.rows) ? i : 0));
-    }
-#pragma unroll
-    for (int j = 0; j < SIZE; ++j) {
-      const float pair = to_float(first[0].values[j]) + to_float(first[1].values[j]);
-      shift[j] = finite_or_zero(0.25f * (pair + (to_float(first[2].values[j]) + to_float(first[3].values[j]))));
-    }
+    for (int j = 0; j < SIZE; ++j) origin[j] = finite_or_zero(first.values[j]);
   }
+  int n = 0;
   for_rows<kRows>(at, [&](int row, const bool (&valid)[kRows]) {
     Pack<T, SIZE> x[kRows];
     load_rows(x, valid, a.x, at, row);
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if (!valid[i]) continue;
+    if (valid[kRows - 1]) {
+      const Merging merging(n, kRows);
 #pragma unroll
       for (int j = 0; j < SIZE; ++j) {
-        const float d = to_float(x[i].values[j]) - shift[j];
-        sums[j].x += d;
-        sums[j].y = fmaf(d, d, sums[j].y);
+        float d[kRows];
+        float2 rows = {0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          d[i] = to_float(x[i].values[j]) - origin[j];
+          rows.x += d[i];
+        }
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          const float deviation = fmaf(-1.0f / kRows, rows.x, d[i]);
+          rows.y = fmaf(deviation, deviation, rows.y);
+        }
+        merging(sums[j], rows);
       }
+      n += kRows;
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kRows - 1; ++i) {
+      if (!valid[i]) continue;
+      const Merging merging(n, 1);
+#pragma unroll
+      for (int j = 0; j < SIZE; ++j) merging(sums[j], {to_float(x[i].values[j]) - origin[j], 0.0f});
+      ++n;
     }
   });
-  sum_lanes(sums, at.lane, 1 << tiling.log2_width);
+  merge_lanes(sums, at.lane, 1 << tiling.log2_width, [&](float2(&mine)[SIZE], const float2* theirs, int half) {
+    // By now a lane has the rows of all that are a multiple of 2 * half behind it.
+    const auto rows_of = [&](int lane) { return (max(at.rows - lane, 0) + 2 * half - 1) / (2 * half); };
+    const Merging merging(rows_of(at.lane), rows_of(at.lane + half));
+#pragma unroll
+    for (int j = 0; j < SIZE; ++j) merging(mine[j], theirs[j * kThreads]);
+  });
   if (at.lane > 0 || !at.has_channels) return;
   float2* to = static_cast<float2*>(a.workspace) + static_cast<std::int64_t>(at.slice) * a.c + at.channel;
-  const Pack<T, SIZE> origin = load_pack<T, SIZE>(static_cast<const T*>(a.x) + at.channel);
 #pragma unroll
-  for (int j = 0; j < SIZE; ++j) {
-    to[j] = moments(shift[j] - finite_or_zero(origin.values[j]), sums[j], static_cast<float>(at.rows));
-  }
+  for (int j = 0; j < SIZE; ++j) to[j] = {sums[j].x / static_cast<float>(at.rows), sums[j].y};
 }
 
 // A block of the merging launches has the slices as rows and one channel for each of 8 threads side by side.
@@ -219,41 +256,42 @@ __device__ __forceinline__ Place merge_place(const Tiling& tiling, int c) {
   return {0, tiling.slices, thread / kMergedChannels, kThreads / kMergedChannels, channel, c, has_channel, 0};
 }
 
+struct DoubleSums {
+  double x, y;
+};
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) merge_moments(BatchNormStatistics a, Tiling tiling) {
   const Place at = merge_place(tiling, a.c);
-  float origin = 0.0f, shift = 0.0f;
-  float2 sums[1] = {};
-  if (at.has_channels && at.rows > 0) {
-    origin = finite_or_zero(static_cast<const T*>(a.x)[at.channel]);
-    shift = finite_or_zero(static_cast<const float2*>(a.workspace)[at.channel].x);
-  }
+  DoubleSums sums[1] = {};  // of d and of d^2
   for_rows<kMergedRows>(at, [&](int row, const bool (&valid)[kMergedRows]) {
     Pack<float2, 1> of_slice[kMergedRows];
     load_rows(of_slice, valid, a.workspace, at, row);
 #pragma unroll
     for (int i = 0; i < kMergedRows; ++i) {
       if (!valid[i]) continue;
-      const float2 moments_of_slice = of_slice[i].values[0];
+      const auto [distance, squares] = of_slice[i].values[0];
       const std::int64_t begin = (row + i * at.lanes) * tiling.slice_rows;
-      const float n = static_cast<float>(min(tiling.slice_rows, a.rows - begin));
-      const float d = moments_of_slice.x - shift;
-      sums[0].x = fmaf(n, d, sums[0].x);
-      sums[0].y += fmaf(n * d, d, moments_of_slice.y);
+      const double sum = static_cast<double>(min(tiling.slice_rows, a.rows - begin)) * distance;
+      sums[0].x += sum;
+      sums[0].y += fma(sum, static_cast<double>(distance), static_cast<double>(squares));
     }
   });
   sum_lanes(sums, at.lane, kMergedChannels);
   if (at.lane > 0 || !at.has_channels) return;
-  const auto [distance, m2] = moments(shift, sums[0], static_cast<float>(a.rows));
-  const float mean = origin + distance;
+  const double n = static_cast<double>(a.rows), distance = sums[0].x / n;
+  double m2 = fma(-sums[0].x, distance, sums[0].y);
+  if (m2 < 0.0) m2 = 0.0;  // by rounding; NaN stays
+  const float origin = at.rows > 0 ? finite_or_zero(static_cast<const T*>(a.x)[at.channel]) : 0.0f;
+  const float mean = static_cast<float>(origin + distance);
   const auto update = [&](float* running, float value) {
     if (running == nullptr) return;
     running[at.channel] = fmaf(a.momentum, value, (1.0f - a.momentum) * running[at.channel]);
   };
   a.mean[at.channel] = mean;
-  a.invstd[at.channel] = static_cast<float>(1.0 / sqrt(static_cast<double>(m2) / static_cast<double>(a.rows) + a.eps));
+  a.invstd[at.channel] = static_cast<float>(1.0 / sqrt(m2 / n + a.eps));
   update(a.running_mean, mean);
-  update(a.running_var, m2 / static_cast<float>(a.rows - 1));
+  update(a.running_var, static_cast<float>(m2 / (n - 1.0)));
 }
 
 template <typename T, int SIZE, bool RESIDUAL>
@@ -425,9 +463,9 @@ cudaError_t launch_slices(void (*kernel)(Problem, Tiling), const Problem& a, std
   return launch(kernel, blocks, kThreads, shared, stream, a, tiles);
 }
 
-template <typename Problem>
+template <typename Sums, typename Problem>
 cudaError_t launch_merge(void (*kernel)(Problem, Tiling), const Problem& a, cudaStream_t stream) {
-  return launch(kernel, ceil_div(a.c, kMergedChannels), kThreads, shared_bytes(1), stream, a,
+  return launch(kernel, ceil_div(a.c, kMergedChannels), kThreads, shared_bytes<Sums>(1), stream, a,
                 tiling(a.rows, a.c, a.precision, 1));
 }
 
@@ -441,8 +479,8 @@ std::size_t batch_norm_act_workspace(std::int64_t rows, int c, Precision precisi
 cudaError_t batch_norm_act_statistics(const BatchNormStatistics& a, cudaStream_t stream) {
   if (a.c == 0) return cudaSuccess;
   return dispatch(a.precision, a.c, aligned_to_16(a.x), [&]<typename T, int SIZE>() {
-    const cudaError_t error = launch_slices<SIZE>(slice_moments<T, SIZE>, a, shared_bytes(SIZE), stream);
-    return error == cudaSuccess ? launch_merge(merge_moments<T>, a, stream) : error;
+    const cudaError_t error = launch_slices<SIZE>(slice_moments<T, SIZE>, a, shared_bytes<float2>(SIZE), stream);
+    return error == cudaSuccess ? launch_merge<DoubleSums>(merge_moments<T>, a, stream) : error;
   });
 }
 
@@ -459,9 +497,9 @@ cudaError_t batch_norm_act_reduce(const BatchNormReduce& a, cudaStream_t stream)
   const bool aligned = aligned_to_16(a.grad, a.x, a.output, a.mean);
   const cudaError_t error = dispatch(a.precision, a.c, aligned, [&]<typename T, int SIZE>() {
     return launch_slices<SIZE>(a.output == nullptr ? slice_sums<T, SIZE, false> : slice_sums<T, SIZE, true>, a,
-                               shared_bytes(SIZE), stream);
+                               shared_bytes<float2>(SIZE), stream);
   });
-  return error == cudaSuccess ? launch_merge(merge_sums, a, stream) : error;
+  return error == cudaSuccess ? launch_merge<float2>(merge_sums, a, stream) : error;
 }
 
 cudaError_t batch_norm_act_backward(const BatchNormBackward& a, cudaStream_t stream) {

@@ -287,6 +287,8 @@ std::string unsupported(const ConvBnAct& conv) {
       conv.k * depth(conv) / V::unit > INT_MAX / 2) {
     return "x or weight has 16 GiB or more";
   }
+  const std::int64_t padded = (conv.h + std::int64_t{2} * conv.pad_h) * (conv.w + std::int64_t{2} * conv.pad_w);
+  if (padded > INT_MAX / 2 / std::max(conv.c / V::unit, 1)) return "a padded image of 16 GiB or more";
   if (pixels(conv) > INT_MAX - V::block_m) return "2^31 output pixels or more";
   for (const void* pointer : {conv.x, conv.weight, conv.residual, static_cast<const void*>(conv.out)}) {
     if (reinterpret_cast<std::uintptr_t>(pointer) % 16 != 0) return "a tensor that is not aligned to 16 bytes";

@@ -270,6 +270,7 @@ inline std::string unsupported_anywhere(const ConvBnAct& conv, Precision precisi
     return std::string("it computes ") + precision_name(precision) + ", the problem is in " +
            precision_name(conv.precision);
   }
+  if (conv.r < 1 || conv.s < 1) return "a window without taps";
   if (depth(conv) > INT_MAX / 2) return "the weight of one output channel has more than 2^30 elements";
   return "";
 }
