@@ -47,8 +47,10 @@ class Stage:
 
 
 STAGES = (
+    Stage("native", "builds resnet_fast._C into this checkout, for this machine's GPUs", 0.30, 0.05),
     Stage("smoke", "every op against float64 at small shapes", 0.16, 0.03),
     Stage("tests", "pytest: the kernels' tests and those marked gpu", 0.16, 0.04),
+    Stage("cuda", "the CUDA kernels: ops against float64 at small shapes, then their tests", 0.10, 0.03),
     Stage("accuracy", "whole networks against float64", 0.10, 0.03),
     Stage("models", "ResNet-50 fp16, batches 128 1 32 256 8, against torch eager", 0.15, 0.05, timed=True),
     Stage("compiled", "ResNet-50 fp16 against torch.compile max-autotune", 0.28, 0.06, timed=True),
@@ -56,8 +58,9 @@ STAGES = (
     Stage("jax", "ResNet-50 fp16 against JAX/XLA", 0.08, 0.02, timed=True),
     Stage("cudnn", "ResNet-50 fp16 against the cuDNN graph API", 0.06, 0.02, timed=True),
     Stage("kernels", "each op at ResNet-50's shapes beside its floor", 0.15, 0.05, timed=True),
-    Stage("tune", "launch choices for ResNet-50 fp16", 0.30, 0.03, timed=True),
-    Stage("sanitizer", "compute-sanitizer memcheck and racecheck on the ops", 0.15, 0.03),
+    Stage("tune", "launch choices for ResNet-50 fp16, Triton's and CUDA's", 0.30, 0.03, timed=True),
+    Stage("layers", "each layer of ResNet-50: floor, Triton, CUDA, cuDNN", 0.15, 0.03, timed=True),
+    Stage("sanitizer", "compute-sanitizer memcheck, racecheck and synccheck on the ops", 0.15, 0.03),
 )
 WARM = Stage("warm", "compiles the networks' kernels in the background", 0.30, 0.0)
 """Runs beside the stages before the first timed one, and is over before it."""
@@ -92,7 +95,7 @@ def overlay(folder: Path) -> None:
 
 def surroundings(folder: Path, revision: str, tuned: Path) -> dict[str, str]:
     """The environment of the stages: the overlay first, no interpreter of Triton's, tables of launch choices beside the
-    results, the commit that is measured."""
+    results, the commit that is measured, and where this checkout is."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     return kept | {
@@ -101,6 +104,7 @@ def surroundings(folder: Path, revision: str, tuned: Path) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "RESNET_FAST_COMMIT": revision,
         "RESNET_FAST_TUNED": str(tuned),
+        "RESNET_FAST_CHECKOUT": str(ROOT),
     }
 
 
@@ -266,7 +270,12 @@ def rehearsal(run: Run, cwd: Path, env: Mapping[str, str]) -> int:
     """Without a GPU: tests are collected, every launch is built, models and plans are made, and the stages listed."""
     failed = 0
     collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
-    files = sorted(str(path.relative_to(cwd)) for path in (cwd / "tests").glob("test_triton_*.py"))
+    tests = (cwd / "tests").glob
+    files = sorted(
+        str(path.relative_to(cwd))
+        for path in (*tests("test_triton_*.py"), *tests("test_cuda_*.py"))
+        if path.name != "test_cuda_on_cpu.py"  # which compiles
+    )
     for name, arguments, seconds in (
         (
             "import",
@@ -300,6 +309,8 @@ def table(results: Path, outcomes: Mapping[str, Outcome]) -> str:
     """The short summary printed last, from the result files."""
     lines = ["", f"results in {results}"]
     lines += [f"  {name:10s} {o.status:12s} {o.seconds:6.1f} s  {o.reason}".rstrip() for name, o in outcomes.items()]
+    for name, row in _read(results / "native.json").get("build", {}).items():
+        lines.append(f"{name}: {row['line']}")
     found = _read(results / "correctness.json")
     for section in ("ops", "models"):
         rows = found.get(section, {})
@@ -315,6 +326,7 @@ def table(results: Path, outcomes: Mapping[str, Outcome]) -> str:
     for name, row in cases.items():
         if "contestants" in row:
             lines.append(f"{name:22s} {_rates(row)}")
+    lines += _layers(_read(results / "layers.json").get("rows", {}))
     rows = [row for row in _read(results / "ops.json").get("rows", {}).values() if "share" in row]
     for op in dict.fromkeys(row["op"] for row in rows):
         mine = [row for row in rows if row["op"] == op]
@@ -326,6 +338,20 @@ def table(results: Path, outcomes: Mapping[str, Outcome]) -> str:
             f"{op}: {middle:.0f} % of the floor's speed (median of {len(mine)}), least {least:.0f} % at {where}"
         )
     return "\n".join(lines)
+
+
+def _layers(rows: Mapping[str, Any]) -> list[str]:
+    """Per batch, how many layers of the network each contestant is fastest at."""
+    lines = []
+    for batch in dict.fromkeys(row["batch"] for row in rows.values()):
+        wins: dict[str, int] = {}
+        for row in rows.values():
+            times = {name: one["us"] for name, one in row["times"].items() if "us" in one}
+            if row["batch"] == batch and times:
+                first = min(times, key=times.__getitem__)
+                wins[first] = wins.get(first, 0) + 1
+        lines.append(f"layers at batch {batch}, fastest: " + ", ".join(f"{name} {n}" for name, n in wins.items()))
+    return lines
 
 
 def _rates(row: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import functools
 import gc
 import importlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -31,7 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import environment, ops
+from benchmarks import environment, gpu_layers, ops
+from resnet_fast import backends
 from resnet_fast.benchmarking import cuda, results
 from resnet_fast.benchmarking.compare import fresh_model
 from resnet_fast.benchmarking.cuda import DTYPES, Case, Device
@@ -107,17 +109,82 @@ class Deadline:
             self._longest = max(self._longest, self._clock() - before)
 
 
+# --- the native module
+
+
+def native(folder: Path, deadline: Deadline) -> int:
+    """Builds ``_C`` into the checkout, on all cores and for this machine's GPUs, and copies it into the overlay.
+
+    What CMake and ninja made stays in build/native, so that a later call compiles what has changed. Where a tool is
+    missing nothing is built, and that is no failure.
+    """
+    import resnet_fast
+
+    book, checkout = Book(folder, "native", ("build",)), Path(os.environ["RESNET_FAST_CHECKOUT"])
+    build, package, source = _native_build(checkout), Path(resnet_fast.__file__).parent, checkout / "resnet_fast"
+    build.remove_module(package)  # a copy of an earlier build must not be taken for this one
+    found = {"nvcc": build.find_nvcc(), "cmake": build.find_tool("cmake"), "ninja": build.find_tool("ninja")}
+    found["pybind11"] = importlib.util.find_spec("pybind11")
+    missing = [name for name, path in found.items() if path is None]
+    if missing:
+        return _built(book, {"built": False, "line": f"not built: there is no {' and no '.join(missing)} here"}, 0)
+    script = [sys.executable, "csrc/native_build.py", "--out", "resnet_fast", "--build-dir", "build/native"]
+    # Whoever ends this stage for its time ends the compilers too; what they have made is kept for the next call.
+    done = subprocess.run(script, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    row, record = {"built": False, "reason": "the build left no record"}, source / build.RECORD
+    if record.is_file():
+        row = json.loads(record.read_text(encoding="utf-8"))
+    row |= {"status": done.returncode, "tail": done.stdout[-4000:]}
+    if package != source and row["built"]:
+        for path in (*source.glob("_C.*.so"), record):
+            shutil.copy2(path, package)
+    reason = row["reason"]
+    if row["built"]:  # in a process that has not looked for the module yet
+        code = "from resnet_fast.backends import cuda; print(cuda.unavailable(initialize=True))"
+        loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        reason = (loaded.stdout if loaded.returncode == 0 else loaded.stderr).strip()
+    if reason:
+        return _built(book, row | {"built": False, "reason": reason, "line": f"FAILED: {reason.splitlines()[0]}"}, 1)
+    cutlass = {"all": "", "none": ", without CUTLASS's kernels"}.get(
+        row["sm90"], f", of CUTLASS's kernels {row['sm90']}"
+    )
+    line = f"built with CUDA {row['cuda']} for {', '.join(row['archs'])} in {row['seconds']} s{cutlass}"
+    return _built(book, row | {"line": line}, 0)
+
+
+def _built(book: Book, row: dict[str, Any], status: int) -> int:
+    book.add("build", "resnet_fast._C", row)
+    print(f"  {row['line']}", flush=True)
+    return status
+
+
+def _native_build(checkout: Path) -> Any:
+    """csrc/native_build.py as a module."""
+    spec = importlib.util.spec_from_file_location("native_build", checkout / "csrc" / "native_build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
 # --- is it right
 
 
-def smoke(folder: Path, deadline: Deadline, device: str = "cuda", workers: int | None = None) -> int:
+def smoke(
+    folder: Path, deadline: Deadline, device: str = "cuda", workers: int | None = None, backend: str = "auto"
+) -> int:
     """Every op at small shapes and every precision by the error rule, with memory full of NaN before each.
 
-    Most of its time goes to compiling, so ``workers`` processes share it; with 1 it all happens in this one.
+    Most of its time goes to compiling, so ``workers`` processes share it; with 1 it all happens in this one. With a
+    ``backend`` of "cuda" only what its kernels compute, and there a fallback is wrong.
     """
     book, wrong = Book(folder, "correctness", ("ops", "models")), 0
     items = [
-        (precision, index, device) for precision in PRECISIONS for index in range(len(ops.small(precision, device)))
+        (precision, index, device, backend)
+        for precision in PRECISIONS
+        for index, make in enumerate(ops.small(precision, device))
+        if backend == "auto" or (precision != "fp32" and make.func is not ops.bottleneck_tail)  # type: ignore[attr-defined]
     ]
     with _mapped(_smoke_one, items, workers or _workers(len(items))) as rows:
         for title, row in rows:
@@ -136,19 +203,35 @@ def smoke_alone(folder: Path, deadline: Deadline) -> int:
     return smoke(folder, deadline, workers=1)
 
 
-def _smoke_one(item: tuple[str, int, str]) -> tuple[str, dict[str, Any]]:
-    precision, index, device = item
+def cuda_alone(folder: Path, deadline: Deadline) -> int:
+    """The same by the CUDA kernels."""
+    reason = backends.available()["cuda"]
+    if reason:
+        print(f"  not run: {reason}", flush=True)
+        return 0
+    return smoke(folder, deadline, workers=1, backend="cuda")
+
+
+def _smoke_one(item: tuple[str, int, str, str]) -> tuple[str, dict[str, Any]]:
+    precision, index, device, backend = item
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
-        with warnings.catch_warnings(), torch.no_grad(), tf32(precision == "tf32"):
+        with warnings.catch_warnings(), torch.no_grad(), tf32(precision == "tf32"), backends.use(backend):
             warnings.filterwarnings("ignore", message=".*deterministic.*")
-            case = ops.small(precision, device)[index]()
+            case, before = ops.small(precision, device)[index](), backends.fallbacks()
             try:
                 error, allowed, reason = case.judge("op")
+                if backend != "auto" and backends.fallbacks() != before:
+                    reason = reason or "something slower ran than was asked for"
             except Exception as failure:  # one kernel's failure must not hide the others' results
                 error, allowed, reason = float("inf"), 0.0, _one_line(failure)
-        return case.title, {"error": error, "allowed": allowed, "passed": not reason, "reason": reason}
+        return case.title if backend == "auto" else f"{case.title} by {backend}", {
+            "error": error,
+            "allowed": allowed,
+            "passed": not reason,
+            "reason": reason,
+        }
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -196,10 +279,24 @@ def accuracy(folder: Path, deadline: Deadline, device: str = "cuda", image_size:
 
 def tests(folder: Path, deadline: Deadline) -> int:
     """pytest on the kernels' tests, on the GPU, and on whatever else is marked for one."""
+    kernels, _, marked = gpu_tests(Path("tests"))
+    return _tests(folder, deadline, {"kernels": kernels, "marked gpu": ["-m", "gpu", *marked]})
+
+
+def cuda_kernels(folder: Path, deadline: Deadline) -> int:
+    """The CUDA kernels where ``_C`` is built: every op against float64 at small shapes, then their tests."""
+    reason = backends.available()["cuda"]
+    if reason:
+        print(f"  not run: {reason}", flush=True)
+        return 0
+    wrong = smoke(folder, Deadline(deadline.left / 2), workers=1, backend="cuda")
+    return wrong | _tests(folder, deadline, {"cuda": gpu_tests(Path("tests"))[1]})
+
+
+def _tests(folder: Path, deadline: Deadline, runs: dict[str, list[str]]) -> int:
     book = Book(folder, "tests", ("pytest", "sanitizer"))
-    kernels, marked = gpu_tests(Path("tests"))
     failed = 0
-    for name, arguments in (("kernels", kernels), ("marked gpu", ["-m", "gpu", *marked])):
+    for name, arguments in runs.items():
         if not any(argument.endswith(".py") for argument in arguments):
             continue
         command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "--maxfail=25"]
@@ -215,12 +312,17 @@ def tests(folder: Path, deadline: Deadline) -> int:
     return int(failed > 0)
 
 
-def gpu_tests(root: Path) -> tuple[list[str], list[str]]:
-    """The kernels' test files, and the others in which something is marked for a GPU."""
+def gpu_tests(root: Path) -> tuple[list[str], list[str], list[str]]:
+    """The test files of Triton's kernels, of CUDA's, and the others in which something is marked for a GPU."""
+
+    def says(path: Path, pattern: str) -> bool:
+        return re.search(pattern, path.read_text(encoding="utf-8")) is not None
+
     kernels = sorted(root.glob("test_triton_*.py"))
-    others = [path for path in sorted(root.glob("test_*.py")) if path not in kernels]
-    marked = [path for path in others if re.search(r"mark\.gpu\b", path.read_text(encoding="utf-8"))]
-    return [str(path) for path in kernels], [str(path) for path in marked]
+    native = [path for path in sorted(root.glob("test_cuda_*.py")) if says(path, r"from \.cuda_device import")]
+    others = [path for path in sorted(root.glob("test_*.py")) if path not in (*kernels, *native)]
+    marked = [path for path in others if says(path, r"mark\.gpu\b")]
+    return [str(path) for path in kernels], [str(path) for path in native], [str(path) for path in marked]
 
 
 def _pytest(command: list[str], deadline: Deadline) -> tuple[dict[str, int], str, int | None]:
@@ -254,7 +356,8 @@ def outcomes(output: str) -> dict[str, int]:
 
 
 def sanitizer(folder: Path, deadline: Deadline) -> int:
-    """compute-sanitizer's memcheck and racecheck on the ops at small shapes, then memcheck on the kernels' tests."""
+    """compute-sanitizer on the ops at small shapes, those of the CUDA kernels first: memcheck and racecheck, for the
+    CUDA kernels synccheck too; then memcheck on the kernels' tests."""
     book = Book(folder, "tests", ("pytest", "sanitizer"))
     program, failed = shutil.which("compute-sanitizer"), 0
     if program is None:
@@ -263,11 +366,18 @@ def sanitizer(folder: Path, deadline: Deadline) -> int:
     # Without torch's pool every tensor is an allocation of its own, and its bounds are seen.
     surroundings = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     scratch = Path("sanitizer")
-    stage = ["-m", "benchmarks.gpu_stages", "smoke_alone", "--results", str(scratch), "--seconds", "100000"]
-    runs = [("memcheck", "ops at small shapes", stage), ("racecheck", "ops at small shapes", stage)]
+
+    def stage(name: str) -> list[str]:
+        return ["-m", "benchmarks.gpu_stages", name, "--results", str(scratch), "--seconds", "100000"]
+
+    triton_tests, cuda_tests, _ = gpu_tests(Path("tests"))
+    built = not backends.available()["cuda"]
+    runs = [(tool, "CUDA ops at small shapes", stage("cuda_alone")) for tool in ("memcheck", "racecheck", "synccheck")]
+    runs = runs if built else []
+    runs += [(tool, "ops at small shapes", stage("smoke_alone")) for tool in ("memcheck", "racecheck")]
     runs += [
         ("memcheck", path, ["-m", "pytest", "-q", "-p", "no:cacheprovider", path])
-        for path in gpu_tests(Path("tests"))[0]
+        for path in (*(cuda_tests if built else ()), *triton_tests)
     ]
     for tool, what, arguments in deadline.each(runs):
         command = [program, "--tool", tool, "--target-processes", "all", "--error-exitcode", "9", sys.executable]
@@ -515,7 +625,8 @@ def time_op(case: ops.OpCase, limits: Any, device: Device, *, seconds: float) ->
 
 
 def tune(folder: Path, deadline: Deadline) -> int:
-    """Sweeps the launch choices of ResNet-50 in float16, batch by batch, into a table beside the results."""
+    """Sweeps the launch choices of ResNet-50 in float16, batch by batch, into a table beside the results: Triton's, and
+    where ``_C`` is built CUDA's."""
     from resnet_fast.backends import triton
     from resnet_fast.kernels import _tables
     from resnet_fast.tuning import sweep
@@ -536,11 +647,12 @@ def tune(folder: Path, deadline: Deadline) -> int:
 
 
 def tunable(case: Case, gpu: Any) -> list[Any]:
-    """The launches of a network that no table in force has a choice for."""
+    """The launches of a network that no table in force has a choice for, of Triton's kernels and of CUDA's."""
     from resnet_fast.kernels import _tables
+    from resnet_fast.tuning import ops as adapters
     from resnet_fast.tuning import shapes
 
-    cases = shapes.problems([case.arch], [case.batch], [case.precision], gpu=gpu)
+    cases = adapters.with_cuda(shapes.problems([case.arch], [case.batch], [case.precision], gpu=gpu), gpu)
     return [found for found in cases if _tables.lookup(found.op, found.problem.key(), gpu.name) is None]
 
 
@@ -553,6 +665,26 @@ def _tuned(outcome: Any) -> None:
     print(
         f"  {outcome.case.op} {outcome.case.problem.key()}: {seconds}, {outcome.tried} tried{refused}{cut}", flush=True
     )
+
+
+def layers(folder: Path, deadline: Deadline) -> int:
+    """Every layer of ResNet-50 in float16: its floor, and what Triton, CUDA and cuDNN take, beside each other."""
+    from resnet_fast.backends import triton
+    from resnet_fast.tuning import shapes
+    from resnet_fast.tuning.cuda import CudaRunner
+
+    book, device = Book(folder, "layers", ("rows",)), torch.device("cuda", 0)
+    gpu, wrong = triton.gpu_of(device), 0
+    with CudaRunner(gpu, device) as runner:
+        for case in FIRST:
+            problems = shapes.problems([case.arch], [case.batch], [case.precision])
+            for problem in deadline.each(gpu_layers.contested(problems)):
+                row = gpu_layers.measure(problem, gpu, runner)
+                wrong += any("wrong" in one for who, one in row["times"].items() if who != "cudnn")
+                book.add("rows", str(problem), {"batch": case.batch, **row})
+                results.write_text(folder / "layers.md", gpu_layers.table(book.data))
+                print(f"  {problem}: {gpu_layers.line(row)}", flush=True)
+    return int(wrong > 0)
 
 
 # --- without a GPU
@@ -591,8 +723,8 @@ class _Reroute(TorchDispatchMode):
         if function.namespace == "resnet_fast":
             name = function._opname
             module = importlib.import_module(f"resnet_fast.ops.{name}")
-            if hasattr(module, "run_triton"):
-                result = module.run_triton(*args)
+            if hasattr(module, "run_kernel"):
+                result = module.run_kernel("triton", *args)
                 if result is not None:
                     return result
                 self.refused[name] = self.refused.get(name, 0) + 1
@@ -618,8 +750,11 @@ def rehearse(folder: Path, deadline: Deadline) -> int:
     of them compiled for compute capability 9.0."""
     from triton.runtime import driver
 
+    build = _native_build(Path(os.environ["RESNET_FAST_CHECKOUT"]))
+    print(f"  to build _C: nvcc {build.find_nvcc()}, CUTLASS {build.find_cutlass()}", flush=True)
     for name, sections in (("correctness", ("ops", "models")), ("tests", ("pytest", "sanitizer")),
-                           ("models", ("cases",)), ("ops", ("ceilings", "rows"))):  # fmt: skip
+                           ("models", ("cases",)), ("ops", ("ceilings", "rows")), ("native", ("build",)),
+                           ("layers", ("rows",))):  # fmt: skip
         Book(folder, name, sections)
     warnings.simplefilter("ignore")
     driver.set_active(FakeDriver(90))
@@ -664,11 +799,13 @@ def rehearse(folder: Path, deadline: Deadline) -> int:
     return 0
 
 
-STAGES: dict[str, Callable[[Path, Deadline], int]] = {
+STAGES: dict[str, Callable[[Path, Deadline], int]] = {"cuda": cuda_kernels} | {
     stage.__name__: stage
     for stage in (
+        native,
         smoke,
         smoke_alone,
+        cuda_alone,
         tests,
         accuracy,
         warm,
@@ -679,6 +816,7 @@ STAGES: dict[str, Callable[[Path, Deadline], int]] = {
         cudnn,
         kernels,
         tune,
+        layers,
         sanitizer,
         rehearse,
     )

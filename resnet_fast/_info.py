@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import backends
+from .backends import cuda
 
 _PACKAGES = ("triton", "torchvision", "numpy", "safetensors", "Pillow", "onnxruntime", "openvino")
 
@@ -28,6 +29,7 @@ class Info:
     torch: str
     packages: dict[str, str]
     gpus: list[str]
+    native: dict[str, Any]
     backend: str
     backends: dict[str, str]
     fallbacks: list[str]
@@ -42,6 +44,7 @@ class Info:
             ("torch", f"{self.torch}, {self.threads} threads"),
             ("cpu", f"{self.cpu} ({self.cpu_capability})"),
             ("gpus", ", ".join(self.gpus) or "none that torch can use"),
+            ("native", _native(self.native)),
             ("packages", ", ".join(f"{name} {version}" for name, version in self.packages.items())),
             ("backend", f"{self.backend} (choose with resnet_fast.backends.use)"),
         ]
@@ -50,6 +53,16 @@ class Info:
         rows += [("fell back", line) for line in self.fallbacks] or [("fell back", "nothing so far in this process")]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _native(found: dict[str, Any]) -> str:
+    """The CUDA C++ module in a line; the reason where there is none, in full: a compiler's may have several lines."""
+    if not found["built"]:
+        return str(found["reason"])
+    archs = ", ".join(found["archs"]) or "no GPU"
+    ptx = f", PTX for newer ones from {found['ptx']}" if found.get("ptx") else ""
+    what = f"resnet_fast._C for {archs}{ptx}, CUDA {found['cuda']}, {found['convolutions']} convolution kernels"
+    return f"{what}{', emulated on the CPU' if found['emulated'] else ''}"
 
 
 def _cpu_name() -> str:
@@ -88,6 +101,7 @@ def info() -> Info:
         torch=torch.__version__,
         packages={name: version for name, version in found.items() if version},
         gpus=gpus,
+        native=cuda.described(),
         backend=backends.current(),
         backends=backends.available(),
         fallbacks=[f"{what}: {why} ({count} times)" for (what, why), count in backends.fallbacks().items()],

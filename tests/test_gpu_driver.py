@@ -16,12 +16,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import environment, gpu, gpu_stages, ops, report
+from benchmarks import environment, gpu, gpu_layers, gpu_stages, ops, report
 from benchmarks.gpu import Outcome, Run, Stage
+from resnet_fast import backends
+from resnet_fast.backends import cuda as native
 from resnet_fast.benchmarking import cuda, results, timing
 from resnet_fast.benchmarking.compare import fresh_model
 from resnet_fast.benchmarking.cuda import Case, Device, Peer
 from resnet_fast.kernels import gpus
+from resnet_fast.tuning import cuda as tuning
+from resnet_fast.tuning import ops as adapters
+from resnet_fast.tuning import shapes
+
+from .cuda_device import installed, needs_cuda_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_GPU: dict[str, Any] = {
@@ -63,7 +70,7 @@ def test_dry_run_does_everything_up_to_the_first_launch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "gpu-dry-run"
     written = {path.stem: results.read(path) for path in folder.glob("*.json")}
-    assert set(written) == {"environment", "correctness", "tests", "models", "ops"}
+    assert set(written) == {"environment", "correctness", "tests", "models", "ops", "native", "layers"}
     assert {data["kind"] for data in written.values()} == {f"gpu-{name}" for name in written}
     assert written["models"]["machine"]["commit"] == "fedcba987654"
     stages = written["environment"]["stages"]
@@ -73,6 +80,7 @@ def test_dry_run_does_everything_up_to_the_first_launch(tmp_path: Path) -> None:
     assert "overlay-" in stages["import"]["tail"]  # not the package that the tests themselves run on
     rehearsed = stages["rehearse"]["tail"]
     assert "compiled resnet_fast.kernels.conv_bn_act._boxes for sm_90" in rehearsed
+    assert "  to build _C: nvcc " in rehearsed
     assert "'bottleneck_tail': 16" in rehearsed and "MB per image" in rehearsed
     for stage in gpu.STAGES:
         assert stage.what in done.stdout
@@ -86,12 +94,14 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr("sys.argv", ["gpu", "--stages", "smoke,sing"])
     with pytest.raises(SystemExit):
         gpu.main()
-    assert "'sing' is none of smoke, tests" in capsys.readouterr().err
+    assert "'sing' is none of native, smoke, tests" in capsys.readouterr().err
 
 
 def test_every_stage_exists_and_the_most_important_come_first() -> None:
     names = [stage.name for stage in gpu.STAGES]
-    assert set(names) | {gpu.WARM.name, "rehearse", "smoke_alone"} == set(gpu_stages.STAGES)
+    assert set(names) | {gpu.WARM.name, "rehearse", "smoke_alone", "cuda_alone"} == set(gpu_stages.STAGES)
+    assert names[0] == "native" and names.index("cuda") < names.index("models")
+    assert names.index("tune") < names.index("layers")
     assert sum(stage.least for stage in gpu.STAGES) < 0.6
     assert names.index("smoke") < names.index("tests") < names.index("accuracy")
     assert all(not stage.timed for stage in gpu.STAGES[:3]) and names.index("accuracy") < names.index("models")
@@ -520,6 +530,280 @@ def test_accuracy_is_written_for_every_network(tmp_path: Path, monkeypatch: pyte
     assert all(0 < row["error"] <= row["allowed"] and row["torch"] > 0 for row in rows.values())
 
 
+# --- the native module
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout whose build is a script of ours, and a package beside it that an earlier build was copied into."""
+    folder, package = tmp_path / "checkout", tmp_path / "overlay" / "resnet_fast"
+    (folder / "csrc").mkdir(parents=True)
+    (folder / "resnet_fast").mkdir()
+    package.mkdir(parents=True)
+    (package / "_C.cpython-old.so").write_text("of an earlier build")
+    (package / "_C.pyi").write_text("types")
+    import resnet_fast
+
+    monkeypatch.setattr(resnet_fast, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+    monkeypatch.setenv("RESNET_FAST_CHECKOUT", str(folder))
+    return folder
+
+
+def building(folder: Path, body: str, missing: str = "") -> None:
+    """native_build.py, the parts that the stage uses, which as a program does ``body``."""
+    (folder / "csrc" / "native_build.py").write_text(f"""
+import json, sys
+from pathlib import Path
+RECORD = "_build_record.json"
+def find_nvcc(): return None if {missing!r} == "nvcc" else "nvcc"
+def find_tool(name): return None if {missing!r} == name else name
+def remove_module(folder):
+    for path in [*folder.glob("_C.*.so"), folder / RECORD]: path.unlink(missing_ok=True)
+if __name__ == "__main__":
+    assert sys.argv[1:] == ["--out", "resnet_fast", "--build-dir", "build/native"]
+    out = Path("resnet_fast")
+    print("$ cmake")
+    {body}
+""")
+
+
+RECORD = {
+    "built": True, "reason": "", "archs": ["90a"], "ptx": "", "cuda": "13.0.88", "sm90": "none", "seconds": 93.0
+}  # fmt: skip
+
+
+def test_the_native_module_is_built_and_taken_over(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    building(checkout, f"(out / '_C.new.so').write_text('code'); (out / RECORD).write_text({json.dumps(RECORD)!r})")
+    real, seen = subprocess.run, []
+
+    def run(command: list[str], **options: Any) -> Any:
+        if "-c" in command:  # the check whether it loads
+            seen.append(command)
+            return subprocess.CompletedProcess(command, 0, "\n", "")
+        return real(command, **options)
+
+    monkeypatch.setattr(gpu_stages.subprocess, "run", run)
+    assert gpu_stages.native(tmp_path, gpu_stages.Deadline(60)) == 0 and len(seen) == 1
+    package = tmp_path / "overlay" / "resnet_fast"
+    assert {path.name for path in package.iterdir()} == {"_C.new.so", "_C.pyi", "_build_record.json"}
+    row = results.read(tmp_path / "native.json")["build"]["resnet_fast._C"]
+    assert row["built"] and row["archs"] == ["90a"] and "$ cmake" in row["tail"] and row["status"] == 0
+    line = "built with CUDA 13.0.88 for 90a in 93.0 s, without CUTLASS's kernels"
+    assert line in capsys.readouterr().out and f"resnet_fast._C: {line}" in gpu.table(tmp_path, {})
+    # Built, but it does not load here: wrong, and said.
+    monkeypatch.setattr(gpu_stages.subprocess, "run", lambda command, **options: real(
+        [sys.executable, "-c", "print('does not load: no symbol')"] if "-c" in command else command, **options
+    ))  # fmt: skip
+    assert gpu_stages.native(tmp_path, gpu_stages.Deadline(60)) == 1
+    assert "FAILED: does not load: no symbol" in capsys.readouterr().out
+
+
+def test_a_build_that_fails_leaves_no_module_and_says_why(
+    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = json.dumps({**RECORD, "built": False, "reason": "ninja ended with status 1: x.cu(3): error: no\nmore"})
+    building(checkout, f"(out / RECORD).write_text({left!r}); sys.exit(1)")
+    assert gpu_stages.native(tmp_path, gpu_stages.Deadline(60)) == 1
+    assert [path.name for path in (tmp_path / "overlay" / "resnet_fast").iterdir()] == ["_C.pyi"]
+    row = results.read(tmp_path / "native.json")["build"]["resnet_fast._C"]
+    assert not row["built"] and row["status"] == 1 and row["reason"].endswith("more")
+    assert "  FAILED: ninja ended with status 1: x.cu(3): error: no\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tool", ["nvcc", "cmake", "ninja"])
+def test_without_a_tool_nothing_is_built_and_that_is_no_failure(
+    tool: str, checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    building(checkout, "raise SystemExit('never')", missing=tool)
+    assert gpu_stages.native(tmp_path, gpu_stages.Deadline(60)) == 0
+    assert f"not built: there is no {tool} here" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "overlay" / "resnet_fast").iterdir()] == ["_C.pyi"]
+
+
+def test_the_real_build_has_what_the_stage_uses() -> None:
+    build = gpu_stages._native_build(ROOT)
+    assert build.RECORD == "_build_record.json" and callable(build.remove_module)
+    assert build.find_nvcc() is None or build.find_nvcc()
+    assert build.find_tool("no-such-tool") is None
+
+
+def test_without_a_module_the_cuda_stages_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not backends.available()["cuda"]:
+        pytest.skip("it is built here")
+    for stage in (gpu_stages.cuda_kernels, gpu_stages.cuda_alone):
+        assert stage(tmp_path, gpu_stages.Deadline(60)) == 0
+        assert f"  not run: {native.unavailable()}" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_cuda_kernels
+def test_smoke_by_the_cuda_kernels_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they do not compute is wrong there, for a fallback would be judged in their place."""
+    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+    monkeypatch.setattr(gpu_stages, "PRECISIONS", ("fp16", "fp32"))
+    given = (2, "fp16", native_device := "cuda" if not native.unavailable() else "cpu")
+    cases = [
+        functools.partial(ops.conv_bn_act, ops.ConvShape(17, 13, 3, 1, 5, residual=True), *given),
+        functools.partial(ops.head, 17, 3, *given, k=13),
+        functools.partial(ops.bottleneck_tail, ops.SMALL_TAILS[0], *given),
+    ]
+    monkeypatch.setattr(ops, "small", lambda precision, device: cases)
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        with installed():
+            assert gpu_stages.smoke(tmp_path, gpu_stages.Deadline(60), native_device, workers=1, backend="cuda") == 0
+            rows = results.read(tmp_path / "correctness.json")["ops"]
+            assert [name.split()[0] for name in rows] == ["conv_bn_act", "head"]
+            assert all(name.endswith("by cuda") and row["passed"] for name, row in rows.items())
+            monkeypatch.setattr(native, "kernel", lambda *given: ("", "not today"))
+            with pytest.warns(backends.FallbackWarning):
+                assert (
+                    gpu_stages.smoke(tmp_path, gpu_stages.Deadline(60), native_device, workers=1, backend="cuda") == 1
+                )
+    finally:
+        torch.use_deterministic_algorithms(before)
+    rows = results.read(tmp_path / "correctness.json")["ops"]
+    assert [row["reason"] for row in rows.values()] == ["something slower ran than was asked for"] * 2
+
+
+# --- layer by layer
+
+
+class Stopwatch:
+    """A runner that runs nothing: what each op's launches take, in microseconds, and who is wrong."""
+
+    def __init__(self, **taken: float) -> None:
+        self.taken, self.liars, self.spilling = taken, set[str](), False
+        self.case: adapters.Case | None = None
+
+    def load(self, case: adapters.Case) -> None:
+        self.case = case
+
+    def unusable(self, configs: Any) -> dict[Any, str]:
+        return dict.fromkeys(configs, "spills 8 bytes a thread") if self.spilling else {}
+
+    def _who(self) -> str:
+        assert self.case is not None
+        return "cuda" if adapters.is_cuda(self.case) else "triton"
+
+    def wrong(self, config: Any) -> str:
+        return "relative error 1" if self._who() in self.liars else ""
+
+    def seconds(self, config: Any) -> float:
+        return 1e-6 * self.taken[self._who()]
+
+    def wrong_by(self, run: Any) -> str:
+        if "missing" in self.liars:
+            raise RuntimeError("cuDNN\nis not here")
+        return "NaN or infinity in the answer" if "cudnn" in self.liars else ""
+
+    def seconds_of(self, make: Any) -> float:
+        return 1e-6 * self.taken["cudnn"]
+
+
+H100 = gpus.known("h100")
+
+
+class Listed:
+    """A native module with one convolution kernel, for 1x1 alone."""
+
+    def build_info(self) -> dict[str, Any]:
+        return {"archs": ["90a"], "cuda": "13.0.88", "emulated": False}
+
+    def conv_bn_act_kernels(self) -> list[dict[str, Any]]:
+        return [{
+            "name": "sm90_fp16_gemm_128x64", "algorithm": "cutlass_gemm", "least_capability": 90,
+            "most_capability": 90, "precision": "fp16", "block_m": 128, "block_n": 64, "block_k": 64, "stages": 4,
+            "threads": 384, "shared_bytes": 99_000,
+        }]  # fmt: skip
+
+    def conv_bn_act_unsupported(self, name: str, *fields: Any) -> str:
+        return "" if fields[11:13] == (1, 1) else "a window"
+
+
+def test_layers_are_measured_by_everybody_who_computes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+    monkeypatch.setenv("RESNET_FAST_TUNED", str(tmp_path / "none"))
+    problems = gpu_layers.contested(shapes.problems(["resnet50"], [128], ["fp16"]))
+    kinds = [problem.op for problem in problems]
+    assert kinds.count("conv_bn_act") == 23 and kinds.count("stem") == 2 and kinds.count("head") == 1
+    pointwise = next(p for p in problems if p.op == "conv_bn_act" and p.problem.kernel == (1, 1))
+    spatial = next(p for p in problems if p.op == "conv_bn_act" and p.problem.kernel == (3, 3))
+    book = gpu_stages.Book(tmp_path, "layers", ("rows",))
+    with native.substitute(Listed()):
+        watch = Stopwatch(triton=30, cuda=20, cudnn=40)
+        for problem in (pointwise, spatial):
+            book.add("rows", str(problem), {"batch": 128, **gpu_layers.measure(problem, H100, watch)})
+        first, second = book.data["rows"].values()
+        assert first["times"]["cuda"] == {"us": pytest.approx(20), "choice": {"kernel": "sm90_fp16_gemm_128x64"}}
+        assert first["times"]["triton"]["us"] == pytest.approx(30) and "block_m" in first["times"]["triton"]["choice"]
+        assert first["floor_us"] == pytest.approx(
+            1e6 * adapters.get("conv_bn_act").work(pointwise.problem).floor(H100, "fp16")
+        )
+        assert second["times"]["cuda"] == {"none": "no CUDA kernel computes it here"}
+        assert "cuda 20.00 (" in gpu_layers.line(first) and "cuda: no CUDA kernel" in gpu_layers.line(second)
+        text = gpu_layers.table(book.data)
+        assert (
+            f"| conv_bn_act {pointwise.problem.key()} (relu) | {first['floor_us']:.2f} | 30.00 | **20.00** | 40.00 |"
+            in text
+        )
+        assert f"| {second['floor_us']:.2f} | **30.00** | none | 40.00 |  |" in text
+        assert f"| sum where all three run | {first['floor_us']:.2f} | 30.00 | 20.00 | 40.00 | |" in text
+        assert "layers at batch 128, fastest: cuda 1, triton 1" in gpu.table(tmp_path, {})
+        watch.liars = {"cuda", "missing"}
+        row = gpu_layers.measure(pointwise, H100, watch)
+        assert row["times"]["cuda"] == {"wrong": "relative error 1"}
+        assert row["times"]["cudnn"] == {"none": "cuDNN is not here"}
+        assert "cuda WRONG: relative error 1" in gpu_layers.line(row)
+        watch.liars, watch.spilling = {"cudnn"}, True
+        row = gpu_layers.measure(spatial, H100, watch)
+        assert row["times"]["triton"] == {"wrong": "spills 8 bytes a thread"} and "wrong" in row["times"]["cudnn"]
+        gpu_layers.table({**book.data, "rows": {"x": {"batch": 1, **row}}})
+
+
+def test_torchs_ways_give_the_right_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's fused convolutions, as torch documents them, in torch's own operations."""
+
+    def conv_relu(x: Tensor, weight: Tensor, bias: Tensor, *how: Any) -> Tensor:
+        return torch.conv2d(x.float(), weight.float(), bias.float(), *how).relu().to(x.dtype)
+
+    def conv_add_relu(x: Tensor, weight: Tensor, z: Tensor, alpha: float, bias: Tensor, *how: Any) -> Tensor:
+        return (torch.conv2d(x.float(), weight.float(), bias.float(), *how) + alpha * z.float()).relu().to(x.dtype)
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", conv_relu)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", conv_add_relu)
+    found: dict[tuple[Any, ...], adapters.Case] = {}
+    for case in shapes.problems(["resnet18"], [1], ["fp16"], 32):
+        found.setdefault((case.op, case.form, getattr(case.problem, "residual", None)), case)
+    cases = [case for case in found.values() if case.form != "backward"]
+    assert len(cases) == 8
+    for case in cases:
+        adapter = adapters.get(case.op)
+        tensors = adapter.tensors(case.problem, torch.device("cpu"))
+        exact = adapter.reference(tuning._widened(tensors, torch.float32), case)["out"]
+        ours = gpu_layers.WAYS[case.op](case, tensors)()
+        assert ours.shape == exact.shape and tuning.error(ours, exact, "fp16") == "", str(case)
+
+
+def test_one_runs_tensors_serve_triton_and_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    adapter = adapters.get("add_act")
+    monkeypatch.setitem(adapters._OPS, "add_act", adapters.replace(
+        adapter, tensors=lambda problem, device: made.append("") or adapter.tensors(problem, device)
+    ))  # fmt: skip
+    problem = adapter.kernel.Problem(1 << 20, "fp16")
+    with tuning.CudaRunner(gpus.known("l4"), torch.device("cpu"), jobs=1) as runner:
+        runner.load(adapters.Case("add_act", problem, "relu"))
+        count = len(made)
+        runner.load(adapters.Case("add_act.cuda", problem, "relu"))
+        assert len(made) == count > 0 and runner.unusable([object()]) == {}
+        runner.load(adapters.Case("add_act", problem, "backward"))
+        assert len(made) == 2 * count
+
+
 # --- pytest and the sanitizer
 
 
@@ -535,9 +819,15 @@ def test_gpu_tests_are_found(tmp_path: Path) -> None:
     (tmp_path / "test_triton_a.py").write_text("")
     (tmp_path / "test_b.py").write_text("@pytest.mark." + "gpu\ndef test(): pass")
     (tmp_path / "test_c.py").write_text("def test(): pass")
-    assert gpu_stages.gpu_tests(tmp_path) == ([str(tmp_path / "test_triton_a.py")], [str(tmp_path / "test_b.py")])
-    kernels, _ = gpu_stages.gpu_tests(ROOT / "tests")
-    assert kernels
+    (tmp_path / "test_cuda_d.py").write_text("from .cuda_device import DEVICE")
+    (tmp_path / "test_cuda_graphs.py").write_text("@pytest.mark." + "gpu\ndef test(): pass")
+    triton, cuda_kernels, marked = ([Path(path).name for path in found] for found in gpu_stages.gpu_tests(tmp_path))
+    assert (triton, cuda_kernels) == (["test_triton_a.py"], ["test_cuda_d.py"])
+    assert marked == ["test_b.py", "test_cuda_graphs.py"]
+    triton, cuda_kernels, _ = ([Path(path).name for path in found] for found in gpu_stages.gpu_tests(ROOT / "tests"))
+    assert "test_triton_stem.py" in triton
+    assert {f"test_cuda_{op}.py" for op in ("conv_bn_act", "stem", "head", "add_act", "models")} < set(cuda_kernels)
+    assert "test_cuda_on_cpu.py" not in cuda_kernels
 
 
 def test_pytest_that_is_cut_off_still_counts(
@@ -552,8 +842,22 @@ def test_pytest_that_is_cut_off_still_counts(
     assert gpu_stages.tests(tmp_path, gpu_stages.Deadline(60)) == 1
     row = results.read(tmp_path / "tests.json")["pytest"]["kernels"]
     assert row["counts"] == {"PASSED": 1, "FAILED": 1} and row["ended"] == "exit status 1"
-    path.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
-    assert gpu_stages.tests(tmp_path, gpu_stages.Deadline(7)) == 0
+    begun = tmp_path / "begun"
+    path.write_text(
+        f"import time, pathlib\ndef test_a(): pass\n"
+        f"def test_b(): pathlib.Path({str(begun)!r}).touch(); time.sleep(60)\n"
+    )
+
+    class OutOfTime(subprocess.Popen):  # type: ignore[type-arg]
+        """As if the time were over when test_b has begun, however long that took."""
+
+        def communicate(self, input: Any = None, timeout: float | None = None) -> Any:
+            while not begun.exists() and self.poll() is None:
+                time.sleep(0.05)
+            return super().communicate(input, min(timeout or 0.1, 2))
+
+    monkeypatch.setattr(gpu_stages.subprocess, "Popen", OutOfTime)
+    assert gpu_stages.tests(tmp_path, gpu_stages.Deadline(60)) == 0
     row = results.read(tmp_path / "tests.json")["pytest"]["kernels"]
     assert row["counts"] == {"PASSED": 1} and row["ended"] == "out of time"
 
@@ -572,6 +876,12 @@ def test_the_sanitizers_summary_is_read(
     rows = results.read(tmp_path / "tests.json")["sanitizer"]
     assert rows["memcheck ops at small shapes"]["clean"] == (errors == 0)
     assert rows["racecheck ops at small shapes"]["errors"] == errors
+    assert not any("CUDA" in name for name in rows)  # there are no CUDA kernels here
+    monkeypatch.setattr(backends, "available", lambda: {"cuda": ""})
+    assert gpu_stages.sanitizer(tmp_path, gpu_stages.Deadline(60)) == status
+    rows = results.read(tmp_path / "tests.json")["sanitizer"]
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        assert rows[f"{tool} CUDA ops at small shapes"]["errors"] == errors
 
 
 # --- the report

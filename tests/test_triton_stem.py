@@ -189,6 +189,9 @@ def test_positions_that_the_convolution_has_not_never_win() -> None:
 
 def test_an_image_gives_the_same_bits_in_any_place() -> None:
     a = problem(1, 3, 9, 14)
+    if DEVICE.type == "cpu":  # sums are numpy's there, whose order may depend on the place; of small integers no matter
+        a |= {name: (4 * a[name]).round() for name in ("x", "weight")}
+        a["weight"] = a["weight"] + torch.arange(20).view(20, 1, 1, 1) % 5 - 2
     many = rf.ops.stem(**{**a, "x": a["x"].expand(5, 3, 9, 14)})
     assert all(torch.equal(image, many[0]) for image in many)
 

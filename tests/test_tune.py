@@ -18,9 +18,15 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
+from resnet_fast.backends import cuda as native
+from resnet_fast.backends import triton
 from resnet_fast.cli import app
-from resnet_fast.kernels import _tables, bottleneck_tail, conv_bn_act, gpus
-from resnet_fast.tuning import cuda, ops, shapes, sweep
+from resnet_fast.kernels import _tables, bottleneck_tail, conv_bn_act, cuda_choice, gpus
+from resnet_fast.ops._common import choose_kernel
+from resnet_fast.tuning import compile, cuda, ops, shapes, sweep
+
+from .cuda_device import DEVICE as CUDA_DEVICE
+from .cuda_device import installed, needs_cuda_kernels
 
 H100 = gpus.known("h100")
 LITTLE = dataclasses.replace(H100, multiprocessors=2)  # on which small images are worth a fused block
@@ -388,6 +394,139 @@ def test_one_wrong_element_among_a_million_shows() -> None:
     assert "an element is off" in cuda.error(ours, exact, "fp16")
 
 
+# --- CUDA's kernels beside Triton's
+
+
+class Listed:
+    """A native module that says which kernels it has; it launches nothing."""
+
+    def __init__(self, archs: tuple[str, ...] = ("90a",), emulated: bool = False) -> None:
+        self.archs, self.emulated = archs, emulated
+
+    def build_info(self) -> dict[str, Any]:
+        return {"archs": list(self.archs), "cuda": "13.0.88", "emulated": self.emulated}
+
+    def conv_bn_act_kernels(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": f"sm90_fp16_{tile}x{tile}", "algorithm": "cutlass_gemm", "least_capability": 90,
+                "most_capability": 90, "precision": "fp16", "block_m": tile, "block_n": tile, "block_k": 64,
+                "stages": 4, "threads": 384, "shared_bytes": 99_000,
+            }
+            for tile in (64, 128)
+        ]  # fmt: skip
+
+    def conv_bn_act_unsupported(self, name: str, *fields: Any) -> str:
+        return "groups" if fields[-5] > 1 else ""
+
+
+def test_cases_of_cuda_kernels_stand_behind_tritons() -> None:
+    given = [case(), case(groups=2), case(precision="fp32"), case(precision="bf16")]
+    stem = next(each for each in CASES if each.op == "stem")
+    tail = next(each for each in CASES if each.op == "bottleneck_tail")
+    assert ops.with_cuda(given, H100) == tuple(given)  # nothing is built here, or not for this
+    with native.substitute(Listed()):
+        made = ops.with_cuda([*given, stem, tail], H100)
+        assert ops.with_cuda(given, gpus.known("a100")) == tuple(given)
+        assert ops.with_cuda([tail], H100) == (tail,)
+    twins = [each for each in made if ops.is_cuda(each)]
+    assert [(each.op, each.problem, each.form) for each in twins] == [
+        ("conv_bn_act.cuda", given[0].problem, "relu"),
+        ("stem.cuda", stem.problem, stem.form),
+    ]
+    assert [made.index(each) - 1 for each in twins] == [made.index(given[0]), made.index(stem)]
+    assert ops.get("head.cuda").kernel.op == "head" and "head.cuda" not in ops.names()
+    with pytest.raises(ValueError, match=r"'bottleneck_tail\.cuda'.*there are conv_bn_act, .*, add_act\.cuda"):
+        ops.get("bottleneck_tail.cuda")
+
+
+@pytest.mark.parametrize("cuda_wins", [True, False])
+def test_both_are_measured_and_the_faster_runs_from_then_on(folders: tuple[Path, Path], cuda_wins: bool) -> None:
+    runner, path = Pretender(), folders[1] / "h100.json"
+    adds = [
+        ops.Case("add_act", ops.get("add_act").kernel.Problem(1 << 24, "fp16"), form) for form in ("relu", "backward")
+    ]
+    with native.substitute(Listed()), triton.assume(H100):
+        cases = ops.with_cuda([case(), *adds], H100)
+        floor, small, large = (
+            sweep.floor(case(), H100),
+            *map(cuda_choice.Config, ("sm90_fp16_64x64", "sm90_fp16_128x128")),
+        )
+        assert set(sweep.configs(cases[1], H100)) == {small, large}
+        runner.times = {large: (3 if cuda_wins else 5) * floor}
+        runner.times |= dict.fromkeys(sweep.configs(case(), H100), 4 * floor)
+        runner.times[cuda_choice.Only()] = (2 if cuda_wins else 30) * sweep.floor(adds[0], H100)
+        outcomes = run(runner, cases, path)
+        assert [outcome.case.op for outcome in outcomes] == [
+            "add_act",
+            "add_act.cuda",
+            "conv_bn_act",
+            "conv_bn_act.cuda",
+        ]
+        table = _tables.read(path)
+        row = table["conv_bn_act.cuda"][problem().key()]
+        assert row["kernel"] == "sm90_fp16_128x128"
+        assert row["ms"] == pytest.approx((3e3 if cuda_wins else 5e3) * floor, rel=1e-3, abs=1e-6)
+        assert table["conv_bn_act"][problem().key()]["ms"] == pytest.approx(4e3 * floor, rel=1e-3, abs=1e-6)
+        assert set(table["add_act.cuda"][adds[0].problem.key()]) == {"ms", "floor_ms"}
+        for op, key, name in (("conv_bn_act", problem(), "sm90_fp16_128x128"), ("add_act", adds[0].problem, "add_act")):
+            assert choose_kernel(op, key, CPU, "auto") == (("cuda", name) if cuda_wins else ("triton", ""))
+        assert run(Pretender(), cases, path) == []
+
+
+def test_a_wrong_cuda_kernel_is_refused(tmp_path: Path) -> None:
+    runner, path = Pretender(), tmp_path / "h100.json"
+    with native.substitute(Listed()):
+        cases = ops.with_cuda([case()], H100)[1:]
+        runner.lying = {cuda_choice.Config("sm90_fp16_64x64")}
+        (outcome,) = run(runner, cases, path)
+        assert outcome.config == cuda_choice.Config("sm90_fp16_128x128") and len(outcome.refused) == 1
+        runner.lying |= {outcome.config}
+        (outcome,) = run(runner, cases, path, again=True)
+    assert outcome.config is None
+
+
+@needs_cuda_kernels
+@pytest.mark.parametrize("op", ["conv_bn_act", "stem", "head", "add_act"])
+def test_cuda_launches_pass_the_gate(op: str) -> None:
+    """The adapters of the CUDA kernels, on a small problem of each form."""
+    device = torch.device(CUDA_DEVICE)
+    described: list[ops.Case] = {
+        "conv_bn_act": [case(n=1, h=5, w=4, c=16, k=24, residual=True), dataclasses.replace(case(n=1), form="none")],
+        "stem": [each for each in CASES if each.op == "stem"],
+        "head": [ops.Case("head", ops.get("head").kernel.Problem(2, 3, 2, 40, 17, "fp16"))],
+        "add_act": [
+            ops.Case("add_act", ops.get("add_act").kernel.Problem(1000, "bf16"), form) for form in ("relu", "backward")
+        ],
+    }[op]
+    with installed():
+        gpu = triton.gpu_of(device)
+        cases = [each for each in ops.with_cuda(described, gpu) if ops.is_cuda(each)]
+        assert len(cases) == len(described)
+        for given in cases:
+            adapter = ops.get(given.op)
+            tensors = adapter.tensors(given.problem, device)
+            exact = adapter.reference(cuda._widened(tensors, torch.float32), given)
+            for config in dict.fromkeys([adapter.kernel.choose(given.problem, gpu), *sweep.configs(given, gpu)[:3]]):
+                tensors["out"].fill_(math.nan)  # type: ignore[union-attr]
+                adapter.launch(adapter.kernel, tensors, given, config)()
+                output = tensors["out"]
+                assert output is not None
+                assert cuda.error(output, exact["out"], given.problem.precision) == "", (str(given), config)
+
+
+def test_the_compile_check_knows_cudas_choices_by_their_problems(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = case()
+    monkeypatch.setattr(shapes, "problems", lambda *models, **options: (known,))
+    row = {"kernel": "sm90_fp16_64x64", "ms": 0.1}
+    choices = {"conv_bn_act.cuda": {known.problem.key(): row, "fp16 n1 somewhere": row}}
+    _tables.write(folders[0] / "h100.json", "h100", WITH, choices)
+    tasks, wrong = compile.table_tasks(H100, folders[0])
+    assert tasks == {} and wrong == ["h100.json: conv_bn_act.cuda fp16 n1 somewhere: no network has this launch"]
+
+
 # --- the command
 
 
@@ -410,6 +549,15 @@ def test_dry_run_lists_problems_and_counts(folders: tuple[Path, Path]) -> None:
     assert f"{len(waiting)} problems, {whole} candidates" in result.output
     assert all(each.problem.key() in result.output for each in waiting)
     assert not folders[1].exists()
+
+
+def test_dry_run_lists_the_cuda_kernels_that_are_built() -> None:
+    arguments = ["--dry-run", "--model", "resnet18", "--batch", "4", "--op", "conv_bn_act", "--op", "head"]
+    with native.substitute(Listed()):
+        shown = invoke(*arguments)
+        others = invoke(*arguments, "--gpu", "a100")
+    assert shown.exit_code == 0 and "conv_bn_act.cuda" in shown.output and "head.cuda" in shown.output
+    assert ".cuda" not in others.output and others.exit_code == 0
 
 
 def test_dry_run_leaves_out_what_is_known(folders: tuple[Path, Path]) -> None:
@@ -469,3 +617,24 @@ def test_a_sweep_on_the_gpu(tmp_path: Path) -> None:
     assert [reason for _, reason in outcome.refused if "error" in reason or "element" in reason] == []
     if outcome.finished:
         assert problem().key() in _tables.read(path)["conv_bn_act"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(CUDA_DEVICE == "cpu", reason="resnet_fast._C does not run here")
+def test_a_sweep_of_both_kinds_of_kernel_on_the_gpu(folders: tuple[Path, Path]) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu = triton.gpu_of(device)
+    path = folders[1] / f"{gpu.name}.json"
+    with cuda.CudaRunner(gpu, device) as runner:
+        both = ops.with_cuda([case()], gpu)
+        outcomes = sweep.sweep(both, gpu, runner, path, measured_with=cuda.versions(device), seconds=240)
+    assert [outcome.case.op for outcome in outcomes] == ["conv_bn_act", "conv_bn_act.cuda"]
+    for outcome in outcomes:
+        assert outcome.config is not None and outcome.floor < outcome.seconds < 1e-3
+        assert [reason for _, reason in outcome.refused if "error" in reason or "element" in reason] == []
+    table = _tables.read(path)
+    if all(outcome.finished for outcome in outcomes):
+        times = [table[outcome.case.op][problem().key()]["ms"] for outcome in outcomes]
+        assert choose_kernel("conv_bn_act", problem(), device, "auto")[0] == (
+            "cuda" if times[1] < times[0] else "triton"
+        )

@@ -10,12 +10,14 @@ import threading
 import warnings
 from types import TracebackType
 
-from . import onednn, triton
+from . import cuda, onednn, triton
 
-__all__ = ["FallbackWarning", "available", "current", "fallback", "fallbacks", "runs", "use"]
+__all__ = ["FallbackWarning", "available", "current", "fallback", "fallbacks", "kernels", "runs", "use"]
 
 #: Every backend by name, with the device types it runs on (none named = any).
-_DEVICES: dict[str, tuple[str, ...]] = {"reference": (), "onednn": ("cpu",), "triton": ("cuda",)}
+_DEVICES: dict[str, tuple[str, ...]] = {
+    "reference": (), "onednn": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)
+}  # fmt: skip
 
 _lock = threading.Lock()
 _selected = "auto"
@@ -28,7 +30,12 @@ class FallbackWarning(UserWarning):
 
 def available() -> dict[str, str]:
     """Each backend's name with ``""`` if it can be used here, else the reason why it cannot."""
-    return {"reference": "", "onednn": onednn.unavailable(), "triton": triton.unavailable()}
+    return {
+        "reference": "",
+        "onednn": onednn.unavailable(),
+        "triton": triton.unavailable(),
+        "cuda": cuda.unavailable(),
+    }
 
 
 def current() -> str:
@@ -52,8 +59,9 @@ class use:  # lower case: reads as a verb at the call site, with or without `wit
         states = available()
         if name != "auto" and name not in states:
             raise ValueError(f"backends.use: unknown backend {name!r}; choose one of {['auto', *states]}")
-        if name != "auto" and states[name]:
-            raise RuntimeError(f"backends.use: {name!r} cannot be used here: {states[name]}")
+        reason = cuda.unavailable(initialize=True) if name == "cuda" else states.get(name, "")
+        if reason:
+            raise RuntimeError(f"backends.use: {name!r} cannot be used here: {reason}")
         with _lock:
             self._previous, _selected = _selected, name
 
@@ -78,9 +86,26 @@ def runs(name: str, device: str, asked: str = "auto") -> bool:
     if chosen == "auto":
         return not _DEVICES[name] or device in _DEVICES[name]
     devices = _DEVICES[chosen]
-    if devices and device not in devices and not (chosen == "triton" and triton.interpreted() and device == "cpu"):
+    if devices and device not in devices and not (device == "cpu" and _on_cpu(chosen)):
         raise RuntimeError(f"backend {chosen!r} runs on {' and '.join(devices)} tensors, got a tensor on {device!r}")
     return chosen == name
+
+
+def _on_cpu(name: str) -> bool:
+    """Whether a backend for GPUs is executed on the CPU, for tests."""
+    return triton.interpreted() if name == "triton" else cuda.emulated()
+
+
+def kernels(device: str, asked: str = "auto") -> str:
+    """Whose kernels may compute for tensors of this device type: "triton", "cuda", either ("auto") or nobody's ("").
+
+    Raises:
+        RuntimeError: as :func:`runs`.
+    """
+    chosen = asked if asked != "auto" else _selected
+    if chosen == "auto":
+        return "auto" if device == "cuda" else ""
+    return chosen if runs(chosen, device, chosen) and chosen in ("triton", "cuda") else ""
 
 
 def fallback(what: str, reason: str) -> None:

@@ -31,6 +31,7 @@ ALIGNED = 128
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _STEM_CHANNELS = 4
+_MOST = 2**31 - 1
 
 #: The ops that have CUDA kernels and are chosen here.
 OPS = ("conv_bn_act", "stem", "head", "add_act")
@@ -113,6 +114,30 @@ def load_error() -> str:
     return "" if _substituted is not None else _loaded()[1]
 
 
+def described() -> dict[str, Any]:
+    """The native module as ``resnet_fast.info()`` shows it.
+
+    ``built``: whether there is one that loads; ``reason``: why not, in full. If built: ``archs``, ``cuda`` (the
+    compiler's version), ``convolutions`` (how many kernels), ``emulated``; ``sm90``: which of the kernels made with
+    CUTLASS the build was asked for, ``ptx`` and ``seconds``, where the build left its record.
+    """
+    found, built_as = native(), {} if _substituted is not None else record()
+    if found is None:
+        return {"built": False, "reason": load_error()}
+    kept: dict[str, Any] = {
+        name: built_as[name] for name in ("sm90", "ptx", "seconds") if built_as.get("built") and name in built_as
+    }
+    return {
+        "built": True,
+        "reason": "",
+        "archs": list(found.info["archs"]),
+        "cuda": str(found.info["cuda"]),
+        "convolutions": len(found.kernels),
+        "emulated": found.emulated,
+        **kept,
+    }
+
+
 def emulated() -> bool:
     """Whether launches run on the CPU, because a test put such a module in place."""
     return _substituted is not None and _substituted.emulated
@@ -125,12 +150,20 @@ def _no_gpu() -> str:
     return "" if torch.version.hip is None else "the kernels are written for NVIDIA GPUs"
 
 
-def unavailable() -> str:
-    """Why the CUDA kernels cannot be used in this process, or "" if they can."""
+def unavailable(initialize: bool = False) -> str:
+    """Why the CUDA kernels cannot be used in this process, or "" if they can.
+
+    Whether there is code for the GPU is looked at where CUDA is initialized already, since doing so in a process that
+    computes on the CPU would keep it from forking; with ``initialize`` always.
+    """
     if _substituted is not None:
         return "" if _substituted.emulated else _no_gpu()
-    reason = _loaded()[1]
-    return reason.partition("\n")[0] if reason else _no_gpu() or _no_code(torch.cuda.current_device())
+    reason = _loaded()[1].partition("\n")[0] or _no_gpu()
+    if reason or not (initialize or torch.cuda.is_initialized()):
+        return reason
+    # Of several GPUs one is enough; where a tensor lies `unsupported` looks at.
+    reasons = [_no_code(index) for index in range(torch.cuda.device_count())]
+    return "" if "" in reasons else reasons[0]
 
 
 @functools.cache
@@ -149,15 +182,15 @@ def _not_built_for(archs: list[str], major: int, minor: int) -> str:
 def built_for(archs: list[str], major: int, minor: int) -> bool:
     """Whether code for these architectures ("80", "90a") runs on a GPU of this compute capability.
 
-    Machine code runs on later minors of its major; with an "a" on its own capability alone. The lowest one without an
-    "a" is in the module as PTX too, which the driver compiles for whatever is newer.
+    Machine code runs on later minors of its major; with an "a" on its own capability alone. The lowest one, its "a" cut
+    off, is in the module as PTX too, which the driver compiles for whatever is newer.
     """
     capability = 10 * major + minor
     plain = [int(arch) for arch in archs if arch.isdigit()]
     exact = [arch for arch in archs if arch.endswith("a") and arch[:-1] == str(capability)]
     same_major = [arch for arch in plain if arch // 10 == major and arch <= capability]
     lowest = min((int(arch.rstrip("af")) for arch in archs), default=capability + 1)
-    return bool(exact or same_major or (lowest in plain and lowest <= capability))
+    return bool(exact or same_major or lowest <= capability)
 
 
 def unsupported(dtype: torch.dtype, device: torch.device) -> str:
@@ -203,6 +236,10 @@ def supporting(problem: Any, gpu: GPU, alignment: int = ALIGNED) -> tuple[list[c
 
 @functools.lru_cache(maxsize=4096)
 def _kernel(found: Native, op: str, problem: Any, gpu: GPU, alignment: int) -> tuple[str, str]:
+    sizes = [size for size in vars(problem).values() if type(size) is int]
+    sizes += [problem.h * problem.w] if op == "head" else []
+    if op != "add_act" and max(sizes) > _MOST:
+        return "", f"the CUDA kernels count sizes in 32 bits, and the problem is {problem.key()}"
     if op == "stem" and problem.c > _STEM_CHANNELS:
         return "", f"the CUDA stem takes up to {_STEM_CHANNELS} channels, x has {problem.c}"
     if op == "stem" and problem.precision == "fp32":

@@ -18,9 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from resnet_fast import backends
-from resnet_fast.backends import triton
+from resnet_fast.backends import cuda, triton
 from resnet_fast.kernels import gpus
 from resnet_fast.nn.fused import is_frozen_batch_norm
+from resnet_fast.ops._common import backend_for
 from resnet_fast.roofline import cost
 
 from . import batching, finite, ir, memory, plan, shapes
@@ -242,7 +243,7 @@ def optimize(
             None: one image (128 to plan for a GPU) of the first convolution's channels, 224x224 or the first other
             size that fits.
         cuda_graphs: whether a run on a GPU is recorded at its second image of a shape and replayed from then on: "auto"
-            where every layer runs as a Triton kernel, True always (ValueError where the graph cannot be replayed),
+            where every layer runs as a kernel of ours, True always (ValueError where the graph cannot be replayed),
             False never.
         backend: "auto" or a name from ``resnet_fast.backends.available()``.
         gpu: the GPU to plan for, as "h100"; the result still runs on the model's device. None: the CUDA device that the
@@ -259,6 +260,7 @@ def optimize(
     _check_options(dtype, cuda_graphs, backend, device)
     target = original if dtype is None else dtype
     planned = _planned(gpu, device)
+    cuda_only = backends.kernels(device.type, backend) == "cuda"
     notes = ir.Notes()
     hooks = hooked(model)
     if hooks:
@@ -289,7 +291,9 @@ def optimize(
         fuse_add(gm)
         fuse_stem(gm)
         fuse_head(gm)
-        if planned is not None:
+        if cuda_only:
+            notes.add("no bottleneck_tail is planned, there is no CUDA kernel of it")
+        elif planned is not None:
             fuse_tail(gm, planned, target, notes)
         gm = plan.lower(gm, target, backend)
     _freeze(gm, target)
@@ -519,9 +523,11 @@ def _report(
         after = _bytes_moved(gm, node, values)
         op, runs = "", "torch"
         if node.op == "call_module" and isinstance(module := gm.get_submodule(str(node.target)), plan.Fused):
-            op, runs = module.op, module.backend
+            given = [value for source in node.args if isinstance(value := values.get(cast(fx.Node, source)), Tensor)]
+            known = len(given) == len(node.args)
+            op, runs = module.op, module.backend_for(*given) if known else module.backend
         elif node.target in (ir.ADD_ACT, *plan.ADD_ACTS.values()):
-            op, runs = "add_act", _add_act_backend(gm, backend)
+            op, runs = "add_act", _add_act_backend(gm, backend, values.get(node))
         for index, layer in enumerate(members):
             reason = "" if op else layer.reason or ("it moves no data" if after == 0 else "no fused form of this layer")
             fused = f"{op} {members[0].name}" if op else ""
@@ -549,10 +555,14 @@ def _metas(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(torch.empty_like(v, device="meta") if isinstance(v, Tensor) else v for v in inputs)
 
 
-def _add_act_backend(gm: fx.GraphModule, backend: str) -> str:
-    """What the add_act op will choose on the device of this graph."""
+def _add_act_backend(gm: fx.GraphModule, backend: str, result: Tensor | None) -> str:
+    """What the add_act op will choose on this graph's device for a result like this one (None: of unknown shape)."""
     device = next((buffer.device for buffer in gm.buffers()), torch.device("cpu"))
-    for name in ("triton", "onednn"):
-        if backends.runs(name, device.type, backend) and not backends.available()[name]:
-            return name
-    return "reference"
+    names = [
+        name
+        for name in ("triton", "cuda", "onednn")
+        if backends.runs(name, device.type, backend) and not backends.available()[name]
+    ]
+    if names[:2] == ["triton", "cuda"] and result is not None and not cuda.unsupported(result.dtype, device):
+        return backend_for("add_act", plan.add_act.problem_of(result), device, "auto")
+    return names[0] if names else "reference"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from resnet_fast.ops import prepared
-from resnet_fast.ops._common import runs_triton
+from resnet_fast.ops._common import kernels_for
 
 from . import ir, memory
 from .guard import careful
@@ -47,8 +47,12 @@ class Fused(nn.Module):
 
     @property
     def backend(self) -> str:
-        """The name of the backend that runs it."""
+        """The name of the backend that runs it, "auto" where each input's shape decides."""
         return cast(str, self.prepare().backend)
+
+    def backend_for(self, *inputs: Tensor) -> str:
+        """The name of the backend that runs it on such inputs, which may be without data."""
+        return cast(str, self.prepare().backend_for(*inputs))
 
     def constant_bytes(self) -> int:
         """What it reads besides its inputs at each call: weights in the computing dtype, per-channel vectors."""
@@ -280,16 +284,26 @@ def add_act_reference(x: Tensor, y: Tensor, activation: str) -> Tensor:
     return add_act.reference(x, y, activation)
 
 
-def add_act_triton(x: Tensor, y: Tensor, activation: str) -> Tensor:
-    """``add_act`` by its Triton kernel where that can run, whatever backend was chosen for the process."""
-    run = add_act.run_triton if runs_triton(add_act.NAME, x, asked="triton") else add_act.reference
+def _add_act_by(backend: str, x: Tensor, y: Tensor, activation: str) -> Tensor:
     if torch.compiler.is_compiling():
         return cast(Tensor, ir.ADD_ACT(x, y, activation))
-    return run(x.resolve_neg(), y.resolve_neg(), activation)
+    x, y = x.resolve_neg(), y.resolve_neg()
+    z = add_act.run_kernel(kernels_for(add_act.NAME, x, asked=backend), x, y, activation)
+    return cast(Tensor, add_act.reference(x, y, activation) if z is None else z)
+
+
+def add_act_triton(x: Tensor, y: Tensor, activation: str) -> Tensor:
+    """``add_act`` by its Triton kernel where that can run, whatever backend was chosen for the process."""
+    return _add_act_by("triton", x, y, activation)
+
+
+def add_act_cuda(x: Tensor, y: Tensor, activation: str) -> Tensor:
+    """``add_act`` by its CUDA kernel where that can run, whatever backend was chosen for the process."""
+    return _add_act_by("cuda", x, y, activation)
 
 
 #: ``add_act`` by the backend asked for.
-ADD_ACTS = {"reference": add_act_reference, "triton": add_act_triton}
+ADD_ACTS = {"reference": add_act_reference, "triton": add_act_triton, "cuda": add_act_cuda}
 
 
 def _constants(gm: fx.GraphModule, dtype: torch.dtype, **nodes: Any) -> dict[str, Tensor | None]:

@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import backends
-from ..backends import triton
+from ..backends import cuda, triton
 
 ACTIVATIONS = ("none", "relu")
+
+#: What :func:`kernels_for` finds where kernels compute: one backend's, or of either.
+KERNELS = ("triton", "cuda", "auto")
 
 _library = torch.library.Library("resnet_fast", "DEF")
 
@@ -105,32 +108,71 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def runs_triton(op: str, x: Tensor, dtype: torch.dtype | None = None, asked: str = "auto") -> bool:
-    """Whether the op's Triton kernel computes for ``x`` (in ``dtype``, x's own where not given).
+def kernels_for(op: str, x: Tensor, dtype: torch.dtype | None = None, asked: str = "auto") -> str:
+    """Whose kernels compute the op for ``x`` (in ``dtype``, x's own where not given).
 
-    By itself on CUDA tensors; on CPU tensors only where somebody chose it. Where it should run and cannot, that is
-    recorded as a fallback, and False returned.
+    "triton", "cuda", "auto" where the problem decides between them, or "" for nobody's. By themselves on CUDA tensors;
+    on CPU tensors only where somebody chose them. Where they should run and cannot, that is recorded as a fallback.
     """
-    return can_run_triton(op, x.device, x.dtype if dtype is None else dtype, asked) if x.numel() else False
+    return kernels_on(op, x.device, x.dtype if dtype is None else dtype, asked) if x.numel() else ""
 
 
-def can_run_triton(op: str, device: torch.device, dtype: torch.dtype, asked: str = "auto") -> bool:
-    """:func:`runs_triton` for constants whose inputs are not there yet."""
-    if not backends.runs("triton", device.type, asked):
-        return False
-    reason = triton.unavailable() or triton.unsupported(dtype, device)
+def kernels_on(op: str, device: torch.device, dtype: torch.dtype, asked: str = "auto") -> str:
+    """:func:`kernels_for` for constants whose inputs are not there yet."""
+    whose = backends.kernels(device.type, asked)
+    if not whose:
+        return ""
+    modules = {"triton": triton, "cuda": cuda}
+    reasons = {
+        name: module.unavailable() or module.unsupported(dtype, device)
+        for name, module in modules.items()
+        if whose in ("auto", name)
+    }
+    usable = [name for name, reason in reasons.items() if not reason]
+    if not usable:
+        backends.fallback(op, f"{'; '.join(reasons.values())}; the plain torch reference runs instead")
+    return "auto" if len(usable) > 1 else "".join(usable)
+
+
+def choose_kernel(op: str, problem: Any, device: torch.device, whose: str, *tensors: Tensor | None) -> tuple[str, str]:
+    """Which kernel computes the problem: ("triton", "") or ("cuda", its name).
+
+    Of "auto" CUDA's where tables say that it takes less time, else Triton's. ("", "") where only CUDA's may run and
+    none computes the problem, which is recorded as a fallback.
+
+    Args:
+        whose: what :func:`kernels_for` found, not "". tensors: whose addresses limit CUDA's choice.
+    """
+    backend, name, reason = _chosen(op, problem, device, whose, *tensors)
     if reason:
         backends.fallback(op, f"{reason}; the plain torch reference runs instead")
-    return not reason
+    return backend, name
+
+
+def backend_for(op: str, problem: Any, device: torch.device, whose: str) -> str:
+    """The backend that :func:`choose_kernel` will find, "reference" for none; nothing is recorded."""
+    return _chosen(op, problem, device, whose)[0] or "reference"
+
+
+def _chosen(op: str, problem: Any, device: torch.device, whose: str, *tensors: Tensor | None) -> tuple[str, str, str]:
+    """Backend, kernel, and why there is none."""
+    if whose == "triton":
+        return "triton", "", ""
+    gpu, alignment = triton.gpu_of(device), cuda.alignment(*tensors)
+    if whose == "auto":
+        name = cuda.faster(op, problem, gpu, alignment)
+        return ("cuda", name, "") if name else ("triton", "", "")
+    name, reason = cuda.kernel(op, problem, gpu, alignment)
+    return "" if reason else "cuda", name, reason
 
 
 def kernel_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A convolution's weight as the Triton kernels read it: ``dtype``, dense channels_last; no copy where it is so."""
+    """A convolution's weight as the kernels read it: ``dtype``, dense channels_last; no copy where it is so."""
     return channels_last(weight.detach().to(dtype))
 
 
 def kernel_vector(vector: Tensor) -> Tensor:
-    """A per-channel vector as the Triton kernels read it: float32, dense."""
+    """A per-channel vector as the kernels read it: float32, dense."""
     return vector.detach().float().contiguous()
 
 

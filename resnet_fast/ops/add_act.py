@@ -10,16 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fast.kernels.problems import AddAct as Problem
+
 from .. import backends
-from ..backends import triton
+from ..backends import cuda, triton
 from ._common import (
+    KERNELS,
     accumulate_dtype,
     cast,
     check_activation,
     check_device,
+    choose_kernel,
+    kernels_for,
     register,
     relu_gradient,
-    runs_triton,
     transformed,
 )
 
@@ -60,41 +64,63 @@ def _flat(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def run_triton(x: Tensor, y: Tensor, activation: str) -> Tensor:
-    """The op by its Triton kernel, on checked arguments with at least one element."""
-    from resnet_fast.kernels import add_act as kernel
+def problem_of(x: Tensor) -> Problem:
+    """What a kernel is asked to compute, of which its choice depends; ``x`` may be without data."""
+    return Problem(x.numel(), triton.precision(x.dtype))
 
+
+def run_kernel(whose: str, x: Tensor, y: Tensor, activation: str) -> Tensor | None:
+    """The op by a kernel of ``whose`` (:func:`kernels_for`), on checked arguments.
+
+    None where there is no such kernel, or x is empty.
+    """
+    if whose not in KERNELS or x.numel() == 0:
+        return None
     out = torch.empty_like(x)
-    problem = kernel.Problem(x.numel(), triton.precision(x.dtype))
-    config = kernel.choose(problem, triton.gpu_of(x.device))
+    problem = problem_of(x)
     x, y = _flat(x, out.stride()), _flat(y, out.stride())
-    with triton.on(x.device):
-        kernel.launch(x, y, out, problem, config, activation=activation)()
-    return out
+    backend, _ = choose_kernel(NAME, problem, x.device, whose)
+    if backend == "cuda":
+        cuda.add_act(x, y, out, activation=activation)
+    elif backend == "triton":
+        from resnet_fast.kernels import add_act as kernel
+
+        with triton.on(x.device):
+            config = kernel.choose(problem, triton.gpu_of(x.device))
+            kernel.launch(x, y, out, problem, config, activation=activation)()
+    return out if backend else None
 
 
-def run_triton_backward(grad: Tensor, output: Tensor) -> Tensor:
-    """The gradient by its Triton kernel, on tensors of one shape and dtype with at least one element."""
-    from resnet_fast.kernels import add_act as kernel
-
+def run_kernel_backward(whose: str, grad: Tensor, output: Tensor) -> Tensor | None:
+    """The gradient, as :func:`run_kernel`, on tensors of one shape and dtype."""
+    if whose not in KERNELS or output.numel() == 0:
+        return None
     out = torch.empty_like(output)
-    problem = kernel.Problem(output.numel(), triton.precision(output.dtype))
-    config = kernel.choose(problem, triton.gpu_of(output.device))
+    problem = problem_of(output)
     grad, output = _flat(grad, out.stride()), _flat(output, out.stride())
-    with triton.on(output.device):
-        kernel.launch_backward(grad, output, out, problem, config)()
-    return out
+    backend, _ = choose_kernel(NAME, problem, output.device, whose)
+    if backend == "cuda":
+        cuda.add_act_backward(grad, output, out)
+    elif backend == "triton":
+        from resnet_fast.kernels import add_act as kernel
+
+        with triton.on(output.device):
+            config = kernel.choose(problem, triton.gpu_of(output.device))
+            kernel.launch_backward(grad, output, out, problem, config)()
+    return out if backend else None
 
 
 def _cuda(x: Tensor, y: Tensor, activation: str) -> Tensor:
     _check(x, y, activation)
-    return (run_triton if runs_triton(NAME, x) else reference)(x, y, activation)
+    z = run_kernel(kernels_for(NAME, x), x, y, activation)
+    return reference(x, y, activation) if z is None else z
 
 
 def _cpu(x: Tensor, y: Tensor, activation: str) -> Tensor:
     _check(x, y, activation)
-    if runs_triton(NAME, x):
-        return run_triton(x, y, activation)
+    z = run_kernel(kernels_for(NAME, x), x, y, activation)
+    if z is not None:
+        return z
     if backends.runs("onednn", "cpu"):
         # One vectorised pass that rounds once, and the ReLU in place on the still cached sum.
         z = torch.add(x, y, out=torch.empty_like(x))
@@ -158,9 +184,8 @@ def _backward_default(grad: Tensor, output: Tensor) -> Tensor:
 
 def _backward_kernel(grad: Tensor, output: Tensor) -> Tensor:
     _check_backward(grad, output)
-    if runs_triton(NAME, output):
-        return run_triton_backward(grad, output)
-    return _backward_default(grad, output)
+    result = run_kernel_backward(kernels_for(NAME, output), grad, output)
+    return _backward_default(grad, output) if result is None else result
 
 
 def _backward_fake(grad: Tensor, output: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..backends import triton
 from ._common import (
     accumulate_dtype,
@@ -21,10 +22,10 @@ from ._common import (
     empty_channels_last,
     kernel_vector,
     kernel_weight,
+    kernels_for,
     pair,
     register,
     relu_gradient,
-    runs_triton,
     transformed,
 )
 from .conv_bn_act import reference as _conv_bn_act_reference
@@ -199,7 +200,8 @@ def kernel_problem(
     return kernel.Problem(n, h, w, mid, weight3.shape[0], stride[0], shortcut, following, triton.precision(a.dtype))
 
 
-def run_triton(
+def run_kernel(
+    whose: str,
     a: Tensor,
     weight2: Tensor,
     scale2: Tensor,
@@ -217,7 +219,14 @@ def run_triton(
     stride: Sequence[int],
     shortcut_stride: Sequence[int],
 ) -> tuple[Tensor, Tensor] | None:
-    """The op by its Triton kernel, on checked arguments; None where the kernel has no tile for their shapes."""
+    """The op by its Triton kernel if that may run (``whose``, see :func:`kernels_for`), on checked arguments.
+
+    None where the kernel has no tile for their shapes.
+    """
+    if whose == "cuda":
+        backends.fallback(NAME, "there is no CUDA kernel of it; its convolutions run one after the other instead")
+    if whose not in ("triton", "auto"):
+        return None
     from resnet_fast.kernels import bottleneck_tail as kernel
 
     problem = kernel_problem(a, weight3, residual, weight_shortcut, weight1, stride, shortcut_stride)
@@ -250,9 +259,8 @@ def run_triton(
 def _cuda(*arguments: Any) -> Any:
     _check(*arguments)
     a = arguments[0]
-    if not runs_triton(NAME, a):
-        return reference(*arguments)
-    return run_triton(*arguments) or composed(*arguments)
+    whose = kernels_for(NAME, a)
+    return (run_kernel(whose, *arguments) or composed(*arguments)) if whose else reference(*arguments)
 
 
 def composed(
@@ -288,8 +296,7 @@ def composed(
 
 def _cpu(*arguments: Any) -> Any:
     _check(*arguments)
-    a = arguments[0]
-    return (runs_triton(NAME, a) and run_triton(*arguments)) or composed(*arguments)
+    return run_kernel(kernels_for(NAME, arguments[0]), *arguments) or composed(*arguments)
 
 
 def _conv(

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fast.kernels.problems import ConvBNAct as Problem
+
 from .. import backends
-from ..backends import triton
+from ..backends import cuda, triton
 from . import _packing
 from ._common import (
+    KERNELS,
     accumulate_dtype,
     cast,
     channels_last,
@@ -23,15 +26,16 @@ from ._common import (
     check_image,
     check_per_channel,
     check_weight_dtype,
+    choose_kernel,
     conv_output_size,
     convolution_gradients,
     empty_channels_last,
     kernel_vector,
     kernel_weight,
+    kernels_for,
     pair,
     register,
     relu_gradient,
-    runs_triton,
     transformed,
 )
 
@@ -83,6 +87,8 @@ def _check(
     """All argument checks; returns the output's shape."""
     if weight.dim() != 4:
         raise ValueError(f"{NAME}: weight must be 4-D [K, C/groups, R, S], got shape {list(weight.shape)}")
+    if 0 in weight.shape[2:]:
+        raise ValueError(f"{NAME}: weight's window is {list(weight.shape[2:])}, it must be at least 1x1")
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"{NAME}: groups is {groups}; it must divide the {weight.shape[0]} output channels")
     check_image(NAME, x, weight.shape[1] * groups)
@@ -127,7 +133,26 @@ def _default(
     )
 
 
-def run_triton(
+def problem_of(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Problem:
+    """What a kernel is asked to compute, of which its choice depends; the tensors may be without data."""
+    n, c, h, w = x.shape
+    k, _, r, s = weight.shape
+    return Problem(
+        n, h, w, c, k, (r, s), (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups,
+        triton.precision(x.dtype), residual is not None,
+    )  # fmt: skip
+
+
+def run_kernel(
+    whose: str,
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -139,32 +164,31 @@ def run_triton(
     groups: int,
     activation: str,
     residual_after_activation: bool,
-    out: Tensor | None = None,
-) -> Tensor:
-    """The op by its Triton kernel, on checked arguments with at least one element; ``out``: dense channels_last."""
-    from resnet_fast.kernels import conv_bn_act as kernel
+) -> Tensor | None:
+    """The op by a kernel of ``whose`` (:func:`kernels_for`), on checked arguments.
 
+    None where there is no such kernel, or x is empty.
+    """
+    if whose not in KERNELS or x.numel() == 0:
+        return None
     x = channels_last(x)
-    weight = kernel_weight(weight, x.dtype)
+    weight, scale, shift = kernel_weight(weight, x.dtype), kernel_vector(scale), kernel_vector(shift)
     residual = None if residual is None else channels_last(residual)
-    n, c, h, w = x.shape
-    k, _, r, s = weight.shape
-    problem = kernel.Problem(
-        n, h, w, c, k, (r, s), (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups,
-        triton.precision(x.dtype), residual is not None,
-    )  # fmt: skip
-    if out is None:
-        out = empty_channels_last(x, [n, k, *problem.output])
+    problem = problem_of(x, weight, residual, stride, padding, dilation, groups)
+    out = empty_channels_last(x, [problem.n, problem.k, *problem.output])
     if out.numel() == 0:
         return out
-    config = kernel.choose(problem, triton.gpu_of(x.device))
-    launch = kernel.launch(
-        x, weight, kernel_vector(scale), kernel_vector(shift), residual, out, problem, config,
-        activation=activation, residual_after_activation=residual_after_activation,
-    )  # fmt: skip
-    with triton.on(x.device):
-        launch()
-    return out
+    backend, name = choose_kernel(NAME, problem, x.device, whose, x, weight, residual, out)
+    form: Any = {"activation": activation, "residual_after_activation": residual_after_activation}
+    if backend == "cuda":
+        cuda.conv_bn_act(name, x, weight, scale, shift, residual, out, problem, **form)
+    elif backend == "triton":
+        from resnet_fast.kernels import conv_bn_act as kernel
+
+        config = kernel.choose(problem, triton.gpu_of(x.device))
+        with triton.on(x.device):
+            kernel.launch(x, weight, scale, shift, residual, out, problem, config, **form)()
+    return out if backend else None
 
 
 def _cuda(
@@ -181,10 +205,11 @@ def _cuda(
     residual_after_activation: bool,
 ) -> Tensor:
     _check(x, weight, scale, shift, residual, stride, padding, dilation, groups, activation)
-    run = run_triton if runs_triton(NAME, x) else reference
-    return run(
+    arguments = (
         x, weight, scale, shift, residual, stride, padding, dilation, groups, activation, residual_after_activation
-    )
+    )  # fmt: skip
+    y = run_kernel(kernels_for(NAME, x), *arguments)
+    return reference(*arguments) if y is None else y
 
 
 def _cpu(
@@ -211,10 +236,13 @@ def _cpu(
         if len(_checked) > 10_000:
             _checked.clear()
         _checked.add(seen)
-    if runs_triton(NAME, x):
-        return run_triton(
-            x, weight, scale, shift, residual, stride, padding, dilation, groups, activation, residual_after_activation
-        )
+    if whose := kernels_for(NAME, x):
+        y = run_kernel(
+            whose, x, weight, scale, shift, residual, stride, padding, dilation, groups, activation,
+            residual_after_activation,
+        )  # fmt: skip
+        if y is not None:
+            return y
     if x.numel() and backends.runs("onednn", "cpu"):
         reason = _packing.unsupported(x.dtype, weight, groups)
         if not reason:

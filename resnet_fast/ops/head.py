@@ -10,17 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fast.kernels.problems import Head as Problem
+
 from .. import backends
-from ..backends import triton
+from ..backends import cuda, triton
 from ._common import (
+    KERNELS,
     accumulate_dtype,
     cast,
     channels_last,
     check_device,
     check_image,
     check_weight_dtype,
+    choose_kernel,
+    kernel_vector,
+    kernels_for,
     register,
-    runs_triton,
     transformed,
 )
 
@@ -50,33 +55,49 @@ def _default(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return reference(x, weight, bias)
 
 
-def run_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The op by its Triton kernel, on checked arguments; x has at least one element."""
-    from resnet_fast.kernels import head as kernel
-
-    x = channels_last(x)
+def problem_of(x: Tensor, weight: Tensor) -> Problem:
+    """What a kernel is asked to compute, of which its choice depends; the tensors may be without data."""
     n, c, h, w = x.shape
-    out = x.new_empty((n, weight.shape[0]))
+    return Problem(n, h, w, c, weight.shape[0], triton.precision(x.dtype, "matmul"))
+
+
+def run_kernel(whose: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The op by a kernel of ``whose`` (:func:`kernels_for`), on checked arguments.
+
+    None where there is no such kernel, or x is empty.
+    """
+    if whose not in KERNELS or x.numel() == 0:
+        return None
+    x = channels_last(x)
+    problem = problem_of(x, weight)
+    out = x.new_empty((problem.n, problem.k))
     if out.numel() == 0:
         return out
-    problem = kernel.Problem(n, h, w, c, weight.shape[0], triton.precision(x.dtype, "matmul"))
     weight = weight.detach().to(x.dtype).contiguous()
-    bias = None if bias is None else bias.detach().contiguous()
-    config = kernel.choose(problem, triton.gpu_of(x.device))
-    with triton.on(x.device):
-        kernel.launch(x, weight, bias, out, problem, config)()
-    return out
+    backend, _ = choose_kernel(NAME, problem, x.device, whose)
+    if backend == "cuda":
+        cuda.head(x, weight, None if bias is None else kernel_vector(bias), out, problem, triton.gpu_of(x.device))
+    elif backend == "triton":
+        from resnet_fast.kernels import head as kernel
+
+        bias = None if bias is None else bias.detach().contiguous()
+        config = kernel.choose(problem, triton.gpu_of(x.device))
+        with triton.on(x.device):
+            kernel.launch(x, weight, bias, out, problem, config)()
+    return out if backend else None
 
 
 def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check(x, weight, bias)
-    return (run_triton if runs_triton(NAME, x) else reference)(x, weight, bias)
+    y = run_kernel(kernels_for(NAME, x), x, weight, bias)
+    return reference(x, weight, bias) if y is None else y
 
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check(x, weight, bias)
-    if runs_triton(NAME, x):
-        return run_triton(x, weight, bias)
+    y = run_kernel(kernels_for(NAME, x), x, weight, bias)
+    if y is not None:
+        return y
     if x.dtype in (torch.bfloat16, torch.float16) and weight.dtype is x.dtype and backends.runs("onednn", "cpu"):
         return run(x, weight, bias)
     return reference(x, weight, bias)

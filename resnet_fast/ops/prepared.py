@@ -15,25 +15,30 @@ from torch import Tensor
 from .. import backends
 from ..backends import onednn
 from . import _packing
-from ._common import can_run_triton, check_activation, kernel_weight
-from .bottleneck_tail import run_triton as _bottleneck_tail_run_triton
+from ._common import KERNELS, backend_for, check_activation, kernel_vector, kernel_weight, kernels_on
+from .bottleneck_tail import run_kernel as _bottleneck_tail_run_kernel
+from .conv_bn_act import problem_of as _conv_bn_act_problem_of
 from .conv_bn_act import reference as _conv_bn_act_reference
-from .conv_bn_act import run_triton as _conv_bn_act_run_triton
+from .conv_bn_act import run_kernel as _conv_bn_act_run_kernel
+from .head import problem_of as _head_problem_of
 from .head import reference as _head_reference
 from .head import run as _head_run
-from .head import run_triton as _head_run_triton
-from .stem import PADDING, STRIDE
-from .stem import kernel_weight as _stem_kernel_weight
+from .head import run_kernel as _head_run_kernel
+from .stem import PACKED, PADDING, STRIDE
+from .stem import problem_of as _stem_problem_of
 from .stem import reference as _stem_reference
+from .stem import run_kernel as _stem_run_kernel
 from .stem import run_packed as _stem_run_packed
-from .stem import run_triton as _stem_run_triton
 
 
 def choose(name: str, weight: Tensor, groups: int, dtype: torch.dtype, asked: str) -> str:
-    """The backend for a constant weight and inputs of ``dtype``; records a fallback where it is not the fastest."""
+    """The backend for a constant weight and inputs of ``dtype``; records a fallback where it is not the fastest.
+
+    "auto" where each input's shape decides between Triton and CUDA.
+    """
     device = weight.device
-    if can_run_triton(name, device, dtype, asked):
-        return "triton"
+    if whose := kernels_on(name, device, dtype, asked):
+        return whose
     if not backends.runs("onednn", device.type, asked):
         return "reference"
     reason = _packing.unsupported(dtype, weight, groups)
@@ -69,8 +74,17 @@ class _PreparedConv:
         self._packed: _packing.PackedConv | None = None
         if self.backend == "onednn":
             self._packed = _packing.PackedConv(self.shift.to(self.dtype), self.weight.shape, *self.geometry)
-        elif self.backend == "triton":
+        elif self.backend in KERNELS:
             self.weight = kernel_weight(self.weight, self.dtype)
+
+    def backend_for(self, x: Tensor, residual: Tensor | None = None) -> str:
+        """The name of the backend that runs it on inputs like these, which may be without data."""
+        if self.backend not in KERNELS:
+            return self.backend
+        return backend_for(self._name, self._problem(x, residual), self.weight.device, self.backend)
+
+    def _problem(self, x: Tensor, residual: Tensor | None) -> Any:
+        raise NotImplementedError
 
     def _folded(self) -> Tensor:
         return _packing.fold(self.weight, self.scale, self.dtype)
@@ -107,27 +121,24 @@ class ConvBNAct(_PreparedConv):
         self.residual_after_activation = residual_after_activation
         super().__init__(weight, scale, shift, stride, padding, dilation, groups, dtype, backend)
 
+    def _problem(self, x: Tensor, residual: Tensor | None) -> Any:
+        return _conv_bn_act_problem_of(x, self.weight, residual, *self.geometry)
+
     def __call__(
         self, x: Tensor, residual: Tensor | None = None, overwrite_residual: bool = False, finite: bool = False
     ) -> Tensor:
         """The op; with ``overwrite_residual`` the result may be written into ``residual``, with ``finite`` the caller
         vouches that neither NaN nor an overflow can reach the ReLU.
         """
-        if self.backend == "triton" and torch.compiler.is_compiling():  # which cannot look into a launch
-            return torch.ops.resnet_fast.conv_bn_act.default(
-                x, self.weight, self.scale, self.shift, residual, *self.geometry,
-                self.activation, self.residual_after_activation,
-            )  # fmt: skip
-        if self.backend == "triton" and x.numel():
-            return _conv_bn_act_run_triton(
-                x, self.weight, self.scale, self.shift, residual, *self.geometry,
-                self.activation, self.residual_after_activation,
-            )  # fmt: skip
         if self._packed is None or x.numel() == 0:
-            return _conv_bn_act_reference(
+            arguments = (
                 x, self.weight, self.scale, self.shift, residual, *self.geometry,
                 self.activation, self.residual_after_activation,
             )  # fmt: skip
+            if self.backend in KERNELS and torch.compiler.is_compiling():  # which cannot look into a launch
+                return torch.ops.resnet_fast.conv_bn_act.default(*arguments)
+            y = _conv_bn_act_run_kernel(self.backend, *arguments)
+            return _conv_bn_act_reference(*arguments) if y is None else y
         return self._packed.run(
             x,
             self._folded,
@@ -156,21 +167,25 @@ class Stem(_PreparedConv):
     ) -> None:
         self.ceil_mode = ceil_mode
         super().__init__(weight, scale, shift, STRIDE, PADDING, [1, 1], 1, dtype, backend)
-        if self.backend == "triton":
-            self.weight = _stem_kernel_weight(self.weight, self.dtype)
+        self._forms: dict[str, Tensor] = {}
+
+    def _problem(self, x: Tensor, residual: Tensor | None) -> Any:
+        return _stem_problem_of(x, self.weight, self.ceil_mode)
+
+    def _form(self, backend: str) -> Tensor:
+        """The weight as that backend's kernel reads it."""
+        if backend not in self._forms:
+            self._forms[backend] = PACKED[backend](self.weight, self.dtype)
+        return self._forms[backend]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.backend == "triton" and torch.compiler.is_compiling():
-            return torch.ops.resnet_fast.stem.default(
-                x, self.weight, self.scale, self.shift, None, None, self.ceil_mode
-            )
-        if self.backend == "triton" and x.numel():
-            return _stem_run_triton(
-                x, self.weight, self.scale, self.shift, None, None, self.ceil_mode, packed=self.weight
-            )
-        if self._packed is None or x.numel() == 0:
-            return _stem_reference(x, self.weight, self.scale, self.shift, None, None, self.ceil_mode)
-        return _stem_run_packed(self._packed, x, self._folded, self.ceil_mode)
+        if self._packed is not None and x.numel():
+            return _stem_run_packed(self._packed, x, self._folded, self.ceil_mode)
+        arguments = (x, self.weight, self.scale, self.shift, None, None, self.ceil_mode)
+        if self.backend in KERNELS and torch.compiler.is_compiling():
+            return torch.ops.resnet_fast.stem.default(*arguments)
+        y = _stem_run_kernel(self.backend, *arguments, self._form)
+        return _stem_reference(*arguments) if y is None else y
 
 
 class Head:
@@ -181,18 +196,26 @@ class Head:
     ) -> None:
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
-        if can_run_triton("head", self.weight.device, dtype, backend):
-            self.backend = "triton"
-        else:
+        self.backend = kernels_on("head", self.weight.device, dtype, backend)
+        if self.backend in ("cuda", "auto") and self.bias is not None:
+            self.bias = kernel_vector(self.bias)  # as CUDA's kernel reads it; Triton's reads any type
+        if not self.backend:
             # Plain torch is what runs fastest on a CPU, so only a choice of "reference" makes a difference.
             chosen = self.weight.device.type == "cpu" and backends.runs("onednn", "cpu", backend)
             self.backend = "onednn" if chosen and not onednn.unavailable() else "reference"
 
+    def backend_for(self, x: Tensor) -> str:
+        """The name of the backend that runs it on inputs like this, which may be without data."""
+        if self.backend not in KERNELS:
+            return self.backend
+        return backend_for("head", _head_problem_of(x, self.weight), self.weight.device, self.backend)
+
     def __call__(self, x: Tensor) -> Tensor:
-        if self.backend == "triton" and torch.compiler.is_compiling():
+        if self.backend in KERNELS and torch.compiler.is_compiling():
             return torch.ops.resnet_fast.head.default(x, self.weight, self.bias)
-        if self.backend == "triton" and x.numel():
-            return _head_run_triton(x, self.weight, self.bias)
+        y = _head_run_kernel(self.backend, x, self.weight, self.bias)
+        if y is not None:
+            return y
         return (_head_run if self.backend == "onednn" else _head_reference)(x, self.weight, self.bias)
 
 
@@ -238,16 +261,20 @@ class BottleneckTail:
         self.backend = self._spatial.backend
         self._stride, self._shortcut_stride = list(stride), list(shortcut_stride)
 
+    def backend_for(self, a: Tensor, residual: Tensor) -> str:
+        """The name of the backend that runs it: Triton where either may, since CUDA has no kernel of it."""
+        return "triton" if self.backend == "auto" else self.backend
+
     def __call__(self, a: Tensor, residual: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """y, or (y, following) where ``weight1`` was given."""
-        if self.backend == "triton" and a.numel() and not torch.compiler.is_compiling():
+        if self.backend in KERNELS and a.numel() and not torch.compiler.is_compiling():
 
             def constants(conv: ConvBNAct | None) -> tuple[Any, Any, Any]:
                 return (None, None, None) if conv is None else (conv.weight, conv.scale, conv.shift)
 
-            results = _bottleneck_tail_run_triton(
-                a, *constants(self._spatial), *constants(self._expand), residual, *constants(self._project),
-                *constants(self._following), self._stride, self._shortcut_stride,
+            results = _bottleneck_tail_run_kernel(
+                self.backend, a, *constants(self._spatial), *constants(self._expand), residual,
+                *constants(self._project), *constants(self._following), self._stride, self._shortcut_stride,
             )  # fmt: skip
             if results is not None:
                 return results[0] if self._following is None else results

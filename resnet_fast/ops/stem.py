@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fast.kernels.problems import Stem as Problem
+
 from .. import backends
-from ..backends import triton
+from ..backends import cuda, triton
 from . import _packing
 from ._common import (
+    KERNELS,
     accumulate_dtype,
     cast,
     channels_last,
@@ -23,11 +26,13 @@ from ._common import (
     check_image,
     check_per_channel,
     check_weight_dtype,
+    choose_kernel,
     conv_output_size,
     convolution_gradients,
+    kernel_vector,
+    kernels_for,
     register,
     relu_gradient,
-    runs_triton,
     transformed,
 )
 
@@ -125,17 +130,45 @@ def _default(
 def _normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
     """[2, C] float32: factor and summand that make ``(pixel / 255 - mean) / std`` of a byte. Copied to a GPU once."""
     factors = [1 / (255 * s) for s in std]
-    return torch.tensor([factors, [-m / s for m, s in zip(mean, std, strict=True)]], device=device)
+    summands = [-m / s for m, s in zip(mean, std, strict=True)]
+    return torch.tensor([factors, summands], dtype=torch.float32, device=device)
 
 
 def kernel_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[K, C, 7, 7] in ``dtype``, stored as [7, 7, C, K]: the kernel then reads many output channels at a time."""
+    """[K, C, 7, 7] in ``dtype``, stored as [7, 7, C, K]: Triton's kernel then reads many output channels at a time."""
     k, c, r, s = weight.shape
     stored = torch.empty((r, s, c, k), dtype=dtype, device=weight.device)
     return stored.permute(3, 2, 0, 1).copy_(weight.detach())
 
 
-def run_triton(
+def cuda_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[K, C, 7, 7] as [K, 4, 4, 16] in ``dtype``: the 7x7 stride 2 as a 4x4 stride 1 over squares of 2x2 pixels.
+
+    A row and a column of zeros in front make it 8x8. The 16 values are those of a square, C channels for each of its
+    pixels, and zeros behind; C is at most 4.
+    """
+    k, c = weight.shape[:2]
+    packed = torch.zeros((k, 4, 4, 16), dtype=dtype, device=weight.device)
+    squares = torch.nn.functional.pad(weight.detach(), (1, 0, 1, 0)).view(k, c, 4, 2, 4, 2)
+    packed[..., : 4 * c].view(k, 4, 4, 2, 2, c).copy_(squares.permute(0, 2, 4, 3, 5, 1))
+    return packed
+
+
+#: The weight as each backend's kernel reads it.
+PACKED = {"triton": kernel_weight, "cuda": cuda_weight}
+
+
+def problem_of(x: Tensor, weight: Tensor, ceil_mode: bool) -> Problem:
+    """What a kernel is asked to compute, of which its choice depends; the tensors may be without data."""
+    k, c = weight.shape[:2]
+    uint8 = x.dtype is torch.uint8
+    height, width = (x.shape[1], x.shape[2]) if uint8 else (x.shape[2], x.shape[3])
+    precision = triton.precision(_output_dtype(x, weight))
+    return Problem(x.shape[0], height, width, c, k, uint8, ceil_mode, precision)
+
+
+def run_kernel(
+    whose: str,
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -143,28 +176,32 @@ def run_triton(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     ceil_mode: bool,
-    packed: Tensor | None = None,
-) -> Tensor:
-    """The op by its Triton kernel, on checked arguments with at least one element; ``packed``: of `kernel_weight`."""
-    from resnet_fast.kernels import stem as kernel
+    packed: Callable[[str], Tensor] | None = None,
+) -> Tensor | None:
+    """The op by a kernel of ``whose`` (:func:`kernels_for`), on checked arguments.
 
-    dtype = _output_dtype(x, weight)
-    k, c = weight.shape[:2]
-    uint8 = x.dtype is torch.uint8
-    height, width = (x.shape[1], x.shape[2]) if uint8 else (x.shape[2], x.shape[3])
-    problem = kernel.Problem(x.shape[0], height, width, c, k, uint8, ceil_mode, triton.precision(dtype))
-    shape = [x.shape[0], k, *problem.output]
+    None where there is no such kernel, or x is empty. ``packed``: the weight as the backend of that name reads it.
+    """
+    if whose not in KERNELS or x.numel() == 0:
+        return None
+    problem, dtype = problem_of(x, weight, ceil_mode), _output_dtype(x, weight)
+    shape = [problem.n, problem.k, *problem.output]
     out = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     if out.numel() == 0:
         return out
+    backend, _ = choose_kernel(NAME, problem, x.device, whose)
+    if not backend:
+        return None
+    weight = PACKED[backend](weight, dtype) if packed is None else packed(backend)
     normalisation = None if mean is None or std is None else _normalisation(tuple(mean), tuple(std), x.device)
-    launch = kernel.launch(
-        x, kernel_weight(weight, dtype) if packed is None else packed,
-        scale.detach().float().contiguous(), shift.detach().float().contiguous(), normalisation, out,
-        problem, kernel.choose(problem, triton.gpu_of(x.device)),
-    )  # fmt: skip
-    with triton.on(x.device):
-        launch()
+    arguments = (x, weight, kernel_vector(scale), kernel_vector(shift), normalisation, out, problem)
+    if backend == "cuda":
+        cuda.stem(*arguments)
+    else:
+        from resnet_fast.kernels import stem as kernel
+
+        with triton.on(x.device):
+            kernel.launch(*arguments, kernel.choose(problem, triton.gpu_of(x.device)))()
     return out
 
 
@@ -177,9 +214,10 @@ def _cuda(
     std: Sequence[float] | None,
     ceil_mode: bool,
 ) -> Tensor:
-    _check(x, weight, scale, shift, mean, std, ceil_mode)
-    run = run_triton if runs_triton(NAME, x, _output_dtype(x, weight)) else reference
-    return run(x, weight, scale, shift, mean, std, ceil_mode)
+    arguments = (x, weight, scale, shift, mean, std, ceil_mode)
+    _check(*arguments)
+    y = run_kernel(kernels_for(NAME, x, _output_dtype(x, weight)), *arguments)
+    return reference(*arguments) if y is None else y
 
 
 def _cpu(
@@ -191,10 +229,12 @@ def _cpu(
     std: Sequence[float] | None,
     ceil_mode: bool,
 ) -> Tensor:
-    _check(x, weight, scale, shift, mean, std, ceil_mode)
-    if runs_triton(NAME, x, _output_dtype(x, weight)):
-        return run_triton(x, weight, scale, shift, mean, std, ceil_mode)
+    arguments = (x, weight, scale, shift, mean, std, ceil_mode)
+    _check(*arguments)
     dtype = _output_dtype(x, weight)
+    y = run_kernel(kernels_for(NAME, x, dtype), *arguments)
+    if y is not None:
+        return y
     if x.numel() and backends.runs("onednn", "cpu"):
         reason = _packing.unsupported(dtype, weight, 1)
         if not reason:
@@ -202,7 +242,7 @@ def _cpu(
             image = x if mean is None or std is None else normalise(x, mean, std, torch.float32)
             return run_packed(conv, image, lambda: _packing.fold(weight, scale, dtype), ceil_mode)
         backends.fallback(NAME, f"{reason}; the plain torch reference runs instead")
-    return reference(x, weight, scale, shift, mean, std, ceil_mode)
+    return reference(*arguments)
 
 
 def run_packed(conv: _packing.PackedConv, image: Tensor, folded: Callable[[], Tensor], ceil_mode: bool) -> Tensor:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from resnet_fast import backends
 from resnet_fast.roofline.measure import tf32
 
 from . import ops
@@ -80,7 +81,10 @@ class CudaRunner:
         self._compiler.__exit__(kind, value, trace)
 
     def load(self, case: Case) -> None:
-        op = ops.get(case.op)
+        op, before = ops.get(case.op), self._case
+        if before is not None and _same_tensors(before, case):
+            self._case = case
+            return
         self._case, self._sets, self._exact = case, [], {}  # the last case's memory is free before more is taken
         torch.manual_seed(0)
         first = op.tensors(case.problem, self.device)
@@ -94,6 +98,8 @@ class CudaRunner:
 
     def unusable(self, configs: Sequence[Any]) -> Mapping[Any, str]:
         assert self._case is not None
+        if ops.is_cuda(self._case):
+            return {}  # compiled they are, and a spill fails their build
         reasons: dict[Any, str] = {}
         for compiled in self._compiler.run([Task(self.gpu.capability, self._case, config) for config in configs]):
             resources, reason = compiled.resources, compiled.error
@@ -108,6 +114,10 @@ class CudaRunner:
         return reasons
 
     def wrong(self, config: Any) -> str:
+        return self.wrong_by(lambda tensors: self._launch_on(config, tensors)())
+
+    def wrong_by(self, run: Callable[[dict[str, Tensor | None]], object]) -> str:
+        """What is wrong with the outputs that ``run`` fills in the case's first set of tensors, "" if nothing is."""
         from triton import errors
 
         case, tensors = self._case, self._sets[0]
@@ -118,9 +128,9 @@ class CudaRunner:
             output.fill_(math.nan)  # what the launch does not write shows
         try:
             with torch.cuda.device(self.device):
-                self._launch(config, 0)()
+                run(tensors)
                 torch.cuda.synchronize()
-        except (errors.TritonError, RuntimeError) as failure:
+        except (errors.TritonError, RuntimeError, ValueError) as failure:
             torch.cuda.synchronize()  # fails too where the GPU can run nothing any more, and that ends the sweep
             return f"does not run: {' '.join(str(failure).split())[:200]}"
         for name, exact in self._exact.items():
@@ -131,7 +141,11 @@ class CudaRunner:
         return ""
 
     def seconds(self, config: Any) -> float:
-        return self._timed([self._launch(config, index) for index in range(len(self._sets))])
+        return self._timed([self._launch_on(config, tensors) for tensors in self._sets])
+
+    def seconds_of(self, make: Callable[[dict[str, Tensor | None]], Callable[[], object]]) -> float:
+        """Seconds of what ``make`` returns for each set of the case's tensors, as of a launch."""
+        return self._timed([make(tensors) for tensors in self._sets])
 
     def separately(self) -> float:
         case = self._case
@@ -170,10 +184,15 @@ class CudaRunner:
                 taken.append(1e-3 * begin.elapsed_time(end))
         return statistics.median(taken[1:]) / (rounds * len(launches))
 
-    def _launch(self, config: Any, index: int) -> Any:
+    def _launch_on(self, config: Any, tensors: dict[str, Tensor | None]) -> Any:
         assert self._case is not None
         op = ops.get(self._case.op)
-        return op.launch(op.kernel, self._sets[index], self._case, config)
+        return op.launch(op.kernel, tensors, self._case, config)
+
+
+def _same_tensors(a: Case, b: Case) -> bool:
+    """Whether the two cases are of Triton's and CUDA's kernels for one thing."""
+    return (a.op.removesuffix(".cuda"), a.problem, a.form) == (b.op.removesuffix(".cuda"), b.problem, b.form)
 
 
 def _widened(tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor | None]:
@@ -185,12 +204,14 @@ def _widened(tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> dict[s
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What a table is measured with: the GPU as its driver names it, torch, triton and CUDA."""
+    """What a table is measured with: the GPU as its driver names it, torch, triton, CUDA, and _C's compiler, if any."""
     import triton
 
+    native = backends.cuda.native()
     return {
         "gpu": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": str(torch.version.cuda),
+        **({} if native is None else {"nvcc": str(native.info["cuda"])}),
     }

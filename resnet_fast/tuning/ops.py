@@ -6,14 +6,17 @@ One small adapter per op, so that compiling and measuring treat all of them alik
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from resnet_fast.backends import cuda, triton
+from resnet_fast.kernels import cuda_choice
 from resnet_fast.roofline import Work, cost
 from resnet_fast.roofline.schedule import ITEMSIZE
 
@@ -31,7 +34,8 @@ class Case:
     """One launch of a network: an op's problem, and what its kernel is told besides.
 
     Attributes:
-        op: the op's name. problem: its kernel module's ``Problem``.
+        op: the op's name for its Triton kernel, ``conv_bn_act.cuda`` for its CUDA kernels: the section of a table that
+            holds the choice. problem: its kernel module's ``Problem``.
         form: the activation, "relu" or "none", where the op takes one; "backward" for a gradient; else "".
     """
 
@@ -86,6 +90,7 @@ class Op:
         reference: what the outputs must be, of (tensors, case), in the dtype that the floating point inputs have.
         work: bytes and operations of a problem.
         parts: does what the kernel does by several launches, of (tensors, case); None where there is no such way.
+        native: the CUDA kernels in place of a module of Triton's.
     """
 
     name: str
@@ -96,27 +101,81 @@ class Op:
     reference: Callable[[Tensors, Case], dict[str, Tensor]]
     work: Callable[[Any], Work]
     parts: Callable[[Tensors, Case], object] | None = None
+    native: CudaKernels | None = None
 
     @property
-    def kernel(self) -> ModuleType:
-        """The kernel's module; importing it imports triton."""
-        return importlib.import_module(f"resnet_fast.kernels.{self.name}")
+    def kernel(self) -> Any:
+        """The kernel's module, whose import imports triton; of CUDA kernels what stands in for one."""
+        return importlib.import_module(f"resnet_fast.kernels.{self.name}") if self.native is None else self.native
+
+
+@dataclass(frozen=True)
+class CudaKernels:
+    """The CUDA kernels of an op, with what a kernel module has of functions: its choices are the kernels there are."""
+
+    op: str
+
+    def candidates(self, problem: Any, gpu: GPU) -> Iterator[Any]:
+        """Every kernel that computes the problem on ``gpu``, the likely ones first; none where none was built."""
+        if cuda.native() is None:
+            return
+        if self.op == "conv_bn_act":
+            yield from cuda_choice.candidates(problem, gpu, cuda.supporting(problem, gpu)[0])
+        elif cuda.kernel(self.op, problem, gpu)[0]:
+            yield cuda_choice.Only()
+
+    def heuristic(self, problem: Any, gpu: GPU) -> Any:
+        """The choice without a table, None where no kernel computes the problem."""
+        return next(self.candidates(problem, gpu), None)
+
+    def choose(self, problem: Any, gpu: GPU) -> Any:
+        """The measured choice where there is one, else the heuristic's; None where no kernel computes the problem."""
+        name = "" if cuda.native() is None else cuda.kernel(self.op, problem, gpu)[0]
+        if not name:
+            return None
+        return cuda_choice.Config(name) if self.op == "conv_bn_act" else cuda_choice.Only()
+
+    def as_fields(self, config: Any) -> dict[str, Any]:
+        """A choice as a table stores it."""
+        return cuda_choice.as_fields(config)
 
 
 def names() -> tuple[str, ...]:
-    """The ops that have a kernel and an adapter."""
+    """The ops that have a Triton kernel and an adapter."""
     return tuple(_OPS)
 
 
 def get(name: str) -> Op:
-    """The adapter of an op.
+    """The adapter of an op's Triton kernel, or as ``conv_bn_act.cuda`` of its CUDA kernels.
 
     Raises:
         ValueError: there is none of that name.
     """
-    if name not in _OPS:
-        raise ValueError(f"no kernel of an op {name!r} is tuned or checked; there are {', '.join(_OPS)}")
-    return _OPS[name]
+    found = _OPS.get(name) or _CUDA_OPS.get(name)
+    if found is None:
+        raise ValueError(f"no kernel of an op {name!r} is tuned or checked; there are {', '.join((*_OPS, *_CUDA_OPS))}")
+    return found
+
+
+def is_cuda(case: Case) -> bool:
+    """Whether the case is one of CUDA kernels."""
+    return case.op in _CUDA_OPS
+
+
+def with_cuda(cases: Iterable[Case], gpu: GPU) -> tuple[Case, ...]:
+    """``cases`` with those of the CUDA kernels beside them, as far as the loaded ``_C`` has kernels for ``gpu``.
+
+    Each right behind its Triton case, so that a sweep which is cut off has measured both of what it has measured.
+    """
+    found = cuda.native()
+    runs = found is not None and (found.emulated or cuda.built_for(found.info["archs"], *divmod(gpu.capability, 10)))
+    made: list[Case] = []
+    for case in cases:
+        made.append(case)
+        twin = _CUDA_OPS.get(cuda_choice.table(case.op))
+        if runs and twin is not None and twin.kernel.heuristic(case.problem, gpu) is not None:
+            made.append(replace(case, op=twin.name))
+    return tuple(made)
 
 
 def supported(case: Case, gpu: GPU) -> bool:
@@ -447,5 +506,51 @@ _OPS = {
         Op("stem", True, _stem_cases, _stem_tensors, _stem_launch, _stem_reference, _stem_work),
         Op("head", False, _head_cases, _head_tensors, _head_launch, _head_reference, _head_work),
         Op("add_act", False, _add_cases, _add_tensors, _add_launch, _add_reference, _add_work),
+    )
+}
+
+
+# --- CUDA kernels: the same cases, tensors, answers and work; what is packed is packed before the launch is timed
+
+
+def _cuda_conv_launch(kernels: Any, tensors: Tensors, case: Case, config: Any) -> Any:
+    given: dict[str, Any] = {**tensors, "problem": case.problem, "activation": case.form or "relu"}
+    return partial(cuda.conv_bn_act, config.kernel, **given)
+
+
+def _cuda_add_launch(kernels: Any, tensors: Tensors, case: Case, config: Any) -> Any:
+    run = cuda.add_act_backward if case.form == "backward" else cuda.add_act
+    return partial(run, *(_given(tensors, name) for name in ("x", "y", "out")))
+
+
+def _cuda_stem_launch(kernels: Any, tensors: Tensors, case: Case, config: Any) -> Any:
+    from resnet_fast.ops.stem import cuda_weight
+
+    x, weight = _given(tensors, "x"), _given(tensors, "weight")
+    if case.form == "nhwc":
+        x = x.contiguous(memory_format=torch.channels_last)
+    vectors = (_given(tensors, "scale"), _given(tensors, "shift"), tensors["normalise"])
+    return partial(cuda.stem, x, cuda_weight(weight, weight.dtype), *vectors, _given(tensors, "out"), case.problem)
+
+
+def _cuda_head_launch(kernels: Any, tensors: Tensors, case: Case, config: Any) -> Any:
+    x, bias = _given(tensors, "x"), _given(tensors, "bias").float()
+    gpu = triton.gpu_of(x.device)
+    return partial(cuda.head, x, _given(tensors, "weight"), bias, _given(tensors, "out"), case.problem, gpu)
+
+
+def _given(tensors: Tensors, name: str) -> Tensor:
+    tensor = tensors[name]
+    assert tensor is not None
+    return tensor
+
+
+_CUDA_OPS = {
+    cuda_choice.table(name): replace(_OPS[name], name=cuda_choice.table(name), launch=launch, native=CudaKernels(name))
+    for name, launch in (
+        ("conv_bn_act", _cuda_conv_launch),
+        ("stem", _cuda_stem_launch),
+        ("head", _cuda_head_launch),
+        ("add_act", _cuda_add_launch),
     )
 }

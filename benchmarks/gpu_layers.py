@@ -1,0 +1,172 @@
+"""Each layer of a network as one launch: its floor, Triton's kernel, CUDA's, and torch's way by cuDNN, timed alike.
+
+No GPU is touched here but through the runner (``resnet_fast.tuning.cuda.CudaRunner``), which judges every answer first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fast.tuning import ops
+from resnet_fast.tuning.ops import Case
+
+CONTESTANTS = ("triton", "cuda", "cudnn")
+
+#: What makes a call that computes a case on given tensors and returns its answer, all that is folded folded before.
+Way = Callable[[Case, Mapping[str, Any]], Callable[[], Tensor]]
+
+
+def contested(cases: Iterable[Case]) -> tuple[Case, ...]:
+    """Those that CUDA and cuDNN have something against, each problem once; gradients and blocks are no layers."""
+    found: dict[tuple[str, str], Case] = {}
+    for case in cases:
+        if case.op in WAYS and case.form != "backward":
+            found.setdefault((case.op, case.problem.key()), case)
+    return tuple(found.values())
+
+
+def measure(case: Case, gpu: Any, runner: Any, ways: Mapping[str, Way] | None = None) -> dict[str, Any]:
+    """The row of a case: its floor, and for each contestant ``us`` and what ran, or what is ``wrong``, or why ``none``
+    ran. Triton's and CUDA's choices are those in force: the tables', else the heuristics'."""
+    work = ops.get(case.op).work(case.problem)
+    row: dict[str, Any] = {
+        "op": case.op, "form": case.form, "problem": case.problem.key(),
+        "floor_us": 1e6 * work.floor(gpu, case.problem.precision), "bytes": work.bytes, "flops": work.flops,
+    }  # fmt: skip
+    times: dict[str, Any] = {"triton": _ours(case, gpu, runner), "cuda": {"none": "no CUDA kernel computes it here"}}
+    twins = ops.with_cuda([case], gpu)[1:]
+    if twins:
+        times["cuda"] = _ours(twins[0], gpu, runner)
+    runner.load(case)
+    way = (WAYS if ways is None else ways)[case.op]
+    try:
+        wrong = runner.wrong_by(lambda tensors: tensors["out"].copy_(way(case, tensors)()))
+        times["cudnn"] = {"wrong": wrong} if wrong else {"us": 1e6 * runner.seconds_of(lambda given: way(case, given))}
+    except (RuntimeError, NotImplementedError) as failure:  # a torch without cuDNN, or cuDNN without such a kernel
+        times["cudnn"] = {"none": " ".join(str(failure).split())[:200]}
+    return row | {"times": times}
+
+
+def _ours(case: Case, gpu: Any, runner: Any) -> dict[str, Any]:
+    kernel = ops.get(case.op).kernel
+    config = kernel.choose(case.problem, gpu)
+    runner.load(case)
+    unusable = runner.unusable([config])
+    wrong = unusable.get(config, "") or runner.wrong(config)
+    return {"wrong": wrong} if wrong else {"us": 1e6 * runner.seconds(config), "choice": kernel.as_fields(config)}
+
+
+# --- torch's ways
+
+
+def _conv(case: Case, tensors: Mapping[str, Any]) -> Callable[[], Tensor]:
+    """cuDNN's convolution with bias, residual and ReLU in its epilogue; the scale is folded into the weight."""
+    problem, x, residual = case.problem, tensors["x"], tensors["residual"]
+    weight, bias = _folded(tensors)
+    how = (problem.stride, problem.padding, problem.dilation, problem.groups)
+    if case.form == "none":
+        plain = torch.conv2d
+        return lambda: plain(x, weight, bias, *how) if residual is None else plain(x, weight, bias, *how) + residual
+    if residual is not None:
+        return lambda: torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *how)
+    return lambda: torch.cudnn_convolution_relu(x, weight, bias, *how)
+
+
+def _stem(case: Case, tensors: Mapping[str, Any]) -> Callable[[], Tensor]:
+    """The same, and torch's max-pool behind it; bytes are normalised before."""
+    x, normalise, ceil_mode = tensors["x"], tensors["normalise"], case.problem.ceil_mode
+    weight, bias = _folded(tensors)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    if case.form == "nhwc":
+        x = x.contiguous(memory_format=torch.channels_last)
+
+    def run() -> Tensor:
+        image = x
+        if normalise is not None:
+            image = (x * normalise[0] + normalise[1]).to(weight.dtype).permute(0, 3, 1, 2)
+        image = image.contiguous(memory_format=torch.channels_last)
+        y = torch.cudnn_convolution_relu(image, weight, bias, (2, 2), (3, 3), (1, 1), 1)
+        return F.max_pool2d(y, 3, 2, 0 if ceil_mode else 1, ceil_mode=ceil_mode)
+
+    return run
+
+
+def _folded(tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    weight = tensors["weight"]
+    scaled = weight.float() * tensors["scale"].view(-1, 1, 1, 1)
+    return scaled.to(weight.dtype).contiguous(memory_format=torch.channels_last), tensors["shift"].to(weight.dtype)
+
+
+def _head(case: Case, tensors: Mapping[str, Any]) -> Callable[[], Tensor]:
+    x, weight, bias = tensors["x"], tensors["weight"], tensors["bias"]
+    return lambda: F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), weight, bias)
+
+
+def _add(case: Case, tensors: Mapping[str, Any]) -> Callable[[], Tensor]:
+    x, y = tensors["x"], tensors["y"]
+    return lambda: torch.add(x, y).relu_()
+
+
+WAYS: dict[str, Way] = {"stem": _stem, "conv_bn_act": _conv, "head": _head, "add_act": _add}
+
+
+# --- what is shown
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row in a line: microseconds, and how many times its floor."""
+    parts = [f"floor {row['floor_us']:.2f} us"]
+    for who in CONTESTANTS:
+        one = row["times"][who]
+        if "us" in one:
+            parts.append(f"{who} {one['us']:.2f} ({one['us'] / row['floor_us']:.2f}x)")
+        else:
+            parts.append(f"{who} WRONG: {one['wrong']}" if "wrong" in one else f"{who}: {one['none']}")
+    return ", ".join(parts)
+
+
+def table(data: Mapping[str, Any]) -> str:
+    """The result file as Markdown, a table for each batch, with what all layers take that everybody computes."""
+    machine = data["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if name in _VERSIONS)
+    lines = [f"# ResNet-50, layer by layer: {machine['gpu']}", ""]
+    lines += [
+        f"Driver {machine['driver']}, nvcc {machine['nvcc'] or 'none'}, {versions}.",
+        "Microseconds of one launch, by replays of a CUDA graph over inputs past the level-2 cache.",
+        "The commit of each row is in layers.json.",
+        "",
+    ]
+    rows = list(data["rows"].values())
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        mine = [row for row in rows if row["batch"] == batch]
+        lines += [f"## Batch {batch}", "", "| layer | floor | Triton | CUDA | cuDNN (torch) | CUDA's kernel |",
+                  "|---|---|---|---|---|---|"]  # fmt: skip
+        sums = dict.fromkeys(("floor", *CONTESTANTS), 0.0)
+        for row in mine:
+            times = [row["times"][who].get("us", math.nan) for who in CONTESTANTS]
+            best = min((one for one in times if one == one), default=math.nan)
+            shown = [
+                f"**{one:.2f}**" if one == best else f"{one:.2f}" if one == one else _why(row["times"][who])
+                for who, one in zip(CONTESTANTS, times, strict=True)
+            ]
+            kernel = row["times"]["cuda"].get("choice", {}).get("kernel", "")
+            name = f"{row['op']} {row['problem']}{' (' + row['form'] + ')' if row['form'] else ''}"
+            lines.append(f"| {name} | {row['floor_us']:.2f} | {' | '.join(shown)} | {kernel} |")
+            if all(one == one for one in times):
+                for who, one in zip(sums, (row["floor_us"], *times), strict=True):
+                    sums[who] += one
+        lines += [f"| sum where all three run | {' | '.join(f'{one:.2f}' for one in sums.values())} | |", ""]
+    return "\n".join(lines)
+
+
+_VERSIONS = ("torch", "triton", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
+
+
+def _why(one: Mapping[str, Any]) -> str:
+    return "wrong" if "wrong" in one else "none"
