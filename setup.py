@@ -63,10 +63,10 @@ class BuildNative(build_ext):
                 raise native_build.BuildError(PLAN.reason)
             native_build.build(out, PLAN.archs, sm90=PLAN.sm90, strict=PLAN.strict)
         except native_build.BuildError as error:
+            native_build.Record(False, str(error)).write(out)
             if PLAN.strict:
                 raise SystemExit(f"RESNET_FAST_BUILD=require: {error}") from None
             print(f"resnet_fast: the pure Python package, without _C: {error}", flush=True)
-            native_build.Record(False, str(error)).write(out)
             self.extensions = self.distribution.ext_modules = []
 
 

@@ -53,8 +53,13 @@ py::list architectures() {
   return archs;
 }
 
+// Raised with every change to what the functions take or mean, as in resnet_fast/backends/cuda.py: the module in a
+// checkout may be older than the Python files beside it.
+constexpr int kInterface = 1;
+
 py::dict build_info() {
   py::dict info;
+  info["interface"] = kInterface;
   info["compiler"] = compiler();
 #ifdef _MSVC_LANG
   info["cxx_standard"] = _MSVC_LANG;

@@ -29,6 +29,7 @@ RECORD = "_build_record.json"
 ARCHS = ("80", "86", "89", "90a", "100a", "120a")
 CHOICES = ("auto", "off", "require")
 SUBSETS = ("all", "ci", "none")
+CMAKE = (3, 26)  # CMakeLists.txt's minimum
 
 
 class BuildError(Exception):
@@ -56,7 +57,9 @@ class Record:
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECORD).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        temporary = folder / f"{RECORD}.new"
+        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(folder / RECORD)
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,23 @@ class Plan:
 # --- what there is
 
 
-def find_tool(name: str) -> str | None:
-    """The program of this name, first beside this Python (pip does not put an environment's own programs on PATH)."""
-    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+def find_tool(name: str, least: tuple[int, int] = (0, 0)) -> str | None:
+    """The program of this name in at least this version: on PATH, where pip puts what a build requires, or beside this
+    Python, whose environment need not be on PATH."""
+    for path in (shutil.which(name), shutil.which(name, path=sysconfig.get_path("scripts"))):
+        if path and (least == (0, 0) or _version(path) >= least):
+            return path
+    return None
+
+
+def _version(program: str) -> tuple[int, int]:
+    """What ``program --version`` says, (0, 0) if nothing."""
+    try:
+        output = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0, 0
+    found = re.search(r"(\d+)\.(\d+)", output)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def find_nvcc() -> str | None:
@@ -157,18 +174,31 @@ def plan() -> Plan:
     if capabilities is None and not strict:
         return Plan("nvcc was found, but no GPU to compile for; RESNET_FAST_ARCHS, such as '80;90a', names some")
     try:
-        return Plan("", native_archs(capabilities), sm90, strict)
+        return Plan("", native_archs(capabilities, known_archs()), sm90, strict)
     except BuildError as error:
         return Plan(str(error), strict=strict)
 
 
-def native_archs(capabilities: Sequence[str] | None) -> str:
+def known_archs() -> list[str]:
+    """Those of ``ARCHS`` that the compiler knows; all if it does not say."""
+    nvcc = find_nvcc()
+    try:
+        output = subprocess.run([str(nvcc), "--list-gpu-code"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        output = ""
+    found = set(re.findall(r"sm_(\d+)\b", output))  # it lists sm_90 without sm_90a
+    return [arch for arch in ARCHS if arch.rstrip("a") in found] or list(ARCHS)
+
+
+def native_archs(capabilities: Sequence[str] | None, known: Sequence[str] = ARCHS) -> str:
     """The architectures of GPUs with these capabilities; "", all that the compiler knows, where there are none.
+
+    A GPU that is too new for the compiler gets "80", whose PTX its driver compiles.
 
     Raises:
         BuildError: they are all too old.
     """
-    found = {arch_of(each) for each in capabilities or ()}
+    found = {arch if arch is None or arch in known else "80" for arch in map(arch_of, capabilities or ())}
     if found == {None}:
         raise BuildError(f"the GPU has capability {', '.join(capabilities or ())}; 8.0 or newer is needed")
     return ";".join(sorted(filter(None, found), key=ARCHS.index))
@@ -207,8 +237,12 @@ def requirements() -> list[str]:
 
 def remove_module(folder: Path) -> None:
     """Delete what an earlier build left: a module that is not this build's must not be taken for it."""
-    for path in [*folder.glob("_C.*.so"), *folder.glob("_C.so"), *folder.glob("_C*.pyd"), folder / RECORD]:
+    for path in [*_modules(folder), *folder.glob("_C.*.new"), folder / RECORD]:
         path.unlink(missing_ok=True)
+
+
+def _modules(folder: Path) -> list[Path]:
+    return [path for pattern in ("_C.*.so", "_C.so", "_C*.pyd") for path in folder.glob(pattern)]
 
 
 def build(
@@ -220,7 +254,7 @@ def build(
     build_dir: Path | None = None,
     strict: bool = False,
 ) -> Record:
-    """Compile csrc/ and put the module and its record into ``out``, which holds neither if that fails.
+    """Compile csrc/ and put the module and its record into ``out``, which holds no module if that fails.
 
     Args:
         archs: as "80;90a"; "" for all that the compiler knows. jobs: compilers at once, by default one for each core.
@@ -231,15 +265,31 @@ def build(
     Raises:
         BuildError: there is no module.
     """
-    began = time.monotonic()
     remove_module(out)
+    try:
+        return _build(out, archs, jobs, cutlass, sm90, build_dir, strict)
+    except (OSError, ValueError, KeyError) as error:  # such as a program that cannot be started, or a full disk
+        remove_module(out)
+        raise BuildError(f"{type(error).__name__}: {error}") from error
+
+
+def _build(
+    out: Path,
+    archs: str,
+    jobs: int | None,
+    cutlass: str | None,
+    sm90: str | None,
+    build_dir: Path | None,
+    strict: bool,
+) -> Record:
+    began = time.monotonic()
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError("no CUDA compiler: nvcc was not found")
-    cmake, ninja = find_tool("cmake"), find_tool("ninja")
-    for name, path in (("cmake", cmake), ("ninja", ninja)):
+    cmake, ninja = find_tool("cmake", CMAKE), find_tool("ninja")
+    for name, path in ((f"cmake {'.'.join(map(str, CMAKE))} or newer", cmake), ("ninja", ninja)):
         if path is None:
-            raise BuildError(f"{name} was not found; run `{sys.executable} -m pip install {name}`")
+            raise BuildError(f"{name} was not found; run `{sys.executable} -m pip install -U {name.split()[0]}`")
     assert cmake and ninja
     headers = find_cutlass(cutlass)
     if sm90 is None:
@@ -256,17 +306,19 @@ def build(
         ]
         # CMake would say no more of a compiler that does not work than that it does not.
         probe = ("-std=c++20", "-I", str(ROOT / "csrc"), "-c", str(ROOT / "csrc" / "build_info.cu"))
-        _run([nvcc, *probe, "-o", str(Path(temporary) / "build_info.o")])
+        host = os.environ.get("CUDAHOSTCXX")
+        _run([nvcc, *(("-ccbin", host) if host else ()), *probe, "-o", str(Path(temporary) / "build_info.o")])
         _run(configure)
         # Before the build, so that a failed one leaves nothing of an earlier one in a folder that is kept.
         remove_module(folder)
         _run([cmake, "--build", str(folder), "--parallel", str(jobs or default_jobs())])
-        (module,) = folder.glob("_C.*.so")
+        (module,) = _modules(folder)
         _run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r}); import _C; _C.build_info()"])
         choices = json.loads((folder / "choices.json").read_text(encoding="utf-8"))
         size = module.stat().st_size / 2**20
         out.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(module, out)
+        shutil.copy2(module, out / f"{module.name}.new")
+        (out / f"{module.name}.new").replace(out / module.name)
     seconds = round(time.monotonic() - began, 1)
     record = Record(
         True, "", tuple(choices["archs"].split(",")), choices["ptx"], choices["cuda"], choices["sm90"], seconds
@@ -317,7 +369,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python csrc/native_build.py", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="gets the module and its record")
-    parser.add_argument("--archs", default=None, help="as '80;90a'; by default those of this machine's GPUs")
+    parser.add_argument(
+        "--archs", default=None, help="as '80;90a'; by default RESNET_FAST_ARCHS, or this machine's GPUs'"
+    )
     parser.add_argument("--jobs", type=int, default=None, help="compilers at once; by default one for each core")
     parser.add_argument("--cutlass", default=None, help="the folder of CUTLASS's include/ and tools/util/include/")
     parser.add_argument("--sm90", choices=SUBSETS, default=None, help="which of the kernels made with CUTLASS")
@@ -326,8 +380,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     try:
-        archs = native_archs(gpu_capabilities()) if given.archs is None else parse_archs(given.archs, "--archs")
-        build(given.out, archs, given.jobs, given.cutlass, given.sm90, given.build_dir)
+        named = os.environ.get("RESNET_FAST_ARCHS", "") if given.archs is None else given.archs
+        archs = parse_archs(named, "RESNET_FAST_ARCHS" if given.archs is None else "--archs")
+        if not archs and given.archs is None:
+            archs = native_archs(gpu_capabilities(), known_archs())
+        sm90 = given.sm90 or os.environ.get("RESNET_FAST_SM90") or None
+        if sm90 not in (None, *SUBSETS):
+            raise BuildError(f"RESNET_FAST_SM90 is {sm90!r}; it must be one of 'all', 'ci' or 'none'")
+        build(given.out, archs, given.jobs, given.cutlass, sm90, given.build_dir)
     except BuildError as error:
         remove_module(given.out)
         Record(False, str(error)).write(given.out)

@@ -9,6 +9,7 @@ from typing import Literal, TypedDict
 Precision = Literal["fp16", "bf16", "tf32", "fp32"]
 
 class BuildInfo(TypedDict):
+    interface: int
     compiler: str
     cxx_standard: int
     cuda: str

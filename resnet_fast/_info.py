@@ -62,6 +62,8 @@ def _native(found: dict[str, Any]) -> str:
     archs = ", ".join(found["archs"]) or "no GPU"
     ptx = f", PTX for newer ones from {found['ptx']}" if found.get("ptx") else ""
     what = f"resnet_fast._C for {archs}{ptx}, CUDA {found['cuda']}, {found['convolutions']} convolution kernels"
+    if "90a" in found["archs"]:
+        what += f", {found['cutlass'] or 'none'} of them CUTLASS's for Hopper"
     return f"{what}{', emulated on the CPU' if found['emulated'] else ''}"
 
 

@@ -291,7 +291,9 @@ def test_without_a_module_the_builds_reason_is_said(
     ("module", "said"),
     [
         (ImportError("undefined symbol: f"), "does not load: ImportError: undefined symbol: f"),
-        (SimpleNamespace(build_info=lambda: {"archs": [], "cuda": ""}), "was built without CUDA"),
+        (SimpleNamespace(build_info=lambda: {"archs": [], "cuda": "", "interface": 1}), "was built without CUDA"),
+        (SimpleNamespace(build_info=lambda: {"archs": ["80"], "cuda": "13.0"}), "from an older or newer csrc/"),
+        (SimpleNamespace(build_info=lambda: {"archs": ["80"], "cuda": "13.0", "interface": 0}), "build it again"),
     ],
 )
 def test_a_module_that_is_of_no_use(module: Any, said: str, unbuilt: pytest.MonkeyPatch) -> None:
@@ -325,9 +327,17 @@ def test_info_of_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
     with cuda.substitute(Fake(emulated=False)):
         found = rf.info()
     assert found.native == {
-        "built": True, "reason": "", "archs": ["80", "90a"], "cuda": "13.0.88", "convolutions": 5, "emulated": False
+        "built": True, "reason": "", "archs": ["80", "90a"], "cuda": "13.0.88", "convolutions": 5, "cutlass": 1,
+        "emulated": False,
     }  # fmt: skip
-    assert "native       resnet_fast._C for 80, 90a, CUDA 13.0.88, 5 convolution kernels\n" in str(found)
+    said = "5 convolution kernels, 1 of them CUTLASS's for Hopper\n"
+    assert f"native       resnet_fast._C for 80, 90a, CUDA 13.0.88, {said}" in str(found)
+    for_hopper = Fake(archs=("90a",), emulated=False)
+    for_hopper.conv_bn_act_kernels = lambda: []  # type: ignore[method-assign]
+    with cuda.substitute(for_hopper):
+        assert "0 convolution kernels, none of them CUTLASS's for Hopper" in str(rf.info())
+    with cuda.substitute(Fake(archs=("80",), emulated=False)):
+        assert "CUTLASS" not in str(rf.info())
     cuda._loaded.cache_clear()
     monkeypatch.setattr(cuda, "_loaded", lambda: (cuda.Native(Fake(emulated=False)), ""))
     monkeypatch.setattr(cuda, "record", lambda: {"built": True, "ptx": "80", "sm90": "all", "seconds": 93.5})

@@ -132,6 +132,16 @@ def test_off_does_not_build(machine: Callable[..., None]) -> None:
     assert native_build.plan().reason == "RESNET_FAST_BUILD=off"
 
 
+def test_a_gpu_too_new_for_the_compiler_gets_the_oldest_code(machine: Callable[..., None], program: Program) -> None:
+    machine(gpus=["12.0", "9.0"])
+    program("nvcc", "echo sm_80; echo sm_90")
+    assert native_build.plan().archs == "80;90a"
+    program("nvcc", "echo sm_80; echo sm_90; echo sm_120")
+    assert native_build.plan().archs == "90a;120a"
+    program("nvcc", "exit 1")  # one that does not say
+    assert native_build.plan().archs == "90a;120a"
+
+
 def test_require_builds_without_a_gpu_for_all(machine: Callable[..., None]) -> None:
     machine(BUILD="require")
     assert native_build.plan() == native_build.Plan("", "", None, strict=True)
@@ -193,9 +203,48 @@ def test_a_failed_build_leaves_nothing_of_an_earlier_one(
 
 def test_missing_tools_are_named(tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDACXX", str(program("nvcc", "exit 0")))
-    monkeypatch.setattr(native_build, "find_tool", lambda name: None)
-    with pytest.raises(native_build.BuildError, match=r"cmake was not found; run `.* -m pip install cmake`"):
+    monkeypatch.setattr(native_build, "find_tool", lambda *_: None)
+    with pytest.raises(native_build.BuildError, match=r"cmake 3\.26 or newer was not found; .* pip install -U cmake`"):
         native_build.build(tmp_path / "out")
+
+
+def test_the_first_tool_that_is_new_enough(program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    old = program("cmake", "echo cmake version 3.22.1")
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    monkeypatch.setattr(native_build.sysconfig, "get_path", lambda _: str(beside))
+    monkeypatch.setenv("PATH", str(old.parent))
+    assert native_build.find_tool("cmake") == str(old)
+    assert native_build.find_tool("cmake", (3, 26)) is None
+    new = program("cmake.new", "echo cmake version 3.31.6").rename(beside / "cmake")
+    assert native_build.find_tool("cmake", (3, 26)) == str(new)
+    old.write_text("#!/bin/sh\necho cmake version 4.0.2\n")
+    assert native_build.find_tool("cmake", (3, 26)) == str(old)
+
+
+def test_a_compiler_that_cannot_be_started_is_a_failed_build(
+    tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = program("nvcc", "")
+    nvcc.write_bytes(b"\x7fELF nothing")
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    with pytest.raises(native_build.BuildError, match="Exec format error"):
+        native_build.build(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("_C*"))
+
+
+def test_the_command_takes_the_variables(
+    tmp_path: Path, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(ARCHS="80 90a", SM90="ci")
+    asked = []
+    monkeypatch.setattr(native_build, "build", lambda *arguments: asked.append(arguments))
+    assert native_build.main(["--out", str(tmp_path)]) == 0
+    assert native_build.main(["--out", str(tmp_path), "--archs", "86", "--sm90", "none"]) == 0
+    assert [(arguments[1], arguments[4]) for arguments in asked] == [("80;90a", "ci"), ("86", "none")]
+    machine(SM90="some")
+    assert native_build.main(["--out", str(tmp_path)]) == 1
+    assert "RESNET_FAST_SM90 is 'some'" in json.loads((tmp_path / native_build.RECORD).read_text())["reason"]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ ALIGNED = 128
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _STEM_CHANNELS = 4
+_INTERFACE = 1  # of the module's functions, as in csrc/binding.cpp
 _MOST = 2**31 - 1
 
 #: The ops that have CUDA kernels and are chosen here.
@@ -90,6 +91,8 @@ def _loaded() -> tuple[Native | None, str]:
         native = Native(importlib.import_module("resnet_fast._C"))
     except Exception as error:  # whatever keeps a shared library from loading; kept, and shown by info()
         return None, f"resnet_fast._C does not load: {type(error).__name__}: {error}"
+    if native.info.get("interface") != _INTERFACE:
+        return None, "resnet_fast._C was built from an older or newer csrc/ than this; build it again"
     if not native.info.get("cuda"):
         return None, "resnet_fast._C was built without CUDA: no CUDA compiler was found"
     return native, ""
@@ -118,8 +121,9 @@ def described() -> dict[str, Any]:
     """The native module as ``resnet_fast.info()`` shows it.
 
     ``built``: whether there is one that loads; ``reason``: why not, in full. If built: ``archs``, ``cuda`` (the
-    compiler's version), ``convolutions`` (how many kernels), ``emulated``; ``sm90``: which of the kernels made with
-    CUTLASS the build was asked for, ``ptx`` and ``seconds``, where the build left its record.
+    compiler's version), ``convolutions`` (how many kernels), ``cutlass`` (how many of those are made with CUTLASS, for
+    Hopper), ``emulated``; ``sm90`` (which of these the build was asked for), ``ptx`` and ``seconds``, where the build
+    left its record.
     """
     found, built_as = native(), {} if _substituted is not None else record()
     if found is None:
@@ -133,6 +137,7 @@ def described() -> dict[str, Any]:
         "archs": list(found.info["archs"]),
         "cuda": str(found.info["cuda"]),
         "convolutions": len(found.kernels),
+        "cutlass": sum(each.algorithm.startswith("cutlass") for each in found.kernels),
         "emulated": found.emulated,
         **kept,
     }

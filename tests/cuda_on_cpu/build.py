@@ -111,6 +111,7 @@ def build(sanitize: bool = True, selftest: bool = False) -> Path:
     else:
         sources.append(ROOT / "csrc" / "binding.cpp")
         sources += [path for path in kernel_sources() if path.suffix != ".cuh"]
+    _staged()  # before the threads, which would make the links at once
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda source: _object(source, sanitize), sources))
     flags = [*(_SANITIZE if sanitize else ()), "-shared"]
