@@ -11,7 +11,7 @@ NATIVE_FLAGS ?=
 
 BIN := $(VENV)/bin
 # `make native` is what builds the CUDA kernels here: pip would, at each of these installations.
-PIP := RESNET_FAST_BUILD=off $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+PIP := RESNET_FAST_BUILD=keep $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 DESCRIBES_INSTALL := pyproject.toml setup.py constraints.txt
 NATIVE := build/native
 
@@ -98,13 +98,12 @@ $(VENV)/.dev: $(DESCRIBES_INSTALL) | $(VENV)/.made
 	@$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
-# Of CUTLASS's package only the headers are wanted, not what its Python part depends on. With the tests' packages, so
-# that no later installation of those takes the module for an old one and deletes it.
+# Of CUTLASS's package only the headers are wanted, not what its Python part depends on.
 $(VENV)/.native: $(DESCRIBES_INSTALL) | $(VENV)/.made
 	@echo "==> installing resnet_fast and what the native build needs in $(VENV)"
 	@$(PIP) -e '.[dev]'
-	@$(PIP) --no-deps torchvision nvidia-cutlass
-	@touch $@ $(VENV)/.dev $(VENV)/.test $(VENV)/.demo
+	@$(PIP) --no-deps nvidia-cutlass
+	@touch $@ $(VENV)/.dev $(VENV)/.demo
 
 $(VENV)/.bench: $(DESCRIBES_INSTALL) | $(VENV)/.made
 	@echo "==> installing resnet_fast and the peers it is compared with in $(VENV)"

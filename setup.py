@@ -57,9 +57,11 @@ class BuildNative(build_ext):
     def run(self) -> None:
         source = Path(self.get_finalized_command("build_py").get_package_dir("resnet_fast"))
         out = source if self.inplace else Path(self.build_lib, "resnet_fast")
-        native_build.remove_module(out)
+        if PLAN.keep and self.inplace and native_build.modules(out):
+            return
         try:
             if PLAN.reason:
+                native_build.remove_module(out)
                 raise native_build.BuildError(PLAN.reason)
             native_build.build(out, PLAN.archs, sm90=PLAN.sm90, strict=PLAN.strict)
         except native_build.BuildError as error:

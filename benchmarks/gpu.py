@@ -32,6 +32,10 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
 COPIED = ("resnet_fast", "benchmarks", "tests")
 BUDGET = 540.0
+CUT_OFF = 3
+"""Exit status of a stage that ended by itself with nothing wrong so far and something left out for its time."""
+WITHOUT_CUDA = "RESNET_FAST_GPU_WITHOUT_CUDA"
+"""The variable that tells a stage why it must not launch the CUDA kernels."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,7 @@ def perform(run: Run, stages: tuple[Stage, ...], cwd: Path, env: Mapping[str, st
     background: Process | None = None
     right = True
     for position, stage in enumerate(stages):
+        given = {**env, **_without_cuda(run.outcomes)}
         if stage.timed and not right:
             run.note(stage.name, Outcome("skipped", "some answers are wrong: see smoke"))
             continue
@@ -234,7 +239,7 @@ def perform(run: Run, stages: tuple[Stage, ...], cwd: Path, env: Mapping[str, st
             run.note(stage.name, Outcome("skipped", "no time left"))
             continue
         print(f"== {stage.name}: {stage.what} (at most {seconds:.0f} s, {run.left:.0f} s left)", flush=True)
-        run.note(stage.name, _one(stage, seconds, run, cwd, env))
+        run.note(stage.name, _one(stage, seconds, run, cwd, given))
         if stage.name == "smoke":
             right = run.outcomes["smoke"].status != "failed"
             if right and any(other.timed for other in stages[position:]):
@@ -242,6 +247,15 @@ def perform(run: Run, stages: tuple[Stage, ...], cwd: Path, env: Mapping[str, st
     if background is not None:
         _finish(run, background)
     return int(any(outcome.status == "failed" for outcome in run.outcomes.values()))
+
+
+def _without_cuda(outcomes: Mapping[str, Outcome]) -> dict[str, str]:
+    """What to add to a stage's environment where the stage "cuda" has not found the kernels right: one that faults
+    would take the GPU from the process that launches it. Where that stage was not asked for there is no verdict."""
+    found = outcomes.get("cuda")
+    if found is None or found.status == "done":
+        return {}
+    return {WITHOUT_CUDA: f"the stage cuda: {found.status}{f', {found.reason}' if found.reason else ''}"}
 
 
 def _one(stage: Stage, seconds: float, run: Run, cwd: Path, env: Mapping[str, str]) -> Outcome:
@@ -252,7 +266,7 @@ def _one(stage: Stage, seconds: float, run: Run, cwd: Path, env: Mapping[str, st
     took = time.monotonic() - before
     if status not in (0, None):
         print(process.tail(1500), flush=True)
-    name = {0: "done", None: "out of time"}.get(status, "failed")
+    name = {0: "done", None: "out of time", CUT_OFF: "out of time"}.get(status, "failed")
     reason = f"exit status {status}" if name == "failed" else ""
     return Outcome(name, reason, round(took, 1), process.tail(), clocks.seen)
 

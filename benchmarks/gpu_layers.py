@@ -6,7 +6,8 @@ No GPU is touched here but through the runner (``resnet_fast.tuning.cuda.CudaRun
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,26 +32,59 @@ def contested(cases: Iterable[Case]) -> tuple[Case, ...]:
     return tuple(found.values())
 
 
-def measure(case: Case, gpu: Any, runner: Any, ways: Mapping[str, Way] | None = None) -> dict[str, Any]:
+def measure(
+    case: Case, gpu: Any, runner: Any, ways: Mapping[str, Way] | None = None, without_cuda: str = "not measured"
+) -> dict[str, Any]:
     """The row of a case: its floor, and for each contestant ``us`` and what ran, or what is ``wrong``, or why ``none``
-    ran. Triton's and CUDA's choices are those in force: the tables', else the heuristics'."""
+    ran. Triton's choice is the one in force: the table's, else the heuristic's. CUDA's kernels are not launched, for
+    ``without_cuda``; ``measure_cuda`` does it."""
     work = ops.get(case.op).work(case.problem)
     row: dict[str, Any] = {
         "op": case.op, "form": case.form, "problem": case.problem.key(),
         "floor_us": 1e6 * work.floor(gpu, case.problem.precision), "bytes": work.bytes, "flops": work.flops,
     }  # fmt: skip
-    times: dict[str, Any] = {"triton": _ours(case, gpu, runner), "cuda": {"none": "no CUDA kernel computes it here"}}
-    twins = ops.with_cuda([case], gpu)[1:]
-    if twins:
-        times["cuda"] = _ours(twins[0], gpu, runner)
+    times = {"triton": _ours(case, gpu, runner), "cuda": {"none": without_cuda}}
     runner.load(case)
-    way = (WAYS if ways is None else ways)[case.op]
+    return row | {"times": times | {"cudnn": _torchs(case, runner, (WAYS if ways is None else ways)[case.op])}}
+
+
+def measure_cuda(case: Case, gpu: Any, runner: Any) -> dict[str, Any]:
+    """What CUDA's kernel takes for a case of Triton's, by the choice in force, as in a row of ``measure``."""
+    twins = ops.with_cuda([case], gpu)[1:]
+    return _ours(twins[0], gpu, runner) if twins else {"none": "no CUDA kernel computes it here"}
+
+
+def _torchs(case: Case, runner: Any, way: Way) -> dict[str, Any]:
+    """The same of torch's way for the loaded case, by the algorithms that cuDNN finds fastest when it tries them."""
+    refused: list[RuntimeError] = []
+
+    def run(tensors: Mapping[str, Any]) -> None:
+        try:
+            answer = way(case, tensors)()
+        except RuntimeError as failure:  # a torch without cuDNN, or cuDNN without such a kernel: no wrong answer
+            refused.append(failure)
+            raise
+        tensors["out"].copy_(answer)
+
+    with _trying():
+        wrong = runner.wrong_by(run)
+        if not wrong:
+            try:
+                return {"us": 1e6 * runner.seconds_of(lambda given: way(case, given))}
+            except RuntimeError as failure:
+                refused.append(failure)
+    return {"none": " ".join(str(refused[0]).split())[:200]} if refused else {"wrong": wrong}
+
+
+@contextmanager
+def _trying() -> Iterator[None]:
+    """cuDNN times its algorithms at the first call of a shape, instead of guessing by heuristics."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
     try:
-        wrong = runner.wrong_by(lambda tensors: tensors["out"].copy_(way(case, tensors)()))
-        times["cudnn"] = {"wrong": wrong} if wrong else {"us": 1e6 * runner.seconds_of(lambda given: way(case, given))}
-    except (RuntimeError, NotImplementedError) as failure:  # a torch without cuDNN, or cuDNN without such a kernel
-        times["cudnn"] = {"none": " ".join(str(failure).split())[:200]}
-    return row | {"times": times}
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _ours(case: Case, gpu: Any, runner: Any) -> dict[str, Any]:
@@ -139,6 +173,7 @@ def table(data: Mapping[str, Any]) -> str:
     lines += [
         f"Driver {machine['driver']}, nvcc {machine['nvcc'] or 'none'}, {versions}.",
         "Microseconds of one launch, by replays of a CUDA graph over inputs past the level-2 cache.",
+        "cuDNN's algorithms are the fastest of those it tries (torch.backends.cudnn.benchmark is True).",
         "The commit of each row is in layers.json.",
         "",
     ]
@@ -162,10 +197,24 @@ def table(data: Mapping[str, Any]) -> str:
                 for who, one in zip(sums, (row["floor_us"], *times), strict=True):
                     sums[who] += one
         lines += [f"| sum where all three run | {' | '.join(f'{one:.2f}' for one in sums.values())} | |", ""]
+        lines += _reasons(mine)
     return "\n".join(lines)
 
 
+_NAMES = {"triton": "Triton", "cuda": "CUDA", "cudnn": "cuDNN"}
 _VERSIONS = ("torch", "triton", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
+
+
+def _reasons(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Why cells have no time, each reason once, as a list behind the table."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        for who in CONTESTANTS:
+            one = row["times"][who]
+            if "us" not in one:
+                text = f"{_NAMES[who]}, {_why(one)}: {one.get('wrong') or one['none']}"
+                counts[text] = counts.get(text, 0) + 1
+    return [*(f"- {text} ({count} of the layers)" for text, count in counts.items()), *([""] if counts else [])]
 
 
 def _why(one: Mapping[str, Any]) -> str:

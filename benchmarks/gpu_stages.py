@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import environment, gpu_layers, ops
+from benchmarks.gpu import CUT_OFF, WITHOUT_CUDA
 from resnet_fast import backends
 from resnet_fast.benchmarking import cuda, results
 from resnet_fast.benchmarking.compare import fresh_model
@@ -121,6 +122,8 @@ def native(folder: Path, deadline: Deadline) -> int:
     import resnet_fast
 
     book, checkout = Book(folder, "native", ("build",)), Path(os.environ["RESNET_FAST_CHECKOUT"])
+    book.data["build"].clear()  # of an earlier run; if this one's time is too short there is none
+    book.save()
     build, package, source = _native_build(checkout), Path(resnet_fast.__file__).parent, checkout / "resnet_fast"
     build.remove_module(package)  # a copy of an earlier build must not be taken for this one
     found = {"nvcc": build.find_nvcc(), "cmake": build.find_tool("cmake"), "ninja": build.find_tool("ninja")}
@@ -177,25 +180,32 @@ def smoke(
     """Every op at small shapes and every precision by the error rule, with memory full of NaN before each.
 
     Most of its time goes to compiling, so ``workers`` processes share it; with 1 it all happens in this one. With a
-    ``backend`` of "cuda" only what its kernels compute, and there a fallback is wrong.
+    ``backend`` of "cuda" only what its kernels compute, and there a fallback is wrong. ``CUT_OFF`` is returned where
+    cases are left over.
     """
     book, wrong = Book(folder, "correctness", ("ops", "models")), 0
     items = [
         (precision, index, device, backend)
         for precision in PRECISIONS
         for index, make in enumerate(ops.small(precision, device))
-        if backend == "auto" or (precision != "fp32" and make.func is not ops.bottleneck_tail)  # type: ignore[attr-defined]
+        if backend == "auto" or _cuda_computes(make.func, precision)  # type: ignore[attr-defined]
     ]
     with _mapped(_smoke_one, items, workers or _workers(len(items))) as rows:
-        for title, row in rows:
+        for done, (title, row) in enumerate(rows, 1):
             wrong += not row["passed"]
             book.add("ops", title, row)
             text = row["reason"] or f"{row['error']:.1e} of {row['allowed']:.1e}"
             print(f"  {'right' if row['passed'] else 'WRONG'} {title}: {text}", flush=True)
-            if deadline.left <= 0:
+            if deadline.left <= 0 and done < len(items):
                 print("  the rest: out of time", flush=True)
-                break
+                return int(wrong > 0) or CUT_OFF
     return int(wrong > 0)
+
+
+def _cuda_computes(op: Callable[..., Any], precision: str) -> bool:
+    """Whether CUDA's kernels compute what ``ops`` makes by this function; products of float32 only in ``head``."""
+    without = (ops.bottleneck_tail, ops.conv_bn_act, ops.stem) if precision == "fp32" else (ops.bottleneck_tail,)
+    return op not in without
 
 
 def smoke_alone(folder: Path, deadline: Deadline) -> int:
@@ -284,13 +294,16 @@ def tests(folder: Path, deadline: Deadline) -> int:
 
 
 def cuda_kernels(folder: Path, deadline: Deadline) -> int:
-    """The CUDA kernels where ``_C`` is built: every op against float64 at small shapes, then their tests."""
+    """The CUDA kernels where ``_C`` is built: every op against float64 at small shapes, then their tests.
+
+    ``CUT_OFF`` is returned where ops are left over; of the tests those count that there was time for.
+    """
     reason = backends.available()["cuda"]
     if reason:
         print(f"  not run: {reason}", flush=True)
         return 0
-    wrong = smoke(folder, Deadline(deadline.left / 2), workers=1, backend="cuda")
-    return wrong | _tests(folder, deadline, {"cuda": gpu_tests(Path("tests"))[1]})
+    status = smoke(folder, Deadline(deadline.left / 2), workers=1, backend="cuda")
+    return _tests(folder, deadline, {"cuda": gpu_tests(Path("tests"))[1]}) or status
 
 
 def _tests(folder: Path, deadline: Deadline, runs: dict[str, list[str]]) -> int:
@@ -625,24 +638,48 @@ def time_op(case: ops.OpCase, limits: Any, device: Device, *, seconds: float) ->
 
 
 def tune(folder: Path, deadline: Deadline) -> int:
-    """Sweeps the launch choices of ResNet-50 in float16, batch by batch, into a table beside the results: Triton's, and
-    where ``_C`` is built CUDA's."""
+    """Sweeps the launch choices of ResNet-50 in float16, batch by batch, into a table beside the results: Triton's of
+    all batches, then, in a quarter of the time, CUDA's, so that a CUDA kernel which faults costs only CUDA's."""
     from resnet_fast.backends import triton
     from resnet_fast.kernels import _tables
+    from resnet_fast.tuning import ops as adapters
     from resnet_fast.tuning import sweep
     from resnet_fast.tuning.cuda import CudaRunner, versions
 
     device = torch.device("cuda", 0)
     gpu = triton.gpu_of(device)
     path = _tables.user_folder() / f"{gpu.name}.json"
-    with CudaRunner(gpu, device) as runner:
+
+    def batches(time: Deadline, native: bool) -> None:
         for case in FIRST:
-            if deadline.left < 10:
+            if time.left < 10:
                 break
             sweep.sweep(
-                tunable(case, gpu), gpu, runner, path,
-                measured_with=versions(device), seconds=deadline.left - 5, finished=_tuned,
+                [found for found in tunable(case, gpu) if adapters.is_cuda(found) == native], gpu, runner, path,
+                measured_with=versions(device), seconds=time.left - 5, finished=_tuned,
             )  # fmt: skip
+
+    without = without_cuda()
+    with CudaRunner(gpu, device) as runner:
+        batches(deadline if without else Deadline(sweep.TRITONS_SHARE * deadline.left), native=False)
+        if without:
+            print(f"  without the CUDA kernels: {without}", flush=True)
+            return 0
+        return _cuda_pass(lambda: batches(deadline, native=True))
+
+
+def without_cuda() -> str:
+    """Why this stage must not launch the CUDA kernels, or cannot; "" if it may."""
+    return os.environ.get(WITHOUT_CUDA, "") or backends.available()["cuda"]
+
+
+def _cuda_pass(measure: Callable[[], None]) -> int:
+    """``measure``, what a stage does last; a fault, after which this process has no GPU any more, is said, and 1."""
+    try:
+        measure()
+    except RuntimeError as failure:
+        print(f"  the CUDA kernels: FAILED {_one_line(failure)}; all else is measured and kept", flush=True)
+        return 1
     return 0
 
 
@@ -668,22 +705,52 @@ def _tuned(outcome: Any) -> None:
 
 
 def layers(folder: Path, deadline: Deadline) -> int:
-    """Every layer of ResNet-50 in float16: its floor, and what Triton, CUDA and cuDNN take, beside each other."""
+    """Every layer of ResNet-50 in float16: its floor, and what Triton, CUDA and cuDNN take, beside each other.
+
+    CUDA's kernels come behind all else, in a third of the time: one that faults costs only what is left of its column.
+    """
     from resnet_fast.backends import triton
     from resnet_fast.tuning import shapes
     from resnet_fast.tuning.cuda import CudaRunner
 
     book, device = Book(folder, "layers", ("rows",)), torch.device("cuda", 0)
-    gpu, wrong = triton.gpu_of(device), 0
+    gpu, without, wrong = triton.gpu_of(device), without_cuda(), 0
+    measured: list[tuple[Any, dict[str, Any]]] = []
+
+    def add(problem: Any, row: dict[str, Any]) -> None:
+        book.add("rows", str(problem), row)
+        results.write_text(folder / "layers.md", gpu_layers.table(book.data))
+        print(f"  {problem}: {gpu_layers.line(row)}", flush=True)
+
+    def natives() -> None:
+        nonlocal wrong
+        for problem, row in deadline.each(measured):
+            row["times"]["cuda"] = {"wrong": "the GPU failed"}  # unless there is more to say
+            try:
+                row["times"]["cuda"] = gpu_layers.measure_cuda(problem, gpu, runner)
+            finally:
+                wrong += "wrong" in row["times"]["cuda"]
+                add(problem, row)
+
     with CudaRunner(gpu, device) as runner:
-        for case in FIRST:
-            problems = shapes.problems([case.arch], [case.batch], [case.precision])
-            for problem in deadline.each(gpu_layers.contested(problems)):
-                row = gpu_layers.measure(problem, gpu, runner)
-                wrong += any("wrong" in one for who, one in row["times"].items() if who != "cudnn")
-                book.add("rows", str(problem), {"batch": case.batch, **row})
-                results.write_text(folder / "layers.md", gpu_layers.table(book.data))
-                print(f"  {problem}: {gpu_layers.line(row)}", flush=True)
+        problems = (
+            (case.batch, problem)
+            for case in FIRST
+            for problem in gpu_layers.contested(shapes.problems([case.arch], [case.batch], [case.precision]))
+        )
+        first = deadline if without else Deadline(2 / 3 * deadline.left)
+        for batch, problem in first.each(problems):
+            row = {
+                "batch": batch,
+                **gpu_layers.measure(problem, gpu, runner, without_cuda=without or "not measured"),
+            }
+            wrong += "wrong" in row["times"]["triton"]
+            measured.append((problem, row))
+            add(problem, row)
+        if without:
+            print(f"  without the CUDA kernels: {without}", flush=True)
+        else:
+            wrong += _cuda_pass(natives)
     return int(wrong > 0)
 
 

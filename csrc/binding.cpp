@@ -45,7 +45,7 @@ std::string cuda_version() {
 #endif
 }
 
-// RESNET_FAST_ARCHS is CMake's list ("80,90a-real", its separator changed to a comma) and empty without CUDA.
+// RESNET_FAST_ARCHS is CMake's list ("80,90a", its separator changed to a comma) and empty without CUDA.
 py::list architectures() {
   py::list archs;
   std::istringstream list(RESNET_FAST_ARCHS);

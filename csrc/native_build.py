@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import importlib.util
 import json
 import os
@@ -27,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "_build_record.json"
 ARCHS = ("80", "86", "89", "90a", "100a", "120a")
-CHOICES = ("auto", "off", "require")
+CHOICES = ("auto", "off", "require", "keep")
 SUBSETS = ("all", "ci", "none")
 CMAKE = (3, 26)  # CMakeLists.txt's minimum
 
@@ -65,12 +66,14 @@ class Record:
 @dataclass(frozen=True)
 class Plan:
     """What pip is to do about the module. ``reason``: why nothing is tried; "" if a build is. ``archs``: for
-    CMakeLists.txt, where "" means all that the compiler knows. ``strict``: a failure fails the installation."""
+    CMakeLists.txt, where "" means all that the compiler knows. ``strict``: a failure fails the installation.
+    ``keep``: a module that is in the checkout stays there."""
 
     reason: str
     archs: str = ""
     sm90: str | None = None
     strict: bool = False
+    keep: bool = False
 
 
 # --- what there is
@@ -156,14 +159,15 @@ def plan() -> Plan:
     """
     choice = os.environ.get("RESNET_FAST_BUILD") or "auto"
     if choice not in CHOICES:
-        raise BuildError(f"RESNET_FAST_BUILD is {choice!r}; it must be one of 'auto', 'off' or 'require'")
+        raise BuildError(f"RESNET_FAST_BUILD is {choice!r}; it must be one of 'auto', 'off', 'require' or 'keep'")
     sm90 = os.environ.get("RESNET_FAST_SM90") or None
     if sm90 not in (None, *SUBSETS):
         raise BuildError(f"RESNET_FAST_SM90 is {sm90!r}; it must be one of 'all', 'ci' or 'none'")
     archs = parse_archs(os.environ.get("RESNET_FAST_ARCHS", ""), "RESNET_FAST_ARCHS")
     strict = choice == "require"
-    if choice == "off":
-        return Plan("RESNET_FAST_BUILD=off")
+    if choice in ("off", "keep"):
+        hint = "; `make native` builds it" if choice == "keep" else ""
+        return Plan(f"RESNET_FAST_BUILD={choice}{hint}", keep=choice == "keep")
     if find_nvcc() is None:
         given = os.environ.get("CUDACXX")
         where = f"CUDACXX is {given!r}" if given else "not on PATH, in CUDA_HOME or in /usr/local/cuda"
@@ -237,11 +241,11 @@ def requirements() -> list[str]:
 
 def remove_module(folder: Path) -> None:
     """Delete what an earlier build left: a module that is not this build's must not be taken for it."""
-    for path in [*_modules(folder), *folder.glob("_C.*.new"), folder / RECORD]:
+    for path in [*modules(folder), *folder.glob("_C.*.new"), folder / RECORD]:
         path.unlink(missing_ok=True)
 
 
-def _modules(folder: Path) -> list[Path]:
+def modules(folder: Path) -> list[Path]:
     return [path for pattern in ("_C.*.so", "_C.so", "_C*.pyd") for path in folder.glob(pattern)]
 
 
@@ -265,11 +269,12 @@ def build(
     Raises:
         BuildError: there is no module.
     """
-    remove_module(out)
     try:
+        remove_module(out)
         return _build(out, archs, jobs, cutlass, sm90, build_dir, strict)
     except (OSError, ValueError, KeyError) as error:  # such as a program that cannot be started, or a full disk
-        remove_module(out)
+        with contextlib.suppress(OSError):
+            remove_module(out)
         raise BuildError(f"{type(error).__name__}: {error}") from error
 
 
@@ -312,7 +317,7 @@ def _build(
         # Before the build, so that a failed one leaves nothing of an earlier one in a folder that is kept.
         remove_module(folder)
         _run([cmake, "--build", str(folder), "--parallel", str(jobs or default_jobs())])
-        (module,) = _modules(folder)
+        (module,) = modules(folder)
         _run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r}); import _C; _C.build_info()"])
         choices = json.loads((folder / "choices.json").read_text(encoding="utf-8"))
         size = module.stat().st_size / 2**20

@@ -1,4 +1,6 @@
-"""Triton kernels, one file per fused op; they import nothing but triton and each other.
+"""Triton kernels, one file per fused op, and the choice of launches, CUDA's too; nothing but triton is imported.
+
+``problems``, ``cuda_choice``, ``gpus`` and the tables need no triton.
 
 This folder is installed as `resnet_fast.kernels` and must never be imported as a top-level package `kernels`.
 """

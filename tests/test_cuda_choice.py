@@ -260,7 +260,7 @@ def unbuilt(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     ("left", "why"),
     [
         ({}, "this copy was not installed by setup.py (pip install -e ., or make native)"),
-        ({"built": True}, "it was, but the file is gone (install again)"),
+        ({"built": True}, "it was, but for another Python, or the file is gone (install again)"),
         ({"built": False, "reason": "RESNET_FAST_BUILD=off"}, "RESNET_FAST_BUILD=off"),
         ({"built": False}, "the build gave no reason"),
         ({"built": False, "reason": "ninja ended\nx.cu(3): error: no\n"}, "ninja ended"),

@@ -20,13 +20,14 @@ from benchmarks import environment, gpu, gpu_layers, gpu_stages, ops, report
 from benchmarks.gpu import Outcome, Run, Stage
 from resnet_fast import backends
 from resnet_fast.backends import cuda as native
+from resnet_fast.backends import triton
 from resnet_fast.benchmarking import cuda, results, timing
 from resnet_fast.benchmarking.compare import fresh_model
 from resnet_fast.benchmarking.cuda import Case, Device, Peer
-from resnet_fast.kernels import gpus
+from resnet_fast.kernels import _tables, gpus
 from resnet_fast.tuning import cuda as tuning
 from resnet_fast.tuning import ops as adapters
-from resnet_fast.tuning import shapes
+from resnet_fast.tuning import shapes, sweep
 
 from .cuda_device import installed, needs_cuda_kernels
 
@@ -162,6 +163,30 @@ def test_wrong_answers_are_never_timed(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert fake.perform(SMOKE, TIMED, Stage("sanitizer", "", 0.5, 0.0)) == 1
     assert fake.statuses() == {"smoke": "failed", "models": "skipped", "sanitizer": "done"}
     assert not (tmp_path / "timed").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("", ""),
+        (None, ""),  # not asked for
+        ("raise SystemExit(1)", "the stage cuda: failed, exit status 1"),
+        ("import os; os.abort()", "the stage cuda: failed, exit status -6"),
+        (f"raise SystemExit({gpu.CUT_OFF})", "the stage cuda: out of time"),
+        ("import time; time.sleep(60)", "the stage cuda: out of time"),
+        ("no time", "the stage cuda: skipped, no time left"),
+    ],
+)
+def test_cuda_kernels_that_were_not_found_right_are_not_measured(
+    code: str | None, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    show = f"import os; open('told', 'w').write(os.environ.get({gpu.WITHOUT_CUDA!r}, ''))"
+    fake = Fake(monkeypatch, tmp_path, cuda=code or "", layers=show)
+    least = 2.0 if code == "no time" else 0.0
+    cuda_stage = Stage("cuda", "", 0.05, 0.0) if not least else Stage("cuda", "", 0.0, least)
+    status = fake.perform(*([] if code is None else [cuda_stage]), Stage("layers", "", 0.5, 0.0, timed=True))
+    assert (tmp_path / "told").read_text() == told and fake.statuses()["layers"] == "done"
+    assert status == int("failed" in told)
 
 
 def test_a_process_out_of_time_ends_with_all_it_started(tmp_path: Path) -> None:
@@ -469,6 +494,46 @@ def test_smoke_shares_its_work_between_processes(tmp_path: Path, monkeypatch: py
     assert len(results.read(tmp_path / "correctness.json")["ops"]) == len(ops.small("fp32", "cpu"))
 
 
+def test_smoke_that_is_cut_off_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA kernels are not measured then, so ``cuda`` must not count as done."""
+    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+    passed, now = [True], [0.0]
+
+    def one(item: Any) -> tuple[str, dict[str, Any]]:
+        now[0] += 1
+        return str(item[:2]), {"passed": passed[0], "error": 0.0, "allowed": 1.0, "reason": ""}
+
+    monkeypatch.setattr(gpu_stages, "_smoke_one", one)
+    whole = len(ops.small("fp16", "cpu")) * len(gpu_stages.PRECISIONS)
+    for seconds, right, status in ((whole + 1, True, 0), (whole, True, 0), (3, True, gpu.CUT_OFF), (3, False, 1)):
+        now[0], passed[0] = 0.0, right
+        deadline = gpu_stages.Deadline(seconds, clock=lambda: now[0])
+        assert gpu_stages.smoke(tmp_path, deadline, "cpu", workers=1) == status
+    monkeypatch.setattr(backends, "available", lambda: {"cuda": ""})
+    for judged, tested, status in ((0, 0, 0), (gpu.CUT_OFF, 0, gpu.CUT_OFF), (gpu.CUT_OFF, 1, 1), (1, 0, 1), (0, 1, 1)):
+        monkeypatch.setattr(gpu_stages, "smoke", lambda *given, judged=judged, **options: judged)
+        monkeypatch.setattr(gpu_stages, "_tests", lambda *given, tested=tested: tested)
+        assert gpu_stages.cuda_kernels(tmp_path, gpu_stages.Deadline(9)) == status
+
+
+def test_smoke_by_the_cuda_kernels_covers_all_that_they_compute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+    seen: dict[str, set[str]] = {}
+
+    def one(item: tuple[str, int, str, str]) -> tuple[str, dict[str, Any]]:
+        precision, index, device, _ = item
+        made: Any = ops.small(precision, device)[index]
+        seen.setdefault(precision, set()).add(made.func.__name__)
+        return str(item), {"passed": True, "error": 0.0, "allowed": 1.0, "reason": ""}
+
+    monkeypatch.setattr(gpu_stages, "_smoke_one", one)
+    assert gpu_stages.smoke(tmp_path, gpu_stages.Deadline(60), "cpu", workers=1, backend="cuda") == 0
+    every = {"conv_bn_act", "stem", "head", "add_act"}
+    assert seen == {"fp16": every, "bf16": every, "tf32": every, "fp32": {"head", "add_act"}}
+
+
 def test_smoke_sees_a_wrong_and_a_broken_op(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -613,6 +678,23 @@ def test_a_build_that_fails_leaves_no_module_and_says_why(
     assert "  FAILED: ninja ended with status 1: x.cu(3): error: no\n" in capsys.readouterr().out
 
 
+def test_a_build_that_is_cut_off_is_not_taken_for_an_earlier_one(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    building(checkout, f"(out / '_C.new.so').write_text('code'); (out / RECORD).write_text({json.dumps(RECORD)!r})")
+    book = gpu_stages.Book(tmp_path, "native", ("build",))
+    book.add("build", "resnet_fast._C", {"line": "built with CUDA 12.0"})
+    assert "built with CUDA 12.0" in gpu.table(tmp_path, {})
+
+    def ended(command: list[str], **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_stages.subprocess, "run", ended)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_stages.native(tmp_path, gpu_stages.Deadline(60))
+    assert "built" not in gpu.table(tmp_path, {})
+
+
 @pytest.mark.parametrize("tool", ["nvcc", "cmake", "ninja"])
 def test_without_a_tool_nothing_is_built_and_that_is_no_failure(
     tool: str, checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -644,19 +726,23 @@ def test_smoke_by_the_cuda_kernels_and_no_others(tmp_path: Path, monkeypatch: py
     """What they do not compute is wrong there, for a fallback would be judged in their place."""
     monkeypatch.setattr(environment, "report", lambda: NO_GPU)
     monkeypatch.setattr(gpu_stages, "PRECISIONS", ("fp16", "fp32"))
-    given = (2, "fp16", native_device := "cuda" if not native.unavailable() else "cpu")
-    cases = [
-        functools.partial(ops.conv_bn_act, ops.ConvShape(17, 13, 3, 1, 5, residual=True), *given),
-        functools.partial(ops.head, 17, 3, *given, k=13),
-        functools.partial(ops.bottleneck_tail, ops.SMALL_TAILS[0], *given),
-    ]
-    monkeypatch.setattr(ops, "small", lambda precision, device: cases)
+    native_device = "cuda" if not native.unavailable() else "cpu"
+
+    def small(precision: str, device: str) -> list[Callable[[], ops.OpCase]]:
+        given = (2, precision, device)
+        return [
+            functools.partial(ops.conv_bn_act, ops.ConvShape(17, 13, 3, 1, 5, residual=True), *given),
+            functools.partial(ops.head, 17, 3, *given, k=13),
+            functools.partial(ops.bottleneck_tail, ops.SMALL_TAILS[0], *given),
+        ]
+
+    monkeypatch.setattr(ops, "small", small)
     before = torch.are_deterministic_algorithms_enabled()
     try:
         with installed():
             assert gpu_stages.smoke(tmp_path, gpu_stages.Deadline(60), native_device, workers=1, backend="cuda") == 0
             rows = results.read(tmp_path / "correctness.json")["ops"]
-            assert [name.split()[0] for name in rows] == ["conv_bn_act", "head"]
+            assert [name.split()[0] for name in rows] == ["conv_bn_act", "head", "head"]
             assert all(name.endswith("by cuda") and row["passed"] for name, row in rows.items())
             monkeypatch.setattr(native, "kernel", lambda *given: ("", "not today"))
             with pytest.warns(backends.FallbackWarning):
@@ -666,18 +752,34 @@ def test_smoke_by_the_cuda_kernels_and_no_others(tmp_path: Path, monkeypatch: py
     finally:
         torch.use_deterministic_algorithms(before)
     rows = results.read(tmp_path / "correctness.json")["ops"]
-    assert [row["reason"] for row in rows.values()] == ["something slower ran than was asked for"] * 2
+    assert [row["reason"] for row in rows.values()] == ["something slower ran than was asked for"] * 3
 
 
 # --- layer by layer
 
 
 class Stopwatch:
-    """A runner that runs nothing: what each op's launches take, in microseconds, and who is wrong."""
+    """A runner that runs nothing but torch's way: what each op's launches take, in microseconds, and who is wrong.
+
+    Attributes:
+        faulting: how many launches of CUDA's go well before one takes the GPU away. asked: whose launches, in order.
+    """
+
+    batch = 4
 
     def __init__(self, **taken: float) -> None:
         self.taken, self.liars, self.spilling = taken, set[str](), False
         self.case: adapters.Case | None = None
+        self.faulting, self.asked = 1 << 30, list[str]()
+
+    def __enter__(self) -> Stopwatch:
+        return self
+
+    def __exit__(self, *given: object) -> None:
+        pass
+
+    def separately(self) -> float:
+        return float("inf")
 
     def load(self, case: adapters.Case) -> None:
         self.case = case
@@ -690,21 +792,29 @@ class Stopwatch:
         return "cuda" if adapters.is_cuda(self.case) else "triton"
 
     def wrong(self, config: Any) -> str:
+        self.asked.append(self._who())
+        if self.asked.count("cuda") > self.faulting:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return "relative error 1" if self._who() in self.liars else ""
 
     def seconds(self, config: Any) -> float:
         return 1e-6 * self.taken[self._who()]
 
     def wrong_by(self, run: Any) -> str:
-        if "missing" in self.liars:
-            raise RuntimeError("cuDNN\nis not here")
+        self.asked.append("cudnn")
+        try:
+            run({"out": torch.empty(1)})
+        except RuntimeError as failure:
+            return f"does not run: {failure}"
         return "NaN or infinity in the answer" if "cudnn" in self.liars else ""
 
     def seconds_of(self, make: Any) -> float:
+        make({})()
         return 1e-6 * self.taken["cudnn"]
 
 
 H100 = gpus.known("h100")
+EASY: dict[str, Any] = {op: lambda case, tensors: lambda: torch.zeros(1) for op in gpu_layers.WAYS}
 
 
 class Listed:
@@ -736,7 +846,11 @@ def test_layers_are_measured_by_everybody_who_computes_them(tmp_path: Path, monk
     with native.substitute(Listed()):
         watch = Stopwatch(triton=30, cuda=20, cudnn=40)
         for problem in (pointwise, spatial):
-            book.add("rows", str(problem), {"batch": 128, **gpu_layers.measure(problem, H100, watch)})
+            row = gpu_layers.measure(problem, H100, watch, EASY)
+            assert row["times"]["cuda"] == {"none": "not measured"} and "cuda" not in watch.asked
+            row["times"]["cuda"] = gpu_layers.measure_cuda(problem, H100, watch)
+            book.add("rows", str(problem), {"batch": 128, **row})
+            watch.asked.clear()
         first, second = book.data["rows"].values()
         assert first["times"]["cuda"] == {"us": pytest.approx(20), "choice": {"kernel": "sm90_fp16_gemm_128x64"}}
         assert first["times"]["triton"]["us"] == pytest.approx(30) and "block_m" in first["times"]["triton"]["choice"]
@@ -753,15 +867,159 @@ def test_layers_are_measured_by_everybody_who_computes_them(tmp_path: Path, monk
         assert f"| {second['floor_us']:.2f} | **30.00** | none | 40.00 |  |" in text
         assert f"| sum where all three run | {first['floor_us']:.2f} | 30.00 | 20.00 | 40.00 | |" in text
         assert "layers at batch 128, fastest: cuda 1, triton 1" in gpu.table(tmp_path, {})
-        watch.liars = {"cuda", "missing"}
-        row = gpu_layers.measure(pointwise, H100, watch)
+        assert "- CUDA, none: no CUDA kernel computes it here (1 of the layers)\n" in text
+        assert "(torch.backends.cudnn.benchmark is True)" in text
+        watch.liars = {"cuda"}
+        row = gpu_layers.measure(pointwise, H100, watch, EASY)
+        row["times"]["cuda"] = gpu_layers.measure_cuda(pointwise, H100, watch)
         assert row["times"]["cuda"] == {"wrong": "relative error 1"}
-        assert row["times"]["cudnn"] == {"none": "cuDNN is not here"}
         assert "cuda WRONG: relative error 1" in gpu_layers.line(row)
         watch.liars, watch.spilling = {"cudnn"}, True
-        row = gpu_layers.measure(spatial, H100, watch)
+        row = gpu_layers.measure(spatial, H100, watch, EASY)
         assert row["times"]["triton"] == {"wrong": "spills 8 bytes a thread"} and "wrong" in row["times"]["cudnn"]
         gpu_layers.table({**book.data, "rows": {"x": {"batch": 1, **row}}})
+
+
+@pytest.mark.parametrize("when", ["made", "run", "recorded"])
+def test_what_cudnn_does_not_have_is_no_wrong_answer(when: str) -> None:
+    """The runner says "does not run" of what raises; of cuDNN that is no verdict."""
+    calls: list[str] = []
+
+    def way(case: adapters.Case, tensors: Any) -> Callable[[], Tensor]:
+        calls.append("made")
+        if when == "made" or (when == "recorded" and len(calls) == 2):
+            raise NotImplementedError("no such\nconvolution")
+
+        def run() -> Tensor:
+            if when == "run":
+                raise RuntimeError("no such\nconvolution")
+            return torch.zeros(1)
+
+        return run
+
+    case = gpu_layers.contested(shapes.problems(["resnet18"], [1], ["fp16"], 64))[0]
+    row = gpu_layers.measure(case, H100, Stopwatch(triton=1, cudnn=1), {case.op: way})
+    assert row["times"]["cudnn"] == {"none": "no such convolution"}
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_cudnn_tries_its_algorithms(before: bool, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+    seen: list[bool] = []
+
+    def way(case: adapters.Case, tensors: Any) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            seen.append(torch.backends.cudnn.benchmark)
+            if fails:
+                raise RuntimeError("no")
+            return torch.zeros(1)
+
+        return run
+
+    case = gpu_layers.contested(shapes.problems(["resnet18"], [1], ["fp16"], 64))[0]
+    gpu_layers.measure(case, H100, Stopwatch(triton=1, cudnn=1), {case.op: way})
+    assert seen == ([True] if fails else [True, True]) and torch.backends.cudnn.benchmark is before
+
+
+@pytest.fixture
+def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stopwatch]:
+    """What the stages ``tune`` and ``layers`` measure with, at two batches: Triton's, CUDA's of ``Listed``, cuDNN's."""
+    runner = Stopwatch(triton=1e-3, cuda=1e-3, cudnn=1e-3)  # below every floor, so that the first choice is taken
+    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+    monkeypatch.setenv("RESNET_FAST_TUNED", str(tmp_path / "tuned"))
+    monkeypatch.delenv(gpu.WITHOUT_CUDA, raising=False)
+    monkeypatch.setattr(triton, "gpu_of", lambda device: H100)
+    monkeypatch.setattr(tuning, "CudaRunner", lambda *given: runner)
+    monkeypatch.setattr(tuning, "versions", lambda device: {"torch": "t"})
+    others = backends.available()
+    monkeypatch.setattr(backends, "available", lambda: others | {"cuda": ""})
+    monkeypatch.setattr(gpu_layers, "WAYS", EASY)
+    monkeypatch.setattr(gpu_stages, "FIRST", (Case("resnet18", "fp16", 2), Case("resnet18", "fp16", 1)))
+    _tables.forget()
+    with native.substitute(Listed()):
+        yield runner
+    _tables.forget()
+
+
+def per_batch(choices: Any, op: str) -> list[int]:
+    """How many choices of an op a table has, by batch."""
+    return [sum(f" n{batch} " in key for key in choices.get(op, {})) for batch in (2, 1)]
+
+
+def test_tune_measures_cudas_kernels_last(
+    watch: Stopwatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A CUDA kernel that faults loses none of Triton's times, of no batch."""
+    path = tmp_path / "tuned" / "h100.json"
+    monkeypatch.setenv(gpu.WITHOUT_CUDA, "the stage cuda: failed")
+    monkeypatch.setattr(gpu_stages, "FIRST", gpu_stages.FIRST[1:])
+    assert gpu_stages.tune(tmp_path, gpu_stages.Deadline(1000)) == 0
+    assert set(watch.asked) == {"triton"} and "  without the CUDA kernels: the stage cuda: failed\n" in (
+        capsys.readouterr().out
+    )
+    path.unlink()
+    _tables.forget()
+    monkeypatch.delenv(gpu.WITHOUT_CUDA)
+    monkeypatch.setattr(gpu_stages, "FIRST", (Case("resnet18", "fp16", 2), Case("resnet18", "fp16", 1)))
+    watch.asked, watch.faulting = [], 2
+    assert gpu_stages.tune(tmp_path, gpu_stages.Deadline(1000)) == 1
+    assert watch.asked[-4:] == ["triton", "cuda", "cuda", "cuda"] and watch.asked.count("cuda") == 3
+    whole, partly = _tables.read(path), [op for op in _tables.read(path) if op.endswith(".cuda")]
+    assert min(per_batch(whole, "conv_bn_act")) > 5 and sum(len(whole[op]) for op in partly) == 2
+    assert "the CUDA kernels: FAILED RuntimeError: CUDA error: an illegal" in capsys.readouterr().out
+
+
+def test_tune_keeps_time_for_cudas_kernels(watch: Stopwatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[bool, float]] = []
+
+    def swept(cases: Any, *args: Any, seconds: float, **options: Any) -> None:
+        (native_cases,) = {adapters.is_cuda(case) for case in cases}
+        given.append((native_cases, seconds))
+
+    monkeypatch.setattr(sweep, "sweep", swept)
+    assert gpu_stages.tune(tmp_path, gpu_stages.Deadline(1000)) == 0
+    assert [native_cases for native_cases, _ in given] == [False, False, True, True]
+    assert 700 < given[0][1] < 750 and given[2][1] > 950
+    others = backends.available()
+    monkeypatch.setattr(backends, "available", lambda: others | {"cuda": "not built"})
+    given.clear()
+    assert gpu_stages.tune(tmp_path, gpu_stages.Deadline(1000)) == 0
+    assert [native_cases for native_cases, _ in given] == [False, False] and given[0][1] > 950
+
+
+def test_layers_measure_cudas_kernels_last(
+    watch: Stopwatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch.faulting = 2
+    assert gpu_stages.layers(tmp_path, gpu_stages.Deadline(1000)) == 1
+    rows = results.read(tmp_path / "layers.json")["rows"].values()
+    assert {row["batch"] for row in rows} == {1, 2}
+    assert all("us" in row["times"]["triton"] and "us" in row["times"]["cudnn"] for row in rows)
+    column = [row["times"]["cuda"] for row in rows]
+    assert sum("us" in one for one in column) == 2 and column.count({"wrong": "the GPU failed"}) == 1
+    assert {"none": "not measured"} in column and watch.asked[-3:] == ["cuda"] * 3
+    shown = capsys.readouterr().out
+    assert "cuda WRONG: the GPU failed" in shown and "the CUDA kernels: FAILED RuntimeError: CUDA error" in shown
+    assert "- CUDA, wrong: the GPU failed (1 of the layers)" in (tmp_path / "layers.md").read_text()
+
+    watch.asked, watch.faulting = [], 1 << 30
+    assert gpu_stages.layers(tmp_path, gpu_stages.Deadline(1000)) == 0
+    column = [row["times"]["cuda"] for row in results.read(tmp_path / "layers.json")["rows"].values()]
+    assert sum("us" in one for one in column) > 4 and {"none": "not measured"} not in column
+    assert watch.asked.index("cuda") > max(at for at, who in enumerate(watch.asked) if who != "cuda")
+    assert "CUDA, none: not measured" not in (tmp_path / "layers.md").read_text()
+
+    real, given = gpu_stages.Deadline, list[float]()
+    monkeypatch.setattr(gpu_stages, "Deadline", lambda seconds: given.append(seconds) or real(seconds))
+    assert gpu_stages.layers(tmp_path, real(900)) == 0 and [round(seconds) for seconds in given] == [600]
+    watch.asked = []
+    capsys.readouterr()
+    monkeypatch.setenv(gpu.WITHOUT_CUDA, "the stage cuda: failed")
+    assert gpu_stages.layers(tmp_path, real(1000)) == 0 and len(given) == 1
+    assert "cuda" not in watch.asked
+    assert "  without the CUDA kernels: the stage cuda: failed\n" in capsys.readouterr().out
+    assert "- CUDA, none: the stage cuda: failed (" in (tmp_path / "layers.md").read_text()
 
 
 def test_torchs_ways_give_the_right_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,9 @@ def test_auto_does_not_build_without_nvcc(machine: Callable[..., None], build: s
 
 def test_off_does_not_build(machine: Callable[..., None]) -> None:
     machine(gpus=["9.0"], BUILD="off")
-    assert native_build.plan().reason == "RESNET_FAST_BUILD=off"
+    assert native_build.plan() == native_build.Plan("RESNET_FAST_BUILD=off")
+    machine(gpus=["9.0"], BUILD="keep")
+    assert native_build.plan() == native_build.Plan("RESNET_FAST_BUILD=keep; `make native` builds it", keep=True)
 
 
 def test_a_gpu_too_new_for_the_compiler_gets_the_oldest_code(machine: Callable[..., None], program: Program) -> None:
@@ -156,7 +158,7 @@ def test_require_without_nvcc_is_an_error_to_come(machine: Callable[..., None]) 
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"BUILD": "yes"}, "RESNET_FAST_BUILD is 'yes'.*'auto', 'off' or 'require'"),
+        ({"BUILD": "yes"}, "RESNET_FAST_BUILD is 'yes'.*'auto', 'off', 'require' or 'keep'"),
         ({"ARCHS": "75"}, "RESNET_FAST_ARCHS names '75'"),
         ({"SM90": "some"}, "RESNET_FAST_SM90 is 'some'.*'all', 'ci' or 'none'"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import re
@@ -459,8 +460,8 @@ def test_both_are_measured_and_the_faster_runs_from_then_on(folders: tuple[Path,
         outcomes = run(runner, cases, path)
         assert [outcome.case.op for outcome in outcomes] == [
             "add_act",
-            "add_act.cuda",
             "conv_bn_act",
+            "add_act.cuda",
             "conv_bn_act.cuda",
         ]
         table = _tables.read(path)
@@ -472,6 +473,52 @@ def test_both_are_measured_and_the_faster_runs_from_then_on(folders: tuple[Path,
         for op, key, name in (("conv_bn_act", problem(), "sm90_fp16_128x128"), ("add_act", adds[0].problem, "add_act")):
             assert choose_kernel(op, key, CPU, "auto") == (("cuda", name) if cuda_wins else ("triton", ""))
         assert run(Pretender(), cases, path) == []
+
+
+def test_tritons_cases_come_first_and_leave_time_for_cudas(tmp_path: Path) -> None:
+    path = tmp_path / "h100.json"
+    with native.substitute(Listed()):
+        cases = ops.with_cuda([case(n=8), case(n=64)], H100)
+        wanted = [(each.op, each.problem.n) for each in sweep.pending(cases, H100, {})]
+        assert wanted == [(op, n) for op in ("conv_bn_act", "conv_bn_act.cuda") for n in (64, 8)]
+        runner, count = Pretender(), len(sweep.configs(cases[2], H100))
+        outcomes = run(runner, cases, path, seconds=(count + 1) / sweep.TRITONS_SHARE)  # a config takes a second
+        assert [outcome.finished for outcome in outcomes] == [True, False, True, True]
+        assert set(_tables.read(path)["conv_bn_act.cuda"]) == {each.problem.key() for each in cases}
+        outcomes = run(Pretender(), cases, tmp_path / "begun.json", seconds=(count - 0.5) / sweep.TRITONS_SHARE)
+        assert [ops.is_cuda(outcome.case) for outcome in outcomes] == [False, True, True]
+        runner = Pretender()
+        outcomes = run(runner, [case(n=8)], path, seconds=count + 1)  # none of CUDA's waits
+        assert outcomes[0].finished
+        outcomes = run(Pretender(), cases, tmp_path / "other.json", seconds=0)
+        assert outcomes == []
+
+
+class Faulting(Pretender):
+    """The GPU is lost at the second launch of a CUDA kernel."""
+
+    launched = 0
+
+    def __enter__(self) -> Faulting:
+        return self
+
+    def __exit__(self, *given: object) -> None:
+        pass
+
+    def wrong(self, config: Any) -> str:
+        self.launched += ops.is_cuda(self.loaded[-1])
+        if self.launched > 1:
+            raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
+        return super().wrong(config)
+
+
+def test_a_cuda_kernel_that_faults_costs_none_of_tritons_times(tmp_path: Path) -> None:
+    path = tmp_path / "h100.json"
+    with native.substitute(Listed()), pytest.raises(RuntimeError, match="illegal"):
+        run(Faulting(slowness=1.0), ops.with_cuda([case(n=n) for n in (64, 8, 1)], H100), path)
+    table = _tables.read(path)
+    assert len(table["conv_bn_act"]) == 3
+    assert list(table["conv_bn_act.cuda"]) == [problem(n=64).key()]
 
 
 def test_a_wrong_cuda_kernel_is_refused(tmp_path: Path) -> None:
@@ -567,6 +614,25 @@ def test_dry_run_leaves_out_what_is_known(folders: tuple[Path, Path]) -> None:
     count = int(re.findall(r"(\d+) problems", invoke(*arguments, "--again").output)[0])
     assert f"{count - 1} problems" in invoke(*arguments).output
     assert f"{count - 1} problems" in invoke(*arguments, "--checked-in").output
+
+
+def test_a_gpu_that_is_lost_is_said_behind_what_was_measured(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli = importlib.import_module("resnet_fast.cli.tune")
+    monkeypatch.setattr(cli, "_this_gpu", lambda: H100)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "CudaRunner", lambda *given: Faulting(slowness=1.0))
+    monkeypatch.setattr(cuda, "versions", lambda device: WITH)
+    with native.substitute(Listed()):
+        result = invoke("--model", "resnet18", "--batch", "4", "--op", "conv_bn_act")
+    assert result.exit_code == 1 and "measured on h100" in result.output
+    assert re.search(
+        r"tune: the GPU failed at conv_bn_act\.cuda \(\w+\) fp16 n4 .*: CUDA error: an illegal memory access was "
+        r"encountered; what was measured before is kept\n", result.output,
+    )  # fmt: skip
+    table = _tables.read(folders[1] / "h100.json")
+    assert len(table["conv_bn_act"]) > 5 and len(table["conv_bn_act.cuda"]) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

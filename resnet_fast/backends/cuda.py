@@ -88,11 +88,12 @@ def _loaded() -> tuple[Native | None, str]:
     if importlib.util.find_spec("resnet_fast._C") is None:
         return None, f"resnet_fast._C is not built: {_why_not_built()}"
     try:
-        native = Native(importlib.import_module("resnet_fast._C"))
+        module = importlib.import_module("resnet_fast._C")
+        if module.build_info().get("interface") != _INTERFACE:
+            return None, "resnet_fast._C was built from an older or newer csrc/ than this; build it again"
+        native = Native(module)
     except Exception as error:  # whatever keeps a shared library from loading; kept, and shown by info()
         return None, f"resnet_fast._C does not load: {type(error).__name__}: {error}"
-    if native.info.get("interface") != _INTERFACE:
-        return None, "resnet_fast._C was built from an older or newer csrc/ than this; build it again"
     if not native.info.get("cuda"):
         return None, "resnet_fast._C was built without CUDA: no CUDA compiler was found"
     return native, ""
@@ -103,7 +104,7 @@ def _why_not_built() -> str:
     if not found:
         return "this copy was not installed by setup.py (pip install -e ., or make native)"
     if found.get("built"):
-        return "it was, but the file is gone (install again)"
+        return "it was, but for another Python, or the file is gone (install again)"
     return str(found.get("reason") or "the build gave no reason")
 
 

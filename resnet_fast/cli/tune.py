@@ -13,7 +13,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from resnet_fast.cli.common import UserError, as_user_errors, check_arch, err_console, out_console, progress_bar
+from resnet_fast.cli.common import (
+    UserError,
+    as_user_errors,
+    check_arch,
+    err_console,
+    one_line,
+    out_console,
+    progress_bar,
+)
 from resnet_fast.cli.roofline import DEFAULT_GPU, Arithmetic
 
 if TYPE_CHECKING:
@@ -64,7 +72,7 @@ def tune(
     """Measure which launch of each kernel is fastest on this machine's GPU, and remember it for later runs.
 
     Where resnet_fast._C is built its CUDA kernels are measured beside Triton's (as conv_bn_act.cuda), and run from then
-    on where they take less time.
+    on where they take less time. Triton's come first, so that a CUDA kernel which breaks costs none of their times.
 
     The most expensive layers come first, and the table is written after each, so that it can be stopped at any time.
     """
@@ -157,10 +165,12 @@ def _measure(waiting: tuple[Case, ...], gpu: GPU, path: Path, seconds: float, ag
 
     outcomes: list[Outcome] = []
     device = torch.device("cuda", torch.cuda.current_device())
-    stopped = ""
+    stopped, broken, at = "", "", ""
     with cuda.CudaRunner(gpu, device) as runner, progress_bar() as show:
 
         def progress(state: Progress) -> None:
+            nonlocal at
+            at = str(state.case)
             fraction = max(state.done / state.total, state.elapsed / seconds)
             show(f"{state.done}/{state.total} {state.case}", min(1.0, fraction))
 
@@ -175,11 +185,15 @@ def _measure(waiting: tuple[Case, ...], gpu: GPU, path: Path, seconds: float, ag
             stopped = "stopped; what was measured until then is kept"
         except torch.OutOfMemoryError as error:
             raise UserError("the GPU's memory is too small for a problem; smaller --batch would fit") from error
+        except RuntimeError as error:  # not one launch that is refused: the GPU takes no more of this process
+            broken = f"tune: the GPU failed at {at}: {one_line(error, 200)}; what was measured before is kept"
     _show(outcomes, gpu)
     measured = sum(outcome.finished and outcome.config is not None for outcome in outcomes)
     err_console().print(f"{measured} of {len(waiting)} problems written to {escape(str(path))}", soft_wrap=True)
     if stopped:
         err_console().print(stopped)
+    if broken:
+        raise UserError(broken)
 
 
 def _show(outcomes: list[Outcome], gpu: GPU) -> None:

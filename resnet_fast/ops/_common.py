@@ -130,7 +130,9 @@ def kernels_on(op: str, device: torch.device, dtype: torch.dtype, asked: str = "
     }
     usable = [name for name, reason in reasons.items() if not reason]
     if not usable:
-        backends.fallback(op, f"{'; '.join(reasons.values())}; the plain torch reference runs instead")
+        # Where one of them would run, that the other cannot be used is beside the point.
+        told = [reason for name, reason in reasons.items() if not modules[name].unavailable()] or [*reasons.values()]
+        backends.fallback(op, f"{'; '.join(told)}; the plain torch reference runs instead")
     return "auto" if len(usable) > 1 else "".join(usable)
 
 

@@ -131,7 +131,7 @@ class CudaRunner:
                 run(tensors)
                 torch.cuda.synchronize()
         except (errors.TritonError, RuntimeError, ValueError) as failure:
-            torch.cuda.synchronize()  # fails too where the GPU can run nothing any more, and that ends the sweep
+            torch.cuda.synchronize()  # raises where the GPU can run nothing any more in this process: the sweep is over
             return f"does not run: {' '.join(str(failure).split())[:200]}"
         for name, exact in self._exact.items():
             output = tensors[name]

@@ -165,7 +165,7 @@ def is_cuda(case: Case) -> bool:
 def with_cuda(cases: Iterable[Case], gpu: GPU) -> tuple[Case, ...]:
     """``cases`` with those of the CUDA kernels beside them, as far as the loaded ``_C`` has kernels for ``gpu``.
 
-    Each right behind its Triton case, so that a sweep which is cut off has measured both of what it has measured.
+    Each right behind its Triton case; a sweep measures all of Triton's first (``sweep.pending``).
     """
     found = cuda.native()
     runs = found is not None and (found.emulated or cuda.built_for(found.info["archs"], *divmod(gpu.capability, 10)))

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 #: A launch within this factor of the floor is not searched any further.
 NEAR = 1.05
 
+#: Of the seconds, what Triton's cases may take where CUDA's wait behind them.
+TRITONS_SHARE = 0.75
+
 
 class Runner(Protocol):
     """What a sweep needs of the machine. ``batch``: how many configs are worth compiling at once."""
@@ -79,7 +82,9 @@ class Progress:
 def pending(
     cases: Iterable[Case], gpu: GPU, choices: Mapping[str, Mapping[str, Any]], again: bool = False
 ) -> tuple[Case, ...]:
-    """The cases to measure, one for each op and problem key, those with the highest floor first.
+    """The cases to measure, one for each op and problem key: Triton's, then CUDA's, those with the highest floor first.
+
+    A CUDA kernel that faults takes the process's GPU context with it. By then Triton's times are in the table.
 
     Args:
         choices: a table's; its problems are left out unless ``again``.
@@ -89,7 +94,7 @@ def pending(
         name = case.op, case.problem.key()
         if again or name[1] not in choices.get(case.op, {}):
             found.setdefault(name, case)
-    return tuple(sorted(found.values(), key=lambda case: -floor(case, gpu)))
+    return tuple(sorted(found.values(), key=lambda case: (ops.is_cuda(case), -floor(case, gpu))))
 
 
 def floor(case: Case, gpu: GPU) -> float:
@@ -120,7 +125,8 @@ def sweep(
     """Measure the cases that the table at ``path`` lacks and add them to it, for at most about ``seconds`` seconds.
 
     The table is written after every problem, so an interruption loses one problem's measurements at most. A problem
-    whose search was cut off by the time is not written.
+    whose search was cut off by the time is not written. Where there are CUDA's cases besides Triton's a quarter of the
+    time is kept for them.
 
     Args:
         measured_with: versions and names to put into the table.
@@ -136,13 +142,15 @@ def sweep(
     choices = {op: dict(problems) for op, problems in (_tables.read(path) if path.is_file() else {}).items()}
     wanted = pending(cases, gpu, choices, again)
     outcomes: list[Outcome] = []
+    share = TRITONS_SHARE if wanted and ops.is_cuda(wanted[-1]) else 1.0
     for done, case in enumerate(wanted):
         elapsed = clock() - began
-        if elapsed >= seconds:
-            break
+        most = seconds if ops.is_cuda(case) else share * seconds
+        if elapsed >= most:
+            continue
         if progress is not None:
             progress(Progress(done, len(wanted), case, elapsed))
-        outcome = _search(case, gpu, runner, began + seconds, clock)
+        outcome = _search(case, gpu, runner, began + most, clock)
         outcomes.append(outcome)
         if outcome.config is not None and outcome.finished:
             fields = ops.get(case.op).kernel.as_fields(outcome.config)
