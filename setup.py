@@ -78,6 +78,7 @@ class Wheel(bdist_wheel):
     def run(self) -> None:
         if not self.skip_build:
             self.run_command("build")
+            self.skip_build = True  # or installing into the wheel's folder would run build_ext once more
         self.root_is_pure = not self.distribution.has_ext_modules()
         super().run()
 

@@ -210,6 +210,28 @@ def test_auto_with_a_broken_compiler_is_pure_and_says_why(checkout: Path, tmp_pa
         assert not [name for name in archive.namelist() if name.endswith(".so")]
 
 
+def test_a_module_is_built_once_and_packaged(checkout: Path, tmp_path: Path) -> None:
+    copy, calls = tmp_path / "checkout", tmp_path / "calls"
+    shutil.copytree(checkout, copy)
+    with (copy / "csrc" / "native_build.py").open("a") as file:  # a build that takes no time
+        file.write(f"""
+def build(out, archs, **options):
+    print(out, archs, file=open({str(calls)!r}, "a"))
+    remove_module(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "_C.of_now.so").write_text("of this build")
+    Record(True, archs=("80",)).write(out)
+""")
+    wheel = wheel_of(copy, tmp_path / "wheel", RESNET_FAST_BUILD="require", RESNET_FAST_ARCHS="80", CUDACXX="/bin/true")
+    assert len(calls.read_text().splitlines()) == 1
+    assert not wheel.name.endswith("-any.whl")
+    assert record_in(wheel)["built"] is True
+    with zipfile.ZipFile(wheel) as archive:
+        modules = [name for name in archive.namelist() if name.endswith(".so")]
+        assert modules == ["resnet_fast/_C.of_now.so"]
+        assert archive.read(modules[0]) == b"of this build"
+
+
 @pytest.mark.parametrize("found", [True, False])
 def test_require_without_a_working_compiler_fails(
     checkout: Path, tmp_path: Path, broken_nvcc: str, found: bool
