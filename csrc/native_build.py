@@ -176,7 +176,9 @@ def plan() -> Plan:
         return Plan("", archs, sm90, strict)
     capabilities = gpu_capabilities()
     if capabilities is None and not strict:
-        return Plan("nvcc was found, but no GPU to compile for; RESNET_FAST_ARCHS, such as '80;90a', names some")
+        return Plan(
+            "nvcc was found, but no GPU to compile for; install again with RESNET_FAST_ARCHS='80;90a' or what you need"
+        )
     try:
         return Plan("", native_archs(capabilities, known_archs()), sm90, strict)
     except BuildError as error:
@@ -355,7 +357,8 @@ def _run(command: Sequence[str]) -> None:
             print(line, end="", flush=True)
             lines.append(line.rstrip())
     if process.returncode:
-        raise BuildError(f"{Path(command[0]).name} ended with status {process.returncode}: {_heart(lines)}")
+        said = _heart(lines) or f"{command[0]} printed nothing"
+        raise BuildError(f"{Path(command[0]).name} ended with status {process.returncode}: {said}")
 
 
 def _heart(lines: Sequence[str], most: int = 3500) -> str:

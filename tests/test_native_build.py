@@ -203,6 +203,13 @@ def test_a_failed_build_leaves_nothing_of_an_earlier_one(
     assert "nvcc fatal   : out of order" in capsys.readouterr().err
 
 
+def test_a_silent_compiler_is_named(tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = program("nvcc", "exit 5")
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    with pytest.raises(native_build.BuildError, match=rf"nvcc ended with status 5: {nvcc} printed nothing"):
+        native_build.build(tmp_path / "out")
+
+
 def test_missing_tools_are_named(tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDACXX", str(program("nvcc", "exit 0")))
     monkeypatch.setattr(native_build, "find_tool", lambda *_: None)

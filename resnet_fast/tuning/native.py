@@ -220,7 +220,7 @@ def row(compiled: Compiled) -> Row:
 def write_table(path: Path, compiler: str, rows: Mapping[Key, Row]) -> None:
     """Replace the table; rows are sorted, so that equal results give equal files."""
     text = io.StringIO()
-    text.write(f"# nvcc {compiler}; made by: python -m resnet_fast.tuning.native --write\n")
+    text.write(f"# nvcc {compiler}; made by: python -m resnet_fast.tuning.native resnet_fast --write\n")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
     writer.writerows((*key, *rows[key]) for key in sorted(rows))

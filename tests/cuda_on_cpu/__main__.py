@@ -18,6 +18,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--sites", action="store_true", help="list the places reached, and bank conflicts of ldmatrix")
     arguments = parser.parse_args()
+    if unknown := set(arguments.op) - {*ops(), SELFTEST}:
+        parser.error(f"no cases of {', '.join(sorted(unknown))}; there are some of {', '.join(ops())}")
 
     workers = [Worker() for _ in range(arguments.workers)]
     jobs = [
