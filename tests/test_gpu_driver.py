@@ -708,7 +708,8 @@ def test_without_a_tool_nothing_is_built_and_that_is_no_failure(
 def test_the_real_build_has_what_the_stage_uses() -> None:
     build = gpu_stages._native_build(ROOT)
     assert build.RECORD == "_build_record.json" and callable(build.remove_module)
-    assert build.find_nvcc() is None or build.find_nvcc()
+    nvcc = build.find_nvcc()
+    assert nvcc is None or Path(nvcc).is_file()
     assert build.find_tool("no-such-tool") is None
 
 
