@@ -69,15 +69,6 @@ __device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&to)[4], const void* 
                : "memory");
 }
 
-// The same with each matrix transposed on the way: lane l receives elements (2 (l % 4), l / 4) and (2 (l % 4) + 1, l /
-// 4).
-__device__ __forceinline__ void ldmatrix_x4_transposed(std::uint32_t (&to)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
 // d += a * b for a [16, K] (rows), b [K, 8] (columns), d [16, 8]; K is 16 for two-byte types and 8 for float (as tf32).
 // Fragments as the PTX manual has them for mma.m16n8k16 and mma.m16n8k8: with group = lane / 4 and t = lane % 4,
 //   d[0], d[1]: row group, columns 2 t and 2 t + 1; d[2], d[3]: row group + 8.

@@ -313,22 +313,7 @@ cudaError_t launch_conv(const ConvBnAct& conv, cudaStream_t stream) {
 
 template <class V>
 ConvBnActKernel vector_kernel() {
-  constexpr Precision precision = precision_of<typename V::Element>;
-  return {.name = std::string("sm80_") + precision_name(precision) + "_" + std::to_string(V::block_m) + "x" +
-                  std::to_string(V::block_n) + "x" + std::to_string(V::block_k) + "_" + std::to_string(V::stages),
-          .algorithm = "implicit_gemm",
-          .least_capability = 80,
-          .most_capability = 9999,
-          .precision = precision,
-          .block_m = V::block_m,
-          .block_n = V::block_n,
-          .block_k = V::block_k,
-          .stages = V::stages,
-          .threads = V::threads,
-          .shared_bytes = V::shared_bytes,
-          .unsupported = unsupported<V>,
-          .workspace = no_workspace,
-          .launch = launch_conv<V>};
+  return described<V>("", std::string("_") + std::to_string(V::stages), unsupported<V>, launch_conv<V>);
 }
 
 }  // namespace resnet_fast::sm80

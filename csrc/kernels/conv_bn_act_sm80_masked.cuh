@@ -145,22 +145,7 @@ cudaError_t launch_masked(const ConvBnAct& conv, cudaStream_t stream) {
 
 template <class V>
 ConvBnActKernel masked_kernel() {
-  constexpr Precision precision = precision_of<typename V::Element>;
-  return {.name = std::string("sm80_") + precision_name(precision) + "_masked_" + std::to_string(V::block_m) + "x" +
-                  std::to_string(V::block_n) + "x" + std::to_string(V::block_k),
-          .algorithm = "implicit_gemm",
-          .least_capability = 80,
-          .most_capability = 9999,
-          .precision = precision,
-          .block_m = V::block_m,
-          .block_n = V::block_n,
-          .block_k = V::block_k,
-          .stages = V::stages,
-          .threads = V::threads,
-          .shared_bytes = V::shared_bytes,
-          .unsupported = unsupported_masked<V>,
-          .workspace = no_workspace,
-          .launch = launch_masked<V>};
+  return described<V>("masked_", "", unsupported_masked<V>, launch_masked<V>);
 }
 
 }  // namespace resnet_fast::sm80

@@ -275,6 +275,26 @@ inline std::string unsupported_anywhere(const ConvBnAct& conv, Precision precisi
   return "";
 }
 
-inline std::size_t no_workspace(const ConvBnAct&) { return 0; }
+// What the module lists of a kernel on tile V; `form` and `more` stand in its name before and behind the tile.
+template <class V>
+ConvBnActKernel described(const std::string& form, const std::string& more, decltype(ConvBnActKernel::unsupported) why,
+                          decltype(ConvBnActKernel::launch) launch) {
+  constexpr Precision precision = precision_of<typename V::Element>;
+  return {.name = std::string("sm80_") + precision_name(precision) + "_" + form + std::to_string(V::block_m) + "x" +
+                  std::to_string(V::block_n) + "x" + std::to_string(V::block_k) + more,
+          .algorithm = "implicit_gemm",
+          .least_capability = 80,
+          .most_capability = 9999,
+          .precision = precision,
+          .block_m = V::block_m,
+          .block_n = V::block_n,
+          .block_k = V::block_k,
+          .stages = V::stages,
+          .threads = V::threads,
+          .shared_bytes = V::shared_bytes,
+          .unsupported = why,
+          .workspace = [](const ConvBnAct&) { return std::size_t{0}; },
+          .launch = launch};
+}
 
 }  // namespace resnet_fast::sm80

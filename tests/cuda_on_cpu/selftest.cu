@@ -230,9 +230,9 @@ __global__ void overflow(const float*, float* out, int count) { out[0] = static_
 __global__ void wide_shift(const float*, float* out, int count) { out[0] = static_cast<float>(1 << count); }
 __global__ void null_pointer(const float*, float* out, int) { out[0] = *static_cast<const volatile float*>(nullptr); }
 
-// --- products: out [16, 8] = A [16, K] times B, in [0, 16 K), then B as [8, K], or [K, 8] for TRANSPOSED
+// --- products: out [16, 8] = A [16, K] times B, in [0, 16 K), then B as [8, K]
 
-template <typename T, bool TRANSPOSED>
+template <typename T>
 __global__ void product(const float* in, float* out, int) {
   constexpr int per_row = 16 / sizeof(T), k = 4 * per_row;  // two steps of a product
   T* a = ptx::shared_memory<T>();
@@ -242,11 +242,7 @@ __global__ void product(const float* in, float* out, int) {
   __syncthreads();
   std::uint32_t b_words[4];
   const int matrix = lane / 8, row = lane % 8;
-  if constexpr (TRANSPOSED) {
-    ptx::ldmatrix_x4_transposed(b_words, b + (8 * matrix + row) * 8);
-  } else {
-    ptx::ldmatrix_x4(b_words, b + row * k + matrix * per_row);
-  }
+  ptx::ldmatrix_x4(b_words, b + row * k + matrix * per_row);
   float d[4] = {};
   for (int step = 0; step < 2; ++step) {
     std::uint32_t a_words[4];
@@ -345,11 +341,9 @@ const std::map<std::string_view, Start> kernels = {
     {"overflow", start<overflow>},
     {"wide shift", start<wide_shift>},
     {"null pointer", start<null_pointer>},
-    {"product of fp16", start<product<__half, false>, 32, 2048>},
-    {"product of fp16, transposed", start<product<__half, true>, 32, 2048>},
-    {"product of bf16", start<product<__nv_bfloat16, false>, 32, 2048>},
-    {"product of bf16, transposed", start<product<__nv_bfloat16, true>, 32, 2048>},
-    {"product of tf32", start<product<float, false>, 32, 2048>},
+    {"product of fp16", start<product<__half>, 32, 2048>},
+    {"product of bf16", start<product<__nv_bfloat16>, 32, 2048>},
+    {"product of tf32", start<product<float>, 32, 2048>},
     {"rounded to fp16", start<rounded<__half>, 64>},
     {"rounded to bf16", start<rounded<__nv_bfloat16>, 64>},
     {"rounded to tf32", start<rounded_to_tf32, 64>},

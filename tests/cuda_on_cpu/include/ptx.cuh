@@ -61,28 +61,17 @@ inline void count_bank_conflicts(emulator::Site& site, void* const* payloads) {
   site.conflicts += static_cast<unsigned>(cycles - 1);
 }
 
-// `place(lane, half)` is the (row, column) of the lane's 16-bit element `half` in each matrix.
-template <bool TRANSPOSED>
-void exchange_rows(void* const (&payloads)[32]) {
+inline void exchange_rows(void* const (&payloads)[32]) {
   for (int matrix = 0; matrix < 4; ++matrix) {
     count_bank_conflicts(*static_cast<const Rows*>(payloads[0])->site, payloads + 8 * matrix);
     std::uint16_t elements[8][8];
     for (int i = 0; i < 8; ++i) memcpy(elements[i], static_cast<const Rows*>(payloads[8 * matrix + i])->row, 16);
     for (int lane = 0; lane < 32; ++lane) {
       const int i = lane / 4, j = 2 * (lane % 4);
-      const std::uint32_t low = TRANSPOSED ? elements[j][i] : elements[i][j];
-      const std::uint32_t high = TRANSPOSED ? elements[j + 1][i] : elements[i][j + 1];
+      const std::uint32_t low = elements[i][j], high = elements[i][j + 1];
       (*static_cast<const Rows*>(payloads[lane])->to)[matrix] = low | high << 16;
     }
   }
-}
-
-template <bool TRANSPOSED>
-void ldmatrix_x4(std::uint32_t (&to)[4], const void* row, const Location& where) {
-  emulator::Site& site = emulator::visit("collective", where);
-  emulator::check_shared(site, row, 16, 16);
-  Rows rows{&site, row, &to};
-  emulator::warp_collective(site, 0xffffffffu, &rows, exchange_rows<TRANSPOSED>);
 }
 
 struct Fragments {
@@ -136,10 +125,10 @@ __attribute__((no_sanitize("address", "undefined"))) void multiply(void* const (
 }  // namespace detail
 
 inline void ldmatrix_x4(std::uint32_t (&to)[4], const void* row, Location where = Location::current()) {
-  detail::ldmatrix_x4<false>(to, row, where);
-}
-inline void ldmatrix_x4_transposed(std::uint32_t (&to)[4], const void* row, Location where = Location::current()) {
-  detail::ldmatrix_x4<true>(to, row, where);
+  emulator::Site& site = emulator::visit("collective", where);
+  emulator::check_shared(site, row, 16, 16);
+  detail::Rows rows{&site, row, &to};
+  emulator::warp_collective(site, 0xffffffffu, &rows, detail::exchange_rows);
 }
 
 template <typename T>
