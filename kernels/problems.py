@@ -106,3 +106,27 @@ class AddAct:
     def key(self) -> str:
         """The problem as tables name it; tf32 and fp32 differ in products only, and here is none."""
         return f"{'fp32' if self.precision == 'tf32' else self.precision} {self.length}"
+
+
+@dataclass(frozen=True)
+class BatchNormAct:
+    """What a launch choice may depend on: x as a matrix [rows, c] with rows = N H W, its precision, and which pass.
+
+    Attributes:
+        step: "statistics", "apply", "reduce" or "backward".
+        relu: whether reduce and backward read the output, to see where the ReLU was open; no matter to the others.
+        residual: whether apply adds one, or backward writes its gradient.
+    """
+
+    rows: int
+    c: int
+    precision: str
+    step: str
+    relu: bool = False
+    residual: bool = False
+
+    def key(self) -> str:
+        """The problem as tables name it; tf32 and fp32 differ in products only, and here is none."""
+        precision = "fp32" if self.precision == "tf32" else self.precision
+        read = f"{' relu' if self.relu else ''}{' residual' if self.residual else ''}"
+        return f"{precision} {self.step} {self.rows}x{self.c}{read}"

@@ -60,6 +60,7 @@ class BasicBlock(nn.Module):
     """
 
     expansion: int = 1
+    memory_efficient: bool = False
 
     def __init__(
         self,
@@ -87,9 +88,10 @@ class BasicBlock(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        out = fused.conv_bn_act(x, self.conv1, self.bn1, self.relu)
-        identity = fused.shortcut(x, self.downsample)
-        return fused.conv_bn_act(out, self.conv2, self.bn2, self.relu, residual=identity)
+        lean = self.memory_efficient
+        out = fused.inner(x, self.conv1, self.bn1, self.relu, lean)
+        identity = fused.shortcut(x, self.downsample, lean)
+        return fused.last(out, self.conv2, self.bn2, self.relu, identity, lean)
 
 
 class Bottleneck(nn.Module):
@@ -99,6 +101,7 @@ class Bottleneck(nn.Module):
     """
 
     expansion: int = 4
+    memory_efficient: bool = False
 
     def __init__(
         self,
@@ -125,17 +128,19 @@ class Bottleneck(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        out = fused.conv_bn_act(x, self.conv1, self.bn1, self.relu)
-        out = fused.conv_bn_act(out, self.conv2, self.bn2, self.relu)
-        identity = fused.shortcut(x, self.downsample)
-        return fused.conv_bn_act(out, self.conv3, self.bn3, self.relu, residual=identity)
+        lean = self.memory_efficient
+        out = fused.inner(x, self.conv1, self.bn1, self.relu, lean)
+        out = fused.inner(out, self.conv2, self.bn2, self.relu, lean)
+        identity = fused.shortcut(x, self.downsample, lean)
+        return fused.last(out, self.conv3, self.bn3, self.relu, identity, lean)
 
 
 class ResNet(nn.Module):
     """A ResNet for images of shape [N, 3, H, W] with `num_classes` outputs.
 
-    Arguments, attributes, children and state_dict are those of `torchvision.models.ResNet`; with the same seed the
-    initial parameters are too. `conv1, bn1, relu, maxpool, layer1..4, avgpool, fc` can be called one by one, in order.
+    Arguments (`memory_efficient` excepted), attributes, children and state_dict are those of
+    `torchvision.models.ResNet`; with the same seed the initial parameters are too. `conv1, bn1, relu, maxpool,
+    layer1..4, avgpool, fc` can be called one by one, in order.
 
     Args:
         block: `BasicBlock` or `Bottleneck`.
@@ -144,6 +149,8 @@ class ResNet(nn.Module):
         groups, width_per_group: groups and width of the 3x3 convolutions (ResNeXt, Wide ResNet).
         replace_stride_with_dilation: three flags, one for each of layer2, layer3 and layer4.
         norm_layer: called with the number of channels; `torch.nn.BatchNorm2d` when None.
+        memory_efficient: in training keep about half as much for the backward, with the same gradients: of a block its
+            output and the outputs of all convolutions but the last, which the backward runs once more.
 
     Raises:
         ValueError: for a `replace_stride_with_dilation` without exactly three items.
@@ -159,8 +166,10 @@ class ResNet(nn.Module):
         width_per_group: int = 64,
         replace_stride_with_dilation: Sequence[bool] | None = None,
         norm_layer: NormLayer | None = None,
+        memory_efficient: bool = False,
     ) -> None:
         super().__init__()
+        self.memory_efficient = memory_efficient
         self._norm_layer: NormLayer = nn.BatchNorm2d if norm_layer is None else norm_layer
         self.inplanes = 64
         self.dilation = 1
@@ -179,6 +188,9 @@ class ResNet(nn.Module):
         self.layer4 = self._make_layer(block, 512, layers[3], stride=2, dilate=dilate[2])
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512 * block.expansion, num_classes)
+        for module in self.modules():
+            if isinstance(module, BasicBlock | Bottleneck):
+                module.memory_efficient = memory_efficient
         self._initialise(zero_init_residual)
 
     def _initialise(self, zero_init_residual: bool) -> None:
@@ -231,7 +243,7 @@ class ResNet(nn.Module):
         return nn.Sequential(first, *rest)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        x = fused.stem(x, self.conv1, self.bn1, self.relu, self.maxpool)
+        x = fused.stem(x, self.conv1, self.bn1, self.relu, self.maxpool, self.memory_efficient)
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)

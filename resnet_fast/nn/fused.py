@@ -1,21 +1,26 @@
-"""The decision between one fused op and the plain layers, made at every call on ordinary torch modules.
+"""The decision between fused ops and the plain layers, made at every call on ordinary torch modules.
 
 Parameters, train and eval mode, frozen BN and hooks are read here and nowhere else; no kernel is known here. The plain
-layers run whenever fusing could be noticed: statistics of the batch, hooks, subclasses, symbolic tracing.
+layers run whenever fusing could be noticed: hooks, subclasses, symbolic tracing.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends, ops
+from ..ops import recompute
 from ..ops._common import transformed
+from ..ops.batch_norm_act import constant_statistics, statistics
+from ..ops.recompute import Norm
 
-__all__ = ["conv_bn_act", "head", "scale_and_shift", "shortcut", "stem"]
+__all__ = [
+    "Normalised", "bn_act", "conv_bn_act", "frozen", "head", "inner", "last", "scale_and_shift", "shortcut", "stem",
+]  # fmt: skip
 
 
 def is_frozen_batch_norm(module: nn.Module) -> bool:
@@ -72,12 +77,17 @@ def _constant_statistics(bn: nn.Module) -> bool:
     return is_frozen_batch_norm(bn)
 
 
+def _batch_statistics(bn: nn.Module) -> bool:
+    """BatchNorm that uses the batch's statistics: train mode, or without running statistics."""
+    return type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm) and (bn.training or bn.running_mean is None)
+
+
 def _fusable(conv: nn.Module, bn: nn.Module, act: nn.Module | None) -> bool:
     return (
         type(conv) is nn.Conv2d
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
-        and _constant_statistics(bn)
+        and (_constant_statistics(bn) or _batch_statistics(bn))
         and (act is None or type(act) is nn.ReLU)
         and _untouched(conv, bn, act)
     )
@@ -101,16 +111,82 @@ def scale_and_shift(conv: Any, bn: Any) -> tuple[Tensor, Tensor]:
     return scale, -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
 
 
+def _group(bn: Any) -> str:
+    """The process group that a SyncBatchNorm takes its statistics over, by name; "" for this process alone."""
+    distributed: Any = torch.distributed
+    if type(bn) is not nn.SyncBatchNorm or not bn.training or not distributed.is_available():
+        return ""
+    if not distributed.is_initialized():
+        return ""
+    group = bn.process_group or distributed.group.WORLD
+    return str(group.group_name) if distributed.get_world_size(group) > 1 else ""
+
+
+def _norm(x: Tensor, bn: Any) -> Norm:
+    """``bn`` with the statistics that it uses for ``x``; brings running statistics up to date as its forward does."""
+    if not _batch_statistics(bn):
+        mean, invstd, _ = constant_statistics(bn.running_mean, bn.running_var, bn.eps)
+        return Norm(bn.weight, bn.bias, mean, invstd, False, None, "")
+    group = _group(bn)
+    if not group and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
+    momentum, running = 0.0 if bn.momentum is None else bn.momentum, (None, None)
+    if bn.training and bn.track_running_stats:
+        running = (bn.running_mean, bn.running_var)
+        if bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+            if bn.momentum is None:  # the plain average over all batches
+                momentum = 1.0 / float(bn.num_batches_tracked)
+    mean, invstd, total = statistics(x, *running, momentum, bn.eps, group)
+    return Norm(bn.weight, bn.bias, mean, invstd, True, total, group)
+
+
+def _normalise(x: Tensor, bn: Any, act: nn.Module | None, residual: Tensor | None) -> Tensor:
+    gamma, beta, mean, invstd, of_batch, total, group = _norm(x, bn)
+    activation = "none" if act is None else "relu"
+    out: Tensor = torch.ops.resnet_fast.batch_norm_act.default(
+        x, gamma, beta, mean, invstd, residual, activation, of_batch, total, group
+    )
+    return out
+
+
+def bn_act(x: Tensor, bn: nn.Module, act: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
+    """``act(bn(x) + residual)``: one op behind the statistics, which the batch or the module gives.
+
+    Args:
+        x: [N, C, H, W]. residual: as x, or None.
+        bn, act: the layers, called as they are wherever fusing could be noticed.
+    """
+    known = _batch_statistics(bn) or _constant_statistics(bn)
+    if not _must_be_plain(x) and known and (act is None or type(act) is nn.ReLU) and _untouched(bn, act):
+        return _normalise(x, bn, act, residual)
+    out: Tensor = bn(x)
+    if residual is not None:
+        out = out + residual
+    return out if act is None else act(out)
+
+
+def frozen(x: Tensor, bn: Any) -> Tensor:
+    """A FrozenBatchNorm2d by itself: ``(x - running_mean) / sqrt(running_var + eps) * weight + bias``."""
+    if not _must_be_plain(x):
+        return _normalise(x, bn, None, None)
+    scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+    shift = bn.bias - bn.running_mean * scale
+    return (x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(x.dtype)
+
+
 def conv_bn_act(
     x: Tensor, conv: Any, bn: nn.Module, act: nn.Module | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """``act(bn(conv(x)) + residual)``: one fused op where the statistics are constant, otherwise the layers themselves.
+    """``act(bn(conv(x)) + residual)``: one op where the statistics are constant, else two behind a convolution.
 
     Args:
         x: [N, C, H, W]. residual: as the output, or None.
         conv, bn, act: the layers, called as they are wherever fusing could be noticed.
     """
     if not _must_be_plain(x) and _fusable(conv, bn, act):
+        if _batch_statistics(bn):
+            return _normalise(_convolve(x, conv), bn, act, residual)
         scale, shift = scale_and_shift(conv, bn)
         return ops.conv_bn_act(
             x, conv.weight, scale, shift, residual, conv.stride, conv.padding, conv.dilation, conv.groups,
@@ -122,26 +198,104 @@ def conv_bn_act(
     return out if act is None else act(out)
 
 
-def shortcut(x: Tensor, downsample: nn.Module | None) -> Tensor:
-    """A block's shortcut: ``x`` itself, ``Sequential(conv, bn)`` fused, anything else called."""
+def _convolve(x: Tensor, conv: Any) -> Tensor:
+    """torch's convolution (cuDNN, oneDNN) on channels_last images, which the ops behind it read without a copy."""
+    return nn.functional.conv2d(x.contiguous(memory_format=torch.channels_last), *_conv(conv))
+
+
+class Normalised(NamedTuple):
+    """``relu(norm(x))`` that was not computed yet: what a convolution behind it keeps for the backward is x."""
+
+    x: Tensor
+    norm: Norm
+
+
+def inner(x: Tensor | Normalised, conv: Any, bn: nn.Module, act: nn.Module, lean: bool = False) -> Tensor | Normalised:
+    """:func:`conv_bn_act` of a layer that only another convolution of the same block reads.
+
+    lean: keep less for the backward. In train mode the result is then the convolution's output with the norm that is
+    still to be applied; it goes to :func:`inner` or :func:`last`.
+    """
+    if not lean or not _is_lean(x, conv, bn, act):
+        return conv_bn_act(_finished(x), conv, bn, act)
+    y = recompute.norm_act_conv(x.x, x.norm, *_conv(conv)) if isinstance(x, Normalised) else _convolve(x, conv)
+    return Normalised(y, _norm(y, bn))
+
+
+def last(
+    x: Tensor | Normalised,
+    conv: Any,
+    bn: nn.Module,
+    act: nn.Module | None,
+    residual: Tensor | None = None,
+    lean: bool = False,
+) -> Tensor:
+    """:func:`conv_bn_act` of a block's last layer.
+
+    lean: keep x for the backward instead of the convolution's output, which the backward computes again.
+    """
+    if not lean or not _is_lean(x, conv, bn, act):
+        return conv_bn_act(_finished(x), conv, bn, act, residual)
+    source, before = x if isinstance(x, Normalised) else (x, None)
+    with torch.no_grad():
+        y = _convolve(source, conv) if before is None else recompute.norm_act_conv(source, before, *_conv(conv))
+    activation = "none" if act is None else "relu"
+    return recompute.conv_norm_act(y, source, before, *_conv(conv), _norm(y, bn), residual, activation)
+
+
+def _is_lean(x: Tensor | Normalised, conv: Any, bn: nn.Module, act: nn.Module | None) -> bool:
+    """Whether there is something to keep less of: the batch's statistics, and gradients."""
+    x = x.x if isinstance(x, Normalised) else x
+    return torch.is_grad_enabled() and not _must_be_plain(x) and _fusable(conv, bn, act) and _batch_statistics(bn)
+
+
+def _finished(x: Tensor | Normalised) -> Tensor:
+    if not isinstance(x, Normalised):
+        return x
+    gamma, beta, mean, invstd, of_batch, total, group = x.norm
+    out: Tensor = torch.ops.resnet_fast.batch_norm_act.default(
+        x.x, gamma, beta, mean, invstd, None, "relu", of_batch, total, group
+    )
+    return out
+
+
+def _conv(conv: Any) -> tuple[Tensor, Tensor | None, Any, Any, Any, int]:
+    return conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+
+
+def shortcut(x: Tensor, downsample: nn.Module | None, lean: bool = False) -> Tensor:
+    """A block's shortcut: ``x`` itself, ``Sequential(conv, bn)`` fused, anything else called.
+
+    lean: keep less for the backward, as :func:`last`.
+    """
     if downsample is None:
         return x
     if type(downsample) is nn.Sequential and len(downsample) == 2 and not _must_be_plain(x) and _untouched(downsample):
-        return conv_bn_act(x, downsample[0], downsample[1])
+        return last(x, downsample[0], downsample[1], None, None, lean)
     return downsample(x)
 
 
-def stem(x: Tensor, conv: Any, bn: nn.Module, act: nn.Module, pool: nn.Module) -> Tensor:
-    """``pool(act(bn(conv(x))))`` for the first layers of a ResNet, fused into one op for its usual geometry."""
-    usual = (
+def stem(x: Tensor, conv: Any, bn: nn.Module, act: nn.Module, pool: nn.Module, lean: bool = False) -> Tensor:
+    """``pool(act(bn(conv(x))))`` for the first layers of a ResNet, fused into one op for its usual geometry.
+
+    lean: in train mode keep the convolution's output alone for the backward.
+    """
+    usual_pool = (
         type(pool) is nn.MaxPool2d
         and (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (3, 2, 1, 1)
         and not (pool.ceil_mode or pool.return_indices)
-        and type(conv) is nn.Conv2d
+    )
+    usual_conv = (
+        type(conv) is nn.Conv2d
         and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((7, 7), (2, 2), (3, 3), (1, 1))
         and conv.groups == 1
     )
-    if usual and not _must_be_plain(x) and _fusable(conv, bn, act) and _untouched(pool):
+    if not usual_pool or _must_be_plain(x) or not _untouched(pool):
+        return pool(conv_bn_act(x, conv, bn, act))
+    if lean and _is_lean(x, conv, bn, act):
+        y = _convolve(x, conv)
+        return recompute.norm_act_pool(y, _norm(y, bn))
+    if usual_conv and _fusable(conv, bn, act) and not _batch_statistics(bn):
         return ops.stem(x, conv.weight, *scale_and_shift(conv, bn))
     return pool(conv_bn_act(x, conv, bn, act))
 

@@ -222,13 +222,13 @@ def convolution_gradients(
 def register(
     schema: str,
     *,
-    default: Callable[..., Tensor],
-    cpu: Callable[..., Tensor],
-    cuda: Callable[..., Tensor] | None = None,
-    fake: Callable[..., Tensor],
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
-    autocast: Callable[[torch.dtype, tuple[Any, ...]], tuple[Any, ...]],
+    default: Callable[..., Any],
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    autocast: Callable[[torch.dtype, tuple[Any, ...]], tuple[Any, ...]] | None = None,
 ) -> None:
     """Define an op of the namespace ``resnet_fast`` with everything that torch can be told about it.
 
@@ -238,9 +238,12 @@ def register(
     Args:
         schema: as ``name(Tensor x, ...) -> Tensor``.
         default: runs on every device that has no kernel of its own. cpu: runs on CPU tensors, cuda: on CUDA tensors.
-        fake: shapes, dtypes and strides only. setup_context, backward: as for ``torch.library.register_autograd``.
-        autocast: the arguments, in schema order, cast for an autocast dtype. ``torch.library.register_autocast`` would
-            cast every floating point tensor; scale, shift and weights stay as they are, they are folded in float32.
+        fake: shapes, dtypes and strides only.
+        setup_context, backward: as for ``torch.library.register_autograd``; None for an op without gradients, which is
+            only called where none are recorded.
+        autocast: the arguments, in schema order, cast for an autocast dtype; None where autocast changes nothing.
+            ``torch.library.register_autocast`` would cast every floating point tensor; scale, shift and weights stay as
+            they are, they are folded in float32.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -249,7 +252,10 @@ def register(
     if cuda is not None:
         _library.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"resnet_fast::{name}", fake, lib=_library)
-    torch.library.register_autograd(f"resnet_fast::{name}", backward, setup_context=setup_context, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"resnet_fast::{name}", backward, setup_context=setup_context, lib=_library)
+    if autocast is None:
+        return
     op = getattr(torch.ops.resnet_fast, name).default
     parameters = op._schema.arguments
     for device, key in (("cpu", torch._C.DispatchKey.AutocastCPU), ("cuda", torch._C.DispatchKey.AutocastCUDA)):
