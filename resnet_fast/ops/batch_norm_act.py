@@ -112,9 +112,7 @@ def _moments_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     if x.dtype is torch.float64:
         return _moments(x)
-    if not x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous():
-        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
-        return mean.double(), var.double()
+    x = channels_last(x)
     mean, var = _merged(x, None)
     if bool((mean.square() > 64 * var).any()):
         far = mean.to(torch.float32)
@@ -136,7 +134,10 @@ def _merged(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
             continue
         part = part if shift is None else part - shift
         image = part.reshape(1, part.shape[0] // times, 1, times * channels).permute(0, 3, 1, 2)
-        mean, variance = torch.batch_norm_update_stats(image, None, None, 0.0)
+        running = (None, None)
+        if x.dtype is not torch.float32:  # running statistics in float32 make it give its results in that too
+            running = tuple(torch.zeros(2, times * channels))
+        mean, variance = torch.batch_norm_update_stats(image, *running, 0.0)
         means.append(mean.double().view(times, channels))
         variances.append(variance.double().view(times, channels))
         counts += [part.shape[0] // times] * times
