@@ -21,6 +21,7 @@ from . import backends, models, nn, ops
 from ._info import Info, info
 from .graph import optimize
 from .models import (
+    residual_network,
     resnet18,
     resnet34,
     resnet50,
@@ -42,6 +43,7 @@ __all__ = [
     "nn",
     "ops",
     "optimize",
+    "residual_network",
     "resnet18",
     "resnet34",
     "resnet50",

@@ -25,6 +25,22 @@ def randomise(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def smooth(model: nn.Module) -> nn.Module:
+    """A torchvision-like ResNet whose ReLUs are open at almost every element, with small residual branches.
+
+    Where rounding decides whether a ReLU passes a value near 0, gradients of two float32 runs differ by percents, and
+    which is nearer to float64 is luck. Here rounding errors stay rounding errors.
+    """
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) or type(module).__name__ == "FrozenBatchNorm2d":
+                module.bias.fill_(4.0)
+            if isinstance(module, nn.Sequential) and hasattr(module, "0") and hasattr(module[0], "bn2"):
+                for block in module:
+                    getattr(block, "bn3", block.bn2).weight.fill_(0.1)
+    return model
+
+
 def conv_bn(channels: int = 4, out: int | None = None, **kwargs: Any) -> nn.Sequential:
     out = channels if out is None else out
     kwargs = {"kernel_size": 3, "padding": 1, "bias": False, **kwargs}

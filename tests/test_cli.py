@@ -320,7 +320,8 @@ def test_info() -> None:
 
 def test_version_and_help() -> None:
     assert run("--version").out == f"resnet-fast {rf.__version__}\n"
-    for arguments in (["--help"], ["classify", "-h"], ["bench", "-h"], ["demo", "-h"], ["info", "-h"]):
+    for arguments in (["--help"], ["classify", "-h"], ["bench", "-h"], ["demo", "-h"], ["info", "-h"],
+                      ["train", "-h"], ["train", "residual", "-h"]):  # fmt: skip
         found = run(*arguments)
         assert found.code == 0
         assert "Usage" in found.out
@@ -360,7 +361,7 @@ def test_importing_the_command_line_is_light() -> None:
 # --- demo
 
 
-SMALL = ("-a", "resnet18", "-w", "random", "--image-size", "64", "--seconds", "0.2")
+SMALL = ("-a", "resnet18", "-w", "random", "--image-size", "64", "--seconds", "0.2", "--epochs", "0")
 
 
 def test_demo_agrees_and_draws(tmp_path: Path) -> None:
@@ -372,6 +373,35 @@ def test_demo_agrees_and_draws(tmp_path: Path) -> None:
                  "bytes moved", "The answers agree"):  # fmt: skip
         assert part in found.out, part
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert "epoch" not in found.out
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_second_act_trains_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: bool) -> None:
+    pytest.importorskip("sklearn")
+    from resnet_fast.training import digits, residual
+
+    whole = digits.load("digits", side=6)
+    few = digits.Images(whole.train.images[:50], whole.train.labels[:50])
+    monkeypatch.setattr(digits, "load", lambda source, side: digits.Digits(few, few, few, 10, f"{source} {side}"))
+    if wrong:
+        real = residual.optimize
+        monkeypatch.setattr(residual, "optimize", lambda model, **o: Negated(real(model, **o)))
+    console = common.out_console()
+    with console.capture() as captured:
+        agreed = demo._train_on_digits(console, 1)
+    out = captured.get()
+    assert "digits 16: 50 images" in out and "epoch: 0 , train: " in out and "largest difference" in out
+    assert agreed is not wrong and ("All predictions agree" in out) is agreed
+
+
+class Negated(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -self.model(x)
 
 
 def test_demo_fails_when_the_answers_disagree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""The command line ``resnet-fast``: ``classify``, ``bench``, ``roofline``, ``tune``, ``info``, ``demo``; one file each.
+"""The command line ``resnet-fast``: ``classify``, ``train``, ``bench``, ``roofline``, ``tune``, ``info``, ``demo``.
 
-Here is only what the commands share: the application, ``main``, and how errors are shown. Importing it imports typer
-and rich; everything heavier is imported by the command that needs it.
+One file each. Here is only what they share: the application, ``main``, and how errors are shown. Importing it imports
+typer and rich; everything heavier is imported by the command that needs it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from resnet_fast.cli import bench, classify, demo, info, roofline, tune
+from resnet_fast.cli import bench, classify, demo, info, roofline, train, tune
 from resnet_fast.cli.common import UserError, one_line
 
 _CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -92,6 +92,7 @@ def _options(
 
 for command in (classify.classify, bench.bench, roofline.roofline, tune.tune, info.info, demo.demo):
     app.command()(command)
+app.add_typer(train.app, name="train")
 
 
 def main() -> None:

@@ -145,16 +145,25 @@ def mark_equal_adds(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
 
 
 def image_input(gm: fx.GraphModule) -> tuple[fx.Node, int] | None:
-    """The placeholder that a convolution reads and its channels, where the graph has exactly one required input."""
+    """The placeholder that a convolution reads, as it is or padded, and its channels, where the graph has exactly one
+    required input."""
     inputs = required_inputs(gm)
     if len(inputs) != 1:
         return None
     for node in gm.graph.nodes:
-        if is_call(node, CONV) and node.args[0] is inputs[0]:
+        if is_call(node, CONV) and _without_padding(node.args[0]) is inputs[0]:
             weight = tensor_of(gm, node.args[1])
             if weight is not None:
                 return inputs[0], weight.shape[1] * node.args[6]
     return None
+
+
+def _without_padding(source: Any) -> Any:
+    """What ``source`` was before its height and width were padded."""
+    if not calls(source, nn.functional.pad) or len(source.args) < 2:
+        return source
+    sizes = source.args[1]
+    return source.args[0] if isinstance(sizes, tuple | list) and len(sizes) <= 4 else source
 
 
 def module_image_channels(gm: fx.GraphModule) -> int | None:

@@ -1,5 +1,7 @@
 """The ten ResNets, their weights and preprocessing; drop-in for torchvision.models where these are concerned.
 
+Beside them the small `residual_network`, which torchvision has not and `list_models` does not list.
+
 `ResNet18_Weights` ... `Wide_ResNet101_2_Weights` are found here too: torchvision's enums where it is installed, enums
 of the same names otherwise. They are made on first use, so importing this package imports no torchvision.
 """
@@ -11,6 +13,7 @@ from typing import Any
 
 from resnet_fast.models.checkpoint import WeightsError, read_checkpoint
 from resnet_fast.models.preprocessing import Preprocessing
+from resnet_fast.models.residual_network import ResidualNetwork, residual_network
 from resnet_fast.models.resnet import (
     BasicBlock,
     Bottleneck,
@@ -33,6 +36,7 @@ __all__ = [
     "Bottleneck",
     "Preprocessing",
     "ResNet",
+    "ResidualNetwork",
     "WeightsError",
     "categories",
     "get_model",
@@ -41,6 +45,7 @@ __all__ = [
     "list_models",
     "preprocessing",
     "read_checkpoint",
+    "residual_network",
     "resnet18",
     "resnet34",
     "resnet50",

@@ -1,0 +1,206 @@
+"""``resnet-fast train imagenet``: a ResNet on images in folders, alone or under torchrun.
+
+Here are the options, the progress bar and how errors are shown; the work is ``resnet_fast.training.imagenet``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from resnet_fast.cli.common import (
+    Arch,
+    Threads,
+    UserError,
+    as_user_errors,
+    check_arch,
+    one_line,
+    out_console,
+    progress_bar,
+    set_threads,
+)
+
+
+class TrainPrecision(str, enum.Enum):
+    """What a training step computes in; parameters and optimizer are float32 with all of them."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class TrainDevice(str, enum.Enum):
+    """Where to train."""
+
+    auto = "auto"
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+def _silent(what: str, fraction: float) -> None:
+    pass
+
+
+DATA, RECIPE, COMPUTING, FILES = "Data", "Recipe", "Computing", "Files"
+"""Headings of the options in --help."""
+
+
+def imagenet(
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data", metavar="DIR", help="Folder with train/<class>/ and val/<class>/.", rich_help_panel=DATA
+        ),
+    ],
+    image_size: Annotated[
+        int, typer.Option("--image-size", min=32, help="Height and width of the images.", rich_help_panel=DATA)
+    ] = 224,
+    resize_size: Annotated[
+        int | None,
+        typer.Option(
+            "--resize-size",
+            min=1,
+            help="Shorter side in validation before cropping; by default 8/7 of --image-size.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    min_scale: Annotated[
+        float, typer.Option("--min-scale", help="Least part of an image in a training crop.", rich_help_panel=DATA)
+    ] = 0.08,
+    workers: Annotated[
+        int, typer.Option("--workers", min=0, help="Reading processes for each training process.", rich_help_panel=DATA)
+    ] = 4,
+    arch: Arch = "resnet50",
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs in all.", rich_help_panel=RECIPE)] = 90,
+    batch_size: Annotated[
+        int,
+        typer.Option("--batch-size", "-b", min=1, help="Images in one forward of one process.", rich_help_panel=RECIPE),
+    ] = 128,
+    accumulate: Annotated[
+        int, typer.Option("--accumulate", min=1, help="Forwards whose gradients make a step.", rich_help_panel=RECIPE)
+    ] = 1,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            "--lr",
+            help="Learning rate after the warm-up; by default 0.1 for 256 images a step, and in proportion.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    warmup_epochs: Annotated[
+        float, typer.Option("--warmup-epochs", help="Epochs of linear warm-up.", rich_help_panel=RECIPE)
+    ] = 5.0,
+    momentum: Annotated[float, typer.Option("--momentum", help="Nesterov's momentum.", rich_help_panel=RECIPE)] = 0.9,
+    weight_decay: Annotated[
+        float,
+        typer.Option("--weight-decay", help="Of filters and matrices, not norms and biases.", rich_help_panel=RECIPE),
+    ] = 1e-4,
+    label_smoothing: Annotated[
+        float, typer.Option("--label-smoothing", help="Of the training loss.", rich_help_panel=RECIPE)
+    ] = 0.1,
+    clip_norm: Annotated[
+        float | None,
+        typer.Option("--clip-norm", help="Greatest norm of the gradient; by default any.", rich_help_panel=RECIPE),
+    ] = None,
+    ema_decay: Annotated[
+        float,
+        typer.Option(
+            "--ema-decay", help="Keep a moving average with this decay per step; 0: none.", rich_help_panel=RECIPE
+        ),
+    ] = 0.0,
+    zero_init_residual: Annotated[
+        bool,
+        typer.Option("--zero-init-residual", help="Start every block as identity.", rich_help_panel=RECIPE),
+    ] = False,
+    sync_bn: Annotated[
+        bool,
+        typer.Option("--sync-bn", help="Statistics of BatchNorm over all processes.", rich_help_panel=RECIPE),
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Decides everything random.", rich_help_panel=RECIPE)] = 0,
+    precision: Annotated[
+        TrainPrecision, typer.Option("--precision", help="To compute in, with autocast.", rich_help_panel=COMPUTING)
+    ] = TrainPrecision.float32,
+    device: Annotated[
+        TrainDevice, typer.Option("--device", help="auto: CUDA if there is any.", rich_help_panel=COMPUTING)
+    ] = TrainDevice.auto,
+    compile_it: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the training step.", rich_help_panel=COMPUTING)
+    ] = False,
+    memory_efficient: Annotated[
+        bool,
+        typer.Option("--memory-efficient", help="Keep less for the backward.", rich_help_panel=COMPUTING),
+    ] = False,
+    threads: Threads = None,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="FOLDER", help="Gets everything that is written.", rich_help_panel=FILES),
+    ] = Path("runs/imagenet"),
+    checkpoint_every: Annotated[
+        int,
+        typer.Option(
+            "--checkpoint-every",
+            min=1,
+            metavar="STEPS",
+            help="Steps between checkpoints in an epoch.",
+            rich_help_panel=FILES,
+        ),
+    ] = 500,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue from the checkpoint in --out if there is one.", rich_help_panel=FILES),
+    ] = False,
+) -> None:
+    """Train one of the ten ResNets on images in folders, as ImageNet's or your own.
+
+    Alone, or under torchrun with as many processes as there are GPUs, on one machine or on many:
+    torchrun --standalone --nproc-per-node 8 -m resnet_fast.cli train imagenet --data DIR
+
+    In --out: checkpoint.safetensors and metrics.csv after every epoch, model.safetensors and a plot in the end.
+    """
+    check_arch(arch)
+    set_threads(threads)
+
+    import torch
+
+    from resnet_fast.training import distributed, imagenet
+    from resnet_fast.training.imagefolder import ImageError, reason
+
+    with as_user_errors(ValueError):
+        options = imagenet.Options(
+            data=data, out=out, arch=arch, epochs=epochs, batch_size=batch_size, accumulate=accumulate, lr=lr,
+            momentum=momentum, weight_decay=weight_decay, label_smoothing=label_smoothing, warmup_epochs=warmup_epochs,
+            clip_norm=clip_norm, ema_decay=ema_decay, precision=precision.value, compile=compile_it,
+            memory_efficient=memory_efficient, sync_bn=sync_bn, zero_init_residual=zero_init_residual,
+            image_size=image_size, resize_size=resize_size, min_scale=min_scale, workers=workers, seed=seed,
+            checkpoint_every=checkpoint_every, resume=resume,
+        )  # fmt: skip
+    console = out_console()
+    with as_user_errors(OSError):
+        first = True
+        try:
+            with distributed.start(device.value) as processes:
+                first = processes.first
+                torch.backends.cudnn.benchmark = True  # all batches have the same shape
+                with progress_bar() if first else contextlib.nullcontext(_silent) as show:
+                    imagenet.train(
+                        options, processes, progress=show,
+                        say=lambda line: console.print(escape(line), soft_wrap=True),
+                    )  # fmt: skip
+        except distributed.AgreedError as error:
+            if not first:  # process 0 says it
+                raise typer.Exit(1) from error
+            raise UserError(one_line(error)) from error
+        except ImageError as error:
+            raise UserError(reason(error)) from error
+        except (ValueError, imagenet.Diverged) as error:
+            raise UserError(one_line(error)) from error
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the GPU's memory is too small for --batch-size {batch_size}; a smaller one with --accumulate, or "
+                "--memory-efficient, would fit"
+            ) from error

@@ -1,0 +1,160 @@
+"""``resnet-fast train residual``: trains the small residual network and checks that fused answers are plain ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from resnet_fast.cli.common import Threads, UserError, as_user_errors, one_line, out_console, progress_bar, set_threads
+
+if TYPE_CHECKING:
+    from resnet_fast.training.digits import Digits
+    from resnet_fast.training.residual import Epoch, Run, Settings
+
+CHECKPOINT, METRICS, PLOT = "checkpoint.safetensors", "metrics.csv", "metrics.png"
+EPOCHS = 5
+"""The original's."""
+
+
+def residual(
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="digits|mnist|PATH",
+            help="scikit-learn's digits, MNIST (downloaded), a folder with MNIST's idx files, or an .npz file with "
+            "x_train, y_train, x_test, y_test.",
+        ),
+    ] = "digits",
+    epochs: Annotated[
+        int, typer.Option("--epochs", min=1, help="Epochs in all, those before --resume included.")
+    ] = EPOCHS,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per step.")] = 50,
+    lr: Annotated[float, typer.Option("--lr", help="Adam's learning rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the initial values, the order and the split.")] = 0,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help=f"Gets {CHECKPOINT}, {METRICS} and {PLOT}.")
+    ] = Path("residual_network"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in FOLDER.")] = False,
+    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where to train.")] = "cpu",
+    threads: Threads = None,
+) -> int:
+    """Train the small TensorFlow-style residual network on digits, and check that the fused network answers the same.
+
+    Prints the accuracies of each epoch, keeps a checkpoint of the last one, and then runs the held-out images through
+    plain torch layers, the fused network and optimize(). The exit status is 1 if a prediction differs.
+    """
+    from resnet_fast.training import digits
+    from resnet_fast.training.residual import Settings
+
+    check_device(device)
+    path = out / CHECKPOINT
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give the name of a folder")
+    if resume and not path.is_file():
+        raise UserError(f"{path}: no checkpoint to go on from; leave --resume away to start")
+    if not resume and path.exists():
+        raise UserError(f"{path} exists; give --resume to go on with it, or another folder")
+    set_threads(threads)
+    console = out_console()
+    with as_user_errors(ValueError, ImportError, OSError):
+        settings = Settings(batch_size, lr, seed)
+        found = digits.load(data, seed)
+        out.mkdir(parents=True, exist_ok=True)
+        run = train(console, found, settings, epochs, device=device, out=out, resume=resume)
+    return 0 if show_agreement(console, run) else 1
+
+
+def check_device(device: str) -> None:
+    """Raises UserError unless it is cpu, or cuda on a machine with a GPU."""
+    import torch
+
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"--device is {device!r}; it must be cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, and torch sees no CUDA GPU here; use cpu")
+
+
+def train(
+    console: Console,
+    data: Digits,
+    settings: Settings,
+    epochs: int,
+    *,
+    device: str = "cpu",
+    out: Path | None = None,
+    resume: bool = False,
+) -> Run:
+    """Trains up to ``epochs`` epochs with a progress bar and a line for each; keeps files in ``out`` if it is given."""
+    from resnet_fast.training.metrics import Metrics
+    from resnet_fast.training.residual import Epoch, Run
+
+    run = Run(data, settings, device=device)
+    if out is not None and resume:
+        run.resume(out / CHECKPOINT)
+    columns = list(Epoch.__dataclass_fields__)
+    metrics = None
+    if out is not None:
+        metrics = Metrics(out / METRICS, columns, resume_after=run.epochs_done - 1 if resume else None)
+    console.print(
+        f"{escape(data.name)}: {len(data.train)} images to learn from in batches of {settings.batch_size}, "
+        f"{len(data.validation)} for validation; {run.epochs_done} of {epochs} epochs done",
+        soft_wrap=True,
+    )
+    while run.epochs_done < epochs:
+        number = run.epochs_done
+        with progress_bar() as progress:
+            found = run.epoch(lambda fraction, n=number: progress(f"epoch {n}", fraction))  # type: ignore[misc]
+        console.print(_line(number, found), soft_wrap=True)
+        if out is not None and metrics is not None:
+            # In this order: a row without its checkpoint is dropped on --resume, a checkpoint's row would be missing.
+            metrics.append(number, **found.as_dict())
+            run.save(out / CHECKPOINT)
+    if out is not None and metrics is not None:
+        _draw(console, metrics.rows, out / PLOT, data.name)
+    return run
+
+
+def _line(number: int, found: Epoch) -> str:
+    """As the original prints it: epochs from 0, the mean accuracy of the batches, the validation accuracy."""
+    return f"epoch: {number} , train: {found.train_accuracy:.4f} , valid: {found.valid_accuracy:.4f}"
+
+
+def _draw(console: Console, rows: list[dict[str, float]], path: Path, name: str) -> None:
+    from resnet_fast.benchmarking.plot import PlotError
+    from resnet_fast.training.metrics import draw
+
+    if not rows:
+        return
+    try:
+        draw(rows, path, f"residual network, {name}")
+    except (PlotError, ImportError, OSError) as error:
+        console.print(f"[yellow]No plot:[/] {escape(one_line(error))}", soft_wrap=True)
+    else:
+        console.print(f"Plot: {escape(str(path))}", soft_wrap=True)
+
+
+def show_agreement(console: Console, run: Run) -> bool:
+    """Prints how plain, fused and optimized answers to the held-out images compare; returns whether they agree."""
+    from resnet_fast.training.residual import agreement
+
+    held_out = run.data.held_out
+    with progress_bar(total=None) as progress:
+        progress("comparing answers", 0.0)
+        found = agreement(run.model, held_out)
+    differences = ", ".join(f"{name} {value:.1e}" for name, value in found.largest.items())
+    ties = f" ({found.ties} ties apart)" if found.ties else ""
+    console.print(
+        f"held out: {found.images} images, {found.accuracy:.2%} right with plain torch layers; "
+        f"largest difference of a logit (up to {found.scale:.1f}): {differences}",
+        soft_wrap=True,
+    )
+    if found.agrees:
+        console.print(f"[bold green]All predictions agree[/]: plain layers, the fused network, optimize(){ties}.")
+    else:
+        console.print(f"[bold red]{found.different} predictions of the fused network or optimize() differ[/]{ties}.")
+    return found.agrees

@@ -1,0 +1,304 @@
+"""Training checkpoints: one safetensors file that resumes a run, written whole or not at all, read without code in it.
+
+Weights alone, of any origin, are `resnet_fast.models.checkpoint`'s affair; what a run keeps is decided by its loop.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fast.models.checkpoint import one_line
+
+__all__ = ["MAX_BYTES", "Checkpoint", "load", "save"]
+
+MAX_BYTES = 16 * 2**30
+"""Larger files are refused, in both directions. The largest of the ten ResNets with Adam and an average has 2 GB."""
+
+MAX_STATE_BYTES = 32 * 2**20
+"""The same for everything that is no tensor, as JSON."""
+
+_FORMAT = "resnet_fast checkpoint"
+_VERSION = "1"
+_TAG = "$"
+_RIGHT = "a checkpoint written by resnet_fast.training.checkpoint.save was expected"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `save` was given, tensors on the CPU and contiguous.
+
+    Attributes:
+        model: for `load_state_dict`. Tied tensors are one tensor under several names.
+        optimizer: for the optimizer's `load_state_dict`, which may go on to use (and change) these very tensors.
+        state, tensors: as given to `save`.
+    """
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    state: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def save(
+    path: str | os.PathLike[str],
+    *,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Writes a checkpoint to ``path``, whose folder must exist; readers and crashes find the old file or the new one.
+
+    In the file tensors are called ``model/<name>``, ``optimizer/<parameter>/<name>`` and ``tensors/<name>``; the rest
+    is JSON in the file's metadata. Values, shapes and dtypes are kept, strides are not (a channels_last parameter comes
+    back contiguous).
+
+    Args:
+        model: a module's `state_dict()`. optimizer: an optimizer's `state_dict()`, or {} for none.
+        state: epoch, step, arguments, scheduler, scaler: None, bool, int, float, str, tensors, and lists, tuples and
+            dicts (keys str or int) of these. They come back as they were, infinities included.
+        tensors: further tensors, such as the states of random generators or a moving average.
+
+    Raises:
+        TypeError: for a value of another type, naming where it stands.
+        ValueError: for a tensor without dense data, or more than MAX_BYTES.
+        OSError: if the file cannot be written.
+    """
+    writer = _Writer()
+    for name, tensor in model.items():
+        writer.add(f"model/{name}", tensor)
+    for name, tensor in (tensors or {}).items():
+        writer.add(f"tensors/{name}", tensor)
+    if optimizer and not ("state" in optimizer and "param_groups" in optimizer):
+        raise TypeError("checkpoint: optimizer must be an optimizer's state_dict() or {}")
+    parts = dict(optimizer)
+    encoded = {
+        "optimizer": {
+            **{key: writer.encode(value, f"optimizer/{key}") for key, value in parts.items() if key != "state"},
+            **({"state": writer.encode(parts["state"], "optimizer")} if parts else {}),
+        },
+        "state": writer.encode(dict(state), "state"),
+    }
+    content = json.dumps({**encoded, "aliases": writer.aliases}, allow_nan=False, separators=(",", ":"))
+    if len(content) > MAX_STATE_BYTES:
+        raise ValueError(
+            f"checkpoint: state has {len(content):,} bytes as JSON, at most {MAX_STATE_BYTES:,} are kept; "
+            "put what is large into tensors"
+        )
+    if (size := sum(tensor.nbytes for tensor in writer.tensors.values())) > MAX_BYTES:
+        raise ValueError(f"checkpoint: {size:,} bytes of tensors, the limit is {MAX_BYTES:,}")
+    return _write(Path(path), writer.tensors, {"format": _FORMAT, "version": _VERSION, "content": content})
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint at ``path``. Nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated, foreign or damaged; names the path and what would be right.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    if not path.is_file():
+        raise ValueError(f"{path}: no file; {_RIGHT}")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{path}: {size:,} bytes, a checkpoint has at most {MAX_BYTES:,}")
+    tensors, metadata = _read(path)
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path}: a safetensors file, but no training checkpoint; {_RIGHT}")
+    if metadata.get("version") != _VERSION:
+        raise ValueError(f"{path}: checkpoint version {metadata.get('version')!r}, this package reads {_VERSION!r}")
+    try:
+        content = _parse(metadata.get("content", ""))
+        for name, same in content["aliases"].items():
+            tensors[name] = tensors[same]
+        decoded = {part: _decode(content[part], tensors) for part in ("optimizer", "state")}
+        optimizer, state = _checked_optimizer(decoded["optimizer"]), decoded["state"]
+        if not isinstance(state, dict):
+            raise _Damaged(f"state is a {type(state).__name__}")
+    except _Damaged as error:
+        raise ValueError(f"{path}: damaged: {error}; {_RIGHT}") from None
+    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: damaged: {type(error).__name__}: {one_line(error)}; {_RIGHT}") from None
+    return Checkpoint(_under("model/", tensors), optimizer, state, _under("tensors/", tensors))
+
+
+class _Damaged(ValueError):
+    """What is wrong with a file, without its name."""
+
+
+class _Writer:
+    """Tensors by their name in the file; one that is the same memory as an earlier one is noted as its alias."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.aliases: dict[str, str] = {}
+        self._seen: dict[tuple[Any, ...], str] = {}
+        self._pointers: set[int] = set()
+
+    def add(self, name: str, tensor: Any) -> None:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"checkpoint: {name} is a {type(tensor).__name__}, a tensor was expected")
+        if name in self.tensors or name in self.aliases:
+            raise ValueError(f"checkpoint: there are two tensors {name!r}")
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+            kind = "a meta" if tensor.is_meta else "a quantized" if tensor.is_quantized else f"a {tensor.layout}"
+            raise ValueError(f"checkpoint: {name} is {kind} tensor, a dense one was expected")
+        same = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(),
+                tensor.is_neg())  # fmt: skip
+        if tensor.numel() and same in self._seen:
+            self.aliases[name] = self._seen[same]
+            return
+        self._seen[same] = name
+        data = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        # Views of one storage that are no aliases are written as if they had one each.
+        if data.untyped_storage().nbytes() != data.nbytes or data.data_ptr() in self._pointers:
+            data = data.clone()
+        self._pointers.add(data.data_ptr())
+        self.tensors[name] = data
+
+    def encode(self, value: Any, where: str) -> Any:
+        return _encode(value, where, self._reference)
+
+    def _reference(self, value: Tensor, where: str) -> Any:
+        self.add(where, value)
+        return {_TAG: "tensor", "v": where}
+
+
+def _encode(value: Any, where: str, tensor: Callable[[Tensor, str], Any]) -> Any:
+    """``value`` in JSON's types; what JSON has no type for becomes a dict with the key "$"."""
+    if isinstance(value, Tensor):
+        return tensor(value, where)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {_TAG: "float", "v": repr(float(value))}
+    if isinstance(value, list | tuple):
+        items = [_encode(item, f"{where}/{index}", tensor) for index, item in enumerate(value)]
+        return items if isinstance(value, list) else {_TAG: "tuple", "v": items}
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str | int) or isinstance(key, bool):
+                raise TypeError(f"checkpoint: {where} has the key {key!r}, a str or an int was expected")
+        encoded = [(key, _encode(item, f"{where}/{key}", tensor)) for key, item in value.items()]
+        plain = _TAG not in value and all(isinstance(key, str) for key in value)
+        return dict(encoded) if plain else {_TAG: "items", "v": [list(pair) for pair in encoded]}
+    raise TypeError(
+        f"checkpoint: {where} is a {type(value).__name__}; "
+        "None, bool, int, float, str, tensors, and list, tuple and dict of these can be kept"
+    )
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if _TAG not in value:
+        return {key: _decode(item, tensors) for key, item in value.items()}
+    kind, inner = value[_TAG], value.get("v")
+    if kind == "tensor" and isinstance(inner, str) and inner in tensors:
+        return tensors[inner]
+    if kind == "float" and inner in ("inf", "-inf", "nan"):
+        return float(inner)
+    if kind == "tuple" and isinstance(inner, list):
+        return tuple(_decode(item, tensors) for item in inner)
+    if kind == "items" and isinstance(inner, list):
+        pairs = [(key, _decode(item, tensors)) for key, item in inner]
+        if all(isinstance(key, str | int) for key, _ in pairs):
+            return dict(pairs)
+    raise _Damaged(f"{str(kind)[:40]!r} {str(inner)[:80]!r} is no value of a checkpoint")
+
+
+def _parse(text: str) -> dict[str, Any]:
+    if len(text) > MAX_STATE_BYTES:
+        raise _Damaged(f"{len(text):,} bytes of JSON, at most {MAX_STATE_BYTES:,} were expected")
+    content = json.loads(text)
+    if not isinstance(content, dict) or not {"optimizer", "state", "aliases"} <= content.keys():
+        raise _Damaged("its metadata lacks optimizer, state or aliases")
+    return content
+
+
+def _checked_optimizer(optimizer: Any) -> dict[str, Any]:
+    """``optimizer`` if it has the form of an optimizer's state_dict, or is empty."""
+    if optimizer == {}:
+        return {}
+    if not isinstance(optimizer, dict):
+        raise _Damaged(f"optimizer is a {type(optimizer).__name__}")
+    state, groups = optimizer.get("state"), optimizer.get("param_groups")
+    if not isinstance(state, dict) or not all(isinstance(value, dict) for value in state.values()):
+        raise _Damaged("optimizer's state is no dict of dicts")
+    if not isinstance(groups, list) or not all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    ):
+        raise _Damaged("optimizer's param_groups is no list of dicts with params")
+    return optimizer
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                return {}, metadata
+            # Copies: the file is mapped, and may be replaced or cut while its tensors are in use.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: truncated or no safetensors file ({one_line(error)}); {_RIGHT}") from error
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
+    from safetensors.torch import save_file
+
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder, the name of a checkpoint file was expected")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(descriptor)
+    try:
+        save_file(tensors, name, metadata=metadata)
+        os.chmod(name, 0o666 & ~_umask())
+        _sync(name, os.O_RDWR)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name itself; elsewhere a folder cannot be opened
+        _sync(path.parent, os.O_RDONLY)
+    return path
+
+
+def _sync(path: str | os.PathLike[str], flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

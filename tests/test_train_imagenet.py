@@ -1,0 +1,531 @@
+"""Training on images in folders: data, recipe, checkpoints, and many processes; all on a CPU and on few small images.
+
+Runs that are cut off and continued are compared bit for bit with runs that were not. Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import resnet_fast as rf
+from resnet_fast import models
+from resnet_fast.benchmarking.peers import plain
+from resnet_fast.models import Preprocessing
+from resnet_fast.training import checkpoint, distributed, imagefolder, imagenet, metrics
+
+from . import ddp_worker
+from .numerics import assert_obeys_error_rule, unit_roundoff
+
+ONE = distributed.Processes(torch.device("cpu"))
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES = ("cat", "dog", "owl")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_images(folder: Path, counts: tuple[int, ...] = (6, 5, 5), seed: int = 0) -> Path:
+    """Noise with one stronger colour for each class, of different sizes."""
+    random = np.random.default_rng(seed)
+    for channel, (name, count) in enumerate(zip(CLASSES, counts, strict=True)):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = random.integers(0, 120, (40 + 7 * number, 60, 3))
+            pixels[..., channel] += 100
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 images to train on and 7, an odd number, to validate with; three classes."""
+    made = tmp_path_factory.mktemp("imagenet")
+    make_images(made / "train")
+    make_images(made / "val", (3, 2, 2), seed=1)
+    return made
+
+
+def options(data: Path, output: Path, **changed: Any) -> imagenet.Options:
+    usual: dict[str, Any] = {
+        "arch": "resnet18", "epochs": 2, "batch_size": 4, "lr": 0.02, "warmup_epochs": 0.5, "image_size": 32,
+        "workers": 0, "ema_decay": 0.5, "checkpoint_every": 3,
+    }  # fmt: skip
+    return imagenet.Options(data=data, out=output, **usual | changed)
+
+
+def same_files(left: Path, right: Path) -> None:
+    """The trained parameters and averages in two folders are the same to the last bit."""
+    for name in (imagenet.MODEL, imagenet.EMA_MODEL):
+        a, b = load_file(left / name), load_file(right / name)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert torch.equal(a[key], b[key]), (name, key)
+
+
+def same_rows(left: Path, right: Path) -> None:
+    """The tables of two runs have the same numbers, apart from the speed."""
+    a, b = (
+        [{**row, "images_per_second": 0} for row in metrics.read(each / imagenet.METRICS)] for each in (left, right)
+    )
+    assert a == b
+
+
+def environment() -> dict[str, str]:
+    """For another process: none of torchrun's variables, one thread."""
+    kept = {name: value for name, value in os.environ.items() if name not in distributed._VARIABLES}
+    return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+# --- data
+
+
+def test_crops_and_flips_depend_on_seed_epoch_and_index_alone(data: Path) -> None:
+    folder = imagefolder.scan(data / "train")
+
+    def epoch(number: int, *, seed: int = 3, skip: int = 0, workers: int = 0) -> list[tuple[Tensor, Tensor]]:
+        images = imagefolder.TrainImages(folder, image_size=32, seed=seed)
+        return list(imagefolder.train_loader(images, number, batch=5, skip=skip, workers=workers))
+
+    def same(left: list[tuple[Tensor, Tensor]], right: list[tuple[Tensor, Tensor]]) -> bool:
+        pairs = zip(left, right, strict=True)
+        return all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in pairs)
+
+    first = epoch(0)
+    assert [tuple(x.shape) for x, _ in first] == [(5, 32, 32, 3)] * 3  # 16 images, full batches only
+    torch.rand(1)  # the global generator has no part in it
+    assert same(epoch(0, workers=2), first)
+    assert same(epoch(0, skip=2), first[2:])
+    assert not same(epoch(1), first)
+    assert not same(epoch(0, seed=4), first)
+    orders = [
+        list(imagefolder.train_loader(imagefolder.TrainImages(folder), number, batch=5).batch_sampler)
+        for number in (0, 1)
+    ]
+    assert orders[0] != orders[1]
+    # The same image in the same order is cropped differently in another epoch.
+    images = imagefolder.TrainImages(folder, image_size=32)
+    before = images[3][0]
+    images.epoch = 1
+    assert not torch.equal(images[3][0], before)
+
+
+def test_every_process_has_its_own_training_images(data: Path) -> None:
+    images = imagefolder.TrainImages(imagefolder.scan(data / "train"), image_size=32)
+    shares = [
+        {index for batch in imagefolder.train_loader(images, 0, batch=2, rank=rank, world_size=3).batch_sampler
+         for index in batch}
+        for rank in range(3)
+    ]  # fmt: skip
+    assert [len(share) for share in shares] == [4, 4, 4]
+    assert len(set.union(*shares)) == 12
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 9])
+def test_validation_counts_every_image_once(data: Path, world_size: int) -> None:
+    images = imagefolder.ValImages(imagefolder.scan(data / "val"), Preprocessing(36, 32))
+    seen = [
+        index
+        for rank in range(world_size)
+        for index in imagefolder.val_loader(images, batch=2, rank=rank, world_size=world_size).sampler
+    ]
+    assert sorted(seen) == list(range(7))
+
+
+def test_validation_images_are_those_of_preprocessing(data: Path) -> None:
+    preprocessing = Preprocessing(36, 32)
+    folder = imagefolder.scan(data / "val")
+    images = imagefolder.ValImages(folder, preprocessing)
+    batch, _ = next(iter(imagefolder.val_loader(images, batch=7)))
+    found = imagefolder.normalize(batch, preprocessing)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    expected = torch.stack([preprocessing(Image.open(folder.path(index))) for index in range(7)])
+    assert torch.equal(found, expected)
+
+
+def test_crop_boxes_lie_inside_and_have_the_asked_area_and_aspect() -> None:
+    random = np.random.default_rng(0)
+    areas = []
+    for _ in range(2000):
+        left, top, right, bottom = imagefolder.crop_box(300, 200, random, min_scale=0.25)
+        assert 0 <= left < right <= 300 and 0 <= top < bottom <= 200
+        width, height = right - left, bottom - top
+        assert 0.74 < width / height < 1.35  # 3/4 to 4/3 and the rounding of both to pixels
+        areas.append(width * height / (300 * 200))
+    assert 0.24 < min(areas) < 0.26 and max(areas) > 0.85
+    assert imagefolder.crop_box(1000, 10, random) == (493, 0, 506, 10)  # nothing fits: 4/3 from the middle
+    assert imagefolder.crop_box(1, 1, random) == (0, 0, 1, 1)
+
+
+def test_scan_sorts_and_reads_deep_folders(tmp_path: Path) -> None:
+    make_images(tmp_path / "train", (1, 1, 1))
+    (tmp_path / "train" / "cat" / "deep").mkdir()
+    os.replace(tmp_path / "train" / "cat" / "0.png", tmp_path / "train" / "cat" / "deep" / "x.PNG")
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / ".hidden").mkdir()
+    folder = imagefolder.scan(tmp_path / "train")
+    assert folder.classes == CLASSES
+    assert [folder.path(index).relative_to(tmp_path).as_posix() for index in range(3)] == [
+        "train/cat/deep/x.PNG", "train/dog/0.png", "train/owl/0.png",
+    ]  # fmt: skip
+    assert folder.targets.tolist() == [0, 1, 2]
+    before = folder.digest()
+    os.replace(tmp_path / "train" / "dog" / "0.png", tmp_path / "train" / "dog" / "1.png")
+    assert imagefolder.scan(tmp_path / "train").digest() != before
+
+
+# --- recipe
+
+
+def built(data: Path, **changed: Any) -> imagenet.Training:
+    return imagenet.build(options(data, data, **changed), ONE, imagefolder.scan(data / "train"))
+
+
+def batch_of(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    return images, torch.randint(0, 3, (count,), generator=generator)
+
+
+def parameters(training: imagenet.Training) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in training.model.parameters()])
+
+
+def test_learning_rate_rises_linearly_and_falls_as_a_cosine() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
+    scheduler = imagenet.warmup_cosine(optimizer, warmup_steps=10, steps=50)
+    for step in range(50):
+        if step < 10:
+            expected = 0.4 * (0.01 + 0.99 * step / 10)
+        else:
+            expected = 0.4 * (1 + math.cos(math.pi * (step - 10) / 40)) / 2
+        # torch multiplies its way from step to step: 50 roundings.
+        assert abs(optimizer.param_groups[0]["lr"] - expected) < 50 * 2**-52 * 0.4, step
+        optimizer.step()
+        scheduler.step()
+    assert abs(optimizer.param_groups[0]["lr"]) < 1e-15
+
+
+def test_default_learning_rate_is_proportional_to_the_images_of_a_step(data: Path) -> None:
+    four = replace(ONE, world_size=4)
+    assert options(data, data, lr=None, batch_size=64, accumulate=2).learning_rate(four) == 0.2
+    assert options(data, data, lr=0.3).learning_rate(four) == 0.3
+
+
+def test_norms_and_biases_have_no_weight_decay(data: Path) -> None:
+    training = built(data, weight_decay=0.1)
+    decayed, rest = training.optimizer.param_groups
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    names = {id(parameter): name for name, parameter in training.model.named_parameters()}
+    assert {names[id(parameter)] for parameter in decayed["params"]} == {
+        name for name in names.values() if "conv" in name or name.endswith(("downsample.0.weight", "fc.weight"))
+    }
+    assert len(decayed["params"]) + len(rest["params"]) == len(names)
+
+
+def test_loss_is_smoothed_and_accumulated_gradients_are_those_of_the_joint_batch(data: Path) -> None:
+    images, targets = batch_of(8)
+    changes = {}
+    for accumulate in (1, 2):
+        training = built(data, batch_size=8 // accumulate, accumulate=accumulate, momentum=0.0, weight_decay=0.0)
+        training.model.eval()  # statistics of a batch would differ between the two
+        before = parameters(training)
+        with torch.no_grad():
+            scores = training.model(imagefolder.normalize(images, training.options.preprocessing))
+        parts = zip(images.split(8 // accumulate), targets.split(8 // accumulate), strict=True)
+        imagenet.take_step(training, parts)
+        changes[accumulate] = parameters(training) - before
+        logarithms = scores.double().log_softmax(1)
+        smoothed = -0.9 * logarithms[torch.arange(8), targets].sum() - 0.1 * logarithms.mean(1).sum()
+        loss, right, count = training.sums.tolist()
+        assert abs(loss - float(smoothed)) < 1e-6 * float(smoothed)
+        assert (right, count) == (float((scores.argmax(1) == targets).sum()), 8)
+    # Both are float32 sums of the same terms, in another order: parameters of size 1 that change by 1e-4.
+    assert (changes[1] - changes[2]).norm() < 1e-3 * changes[1].norm()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_clipping_limits_the_norm_of_the_step(data: Path, scaled: bool) -> None:
+    training = built(data, momentum=0.0, weight_decay=0.0, warmup_epochs=0, lr=1.0, clip_norm=0.01)
+    if scaled:
+        training.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    before = parameters(training)
+    imagenet.take_step(training, [batch_of(4)])
+    assert abs(float((parameters(training) - before).norm()) - 0.01) < 1e-4
+
+
+def test_moving_average_of_parameters_and_statistics(data: Path) -> None:
+    training = built(data, ema_decay=0.9)
+    assert training.ema is not None
+    imagenet.take_step(training, [batch_of(4)])
+    first = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    imagenet.take_step(training, [batch_of(4, seed=1)])
+    averaged = training.ema.module.state_dict()
+    for name, second in training.model.state_dict().items():
+        if not second.is_floating_point():
+            continue
+        exact = 0.9 * first[name].double() + 0.1 * second.double()
+        assert_obeys_error_rule(averaged[name], 0.9 * first[name] + 0.1 * second, exact, name)
+        if name in ("conv1.weight", "bn1.running_mean"):
+            assert not torch.equal(averaged[name], second) and not torch.equal(averaged[name], first[name])
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Detected call of `lr_scheduler.step", "ignore::resnet_fast.backends.FallbackWarning"
+)
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_reduced_precision_keeps_float32_parameters(data: Path, precision: str) -> None:
+    training = built(data, precision=precision)
+    assert training.scaler.is_enabled() == (precision == "float16")
+    seen: list[torch.dtype] = []
+    training.model.layer1[0].conv1.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    before = parameters(training)
+    loss = imagenet.take_step(training, [batch_of(4)])
+    assert seen == [getattr(torch, precision)]
+    assert torch.isfinite(loss) and loss.dtype is torch.float32
+    assert {parameter.dtype for parameter in training.model.parameters()} == {torch.float32}
+    if precision == "bfloat16":  # the scaler's first step may be left out
+        assert not torch.equal(parameters(training), before)
+
+
+# --- one process
+
+
+def test_a_run_that_is_killed_and_resumed_is_the_whole_run_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    whole = options(data, tmp_path / "whole", checkpoint_every=100)
+    lines: list[str] = []
+    training = imagenet.train(whole, ONE, say=lines.append)
+    assert len(lines) == 5 and lines[1].startswith("epoch 1/2: ") and lines[2].startswith("epoch 2/2: ")
+    rows = metrics.read(whole.out / imagenet.METRICS)
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert all(math.isfinite(row[name]) for row in rows for name in ("train_loss", "val_loss", "ema_loss"))
+    assert (whole.out / imagenet.PLOT).exists()
+    model = rf.resnet18(weights=whole.out / "model.safetensors").eval()
+    assert model.fc.out_features == 3
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in training.model.state_dict().items())
+    assert not torch.equal(load_file(whole.out / imagenet.EMA_MODEL)["conv1.weight"], state["conv1.weight"])
+
+    cut = replace(whole, out=tmp_path / "cut", checkpoint_every=3)
+    command = (
+        "-m", "resnet_fast.cli", "train", "imagenet", "--data", data, "--out", cut.out, "--arch", "resnet18",
+        "--epochs", "2", "--batch-size", "4", "--lr", "0.02", "--warmup-epochs", "0.5", "--image-size", "32",
+        "--workers", "0", "--ema-decay", "0.5", "--checkpoint-every", "3", "--device", "cpu", "--threads", "1",
+    )  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (cut.out / imagenet.CHECKPOINT).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+    finally:
+        process.kill()
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output
+    assert not (cut.out / "model.safetensors").exists(), "it ended before it was killed"
+    resumed: list[str] = []
+    imagenet.train(replace(cut, resume=True), ONE, say=resumed.append)
+    assert "; resumed in epoch " in resumed[0]
+    same_files(whole.out, cut.out)
+    same_rows(whole.out, cut.out)
+
+    with pytest.raises(ValueError, match=r"exists; resume continues it, another out folder starts anew"):
+        imagenet.train(cut, ONE)
+    with pytest.raises(
+        ValueError, match=r"made with batch_size 4, not 8; lr 0.02, not 0.1\. Resume with the same settings"
+    ):
+        imagenet.train(replace(cut, resume=True, batch_size=8, lr=0.1), ONE)
+    imagenet.train(replace(cut, resume=True), ONE, say=resumed.append)
+    assert "nothing left to train" in resumed[-3]
+
+    damaged = checkpoint.load(cut.out / imagenet.CHECKPOINT)
+    del damaged.model["conv1.weight"]
+    checkpoint.save(cut.out / imagenet.CHECKPOINT, **vars(damaged))
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors: damaged.*conv1\.weight"):
+        imagenet.train(replace(cut, resume=True), ONE)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(data: Path, tmp_path: Path) -> None:
+    training = built(data)
+    training.sums[0] = math.nan
+    with pytest.raises(imagenet.Diverged, match=r"not finite in epoch 1; .*lower learning rate"):
+        imagenet.save(training, tmp_path / "checkpoint.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+# --- the command line
+
+
+def run(*arguments: str | Path) -> tuple[int, str, str]:
+    from resnet_fast.cli import app
+
+    done = CliRunner().invoke(app, ["train", "imagenet", "--arch", "resnet18", *map(str, arguments)])
+    return done.exit_code, done.stdout, done.stderr
+
+
+def failed(outcome: tuple[int, str, str], *mentions: str) -> None:
+    code, out, err = outcome
+    assert code in (1, 2), outcome
+    assert len(err.strip().splitlines()) == 1 and err.startswith("resnet-fast: "), err
+    assert "Traceback" not in out + err
+    for mention in mentions:
+        assert mention in err, (mention, err)
+
+
+def test_wrong_folders_are_named(tmp_path: Path) -> None:
+    def attempt(data: Path) -> tuple[int, str, str]:
+        return run(
+            "--data", data, "--out", tmp_path / "out", "--image-size", "64", "--batch-size", "1", "--workers", "0"
+        )
+
+    failed(attempt(tmp_path / "none"), "none/train: no such folder", "expected", "<class>/ with images")
+    good = tmp_path / "good"
+    make_images(good / "train", (1, 1, 1))
+    failed(attempt(good), "good/val: no such folder")
+    make_images(good / "val", (1, 1, 1))
+    (good / "val" / "fox").mkdir()
+    (good / "val" / "dog" / "0.png").unlink()
+    (good / "val" / "dog").rmdir()
+    failed(attempt(good), "val: lacks 'dog' and also has 'fox'; its classes must be the 3 of the training images")
+    (good / "val" / "fox").rmdir()
+    (good / "val" / "dog").mkdir()
+    failed(attempt(good), "val/dog: has no images", ".png")
+    (good / "val" / "dog" / "0.png").write_bytes(b"no image")
+    (good / "train" / "cat" / "0.png").write_bytes((good / "train" / "cat" / "0.png").read_bytes()[:200])
+    failed(attempt(good), "train/cat/0.png: damaged or unreadable image")
+    empty = tmp_path / "empty"
+    (empty / "train").mkdir(parents=True)
+    failed(attempt(empty), "empty/train: has no folders")
+    (empty / "train" / "cat").mkdir()
+    failed(attempt(empty), "empty/train: has one class only, 'cat'")
+
+
+def test_an_unreadable_image_is_named_by_reading_processes_too(tmp_path: Path) -> None:
+    make_images(tmp_path / "train", (1, 1, 1))
+    (tmp_path / "train" / "dog" / "0.png").write_text("no image")
+    images = imagefolder.TrainImages(imagefolder.scan(tmp_path / "train"), image_size=32)
+    with pytest.raises(imagefolder.ImageError) as caught:
+        list(imagefolder.train_loader(images, 0, batch=3, workers=1))
+    assert (
+        imagefolder.reason(caught.value)
+        == f"{tmp_path / 'train' / 'dog' / '0.png'}: not an image (JPEG, PNG, BMP, WEBP)"
+    )
+
+
+def test_wrong_options_are_named(data: Path, tmp_path: Path) -> None:
+    usual = ("--data", data, "--out", tmp_path / "out", "--image-size", "32")
+    for arguments, mentions in (
+        (("--lr", "-1"), ("lr is -1.0, it must be a positive number",)),
+        (("--lr", "nan"), ("lr is nan, it must be a positive number",)),
+        (("--warmup-epochs", "90"), ("warmup_epochs is 90.0", "less than the 90 epochs")),
+        (("--momentum", "1"), ("momentum is 1.0, it must be from 0 to less than 1",)),
+        (("--label-smoothing", "-0.1"), ("label_smoothing is -0.1",)),
+        (("--ema-decay", "1"), ("ema_decay is 1.0",)),
+        (("--min-scale", "0"), ("min_scale is 0.0",)),
+        (("--clip-norm", "0"), ("clip_norm is 0.0",)),
+        (("--batch-size", "17"), ("train: has 16 images, one step takes 17", "a smaller batch_size would do")),
+        (("--arch", "resnet1"), ("unknown arch 'resnet1'", "resnet18")),
+        (("--precision", "int8"), ("'int8'", "bfloat16")),
+        (("--out", data / "train" / "cat" / "0.png"), ("not a folder",)),
+    ):
+        failed(run(*usual, *arguments), *mentions)
+    if not torch.cuda.is_available():
+        failed(run(*usual, "--device", "cuda"), "has no GPU, torch sees 0")
+
+
+# --- many processes
+
+
+@pytest.fixture(scope="module")
+def together(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder that tests/ddp_worker.py filled in two processes, and what it printed."""
+    out = tmp_path_factory.mktemp("together")
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (3, 16, 64, 64, 3), dtype=torch.uint8, generator=generator)
+    save_file({"images": images, "targets": torch.randint(0, 3, (3, 16), generator=generator)}, out / "batches")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "tests" / "ddp_worker.py"]
+    done = subprocess.run(
+        [sys.executable, *map(str, (*launch, out / "batches", data, out))],
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, done.stdout
+
+
+def test_two_processes_with_joint_statistics_are_one_with_the_joint_batch(together: tuple[Path, str]) -> None:
+    folder, _ = together
+    batches = load_file(folder / "batches")
+
+    def alone(dtype: torch.dtype) -> dict[str, Tensor]:
+        """Plain layers in one process, with torch's SGD and loss."""
+        torch.manual_seed(0)
+        model = plain(ddp_worker.smooth(models.resnet18(num_classes=3))).to(dtype).train()
+        groups = imagenet.parameter_groups(model, 1e-4)
+        optimizer = torch.optim.SGD(groups, lr=ddp_worker.LR, momentum=0.9, nesterov=True)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
+        for x, wanted in zip(batches["images"], batches["targets"], strict=True):
+            scores = model(imagefolder.normalize(x, Preprocessing()).to(dtype))
+            nn.functional.cross_entropy(scores, wanted, label_smoothing=0.1).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        return model.state_dict()
+
+    ours, single, exact = load_file(folder / "joint.safetensors"), alone(torch.float32), alone(torch.float64)
+    assert ours.keys() == single.keys()
+
+    def joined(state: dict[str, Tensor], kind: str) -> Tensor:
+        return torch.cat([state[name].flatten() for name in single if kind in name])
+
+    for kind in ("weight", "bias", "running_mean", "running_var"):
+        assert_obeys_error_rule(joined(ours, kind), joined(single, kind), joined(exact, kind), kind)
+
+
+def test_two_processes_resume_bit_for_bit(together: tuple[Path, str]) -> None:
+    folder, printed = together
+    lines = printed.splitlines()  # of process 0 alone
+    assert sum("2 processes on cpu, 4 images a step, 4 steps an epoch" in line for line in lines) == 2
+    assert sum("resumed in epoch 2 after 3 of its steps" in line for line in lines) == 1
+    assert [line.partition(":")[0] for line in lines if line.startswith("epoch")] == [
+        "epoch 1/2", "epoch 2/2", "epoch 2/2",
+    ]  # fmt: skip
+    same_files(folder / "whole", folder / "cut")
+    same_rows(folder / "whole", folder / "cut")
+
+
+def test_two_processes_count_each_validation_image_once(together: tuple[Path, str], data: Path) -> None:
+    folder, _ = together
+    row = metrics.read(folder / "whole" / imagenet.METRICS)[-1]
+    images = imagefolder.ValImages(imagefolder.scan(data / "val"), Preprocessing(73, 64))
+    batch, targets = next(iter(imagefolder.val_loader(images, batch=7)))
+    x = imagefolder.normalize(batch, images.preprocessing)
+    for name, file in (("val", imagenet.MODEL), ("ema", imagenet.EMA_MODEL)):
+        model = rf.resnet18(weights=folder / "whole" / file).eval()
+        with torch.no_grad():
+            scores, exact = plain(model)(x), plain(model).double()(x.double())
+        assert row[f"{name}_accuracy"] == int((exact.argmax(1) == targets).sum()) / 7
+        single, losses = (nn.functional.cross_entropy(each, targets, reduction="none") for each in (scores, exact))
+        error, allowed = abs(row[f"{name}_loss"] - float(losses.mean())), 2 * (single - losses).abs().mean()
+        assert error <= allowed + unit_roundoff(torch.float32) * losses.mean(), (name, error, allowed)
