@@ -23,7 +23,7 @@ help: ## list these targets
 	@echo "make demo and make test need nothing but $(PY) (3.10 or newer); everything is installed in $(VENV)."
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.demo ## classify two photographs with plain torch and fused, compare answers and speed
+demo: $(VENV)/.demo ## classify two photographs with plain torch and fused, compare answers and speed; then a training
 	@echo "==> resnet-fast demo"
 	@$(BIN)/resnet-fast demo $(ARGS)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -330,10 +330,14 @@ def _forms() -> Iterator[Any]:
     yield pytest.param("cuda", marks=cuda_device.needs_cuda_kernels, id="cuda")
 
 
-def _on(form: str) -> AbstractContextManager[object]:
-    if form == "reference":
-        return backends.use("reference")
-    return cuda_device.kernels() if form == "cuda" else triton_device.kernels(form)
+@contextmanager
+def _on(form: str) -> Iterator[None]:
+    """The ops run this form, and nothing falls back to another."""
+    kinds = {"reference": lambda: backends.use("reference"), "cuda": cuda_device.kernels}
+    before = backends.fallbacks()
+    with kinds[form]() if form in kinds else triton_device.kernels(form):
+        yield
+    assert backends.fallbacks() == before
 
 
 @pytest.mark.parametrize("form", list(_forms()))

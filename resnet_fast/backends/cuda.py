@@ -35,7 +35,7 @@ _INTERFACE = 1  # of the module's functions, as in csrc/binding.cpp
 _MOST = 2**31 - 1
 
 #: The ops that have CUDA kernels and are chosen here.
-OPS = ("conv_bn_act", "stem", "head", "add_act")
+OPS = ("conv_bn_act", "stem", "head", "add_act", "batch_norm_act")
 
 
 class Native:

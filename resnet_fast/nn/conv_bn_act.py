@@ -12,8 +12,9 @@ from . import fused
 class ConvBNAct2d(nn.Module):
     """Convolution, BatchNorm, optional residual and ReLU: ``relu(bn(conv(x)) + residual)``.
 
-    One fused op in eval mode and with frozen BN; the plain layers in train mode. The children ``conv``, ``bn`` and
-    ``act`` are ordinary modules: state_dict, hooks and in-place edits work as for them.
+    One fused op in eval mode and with frozen BN; in train mode a convolution, the statistics, and one op for the rest.
+    The children ``conv``, ``bn`` and ``act`` are ordinary modules: state_dict, hooks and in-place edits work as for
+    them.
 
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups, bias: as for ``torch.nn.Conv2d``.

@@ -28,8 +28,8 @@ SIDE = 28
 WHITE = 255.0
 """The brightest value of scikit-learn's digits, as of 8-bit images; MNIST's go to 1, as its users are used to.
 
-An epoch of the digits has 28 batches of 50, one of MNIST 1100. With values up to 1 the network, whose initial weights have
-a deviation of 0.02 and no BatchNorm to enlarge them, answers at random for about 150 steps; up to 255, for about 40.
+An epoch of the digits has 28 batches of 50, one of MNIST 1100. With values up to 1 the network, whose initial weights
+have a deviation of 0.02 and no BatchNorm to enlarge them, answers at random for about 150 steps; up to 255, for 40.
 """
 
 MAX_BYTES = 512 * 2**20
@@ -81,9 +81,10 @@ def load(source: str, seed: int = 0, side: int = SIDE) -> Digits:
     """The data set that ``source`` names.
 
     ``digits``: the 1797 that come with scikit-learn, 8x8, enlarged to ``side`` x ``side`` (bilinear), from 0 to 255, a
-    fifth of every class for validation, chosen by ``seed``. ``mnist``: downloaded into torch.hub's folder `datasets/mnist` and
-    verified. Otherwise a folder with MNIST's four idx files (with or without .gz), or an .npz file with x_train,
-    y_train, x_test, y_test, images [N, H, W] of uint8, or of floats from 0 to 1. Of these images are from 0 to 1.
+    fifth of every class for validation, chosen by ``seed``. ``mnist``: downloaded into torch.hub's folder
+    `datasets/mnist` and verified. Otherwise a folder with MNIST's four idx files (with or without .gz), or an .npz file
+    with x_train, y_train, x_test, y_test, images [N, H, W] of uint8, or of floats from 0 to 1. Of these and of MNIST
+    images are from 0 to 1.
 
     From files the first twelfth of the training images (5000 of MNIST's 60000) is for validation, and the test images
     are held out.
