@@ -62,7 +62,14 @@ STAGES = (
     Stage("jax", "ResNet-50 fp16 against JAX/XLA", 0.08, 0.02, timed=True),
     Stage("cudnn", "ResNet-50 fp16 against the cuDNN graph API", 0.06, 0.02, timed=True),
     Stage("kernels", "each op at ResNet-50's shapes beside its floor", 0.15, 0.05, timed=True),
-    Stage("tune", "launch choices for ResNet-50 fp16, Triton's and CUDA's", 0.30, 0.03, timed=True),
+    Stage(
+        "tune",
+        "launch choices for ResNet-50 fp16 and for its training in bf16, Triton's and CUDA's",
+        0.30,
+        0.03,
+        timed=True,
+    ),
+    Stage("training", "ResNet-50 training steps in bf16 against torch eager and torch.compile", 0.30, 0.05, timed=True),
     Stage("layers", "each layer of ResNet-50: floor, Triton, CUDA, cuDNN", 0.15, 0.03, timed=True),
     Stage("sanitizer", "compute-sanitizer memcheck, racecheck and synccheck on the ops", 0.15, 0.03),
 )
@@ -287,7 +294,7 @@ def rehearsal(run: Run, cwd: Path, env: Mapping[str, str]) -> int:
     tests = (cwd / "tests").glob
     files = sorted(
         str(path.relative_to(cwd))
-        for path in (*tests("test_triton_*.py"), *tests("test_cuda_*.py"))
+        for path in (*tests("test_triton_*.py"), *tests("test_cuda_*.py"), *tests("test_conv_statistics.py"))
         if path.name != "test_cuda_on_cpu.py"  # which compiles
     )
     for name, arguments, seconds in (
@@ -340,6 +347,9 @@ def table(results: Path, outcomes: Mapping[str, Outcome]) -> str:
     for name, row in cases.items():
         if "contestants" in row:
             lines.append(f"{name:22s} {_rates(row)}")
+    for name, row in _read(results / "training.json").get("cases", {}).items():
+        if "contestants" in row:
+            lines.append(f"{name}: {training_line(row)}")
     lines += _layers(_read(results / "layers.json").get("rows", {}))
     rows = [row for row in _read(results / "ops.json").get("rows", {}).values() if "share" in row]
     for op in dict.fromkeys(row["op"] for row in rows):
@@ -376,6 +386,19 @@ def _rates(row: dict[str, Any]) -> str:
         if rates and max(rates):
             parts.append(f"{name} {max(rates):.0f}" + (f" ({ratio:.2f}x)" if ratio else ""))
     return "img/s: " + ", ".join(parts)
+
+
+def training_line(row: Mapping[str, Any]) -> str:
+    """``eager 1000 img/s 20.0 GiB, ours 1200 img/s 19.0 GiB (1.20x)``: of ours how many times eager's rate."""
+    parts = []
+    for name, found in row["contestants"].items():
+        if "images_per_second" not in found:
+            parts.append(f"{name}: {found['status']}, {found['reason']}")
+            continue
+        memory = f" {found['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in found else ""
+        ratio = row["against"].get(name, {}).get("eager", {}).get("p50")
+        parts.append(f"{name} {found['images_per_second']:.0f} img/s{memory}" + (f" ({ratio:.2f}x)" if ratio else ""))
+    return ", ".join(parts)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Each layer of a network as one launch: its floor, Triton's kernel, CUDA's, and torch's way by cuDNN, timed alike.
 
+A training BatchNorm with what is fused to it is two launches (``Pair``), forward and backward each.
+
 No GPU is touched here but through the runner (``resnet_fast.tuning.cuda.CudaRunner``), which judges every answer first.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +26,49 @@ CONTESTANTS = ("triton", "cuda", "cudnn")
 Way = Callable[[Case, Mapping[str, Any]], Callable[[], Tensor]]
 
 
+@dataclass(frozen=True)
+class Pair:
+    """The two passes of a BatchNorm + residual + ReLU in training, forward or backward.
+
+    Attributes:
+        first, second: "statistics" and "apply", or "reduce" and "backward". batch: images.
+    """
+
+    first: Case
+    second: Case
+    batch: int
+
+    @property
+    def form(self) -> str:
+        return "forward" if self.second.problem.step == "apply" else "backward"
+
+    @property
+    def key(self) -> str:
+        problem = self.second.problem
+        relu = self.second.form == "relu" if self.form == "forward" else problem.relu
+        extras = f"{' relu' if relu else ''}{' residual' if problem.residual else ''}"
+        return f"{problem.precision} {problem.rows}x{problem.c}{extras}"
+
+    def __str__(self) -> str:
+        return f"{self.first.op} ({self.form}) {self.key}"
+
+
+def pairs(cases: Iterable[Case], batch: int) -> tuple[Pair, ...]:
+    """The forward and the backward of every BatchNorm among the cases of a network, each once."""
+    norms = [case for case in cases if case.op == "batch_norm_act"]
+    firsts = {
+        (case.problem.step, case.problem.rows, case.problem.c, case.problem.relu): case
+        for case in norms
+        if case.problem.step in ("statistics", "reduce")
+    }
+    found: dict[Pair, None] = {}
+    for case in norms:
+        of, step = case.problem, {"apply": "statistics", "backward": "reduce"}.get(case.problem.step)
+        if step is not None:
+            found[Pair(firsts[step, of.rows, of.c, of.relu], case, batch)] = None
+    return tuple(found)
+
+
 def contested(cases: Iterable[Case]) -> tuple[Case, ...]:
     """Those that CUDA and cuDNN have something against, each problem once; gradients and blocks are no layers."""
     found: dict[tuple[str, str], Case] = {}
@@ -33,11 +79,13 @@ def contested(cases: Iterable[Case]) -> tuple[Case, ...]:
 
 
 def measure(
-    case: Case, gpu: Any, runner: Any, ways: Mapping[str, Way] | None = None, without_cuda: str = "not measured"
+    case: Case | Pair, gpu: Any, runner: Any, ways: Mapping[str, Way] | None = None, without_cuda: str = "not measured"
 ) -> dict[str, Any]:
     """The row of a case: its floor, and for each contestant ``us`` and what ran, or what is ``wrong``, or why ``none``
     ran. Triton's choice is the one in force: the table's, else the heuristic's. CUDA's kernels are not launched, for
     ``without_cuda``; ``measure_cuda`` does it."""
+    if isinstance(case, Pair):
+        return _measure_pair(case, gpu, runner, without_cuda)
     work = ops.get(case.op).work(case.problem)
     row: dict[str, Any] = {
         "op": case.op, "form": case.form, "problem": case.problem.key(),
@@ -48,8 +96,36 @@ def measure(
     return row | {"times": times | {"cudnn": _torchs(case, runner, (WAYS if ways is None else ways)[case.op])}}
 
 
-def measure_cuda(case: Case, gpu: Any, runner: Any) -> dict[str, Any]:
+def _measure_pair(pair: Pair, gpu: Any, runner: Any, without_cuda: str) -> dict[str, Any]:
+    both = [ops.get(case.op).work(case.problem) for case in (pair.first, pair.second)]
+    floors = [work.floor(gpu, pair.second.problem.precision) for work in both]
+    times = {"triton": _together(_ours(case, gpu, runner) for case in (pair.first, pair.second))}
+    runner.load(pair.second)
+    try:
+        with _trying():
+            torchs = {"us": 1e6 * runner.seconds_of(lambda tensors: _norm(pair, tensors))}
+    except RuntimeError as failure:
+        torchs = {"none": " ".join(str(failure).split())[:200]}
+    return {
+        "op": pair.first.op, "form": pair.form, "problem": pair.key, "floor_us": 1e6 * sum(floors),
+        "bytes": sum(work.bytes for work in both), "flops": sum(work.flops for work in both),
+        "times": times | {"cuda": {"none": without_cuda}, "cudnn": torchs},
+    }  # fmt: skip
+
+
+def _together(times: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Of two launches one behind the other: the sum, or what one of them has in its place."""
+    first, second = times
+    for one in (first, second):
+        if "us" not in one:
+            return one
+    return {"us": first["us"] + second["us"], "choice": {"first": first["choice"], "second": second["choice"]}}
+
+
+def measure_cuda(case: Case | Pair, gpu: Any, runner: Any) -> dict[str, Any]:
     """What CUDA's kernel takes for a case of Triton's, by the choice in force, as in a row of ``measure``."""
+    if isinstance(case, Pair):
+        return _together([measure_cuda(each, gpu, runner) for each in (case.first, case.second)])
     twins = ops.with_cuda([case], gpu)[1:]
     return _ours(twins[0], gpu, runner) if twins else {"none": "no CUDA kernel computes it here"}
 
@@ -147,6 +223,42 @@ def _add(case: Case, tensors: Mapping[str, Any]) -> Callable[[], Tensor]:
     return lambda: torch.add(x, y).relu_()
 
 
+def _norm(pair: Pair, tensors: Mapping[str, Any]) -> Callable[[], object]:
+    """torch's BatchNorm by the kernels that it chooses itself, then the addition and the ReLU in place; backward the
+    ReLU's gradient, which is the residual's too, then BatchNorm's. On the tensors of the second pass; not judged."""
+    problem, x = pair.second.problem, tensors["x"]
+    side = math.isqrt(problem.rows // pair.batch)
+    if side * side * pair.batch != problem.rows:
+        raise ValueError(f"{pair}: {problem.rows} rows are no {pair.batch} square images")
+
+    def image(matrix: Tensor) -> Tensor:
+        return matrix.view(pair.batch, side, side, problem.c).permute(0, 3, 1, 2)
+
+    gamma, beta = tensors["gamma"], tensors.get("beta")
+    running = torch.zeros_like(gamma), torch.ones_like(gamma)
+    norm, norm_backward = torch._batch_norm_impl_index, torch.ops.aten._batch_norm_impl_index_backward.default
+    if pair.form == "forward":
+        residual = tensors["residual"]
+
+        def forward() -> Tensor:
+            y: Tensor = norm(image(x), gamma, beta, *running, True, 0.1, 1e-5, True)[0]
+            y = y if residual is None else y.add_(image(residual))
+            return y.relu_() if pair.second.form == "relu" else y
+
+        return forward
+    beta = torch.zeros_like(gamma)
+    _, mean, invstd, reserve, index = norm(image(x), gamma, beta, *running, True, 0.1, 1e-5, True)
+    grad, output = tensors["grad"], tensors["y"]
+
+    def backward() -> object:
+        g = grad if output is None else torch.ops.aten.threshold_backward.default(grad, output, 0)
+        return norm_backward(
+            index, image(x), image(g), gamma, *running, mean, invstd, True, 1e-5, [True, True, True], reserve
+        )
+
+    return backward
+
+
 WAYS: dict[str, Way] = {"stem": _stem, "conv_bn_act": _conv, "head": _head, "add_act": _add}
 
 
@@ -174,6 +286,7 @@ def table(data: Mapping[str, Any]) -> str:
         f"Driver {machine['driver']}, nvcc {machine['nvcc'] or 'none'}, {versions}.",
         "Microseconds of one launch, by replays of a CUDA graph over inputs past the level-2 cache.",
         "cuDNN's algorithms are the fastest of those it tries (torch.backends.cudnn.benchmark is True).",
+        "batch_norm_act is two launches, in the last column torch's BatchNorm, addition and ReLU.",
         "The commit of each row is in layers.json.",
         "",
     ]

@@ -15,6 +15,7 @@ import functools
 import gc
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -32,8 +33,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import environment, gpu_layers, ops
-from benchmarks.gpu import CUT_OFF, WITHOUT_CUDA
+from benchmarks import bench_training, environment, gpu_layers, ops
+from benchmarks.gpu import CUT_OFF, WITHOUT_CUDA, training_line
 from resnet_fast import backends
 from resnet_fast.benchmarking import cuda, results
 from resnet_fast.benchmarking.compare import fresh_model
@@ -58,6 +59,9 @@ OTHERS = (
         for precision in ("bf16", "tf32", "fp32")
     ),
 )
+TRAININGS_SHARE = 1 / 3
+"""Of the time for launch choices what those that only training runs have."""
+TRAINED = tuple(bench_training.Case("resnet50", "bf16", batch) for batch in (128, 256))
 ACCURACY = tuple((arch, precision) for arch in ("resnet50", "resnet18", "resnet152") for precision in PRECISIONS)
 
 
@@ -204,8 +208,8 @@ def smoke(
 
 def _cuda_computes(op: Callable[..., Any], precision: str) -> bool:
     """Whether CUDA's kernels compute what ``ops`` makes by this function; products of float32 only in ``head``."""
-    without = (ops.bottleneck_tail, ops.conv_bn_act, ops.stem) if precision == "fp32" else (ops.bottleneck_tail,)
-    return op not in without
+    without = (ops.conv_bn_act, ops.stem) if precision == "fp32" else ()
+    return op.__name__ in backends.cuda.OPS and op not in without
 
 
 def smoke_alone(folder: Path, deadline: Deadline) -> int:
@@ -326,12 +330,16 @@ def _tests(folder: Path, deadline: Deadline, runs: dict[str, list[str]]) -> int:
 
 
 def gpu_tests(root: Path) -> tuple[list[str], list[str], list[str]]:
-    """The test files of Triton's kernels, of CUDA's, and the others in which something is marked for a GPU."""
+    """The test files of Triton's kernels, by name or by what they import; of CUDA's; and the others in which something
+    is marked for a GPU."""
 
     def says(path: Path, pattern: str) -> bool:
         return re.search(pattern, path.read_text(encoding="utf-8")) is not None
 
-    kernels = sorted(root.glob("test_triton_*.py"))
+    named, cudas = set(root.glob("test_triton_*.py")), set(root.glob("test_cuda_*.py"))
+    imports = r"(?m)^from \.triton_device import"
+    every = [path for path in sorted(root.glob("test_*.py")) if path not in cudas]
+    kernels = [path for path in every if path in named or says(path, imports)]
     native = [path for path in sorted(root.glob("test_cuda_*.py")) if says(path, r"from \.cuda_device import")]
     others = [path for path in sorted(root.glob("test_*.py")) if path not in (*kernels, *native)]
     marked = [path for path in others if says(path, r"mark\.gpu\b")]
@@ -639,7 +647,8 @@ def time_op(case: ops.OpCase, limits: Any, device: Device, *, seconds: float) ->
 
 def tune(folder: Path, deadline: Deadline) -> int:
     """Sweeps the launch choices of ResNet-50 in float16, batch by batch, into a table beside the results: Triton's of
-    all batches, then, in a quarter of the time, CUDA's, so that a CUDA kernel which faults costs only CUDA's."""
+    all batches, then, in a quarter of the time, CUDA's, so that a CUDA kernel which faults costs only CUDA's. Of both a
+    third is for what only training runs, in bfloat16."""
     from resnet_fast.backends import triton
     from resnet_fast.kernels import _tables
     from resnet_fast.tuning import ops as adapters
@@ -651,13 +660,14 @@ def tune(folder: Path, deadline: Deadline) -> int:
     path = _tables.user_folder() / f"{gpu.name}.json"
 
     def batches(time: Deadline, native: bool) -> None:
-        for case in FIRST:
-            if time.left < 10:
-                break
-            sweep.sweep(
-                [found for found in tunable(case, gpu) if adapters.is_cuda(found) == native], gpu, runner, path,
-                measured_with=versions(device), seconds=time.left - 5, finished=_tuned,
-            )  # fmt: skip
+        inference = Deadline((1 - TRAININGS_SHARE) * time.left)
+        for case, training in (*((case, False) for case in FIRST), (TRAINED[0], True)):
+            left = time.left if training else inference.left
+            wanted = [found for found in tunable(case, gpu, training) if adapters.is_cuda(found) == native]
+            if wanted and left >= 10:
+                sweep.sweep(
+                    wanted, gpu, runner, path, measured_with=versions(device), seconds=left - 5, finished=_tuned
+                )
 
     without = without_cuda()
     with CudaRunner(gpu, device) as runner:
@@ -683,13 +693,15 @@ def _cuda_pass(measure: Callable[[], None]) -> int:
     return 0
 
 
-def tunable(case: Case, gpu: Any) -> list[Any]:
-    """The launches of a network that no table in force has a choice for, of Triton's kernels and of CUDA's."""
+def tunable(case: Case | bench_training.Case, gpu: Any, training: bool = False) -> list[Any]:
+    """The launches of a network that no table in force has a choice for, of Triton's kernels and of CUDA's; with
+    ``training`` those that only training runs."""
     from resnet_fast.kernels import _tables
     from resnet_fast.tuning import ops as adapters
     from resnet_fast.tuning import shapes
 
-    cases = adapters.with_cuda(shapes.problems([case.arch], [case.batch], [case.precision], gpu=gpu), gpu)
+    every = shapes.problems([case.arch], [case.batch], [case.precision], gpu=gpu, training=training)
+    cases = adapters.with_cuda([found for found in every if (found.op in shapes.TRAINING) == training], gpu)
     return [found for found in cases if _tables.lookup(found.op, found.problem.key(), gpu.name) is None]
 
 
@@ -704,8 +716,53 @@ def _tuned(outcome: Any) -> None:
     )
 
 
+def training(folder: Path, deadline: Deadline) -> int:
+    """Training steps of ResNet-50 in bf16: images a second and peak memory. What is compiled comes last, for its time:
+    a case that is cut off loses what it has measured."""
+    rounds = [(case, ("eager", "ours", "lean")) for case in TRAINED]
+    rounds += [(case, ("eager", "ours", name)) for name in ("compile", "ours_compile") for case in TRAINED]
+    wrong = 0
+    for case, names in deadline.each(rounds):
+        wrong += not measure_training(folder, case, names)
+    return int(wrong > 0)
+
+
+def measure_training(
+    folder: Path, case: bench_training.Case, names: tuple[str, ...], *, device: str = "cuda", seconds: float = 4.0
+) -> bool:
+    """Measures one case into ``training.json``, prints a line, and says whether our own gradients were right.
+
+    What is in the file already about contestants that take no part this time stays, marked by its own time.
+    """
+    book = Book(folder, "training", ("cases",))
+    earlier = book.data["cases"].get(case.name, {})
+    try:
+        row = bench_training.measure(case, device=device, names=names, seconds=seconds)
+    except Exception as error:
+        failed = {"setting": dataclasses.asdict(case), "failed": _one_line(error)}
+        book.add("cases", case.name, earlier | failed)
+        print(f"  {case.name}: FAILED {_one_line(error)}", flush=True)
+        return False
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    print(f"  {case.name}: {training_line(row)}", flush=True)
+    right = all(found["status"] == "timed" for found in row["contestants"].values() if found["ours"])
+    for name, old in earlier.get("contestants", {}).items():
+        if name not in row["contestants"]:
+            row["contestants"][name] = {"time": earlier["time"], **old}
+            if name in earlier["against"]:
+                row["against"][name] = earlier["against"][name]
+    for name, ratios in row["against"].items():
+        row["against"][name] = earlier.get("against", {}).get(name, {}) | ratios
+    book.add("cases", case.name, row)
+    return right
+
+
 def layers(folder: Path, deadline: Deadline) -> int:
-    """Every layer of ResNet-50 in float16: its floor, and what Triton, CUDA and cuDNN take, beside each other.
+    """Every layer of ResNet-50 in float16, and every BatchNorm of its training in bfloat16: the floor, and what Triton,
+    CUDA and cuDNN take, beside each other.
 
     CUDA's kernels come behind all else, in a third of the time: one that faults costs only what is left of its column.
     """
@@ -733,10 +790,17 @@ def layers(folder: Path, deadline: Deadline) -> int:
                 add(problem, row)
 
     with CudaRunner(gpu, device) as runner:
-        problems = (
-            (case.batch, problem)
-            for case in FIRST
-            for problem in gpu_layers.contested(shapes.problems([case.arch], [case.batch], [case.precision]))
+
+        def found(case: Case | bench_training.Case, training: bool = False) -> tuple[Any, ...]:
+            return shapes.problems([case.arch], [case.batch], [case.precision], training=training)
+
+        problems: Iterator[tuple[int | str, Any]] = itertools.chain(
+            ((FIRST[0].batch, problem) for problem in gpu_layers.contested(found(FIRST[0]))),
+            (
+                (f"{TRAINED[0].batch}, training", pair)
+                for pair in gpu_layers.pairs(found(TRAINED[0], True), TRAINED[0].batch)
+            ),
+            ((case.batch, problem) for case in FIRST[1:] for problem in gpu_layers.contested(found(case))),
         )
         first = deadline if without else Deadline(2 / 3 * deadline.left)
         for batch, problem in first.each(problems):
@@ -789,6 +853,8 @@ class _Reroute(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "resnet_fast":
             name = function._opname
+            if importlib.util.find_spec(f"resnet_fast.ops.{name}") is None:  # one of the steps of batch_norm_act
+                return function(*args, **(kwargs or {}))
             module = importlib.import_module(f"resnet_fast.ops.{name}")
             if hasattr(module, "run_kernel"):
                 result = module.run_kernel("triton", *args)
@@ -821,7 +887,7 @@ def rehearse(folder: Path, deadline: Deadline) -> int:
     print(f"  to build _C: nvcc {build.find_nvcc()}, CUTLASS {build.find_cutlass()}", flush=True)
     for name, sections in (("correctness", ("ops", "models")), ("tests", ("pytest", "sanitizer")),
                            ("models", ("cases",)), ("ops", ("ceilings", "rows")), ("native", ("build",)),
-                           ("layers", ("rows",))):  # fmt: skip
+                           ("layers", ("rows",)), ("training", ("cases",))):  # fmt: skip
         Book(folder, name, sections)
     warnings.simplefilter("ignore")
     driver.set_active(FakeDriver(90))
@@ -846,8 +912,16 @@ def rehearse(folder: Path, deadline: Deadline) -> int:
     from resnet_fast.graph import optimize
     from resnet_fast.kernels import gpus
     from resnet_fast.models import get_model
+    from resnet_fast.tuning import compiler
+    from resnet_fast.tuning import ops as adapters
+
+    def heuristic(case: Any, gpu: Any) -> Any:
+        return adapters.get(case.op).kernel.heuristic(case.problem, gpu)
 
     print(f"  {len(tunable(FIRST[0], gpus.known('h100')))} launches of {FIRST[0].name} to tune", flush=True)
+    trained = tunable(TRAINED[0], gpus.known("h100"), training=True)
+    made = [part for case in trained for part in compiler.launches(case, heuristic(case, gpus.known("h100")))]
+    print(f"  {len(trained)} problems of {TRAINED[0].name} to tune, {len(made)} launches built", flush=True)
     for arch in deadline.each(("resnet50", "resnet18", "resnet152")):
         model = get_model(arch).eval()
         planned = optimize(
@@ -883,6 +957,7 @@ STAGES: dict[str, Callable[[Path, Deadline], int]] = {"cuda": cuda_kernels} | {
         cudnn,
         kernels,
         tune,
+        training,
         layers,
         sanitizer,
         rehearse,

@@ -229,6 +229,47 @@ def add_act(channels: int, size: int, batch: int, precision: str, device: str = 
     )  # fmt: skip
 
 
+def batch_norm_act(channels: int, size: int, batch: int, precision: str, device: str = "cpu") -> OpCase:
+    """``batch_norm_act`` in training, with residual and ReLU: its result, and every gradient for one of the result's.
+
+    Of a whole batch alone: the statistics of some of its images are others.
+    """
+    dtype = DTYPES[precision]
+    gamma = noise(channels, seed=1, dtype=torch.float32, device=device).abs() + 0.5
+    beta = noise(channels, seed=2, dtype=torch.float32, device=device)
+    elements = batch * channels * size * size
+
+    def data(seed: int) -> tuple[Tensor, ...]:
+        shape = (batch, channels, size, size)
+        return tuple(noise(*shape, seed=first + seed, dtype=dtype, device=device) for first in (10, 1000, 2000))
+
+    def run(function: Callable[..., Tensor], x: Tensor, residual: Tensor, grad: Tensor) -> Result:
+        given = [tensor.detach().requires_grad_() for tensor in (x, residual, gamma.to(grad), beta.to(grad))]
+        if x.dtype is not torch.float64:
+            given[2:] = [tensor.detach().requires_grad_() for tensor in (gamma, beta)]
+        with torch.enable_grad():
+            y = function(*given)
+        found = torch.autograd.grad(y, given, grad)
+        return y.detach(), *found[:2], *(vector.expand(batch, channels) for vector in found[2:])
+
+    def plain(x: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(x, None, None, gamma, beta, True) + residual)
+
+    return OpCase(
+        "batch_norm_act", f"{channels}-{size}px", precision, batch, data,
+        contestants={
+            "plain": functools.partial(run, plain),
+            "op": functools.partial(
+                run, lambda x, residual, gamma, beta: rf.ops.batch_norm_act(
+                    x, gamma, beta, residual=residual, training=True
+                ),
+            ),
+        },
+        exact=lambda *given: run(plain, *(tensor.double() for tensor in given)),
+        work=Work(12 * elements * dtype.itemsize, 0, 20 * elements),
+    )  # fmt: skip
+
+
 def stem(size: int, batch: int, precision: str, device: str = "cpu", *, k: int = 64) -> OpCase:
     """``stem`` on float images of three channels, with padded pooling."""
     dtype = DTYPES[precision]
@@ -389,6 +430,8 @@ def small(precision: str, device: str) -> tuple[Callable[[], OpCase], ...]:
         *(functools.partial(conv_bn_act, shape, *given) for shape in SMALL_CONVS),
         functools.partial(add_act, 17, 9, *given),
         functools.partial(add_act, 256, 14, *given),
+        functools.partial(batch_norm_act, 17, 9, *given),
+        functools.partial(batch_norm_act, 256, 14, *given),
         functools.partial(stem, 61, *given),
         functools.partial(stem, 64, *given, k=24),
         functools.partial(head, 512, 7, *given),

@@ -129,6 +129,14 @@ def milliseconds(op: str, problem: str, gpu: str) -> float | None:
     return float(taken) if type(taken) in (int, float) and 0 < taken < float("inf") else None
 
 
+def pays(op: str, problem: str, gpu: str) -> bool:
+    """Whether the table says that the kernel takes less time than the op's plain way; False where it does not say."""
+    found = lookup(op, problem, gpu) or {}
+    ours, plain = found.get("ms"), found.get("plain_ms")
+    sound = all(type(taken) in (int, float) and 0 < taken < float("inf") for taken in (ours, plain))
+    return sound and ours < plain  # type: ignore[operator]
+
+
 def measured(op: str, problem: str, gpu: str, kind: type[Choice]) -> Choice | None:
     """The measured choice as a config of that dataclass; None if there is none, or none that a kernel can take."""
     found = lookup(op, problem, gpu)

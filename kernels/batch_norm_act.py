@@ -137,15 +137,69 @@ def _slice_moments(
 
 
 @triton.jit
+def _mean_of_slice(workspace, slice, c, inside, plane, C):
+    """The mean of one slice in float64, 0 where it is not finite: an origin as good as a row of x.
+
+    Args:
+        workspace: of counted slices: [slices, C] sums of x, what these round off, and squared deviations from the
+            slice's mean, as three planes, and [slices] rows of each.
+    """
+    at = workspace + slice * C + c
+    mean = tl.load(at, mask=inside, other=0.0).to(tl.float64) + tl.load(at + plane, mask=inside, other=0.0)
+    mean /= tl.load(workspace + 3 * plane + slice).to(tl.float64)
+    return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
+
+
+@triton.jit(do_not_specialize=["SLICES"])
+def _thin_moments(
+    workspace,  # counted slices
+    thinned,  # the same of fewer: BLOCK_S of them in one
+    SLICES,
+    C,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    columns = tl.cdiv(C, BLOCK_C)
+    group = (tl.program_id(0) // columns).to(tl.int64)
+    column = tl.program_id(0) % columns
+    c = column * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < C
+    plane = SLICES.to(tl.int64) * C
+    origin = _mean_of_slice(workspace, group * BLOCK_S, c, inside, plane, C)
+    index = group * BLOCK_S + tl.arange(0, BLOCK_S)
+    rows = tl.load(workspace + 3 * plane + index, mask=index < SLICES, other=0.0).to(tl.float64)
+    at = workspace + index[:, None] * C + c[None, :]
+    mask = (index < SLICES)[:, None] & inside[None, :]
+    sums = tl.load(at, mask=mask, other=0.0).to(tl.float64) + tl.load(at + plane, mask=mask, other=0.0)
+    sums = tl.where(mask, sums - rows[:, None] * origin[None, :], 0.0)
+    squares = (
+        tl.load(at + 2 * plane, mask=mask, other=0.0) + sums * sums * (1.0 / tl.where(rows > 0.0, rows, 1.0))[:, None]
+    )
+    n = tl.sum(rows, axis=0)
+    distance = tl.sum(sums, axis=0)
+    m2 = tl.sum(squares, axis=0) - distance * distance / n
+    total = distance + n * origin
+    high = total.to(tl.float32)
+    low = tl.where(tl.abs(high) < float("inf"), total - high, 0.0)
+    groups = tl.cdiv(SLICES, BLOCK_S).to(tl.int64)
+    to = thinned + group * C + c
+    tl.store(to, high, mask=inside)
+    tl.store(to + groups * C, low.to(tl.float32), mask=inside)
+    tl.store(to + 2 * groups * C, tl.where(m2 < 0.0, 0.0, m2).to(tl.float32), mask=inside)
+    if column == 0:
+        tl.store(thinned + 3 * groups * C + group, n.to(tl.float32))
+
+
+@triton.jit
 def _update(running, at, inside, value, MOMENTUM):
     """running = (1 - momentum) * running + momentum * value; ``value`` is float64."""
     before = tl.load(running + at, mask=inside, other=0.0)
     tl.store(running + at, MOMENTUM * value.to(tl.float32) + (1.0 - MOMENTUM) * before, mask=inside)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["ROWS", "SLICES", "SLICE_ROWS"])
 def _merge_moments(
-    workspace,  # as _slice_moments leaves it
+    workspace,  # as _slice_moments leaves it; COUNTED: of counted slices
     mean,  # [C] float32
     spread,  # [C] float32: the biased variance, or 1 / sqrt(it + EPS)
     running_mean,  # [C] float32, or None
@@ -153,26 +207,37 @@ def _merge_moments(
     EPS,
     MOMENTUM,
     ROWS,
+    SLICES,
     SLICE_ROWS,
     C,
     VARIANCE: tl.constexpr,
+    COUNTED: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
-    slices = tl.cdiv(ROWS, SLICE_ROWS)
-    plane = slices.to(tl.int64) * C
+    plane = SLICES.to(tl.int64) * C
+    behind = workspace + 3 * plane
+    if COUNTED:
+        origin = _mean_of_slice(workspace, 0, c, inside, plane, C)
+    else:
+        origin = tl.load(behind + c, mask=inside, other=0.0).to(tl.float64)
     sums = tl.zeros((BLOCK_S, BLOCK_C), dtype=tl.float64)  # of d, the distance from the origin
     squares = tl.zeros((BLOCK_S, BLOCK_C), dtype=tl.float64)  # of d^2: enough digits in float64
-    for start in range(0, slices, BLOCK_S):
+    for start in range(0, SLICES, BLOCK_S):
         index = start + tl.arange(0, BLOCK_S)
-        first = index.to(tl.int64) * SLICE_ROWS
-        rows = tl.maximum(tl.minimum(ROWS - first, SLICE_ROWS), 1).to(tl.float64)
+        if COUNTED:
+            rows = tl.load(behind + index, mask=index < SLICES, other=1.0).to(tl.float64)
+        else:
+            first = index.to(tl.int64) * SLICE_ROWS
+            rows = tl.maximum(tl.minimum(ROWS - first, SLICE_ROWS), 1).to(tl.float64)
         at = workspace + index.to(tl.int64)[:, None] * C + c[None, :]
-        mask = (index < slices)[:, None] & inside[None, :]
+        mask = (index < SLICES)[:, None] & inside[None, :]
         of_slice = tl.load(at, mask=mask, other=0.0).to(tl.float64)
         of_slice += tl.load(at + plane, mask=mask, other=0.0).to(tl.float64)
+        if COUNTED:
+            of_slice = tl.where(mask, of_slice - rows[:, None] * origin[None, :], 0.0)
         sums += of_slice
         squares += tl.load(at + 2 * plane, mask=mask, other=0.0).to(tl.float64)
         squares += of_slice * of_slice * (1.0 / rows)[:, None]
@@ -181,7 +246,7 @@ def _merge_moments(
     distance = total / n
     m2 = tl.sum(squares, axis=0) - total * distance
     m2 = tl.where(m2 < 0.0, 0.0, m2)  # by rounding; NaN stays
-    center = tl.load(workspace + 3 * plane + c, mask=inside, other=0.0).to(tl.float64) + distance
+    center = origin + distance
     tl.store(mean + c, center.to(tl.float32), mask=inside)
     variance = m2 / n
     if VARIANCE:
@@ -192,6 +257,30 @@ def _merge_moments(
         _update(running_mean, c, inside, center, MOMENTUM)
     if running_var is not None:
         _update(running_var, c, inside, m2 / (n - 1.0), MOMENTUM)
+
+
+@triton.jit(do_not_specialize=["ROWS"])
+def _finish(
+    mean,  # vectors: [C] float32
+    variance,
+    invstd,
+    running_mean,  # or None
+    running_var,  # or None
+    EPS,
+    MOMENTUM,
+    ROWS,
+    C,
+    BLOCK_C: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < C
+    spread = tl.load(variance + c, mask=inside, other=0.0).to(tl.float64)
+    tl.store(invstd + c, (1.0 / tl.sqrt(spread + EPS)).to(tl.float32), mask=inside)
+    if running_mean is not None:
+        _update(running_mean, c, inside, tl.load(mean + c, mask=inside, other=0.0).to(tl.float64), MOMENTUM)
+    if running_var is not None:
+        n = tl.cast(ROWS, tl.float64)
+        _update(running_var, c, inside, spread * (n / (n - 1.0)), MOMENTUM)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -351,6 +440,9 @@ def _backward(
 #: The merging launches: slices and channels of a step, and warps.
 _MERGE = {"BLOCK_S": 128, "BLOCK_C": 8, "num_warps": 4}
 
+#: Tiles whose moments one launch merges: four steps.
+_MOST_TILES = 4 * _MERGE["BLOCK_S"]
+
 #: Programs aimed at for each multiprocessor.
 _PROGRAMS = 8
 
@@ -445,6 +537,15 @@ def workspace_size(problem: Problem, config: Config) -> int:
     return (planes * slices(problem, config) + 1) * problem.c
 
 
+def _counted_size(tiles: int, c: int) -> int:
+    return (3 * c + 1) * tiles
+
+
+def moments_size(tiles: int, c: int) -> int:
+    """Numbers of float32 that :func:`merge_moments` needs as a workspace for the moments of that many tiles."""
+    return _counted_size(tiles, c) + _counted_size(cdiv(tiles, _MERGE["BLOCK_S"]), c)
+
+
 def _launch(kernel: Any, tensors: tuple[Any, ...], problem: Problem, config: Config, **flags: Any) -> Launch:
     """A launch with a program for each slice of each column."""
     lanes = config.lanes(problem)
@@ -482,11 +583,64 @@ def statistics(
         workspace: ``workspace_size`` numbers of float32.
         variance: ``invstd`` becomes the biased variance in its place.
     """
-    merge = (workspace, mean, invstd, running_mean, running_var, eps, momentum, problem.rows, config.rows, problem.c)
+    merge = (
+        workspace, mean, invstd, running_mean, running_var, eps, momentum, problem.rows, slices(problem, config),
+        config.rows, problem.c,
+    )  # fmt: skip
+    options = {"VARIANCE": variance, "COUNTED": False, **_MERGE}
     return (
         _launch(_slice_moments, (x, workspace), problem, config),
-        Launch(_merge_moments, (cdiv(problem.c, _MERGE["BLOCK_C"]),), merge, {"VARIANCE": variance, **_MERGE}),
+        Launch(_merge_moments, (cdiv(problem.c, _MERGE["BLOCK_C"]),), merge, options),
     )
+
+
+def merge_moments(
+    workspace: Any,
+    mean: Any,
+    invstd: Any,
+    running_mean: Any,
+    running_var: Any,
+    rows: int,
+    tiles: int,
+    c: int,
+    *,
+    eps: float,
+    momentum: float,
+    variance: bool = False,
+) -> tuple[Launch, ...]:
+    """What :func:`statistics` does, of moments that a convolution's tiles left in the workspace: one launch or two.
+
+    Args:
+        workspace: ``moments_size`` numbers of float32, the tiles' moments first.
+        rows, tiles: how many the convolution's output has, and how many left moments.
+    """
+    columns = cdiv(c, _MERGE["BLOCK_C"])
+    launches = []
+    if tiles > _MOST_TILES:  # a program for each column alone would take long
+        groups, thinned = cdiv(tiles, _MERGE["BLOCK_S"]), workspace[_counted_size(tiles, c) :]
+        launches.append(Launch(_thin_moments, (groups * columns,), (workspace, thinned, tiles, c), dict(_MERGE)))
+        workspace, tiles = thinned, groups
+    merge = (workspace, mean, invstd, running_mean, running_var, eps, momentum, rows, tiles, 1, c)
+    options = {"VARIANCE": variance, "COUNTED": True, **_MERGE}
+    return (*launches, Launch(_merge_moments, (columns,), merge, options))
+
+
+def finish(
+    mean: Any,
+    variance: Any,
+    invstd: Any,
+    running_mean: Any,
+    running_var: Any,
+    rows: int,
+    c: int,
+    *,
+    eps: float,
+    momentum: float,
+) -> Launch:
+    """The launch that fills ``invstd`` and updates the running statistics, of mean and biased variance of ``rows``."""
+    block = 256
+    tensors = (mean, variance, invstd, running_mean, running_var)
+    return Launch(_finish, (cdiv(c, block),), (*tensors, eps, momentum, rows, c), {"BLOCK_C": block, "num_warps": 4})
 
 
 def apply(

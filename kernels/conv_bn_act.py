@@ -13,12 +13,17 @@ Two forms:
             (r, s). What lies outside the image the copy engine fills with zeros, and that is the padding: no masks.
     gather  for everything else, with masked loads from computed addresses: any stride, dilation, groups, channel count.
 
+In training (``launch_raw``) the output is the convolution alone, to be normalised later. Two options save passes over
+memory then, each of one read of a tensor: the epilogue can leave the moments of its tile's rounded outputs, for
+batch_norm_act to merge; the form ``gather`` can normalise x on its way in, which was never written normalised.
+
 Traps: with stride 2 the box is taken from x seen as [N, H/2, 2, W/2, 2 C], which needs an even H and W; a box may not
 run over the last channel of a tap, since the next tap's weights would meet it: BLOCK_K divides C.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -41,12 +46,48 @@ from ._launch import (
     power_of_two,
     wide,
 )
+from .batch_norm_act import moments_size
 from .gpus import GPU
 from .problems import ConvBNAct as Problem
 
 NAME = "conv_bn_act"
 
 _SIZES = ["N", "H", "W", "P", "Q", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W", "DILATION_H", "DILATION_W"]
+
+
+@triton.jit
+def _normalised(a, valid, scale, shift, channel, inside):
+    """relu(a * scale + shift) in a's dtype; what is not valid is padding, which stays 0 behind the activation."""
+    y = a.to(tl.float32) * tl.load(scale + channel, mask=inside, other=0.0)[None, :]
+    y = relu(y + tl.load(shift + channel, mask=inside, other=0.0)[None, :])
+    return rounded(tl.where(valid, y, 0.0), a.dtype)
+
+
+@triton.jit
+def _leave_moments(y, valid, workspace, index, slices, channel, inside, K, counts):
+    """Leave the moments of a tile's rows for _merge_moments of batch_norm_act: sums, squared deviations, counts.
+
+    Args:
+        y: [BLOCK_M, BLOCK_N], rounded as it is stored. valid: [BLOCK_M], the rows that there are.
+        workspace: float32: three planes [slices, K], and [slices] counts.
+        counts: whether this program, of those of its rows, writes the count.
+    """
+    count = tl.sum(valid.to(tl.float32), axis=0)
+    y = y.to(tl.float32)
+    mean = tl.sum(tl.where(valid[:, None], y, 0.0), axis=0) / count
+    deviation = tl.where(valid[:, None], y - mean[None, :], 0.0)
+    rest = tl.sum(deviation, axis=0)  # what the mean was rounded by
+    squares = tl.sum(deviation * deviation, axis=0) - rest * rest / count
+    rest = tl.where(tl.abs(mean) < float("inf"), rest, 0.0)
+    total = mean.to(tl.float64) * count.to(tl.float64) + rest.to(tl.float64)
+    high = total.to(tl.float32)
+    low = tl.where(tl.abs(high) < float("inf"), total - high, 0.0)
+    to = workspace + index * K + channel
+    tl.store(to, high, mask=inside)
+    tl.store(to + slices * K, low.to(tl.float32), mask=inside)
+    tl.store(to + 2 * slices * K, squares, mask=inside)
+    if counts:
+        tl.store(workspace + 3 * slices * K + index, count)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -83,6 +124,9 @@ def _gather(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    scale_in=None,  # [C] float32: x is relu(x * scale_in + shift_in) in x's place
+    shift_in=None,  # [C] float32
+    workspace=None,  # for the moments of out's tiles
 ):
     tiles_n = tl.cdiv(GROUP_K, BLOCK_N)
     pixels = N * P * Q
@@ -121,6 +165,8 @@ def _gather(
                 mask = mask & (at_h >= 0) & (at_h < H) & (at_w >= 0) & (at_w < W)
             offset = (h * W + w) * C + position % GROUP_C
             a = tl.load(x + base[:, None] + offset[None, :], mask=mask, other=0.0)
+            if scale_in is not None:
+                a = _normalised(a, mask, scale_in, shift_in, group * GROUP_C + position % GROUP_C, inside)
             b = tl.load(taps[None, :] + position[:, None], mask=inside[:, None] & inside_k[None, :], other=0.0)
             accumulator = dot(a, b, accumulator, PRECISION)
     else:
@@ -139,12 +185,17 @@ def _gather(
             a = tl.load(
                 x + (base + (h * W + w) * C)[:, None] + c[None, :], mask=valid[:, None] & inside[None, :], other=0.0
             )
+            if scale_in is not None:
+                mask = valid[:, None] & inside[None, :]
+                a = _normalised(a, mask, scale_in, shift_in, group * GROUP_C + c, inside)
             b = tl.load(
                 taps[None, :] + (tap * GROUP_C + c)[:, None], mask=inside[:, None] & inside_k[None, :], other=0.0
             )
             accumulator = dot(a, b, accumulator, PRECISION)
-    y = accumulator * tl.load(scale + channel, mask=inside_k, other=0.0)[None, :]
-    y += tl.load(shift + channel, mask=inside_k, other=0.0)[None, :]
+    y = accumulator
+    if scale is not None:
+        y = accumulator * tl.load(scale + channel, mask=inside_k, other=0.0)[None, :]
+        y += tl.load(shift + channel, mask=inside_k, other=0.0)[None, :]
     offset = m[:, None] * K + channel[None, :]
     mask = inside_m[:, None] & inside_k[None, :]
     if RESIDUAL == 1:
@@ -153,10 +204,14 @@ def _gather(
         y = relu(y)
     if RESIDUAL == 2:
         y += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + offset, rounded(y, out.dtype.element_ty), mask=mask)
+    y = rounded(y, out.dtype.element_ty)
+    tl.store(out + offset, y, mask=mask)
+    if workspace is not None:
+        counts = (tile_n == 0) & (group == 0)
+        _leave_moments(y, inside_m, workspace, tile_m, tiles_m, channel, inside_k, K, counts)
 
 
-@triton.jit(do_not_specialize=["TILES_P", "TILES_Q", "PAD_H", "PAD_W"])
+@triton.jit(do_not_specialize=["TILES_P", "TILES_Q", "PAD_H", "PAD_W", "N", "P", "Q"])
 def _boxes(
     x,  # descriptor of [N, H, W, C], with stride 2 of [N, H/2, 2, W/2, 2 C]
     weight,  # descriptor of [K, R * S, C]
@@ -181,6 +236,10 @@ def _boxes(
     BOX_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    N=None,  # out's sizes, which only the moments need
+    P=None,
+    Q=None,
+    workspace=None,  # for the moments of out's boxes
 ):
     BLOCK_M: tl.constexpr = BOX_N * BOX_P * BOX_Q
     tiles_n = tl.cdiv(K, BLOCK_N)
@@ -206,15 +265,23 @@ def _boxes(
         accumulator = dot(a.reshape(BLOCK_M, BLOCK_K), b.T, accumulator, PRECISION)
     channel = k + tl.arange(0, BLOCK_N)
     inside = channel < K
-    y = accumulator * tl.load(scale + channel, mask=inside, other=0.0)[None, :]
-    y += tl.load(shift + channel, mask=inside, other=0.0)[None, :]
+    y = accumulator
+    if scale is not None:
+        y = accumulator * tl.load(scale + channel, mask=inside, other=0.0)[None, :]
+        y += tl.load(shift + channel, mask=inside, other=0.0)[None, :]
     if RESIDUAL == 1:
         y += residual.load([n, p, q, k]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
     if RELU:
         y = relu(y)
     if RESIDUAL == 2:
         y += residual.load([n, p, q, k]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
-    out.store([n, p, q, k], rounded(y, out.dtype).reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
+    y = rounded(y, out.dtype)
+    out.store([n, p, q, k], y.reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
+    if workspace is not None:
+        pixel = tl.arange(0, BLOCK_M)
+        valid = (n + pixel // (BOX_P * BOX_Q) < N) & (p + pixel // BOX_Q % BOX_P < P) & (q + pixel % BOX_Q < Q)
+        slices = tl.cdiv(N, BOX_N) * TILES_P * TILES_Q
+        _leave_moments(y, valid, workspace, box, slices, channel, inside, K, k == 0)
 
 
 @dataclass(frozen=True)
@@ -242,7 +309,7 @@ def supports_boxes(problem: Problem, gpu: GPU) -> bool:
     plain = problem.groups == 1 and problem.dilation == (1, 1) and problem.c % 16 == 0 and problem.k % vector == 0
     even = problem.h % 2 == 0 and problem.w % 2 == 0
     strides = problem.stride == (1, 1) or (problem.stride == (2, 2) and even)
-    return gpu.capability >= 90 and plain and strides
+    return gpu.capability >= 90 and plain and strides and not problem.normalised
 
 
 def _widest_k(problem: Problem, boxes: bool) -> int:
@@ -324,11 +391,13 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
 def choose(problem: Problem, gpu: GPU) -> Config:
     """The measured choice where there is one that fits, else the heuristic's."""
     config = _tables.measured(NAME, problem.key(), gpu.name, Config)
-    if config is not None and _fits(config, problem, gpu):
-        boxes = supports_boxes(problem, gpu) and problem.c % config.block_k == 0
-        if boxes or not config.boxes:
-            return config
-    return heuristic(problem, gpu)
+    return config if config is not None and takes(config, problem, gpu) else heuristic(problem, gpu)
+
+
+def takes(config: Config, problem: Problem, gpu: GPU) -> bool:
+    """Whether the kernel computes the problem with this choice on ``gpu``."""
+    boxes = supports_boxes(problem, gpu) and problem.c % config.block_k == 0
+    return _fits(config, problem, gpu) and (boxes or not config.boxes)
 
 
 def as_fields(config: Config) -> dict[str, Any]:
@@ -358,60 +427,128 @@ def launch(
         config: for the form ``boxes`` every tensor must begin at a multiple of 16 bytes; where one does not, the same
             tile is fetched by the form ``gather``.
     """
-    n, h, w, c, k = problem.n, problem.h, problem.w, problem.c, problem.k
+    where = 0 if residual is None else 2 if residual_after_activation else 1
+    tensors = (x, weight, scale, shift, residual, out)
+    flags = {"RELU": activation == "relu", "RESIDUAL": where}
+    if config.boxes and aligned(x, weight, residual, out):
+        return _launch_boxes(tensors, problem, config, flags)
+    return _launch_gather(tensors, problem, config, flags)
+
+
+def launch_raw(
+    x: Any,
+    weight: Any,
+    out: Any,
+    problem: Problem,
+    config: Config,
+    *,
+    scale_in: Any = None,
+    shift_in: Any = None,
+    workspace: Any = None,
+) -> tuple[Launch, int]:
+    """The launch that fills ``out`` with the convolution alone, and how many tiles leave moments in ``workspace``.
+
+    Args:
+        x, weight, out: as for :func:`launch`.
+        scale_in, shift_in: [C] float32, dense: the convolution is of ``relu(x * scale_in + shift_in)``, rounded to x's
+            dtype, and padded with zeros behind the activation; or None. By the form ``gather``, whatever the config.
+        workspace: ``workspace_size`` numbers of float32 for ``batch_norm_act.merge``, or None.
+    """
+    tensors = (x, weight, None, None, None, out)
+    flags: dict[str, Any] = {"RELU": False, "RESIDUAL": 0}
+    if workspace is not None:
+        flags["workspace"] = workspace
+    boxes = config.boxes and scale_in is None and aligned(x, weight, out)
+    if boxes:
+        return _launch_boxes(tensors, problem, config, flags), tiles(problem, config, True)
+    if scale_in is not None:
+        flags |= {"scale_in": scale_in, "shift_in": shift_in}
+    return _launch_gather(tensors, problem, config, flags), tiles(problem, config, False)
+
+
+def tiles(problem: Problem, config: Config, boxes: bool) -> int:
+    """How many tiles of pixels cover the output."""
+    if not boxes:
+        return cdiv(problem.pixels, config.block_m)
+    (n, _, _), (_, p, q) = _box_sizes(problem)
+    return math.prod(map(cdiv, (n, p, q), image_box(n, p, q, config.block_m)))
+
+
+def workspace_size(problem: Problem, config: Config) -> int:
+    """Numbers of float32 that the moments of ``out`` and merging them take at most, in either form."""
+    most = max(tiles(problem, config, boxes) for boxes in (False, config.boxes))
+    return moments_size(most, problem.k)
+
+
+def _box_sizes(problem: Problem) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """N, H, W and N, P, Q as boxes see them: a plain product is one long row of pixels."""
     p, q = problem.output
-    kernel_r, kernel_s = problem.kernel
-    flags = {
-        "R": kernel_r,
-        "S": kernel_s,
-        "RELU": activation == "relu",
-        "RESIDUAL": 0 if residual is None else 2 if residual_after_activation else 1,
+    if problem.kernel == (1, 1) and problem.stride == (1, 1) and problem.padding == (0, 0):
+        return (1, 1, problem.n * problem.h * problem.w), (1, 1, problem.pixels)
+    return (problem.n, problem.h, problem.w), (problem.n, p, q)
+
+
+def _options(problem: Problem, config: Config) -> dict[str, Any]:
+    return {
         "PRECISION": dot_precision(problem.precision),
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    if config.boxes and aligned(x, weight, residual, out):
-        strided = problem.stride == (2, 2)
-        if problem.kernel == (1, 1) and not strided and problem.padding == (0, 0):
-            n, h, w, p, q = 1, 1, n * h * w, 1, n * p * q  # a plain product: one long row of pixels
-        box = image_box(n, p, q, config.block_m)
-        if strided:
-            shape, strides = [n, h // 2, 2, w // 2, 2 * c], [h * w * c, 2 * w * c, w * c, 2 * c, 1]
-            x_box = [box[0], box[1], 1, box[2], config.block_k]
-        else:
-            shape, strides = [n, h, w, c], [h * w * c, w * c, c, 1]
-            x_box = [*box, config.block_k]
-        taps = kernel_r * kernel_s
-        outputs = [n, p, q, k], [p * q * k, q * k, k, 1], [*box, config.block_n]
-        written = TensorDescriptor(out, *outputs)
-        args = (
-            TensorDescriptor(x, shape, strides, x_box),
-            TensorDescriptor(weight, [k, taps, c], [taps * c, c, 1], [config.block_n, 1, config.block_k]),
-            scale,
-            shift,
-            written if residual is None else TensorDescriptor(residual, *outputs),
-            written,
-            c,
-            k,
-            cdiv(p, box[1]),
-            cdiv(q, box[2]),
-            *problem.padding,
-        )
-        flags |= {"STRIDED": strided, "BOX_N": box[0], "BOX_P": box[1], "BOX_Q": box[2]}
-        grid = (cdiv(n, box[0]) * cdiv(p, box[1]) * cdiv(q, box[2]) * cdiv(k, config.block_n),)
-        return Launch(_boxes, grid, args, flags)
-    per_group = c // problem.groups, k // problem.groups
+
+
+def _launch_boxes(tensors: tuple[Any, ...], problem: Problem, config: Config, flags: dict[str, Any]) -> Launch:
+    x, weight, scale, shift, residual, out = tensors
+    c, k, (kernel_r, kernel_s) = problem.c, problem.k, problem.kernel
+    (n, h, w), (_, p, q) = _box_sizes(problem)
+    strided = problem.stride == (2, 2)
+    box = image_box(n, p, q, config.block_m)
+    if strided:
+        shape, strides = [n, h // 2, 2, w // 2, 2 * c], [h * w * c, 2 * w * c, w * c, 2 * c, 1]
+        x_box = [box[0], box[1], 1, box[2], config.block_k]
+    else:
+        shape, strides = [n, h, w, c], [h * w * c, w * c, c, 1]
+        x_box = [*box, config.block_k]
+    taps = kernel_r * kernel_s
+    outputs = [n, p, q, k], [p * q * k, q * k, k, 1], [*box, config.block_n]
+    written = TensorDescriptor(out, *outputs)
+    args = (
+        TensorDescriptor(x, shape, strides, x_box),
+        TensorDescriptor(weight, [k, taps, c], [taps * c, c, 1], [config.block_n, 1, config.block_k]),
+        scale,
+        shift,
+        written if residual is None else TensorDescriptor(residual, *outputs),
+        written,
+        c,
+        k,
+        cdiv(p, box[1]),
+        cdiv(q, box[2]),
+        *problem.padding,
+    )
+    options = {"R": kernel_r, "S": kernel_s, **flags, **_options(problem, config)}
+    options |= {"STRIDED": strided, "BOX_N": box[0], "BOX_P": box[1], "BOX_Q": box[2]}
+    if "workspace" in flags:
+        options |= {"N": n, "P": p, "Q": q}
+    grid = (tiles(problem, config, True) * cdiv(k, config.block_n),)
+    return Launch(_boxes, grid, args, options)
+
+
+def _launch_gather(tensors: tuple[Any, ...], problem: Problem, config: Config, flags: dict[str, Any]) -> Launch:
+    x, weight, scale, shift, residual, out = tensors
+    kernel_r, kernel_s = problem.kernel
+    per_group = problem.c // problem.groups, problem.k // problem.groups
     args = (
         x, weight, scale, shift, out if residual is None else residual, out,
-        n, h, w, c, k, p, q, *per_group, *problem.stride, *problem.padding, *problem.dilation,
+        problem.n, problem.h, problem.w, problem.c, problem.k, *problem.output, *per_group, *problem.stride,
+        *problem.padding, *problem.dilation,
     )  # fmt: skip
-    flags |= {
+    options = {"R": kernel_r, "S": kernel_s, **flags, **_options(problem, config)}
+    options |= {
         "PADDED": problem.padding != (0, 0),
         "FLAT": _flat(problem),
         "WIDE": wide(x, out, weight),
         "BLOCK_M": config.block_m,
     }
-    grid = (cdiv(problem.pixels, config.block_m) * cdiv(per_group[1], config.block_n) * problem.groups,)
-    return Launch(_gather, grid, args, flags)
+    grid = (tiles(problem, config, False) * cdiv(per_group[1], config.block_n) * problem.groups,)
+    return Launch(_gather, grid, args, options)

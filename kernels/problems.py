@@ -26,6 +26,9 @@ class ConvBNAct:
     precision: str
     residual: bool
 
+    #: No field: whether x is normalised on its way in, which only ``ConvStatistics`` may have.
+    normalised = False
+
     @property
     def output(self) -> tuple[int, int]:
         """P and Q."""
@@ -47,6 +50,21 @@ class ConvBNAct:
         pairs = (f"{name}{a}x{b}" for name, (a, b) in (("s", self.stride), ("p", self.padding), ("d", self.dilation)))
         shape = f"n{self.n} {self.h}x{self.w} c{self.c} k{self.k} {self.kernel[0]}x{self.kernel[1]}"
         return f"{self.precision} {shape} {' '.join(pairs)} g{self.groups}{' residual' if self.residual else ''}"
+
+
+@dataclass(frozen=True)
+class ConvStatistics(ConvBNAct):
+    """A convolution alone (``residual`` is False) that leaves the moments of its output.
+
+    Attributes:
+        normalised: whether it is of ``relu(norm(x))``, computed while x is read.
+    """
+
+    normalised: bool = False
+
+    def key(self) -> str:
+        """The problem as tables name it."""
+        return f"{super().key()}{' normalised' if self.normalised else ''}"
 
 
 @dataclass(frozen=True)

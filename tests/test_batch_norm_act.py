@@ -75,6 +75,7 @@ def run(function: Any, arguments: dict[str, Any], grad: Tensor, *options: Any) -
 def check(
     arguments: dict[str, Any], dtype: torch.dtype, training: bool = True, activation: str = "relu",
     momentum: float = 0.1, after: bool = False, memory_format: torch.memory_format = torch.channels_last,
+    device: str = "cpu",
 ) -> dict[str, Tensor]:  # fmt: skip
     """Ours and torch's in ``dtype`` (vectors in float32 beside halves) on the same rounded inputs, by the error rule.
 
@@ -83,7 +84,10 @@ def check(
     vector = dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
     def rounded(t: Tensor | None, layout: torch.memory_format) -> Tensor | None:
-        return None if t is None else t.to(vector) if t.dim() == 1 else t.to(dtype).contiguous(memory_format=layout)
+        if t is None:
+            return None
+        t = t.to(device)
+        return t.to(vector) if t.dim() == 1 else t.to(dtype).contiguous(memory_format=layout)
 
     narrow, given = (
         {name: rounded(t, layout) for name, t in arguments.items()} for layout in (torch.channels_last, memory_format)
@@ -275,6 +279,19 @@ def test_autocast_leaves_x_and_casts_the_residual() -> None:
         assert rf.ops.batch_norm_act(x.float(), residual=residual, training=True).dtype is torch.float32
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 3, 3), (2, 4, 1, 1), (2, 4, 3, 3)])
+def test_results_can_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    out = rf.ops.batch_norm_act(x, training=True, activation="none")
+    out += 1
+    out.sum().backward()
+    weight, vector = torch.randn(3, shape[1], 1, 1, requires_grad=True), torch.ones(3)
+    out = rf.ops.conv_bn_act(x, weight, vector, vector, activation="none")
+    out += 1
+    out.sum().backward()
+    assert weight.grad is not None
+
+
 def test_torch_func_and_forward_mode() -> None:
     arguments = problem((2, 3, 4, 4))
     x, gamma, beta = (arguments[name] for name in ("x", "gamma", "beta"))
@@ -340,33 +357,38 @@ def _on(form: str) -> Iterator[None]:
     assert backends.fallbacks() == before
 
 
+DEVICES = {"reference": "cpu", "cuda": cuda_device.DEVICE}
+
+
 @pytest.mark.parametrize("form", list(_forms()))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_kernels(form: str, dtype: torch.dtype) -> None:
+    device = DEVICES.get(form, triton_device.DEVICE)
     with _on(form):
         for mode in ((True, True, True, "relu"), (True, False, False, "none"), (False, True, True, "relu")):
             training, affine, residual, activation = mode
-            check(problem((2, 24, 7, 9), affine, residual), dtype, training, activation)
-        check(problem((3, 37, 4, 3)), dtype, memory_format=torch.contiguous_format)
-        x = torch.randn(1, 6, 8, 4).to(dtype)
-        torch.library.opcheck(OPS.batch_norm_statistics.default, (x, torch.zeros(6), torch.ones(6), 0.1, 1e-5, ""))
+            check(problem((2, 24, 7, 9), affine, residual), dtype, training, activation, device=device)
+        check(problem((3, 37, 4, 3)), dtype, memory_format=torch.contiguous_format, device=device)
+        x = torch.randn(1, 6, 8, 4).to(device, dtype)
+        running = torch.zeros(6, device=device), torch.ones(6, device=device)
+        torch.library.opcheck(OPS.batch_norm_statistics.default, (x, *running, 0.1, 1e-5, ""))
 
 
 @pytest.mark.parametrize("form", list(_forms()))
 def test_on_kernels_with_running_statistics_in_half_precision(form: str) -> None:
     """Kernels update float32 only; the variance then comes back out of the inverse deviation, also where it is 0."""
-    x = torch.randn(2, 6, 8, 8).bfloat16()
+    device = DEVICES.get(form, triton_device.DEVICE)
+    x = torch.randn(2, 48, 8, 8).bfloat16()
     x[:, 1] = 3.0
-    mine = torch.zeros(6).bfloat16(), torch.ones(6).bfloat16()
-    same = torch.zeros(6).bfloat16(), torch.ones(6).bfloat16()
+    mine, same = ((torch.zeros(48).bfloat16(), torch.ones(48).bfloat16()) for _ in range(2))
+    exact = torch.zeros(48).double(), torch.ones(48).double()
+    on_device = tuple(t.to(device) for t in mine)
     with _on(form):
-        rf.ops.batch_norm_act(x, None, None, *mine, training=True)
-    F.batch_norm(x.float(), same[0].float(), same[1].float(), training=True)
-    exact = torch.zeros(6).double(), torch.ones(6).double()
+        rf.ops.batch_norm_act(x.to(device), None, None, *on_device, training=True)
     F.batch_norm(x.double(), *exact, training=True)
     F.batch_norm(x, *same, training=True)
-    for a, b, e in zip(mine, same, exact, strict=True):
-        assert_obeys_error_rule(a, b, e)
+    for a, b, e in zip(on_device, same, exact, strict=True):
+        assert_obeys_error_rule(a.cpu(), b, e)
 
 
 @pytest.mark.parametrize(
@@ -376,14 +398,14 @@ def test_on_kernels_with_running_statistics_in_half_precision(form: str) -> None
 def test_modules(options: dict[str, Any]) -> None:
     """BNAct2d, three steps in train mode, then eval mode: results, running statistics and counters."""
     mine, theirs, exact = (
-        rf.nn.BNAct2d(6, **options),
-        nn.BatchNorm2d(6, **options),
-        nn.BatchNorm2d(6, **options).double(),
+        rf.nn.BNAct2d(96, **options),
+        nn.BatchNorm2d(96, **options),
+        nn.BatchNorm2d(96, **options).double(),
     )
     for training in (True, True, True, False):
         for module in (mine, theirs, exact):
             module.train(training)
-        x, residual = (torch.randn(2, 6, 5, 5) for _ in range(2))
+        x, residual = (torch.randn(2, 96, 5, 5).add(0.5).to(memory_format=torch.channels_last) for _ in range(2))
         results = [mine(x, residual), (theirs(x) + residual).relu(), (exact(x.double()) + residual.double()).relu()]
         assert_obeys_error_rule(*results)
     for name, value in theirs.state_dict().items():

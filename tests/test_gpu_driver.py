@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import environment, gpu, gpu_layers, gpu_stages, ops, report
+from benchmarks import bench_training, environment, gpu, gpu_layers, gpu_stages, ops, report
 from benchmarks.gpu import Outcome, Run, Stage
 from resnet_fast import backends
 from resnet_fast.backends import cuda as native
@@ -71,7 +71,7 @@ def test_dry_run_does_everything_up_to_the_first_launch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "gpu-dry-run"
     written = {path.stem: results.read(path) for path in folder.glob("*.json")}
-    assert set(written) == {"environment", "correctness", "tests", "models", "ops", "native", "layers"}
+    assert set(written) == {"environment", "correctness", "tests", "models", "ops", "native", "layers", "training"}
     assert {data["kind"] for data in written.values()} == {f"gpu-{name}" for name in written}
     assert written["models"]["machine"]["commit"] == "fedcba987654"
     stages = written["environment"]["stages"]
@@ -82,6 +82,7 @@ def test_dry_run_does_everything_up_to_the_first_launch(tmp_path: Path) -> None:
     rehearsed = stages["rehearse"]["tail"]
     assert "compiled resnet_fast.kernels.conv_bn_act._boxes for sm_90" in rehearsed
     assert "  to build _C: nvcc " in rehearsed
+    assert "of training-resnet50-bf16-b128 to tune" in rehearsed
     assert "'bottleneck_tail': 16" in rehearsed and "MB per image" in rehearsed
     for stage in gpu.STAGES:
         assert stage.what in done.stdout
@@ -102,7 +103,8 @@ def test_every_stage_exists_and_the_most_important_come_first() -> None:
     names = [stage.name for stage in gpu.STAGES]
     assert set(names) | {gpu.WARM.name, "rehearse", "smoke_alone", "cuda_alone"} == set(gpu_stages.STAGES)
     assert names[0] == "native" and names.index("cuda") < names.index("models")
-    assert names.index("tune") < names.index("layers")
+    assert names.index("tune") < names.index("training") < names.index("layers")
+    assert [case.name for case in gpu_stages.TRAINED] == [f"training-resnet50-bf16-b{batch}" for batch in (128, 256)]
     assert sum(stage.least for stage in gpu.STAGES) < 0.6
     assert names.index("smoke") < names.index("tests") < names.index("accuracy")
     assert all(not stage.timed for stage in gpu.STAGES[:3]) and names.index("accuracy") < names.index("models")
@@ -458,6 +460,51 @@ def test_cases_of_several_runs_meet_in_one_file(tmp_path: Path, monkeypatch: pyt
     assert "ZeroDivisionError" in results.read(tmp_path / "models.json")["cases"][case.name]["failed"]
 
 
+# --- training
+
+
+def test_training_steps_are_judged_and_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of several rounds in one file, with what an earlier one measured."""
+    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+    case = bench_training.Case("resnet18", "fp32", 4, 32, judged=4)
+    options: dict[str, Any] = {"device": "cpu", "seconds": 0.05}
+    assert gpu_stages.measure_training(tmp_path, case, ("eager", "ours"), **options)
+    assert gpu_stages.measure_training(tmp_path, case, ("eager", "lean"), **options)
+    row = results.read(tmp_path / "training.json")["cases"][case.name]
+    assert set(row["contestants"]) == {"eager", "ours", "lean"} and "time" in row["contestants"]["ours"]
+    assert set(row["against"]) == {"ours", "lean"} and row["against"]["ours"]["eager"]["p50"] > 0
+    assert row["commit"] == "0123456789ab" and row["contestants"]["lean"]["gate"]["gradients"]["passed"]
+    row["contestants"]["ours"]["peak_bytes"] = 3 * 2**29
+    assert " img/s 1.5 GiB (" in gpu.training_line(row)
+    assert f"{case.name}: eager " in gpu.table(tmp_path, {})
+    assert capsys.readouterr().out.count(f"  {case.name}: eager ") == 2
+
+
+def test_wrong_gradients_fail_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+    seen: list[tuple[str, tuple[str, ...]]] = []
+
+    def measured(case: bench_training.Case, *, names: tuple[str, ...], **options: Any) -> dict[str, Any]:
+        seen.append((case.name, names))
+        rows = {name: {"ours": name != "eager", "status": "timed", "images_per_second": 9.0} for name in names}
+        rows[names[-1]] |= status
+        return {"contestants": rows, "against": {}}
+
+    monkeypatch.setattr(bench_training, "measure", measured)
+    status: dict[str, Any] = {}
+    assert gpu_stages.training(tmp_path, gpu_stages.Deadline(100)) == 0
+    assert [names[-1] for _, names in seen] == ["lean", "lean", "compile", "compile", "ours_compile", "ours_compile"]
+    assert {name for name, _ in seen} == {case.name for case in gpu_stages.TRAINED}
+    status |= {"status": "wrong", "reason": "gradients: beyond"}
+    assert gpu_stages.training(tmp_path, gpu_stages.Deadline(100)) == 1
+    monkeypatch.setattr(bench_training, "measure", lambda *given, **options: 1 / 0)
+    assert gpu_stages.training(tmp_path, gpu_stages.Deadline(100)) == 1
+    cases = results.read(tmp_path / "training.json")["cases"]
+    assert all("ZeroDivisionError" in row["failed"] for row in cases.values())
+
+
 # --- ops
 
 
@@ -481,7 +528,8 @@ def test_smoke_judges_every_op(precision: str, tmp_path: Path, monkeypatch: pyte
     try:
         assert gpu_stages.smoke(tmp_path, gpu_stages.Deadline(100), "cpu", workers=1) == 0
         rows = results.read(tmp_path / "correctness.json")["ops"]
-        assert {name.split()[0] for name in rows} == {"conv_bn_act", "add_act", "stem", "head", "bottleneck_tail"}
+        every = {"conv_bn_act", "add_act", "batch_norm_act", "stem", "head", "bottleneck_tail"}
+        assert {name.split()[0] for name in rows} == every
         assert all(row["passed"] and row["error"] <= row["allowed"] for row in rows.values())
     finally:
         torch.use_deterministic_algorithms(before)
@@ -530,8 +578,9 @@ def test_smoke_by_the_cuda_kernels_covers_all_that_they_compute(
 
     monkeypatch.setattr(gpu_stages, "_smoke_one", one)
     assert gpu_stages.smoke(tmp_path, gpu_stages.Deadline(60), "cpu", workers=1, backend="cuda") == 0
-    every = {"conv_bn_act", "stem", "head", "add_act"}
-    assert seen == {"fp16": every, "bf16": every, "tf32": every, "fp32": {"head", "add_act"}}
+    every = set(native.OPS)
+    assert {"conv_bn_act", "stem", "head", "add_act"} <= every
+    assert seen == {"fp16": every, "bf16": every, "tf32": every, "fp32": every - {"conv_bn_act", "stem"}}
 
 
 def test_smoke_sees_a_wrong_and_a_broken_op(
@@ -881,6 +930,57 @@ def test_layers_are_measured_by_everybody_who_computes_them(tmp_path: Path, monk
         gpu_layers.table({**book.data, "rows": {"x": {"batch": 1, **row}}})
 
 
+def test_norms_are_measured_as_two_launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ours by the sum of both; torch's way does what the layers do."""
+    monkeypatch.setenv("RESNET_FAST_TUNED", str(tmp_path / "none"))
+    found = gpu_layers.pairs(shapes.problems(["resnet18"], [2], ["fp16"], 64, training=True), 2)
+    assert len(found) == len(set(found)) and {pair.form for pair in found} == {"forward", "backward"}
+    keys = {str(pair) for pair in found}
+    assert "batch_norm_act (forward) fp16 2048x64 relu" in keys  # the stem's
+    assert "batch_norm_act (backward) fp16 512x64 relu residual" in keys
+    assert "batch_norm_act (forward) fp16 128x128" in keys  # a projection's
+    for pair in found:
+        assert pair.first.problem.step == {"forward": "statistics", "backward": "reduce"}[pair.form]
+        assert pair.first.problem.relu == pair.second.problem.relu
+    watch = Stopwatch(triton=30, cuda=20, cudnn=40)
+    monkeypatch.setattr(watch, "seconds_of", lambda make: 40e-6)
+    row = gpu_layers.measure(found[0], H100, watch)
+    assert row["times"]["triton"]["us"] == pytest.approx(60) and row["times"]["cudnn"] == {"us": pytest.approx(40)}
+    norm = adapters.get("batch_norm_act")
+    floors = [norm.work(case.problem).floor(H100, "fp16") for case in (found[0].first, found[0].second)]
+    assert row["floor_us"] == pytest.approx(1e6 * sum(floors))
+    assert gpu_layers.measure_cuda(found[0], H100, watch) == {"none": "no CUDA kernel computes it here"}
+    watch.liars = {"triton"}
+    assert gpu_layers.measure(found[0], H100, watch)["times"]["triton"] == {"wrong": "relative error 1"}
+    monkeypatch.setattr(watch, "seconds_of", lambda make: make({}))
+    assert gpu_layers.line(row | {"times": row["times"] | {"cudnn": {"none": "x"}}})
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("form", ["forward", "backward"])
+def test_torchs_way_of_a_norm_is_the_layers(form: str, residual: bool) -> None:
+    found = gpu_layers.pairs(shapes.problems(["resnet18"], [2], ["fp32"], 64, training=True), 2)
+    pair = next(p for p in found if p.form == form and p.second.problem.residual is residual)
+    tensors = adapters.get("batch_norm_act").tensors(pair.second.problem, torch.device("cpu"))
+    side, c = int((pair.second.problem.rows // 2) ** 0.5), pair.second.problem.c
+    images = {
+        name: tensor.view(2, side, side, c).permute(0, 3, 1, 2)
+        for name, tensor in tensors.items()
+        if tensor is not None and tensor.dim() == 2 and name != "out"
+    }
+    x, gamma = images["x"].clone().requires_grad_(), tensors["gamma"]
+    beta = tensors["beta"] if form == "forward" else None
+    y = nn.functional.batch_norm(x, None, None, gamma, beta, True, 0.1, 1e-5)
+    made: Any = gpu_layers._norm(pair, tensors)()
+    if form == "forward":
+        y = y + images["residual"] if residual else y
+        assert torch.equal(made, y.relu() if pair.second.form == "relu" else y)
+        return
+    g = torch.where(images["y"] <= 0, 0.0, images["grad"]) if "y" in images else images["grad"]
+    (grad_x,) = torch.autograd.grad(y, [x], g)
+    torch.testing.assert_close(made[0], grad_x)
+
+
 @pytest.mark.parametrize("when", ["made", "run", "recorded"])
 def test_what_cudnn_does_not_have_is_no_wrong_answer(when: str) -> None:
     """The runner says "does not run" of what raises; of cuDNN that is no verdict."""
@@ -936,7 +1036,9 @@ def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stopwatch
     others = backends.available()
     monkeypatch.setattr(backends, "available", lambda: others | {"cuda": ""})
     monkeypatch.setattr(gpu_layers, "WAYS", EASY)
+    monkeypatch.setattr(gpu_layers, "_norm", lambda pair, tensors: lambda: None)
     monkeypatch.setattr(gpu_stages, "FIRST", (Case("resnet18", "fp16", 2), Case("resnet18", "fp16", 1)))
+    monkeypatch.setattr(gpu_stages, "TRAINED", (bench_training.Case("resnet18", "bf16", 4),))
     _tables.forget()
     with native.substitute(Listed()):
         yield runner
@@ -971,22 +1073,34 @@ def test_tune_measures_cudas_kernels_last(
     assert "the CUDA kernels: FAILED RuntimeError: CUDA error: an illegal" in capsys.readouterr().out
 
 
-def test_tune_keeps_time_for_cudas_kernels(watch: Stopwatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tune_keeps_time_for_training_and_for_cudas_kernels(
+    watch: Stopwatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: list[tuple[bool, float]] = []
+    trained: list[float] = []
 
     def swept(cases: Any, *args: Any, seconds: float, **options: Any) -> None:
-        (native_cases,) = {adapters.is_cuda(case) for case in cases}
-        given.append((native_cases, seconds))
+        ((native_cases, training),) = {
+            (adapters.is_cuda(case), case.op.removesuffix(".cuda") in shapes.TRAINING) for case in cases
+        }
+        if not training:
+            given.append((native_cases, seconds))
+        elif not native_cases:
+            trained.append(seconds)
+            assert {case.op for case in cases} == set(shapes.TRAINING)
+            assert {case.problem.precision for case in cases} == {"bf16"}
 
     monkeypatch.setattr(sweep, "sweep", swept)
     assert gpu_stages.tune(tmp_path, gpu_stages.Deadline(1000)) == 0
     assert [native_cases for native_cases, _ in given] == [False, False, True, True]
-    assert 700 < given[0][1] < 750 and given[2][1] > 950
+    assert 450 < given[0][1] < 500 and 640 < given[2][1] < 667
+    assert len(trained) == 1 and 700 < trained[0] < 750
     others = backends.available()
     monkeypatch.setattr(backends, "available", lambda: others | {"cuda": "not built"})
     given.clear()
     assert gpu_stages.tune(tmp_path, gpu_stages.Deadline(1000)) == 0
-    assert [native_cases for native_cases, _ in given] == [False, False] and given[0][1] > 950
+    assert [native_cases for native_cases, _ in given] == [False, False] and 640 < given[0][1] < 667
+    assert len(trained) == 2 and trained[1] > 950
 
 
 def test_layers_measure_cudas_kernels_last(
@@ -995,7 +1109,7 @@ def test_layers_measure_cudas_kernels_last(
     watch.faulting = 2
     assert gpu_stages.layers(tmp_path, gpu_stages.Deadline(1000)) == 1
     rows = results.read(tmp_path / "layers.json")["rows"].values()
-    assert {row["batch"] for row in rows} == {1, 2}
+    assert {row["batch"] for row in rows} == {1, 2, "4, training"}
     assert all("us" in row["times"]["triton"] and "us" in row["times"]["cudnn"] for row in rows)
     column = [row["times"]["cuda"] for row in rows]
     assert sum("us" in one for one in column) == 2 and column.count({"wrong": "the GPU failed"}) == 1
@@ -1078,13 +1192,14 @@ def test_gpu_tests_are_found(tmp_path: Path) -> None:
     (tmp_path / "test_triton_a.py").write_text("")
     (tmp_path / "test_b.py").write_text("@pytest.mark." + "gpu\ndef test(): pass")
     (tmp_path / "test_c.py").write_text("def test(): pass")
+    (tmp_path / "test_e.py").write_text("from .triton_device import " + "DEVICE")
     (tmp_path / "test_cuda_d.py").write_text("from .cuda_device import DEVICE")
     (tmp_path / "test_cuda_graphs.py").write_text("@pytest.mark." + "gpu\ndef test(): pass")
     triton, cuda_kernels, marked = ([Path(path).name for path in found] for found in gpu_stages.gpu_tests(tmp_path))
-    assert (triton, cuda_kernels) == (["test_triton_a.py"], ["test_cuda_d.py"])
+    assert (triton, cuda_kernels) == (["test_e.py", "test_triton_a.py"], ["test_cuda_d.py"])
     assert marked == ["test_b.py", "test_cuda_graphs.py"]
     triton, cuda_kernels, _ = ([Path(path).name for path in found] for found in gpu_stages.gpu_tests(ROOT / "tests"))
-    assert "test_triton_stem.py" in triton
+    assert {"test_triton_stem.py", "test_triton_batch_norm_act.py", "test_conv_statistics.py"} < set(triton)
     assert {f"test_cuda_{op}.py" for op in ("conv_bn_act", "stem", "head", "add_act", "models")} < set(cuda_kernels)
     assert "test_cuda_on_cpu.py" not in cuda_kernels
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 pytest.importorskip("triton")
 
 from resnet_fast.kernels import conv_bn_act, gpus
+from resnet_fast.kernels.problems import BatchNormAct
 from resnet_fast.tuning import compile as check
 from resnet_fast.tuning import compiler, ops, shapes
 
@@ -81,6 +83,21 @@ def test_blocks_become_tails_where_a_gpu_is_given() -> None:
     assert not [
         case for case in shapes.problems(["resnet18"], [128], ["fp16"], gpu=H100) if case.op == "bottleneck_tail"
     ]
+
+
+def test_training_adds_the_passes_of_batch_norm() -> None:
+    assert not [case for case in shapes.problems(["resnet50"], [128], ["fp16"]) if case.op == "batch_norm_act"]
+    cases = shapes.problems(["resnet50"], [128], ["fp16"], training=True)
+    found = [(each.problem, each.form) for each in cases if each.op == "batch_norm_act"]
+    norm = functools.partial(BatchNormAct, precision="fp16")
+    assert (norm(128 * 112 * 112, 64, step="statistics"), "") in found  # the stem's
+    assert (norm(128 * 7 * 7, 2048, step="apply", residual=True), "relu") in found
+    assert (norm(128 * 7 * 7, 2048, step="backward", relu=True, residual=True), "") in found
+    assert (norm(128 * 7 * 7, 2048, step="apply"), "none") in found  # a projection's
+    assert (norm(128 * 7 * 7, 2048, step="reduce"), "") in found
+    # Three shapes in each stage but for its first block's before the stride: 64, 128, 256, 512 channels twice.
+    assert len({(problem.rows, problem.c) for problem, _ in found}) == 1 + 2 + 3 * 3
+    assert len(set(found)) == len(found)
 
 
 def test_unknown_model() -> None:
@@ -197,7 +214,7 @@ def test_the_committed_table_is_of_the_pinned_triton() -> None:
     pinned = (Path(__file__).parents[1] / "constraints.txt").read_text().split()
     assert f"triton=={version}" in pinned
     assert {key.arch for key in table} == {"sm_80", "sm_90", "sm_100"}
-    assert {key.kernel.partition(".")[0] for key in table} == set(ops.names())
+    assert {key.kernel.partition(".")[0] for key in table} == set(check.CHECKED)
     assert all(int(row[2]) >= 1 for row in table.values())
 
 
@@ -231,7 +248,7 @@ print(json.dumps([[key.constants for key in made], wrong, len(other)]))
 
 _COMPILED = """
 import dataclasses, json, re, subprocess, tempfile
-import triton
+import torch, triton
 from triton import knobs
 from resnet_fast.kernels import conv_bn_act as kernel, gpus
 from resnet_fast.tuning import compile as check, compiler, ops
@@ -262,7 +279,29 @@ small = kernel.Config(64, 64, 32, 4, 2, False)
 keys = [check.key(task("h100", "fp16", n, c, small)).constants for n, c in ((1, 64), (2, 64), (1, 32), (1, 40))]
 odd = compiler.compile_task(task("h100", "fp16", config=kernel.Config(64, 48, 64, 4, 2, False)))
 odd = check.faults(odd, gpus.known("h100"))
-print(json.dumps({"made": made, "names": names, "keys": keys, "odd": odd}))
+norm = ops.get("batch_norm_act").kernel
+cases = [
+    ops.Case("batch_norm_act", norm.Problem(6272, 512, "fp16", step)) for step in ("statistics", "reduce", "apply")
+]
+several = check.tasks(gpus.known("h100"), cases)
+merging = compiler.compile_task(list(several.values())[1])
+several = {
+    "kernels": [[key.kernel, task.part] for key, task in several.items()],
+    "again": all(check.key(task) == key for key, task in several.items()),
+    "tasks": [task.part for task in compiler.tasks(90, cases[0], merging.task.config)],
+    "merging": [merging.resources.matrix, merging.error, check.faults(merging, gpus.known("h100"))],
+}
+triton.runtime.driver.set_active(compiler._Driver(90))
+given = task("h100", "fp16", 128)
+tensors = ops.get("conv_bn_act").tensors(given.case.problem, torch.device("meta"))
+workspace = torch.empty(kernel.workspace_size(given.case.problem, given.config), device="meta")
+raw = []
+for options in ({}, {"scale_in": tensors["scale"], "shift_in": tensors["shift"]}):
+    arguments = (tensors["x"], tensors["weight"], tensors["out"], given.case.problem, given.config)
+    launch, _ = kernel.launch_raw(*arguments, workspace=workspace, **options)
+    found = compiler.Compiled(given, compiler._resources(launch.compile()))
+    raw.append([launch.kernel.__name__, check.faults(found, gpus.known("h100"))])
+print(json.dumps({"made": made, "names": names, "keys": keys, "odd": odd, "several": several, "raw": raw}))
 """
 
 
@@ -292,6 +331,20 @@ def test_instructions_agree_with_the_disassembler(compiled: Any) -> None:
 def test_equal_keys_where_the_compiler_sees_no_difference(compiled: Any) -> None:
     first, more_images, fewer_channels, odd_channels = compiled["keys"]
     assert first == more_images == fewer_channels != odd_channels
+
+
+def test_every_launch_of_a_case_is_compiled(compiled: Any) -> None:
+    several = compiled["several"]
+    assert several["kernels"] == [
+        ["batch_norm_act._slice_moments", 0], ["batch_norm_act._merge_moments", 1], ["batch_norm_act._slice_sums", 0],
+        ["batch_norm_act._merge_sums", 1], ["batch_norm_act._apply", 0],
+    ]  # fmt: skip
+    assert several["again"] and several["tasks"] == [0, 1]
+    assert several["merging"] == ["FFMA", "", []]
+
+
+def test_the_training_options_of_a_convolution_compile_as_well(compiled: Any) -> None:
+    assert compiled["raw"] == [["_boxes", []], ["_gather", []]]
 
 
 def test_a_failure_to_compile_is_a_fault(compiled: Any) -> None:

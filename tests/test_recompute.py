@@ -218,3 +218,26 @@ def test_autocast() -> None:
     assert [t.dtype for t in saved if t.shape == a["weight"].shape] == [torch.float32]
     out.float().square().sum().backward()
     assert all(a[name].grad.dtype is torch.float32 for name in ("x", "gamma", "beta", "weight"))
+
+
+def test_one_tensor_in_two_places() -> None:
+    """Gradients of gradients where both norms of an op share their parameters."""
+    geometry = ([1, 1], [0, 0], [1, 1], 1)
+    a = {name: t.detach() for name, t in arguments(3, 3, 1, 1, torch.float64, 3).items()}
+
+    def tied(gamma: Tensor, ours: bool) -> Tensor:
+        before = norm(a["x"], gamma, a["beta"], True)
+        with torch.no_grad():
+            y = recompute.norm_act_conv(a["x"], before, a["weight"], None, *geometry)
+        if ours:
+            behind = norm(y, gamma, a["beta1"], True)
+            return recompute.conv_norm_act(y, a["x"], before, a["weight"], None, *geometry, behind, None, "none")
+        h = plain_norm(a["x"], gamma, a["beta"], True).relu()
+        return plain_norm(F.conv2d(h, a["weight"]), gamma, a["beta1"], True)
+
+    found = []
+    for ours in (True, False):
+        gamma = a["gamma"].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(tied(gamma, ours).square().sum(), gamma, create_graph=True)
+        found.append((gradient.detach(), torch.autograd.grad(gradient.square().sum(), gamma)[0]))
+    torch.testing.assert_close(found[0], found[1])

@@ -320,3 +320,39 @@ def test_memory_efficient_blocks_still_show_hooks() -> None:
         found = train(ours, data)
     assert seen == ["bn1"]
     assert_obeys(found, train(theirs, data), train(exact, data))
+
+
+def test_memory_efficient_can_be_set_later() -> None:
+    """On a model, for every block; models pickled by versions without it have it off."""
+    model = rf.resnet18(num_classes=3)
+    model.memory_efficient = True
+    assert model.layer4[1].memory_efficient and copy.deepcopy(model).memory_efficient
+    state = model.__dict__.copy()
+    del state["_memory_efficient"]
+    old = rf.models.ResNet.__new__(rf.models.ResNet)
+    old.__dict__.update(state)
+    assert old.memory_efficient is False
+    old(torch.randn(2, 3, 32, 32))
+
+
+def test_memory_efficient_convolutions_of_another_dtype_are_torchs_error() -> None:
+    model = rf.resnet18(num_classes=3, memory_efficient=True)
+    model.layer1[0].conv2.double()
+    with pytest.raises(RuntimeError, match="same"):
+        model(torch.randn(2, 3, 32, 32))
+
+
+def test_statistics_may_be_set_between_forward_and_backward() -> None:
+    """DDP copies rank 0's buffers to all ranks before a forward, also to one whose backward is still to come."""
+    norm = rf.nn.FrozenBatchNorm2d(3)
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    out = norm(x)
+    norm.running_mean.add_(1)
+    out.sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, (1 / torch.tensor(1 + 1e-5).sqrt()).item()))
+
+
+def test_wrong_ranks_are_torchs_error() -> None:
+    for module in (rf.nn.BNAct2d(3), rf.nn.ConvBNAct2d(3, 3, 1)):
+        with pytest.raises(ValueError, match="4D"):
+            module(torch.randn(3, 4, 4))

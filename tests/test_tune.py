@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 from resnet_fast.backends import cuda as native
 from resnet_fast.backends import triton
 from resnet_fast.cli import app
-from resnet_fast.kernels import _tables, bottleneck_tail, conv_bn_act, cuda_choice, gpus
+from resnet_fast.kernels import _tables, bottleneck_tail, conv_bn_act, conv_statistics, cuda_choice, gpus
 from resnet_fast.ops._common import choose_kernel
 from resnet_fast.tuning import compile, cuda, ops, shapes, sweep
 
@@ -225,6 +225,52 @@ def test_a_block_whose_parts_are_faster_is_left_to_them(folders: tuple[Path, Pat
     assert (bottleneck_tail.choose(described, H100) is None) is faster
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_training_convolution_is_measured_against_the_plain_way(folders: tuple[Path, Path], faster: bool) -> None:
+    """Both times are written, and the op takes the kernel where its own is less."""
+    convolution = next(each for each in CASES if each.op == "conv_statistics")
+    runner = Pretender(slowness=3.0)
+    runner.apart = (4.0 if faster else 2.0) * sweep.floor(convolution, H100)
+    (outcome,) = run(runner, [convolution], folders[1] / "h100.json")
+    fields = _tables.read(folders[1] / "h100.json")["conv_statistics"][convolution.problem.key()]
+    assert fields["plain_ms"] == pytest.approx(1e3 * runner.apart, rel=1e-3, abs=1e-6) and "separate" not in fields
+    assert fields["ms"] == pytest.approx(1e3 * outcome.seconds, rel=1e-3, abs=1e-6)
+    assert _tables.pays("conv_statistics", convolution.problem.key(), "h100") is faster
+    assert conv_statistics.choose(convolution.problem, H100) == outcome.config
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_the_plain_way_of_a_training_convolution_does_the_same(normalised: bool) -> None:
+    given = next(each for each in CASES if each.op == "conv_statistics" and each.problem.normalised is normalised)
+    given = dataclasses.replace(given, problem=dataclasses.replace(given.problem, precision="fp32"))
+    op = ops.get("conv_statistics")
+    tensors = op.tensors(given.problem, CPU)
+    exact = op.reference(cuda._widened(tensors, torch.float64), given)
+    before = torch.backends.cudnn.benchmark
+    assert op.parts is not None
+    mean, invstd, _ = op.parts(tensors, given)
+    assert torch.backends.cudnn.benchmark is before
+    assert cuda.error(mean, exact["out_mean"], "fp32") == "" and cuda.error(invstd, exact["out_invstd"], "fp32") == ""
+
+
+def test_training_convolutions_are_those_of_the_network() -> None:
+    assert not [each for each in shapes.problems(["resnet50"], [8], ["fp16"]) if each.op in shapes.TRAINING]
+    cases = shapes.problems(["resnet50"], [8], ["fp16"], training=True)
+    found = {
+        (each.problem.c, each.problem.k, each.problem.kernel[0], each.problem.stride[0], each.problem.normalised)
+        for each in cases
+        if each.op == "conv_statistics"
+    }
+    assert (3, 64, 7, 2, False) in found and (3, 64, 7, 2, True) not in found
+    for last in (False, True):  # a block's 3x3 and last 1x1, behind what ``memory_efficient`` keeps raw
+        assert (128, 128, 3, 2, last) in found and (512, 2048, 1, 1, last) in found
+    assert (2048, 512, 1, 1, True) not in found and (1024, 2048, 1, 2, True) not in found  # first 1x1, projection
+    cases = shapes.problems(["resnet18"], [8], ["fp16"], training=True)
+    spatial = [each.problem for each in cases if each.op == "conv_statistics" and each.problem.kernel == (3, 3)]
+    basic = {(each.c, each.k, each.normalised) for each in spatial}
+    assert (64, 64, True) in basic and (64, 128, True) not in basic
+
+
 def test_near_the_floor_the_search_ends(tmp_path: Path) -> None:
     runner = Pretender()
     every = sweep.configs(case(), H100)
@@ -311,9 +357,10 @@ def test_other_choices_in_the_table_stay(tmp_path: Path) -> None:
 def _some_cases() -> list[ops.Case]:
     """A small case of every kind that the networks have."""
     found: dict[tuple[Any, ...], ops.Case] = {}
-    for each in shapes.problems(["resnet18", "resnet50", "resnext50_32x4d"], [2], ["fp16"], 32, LITTLE):
+    for each in shapes.problems(["resnet18", "resnet50", "resnext50_32x4d"], [2], ["fp16"], 32, LITTLE, training=True):
         given = each.problem
-        kind = (each.op, each.form, *(getattr(given, name, None) for name in ("residual", "uint8", "kernel", "groups")))
+        names = ("residual", "uint8", "kernel", "groups", "step", "relu", "normalised")
+        kind = (each.op, each.form, *(getattr(given, name, None) for name in names))
         if each.op == "bottleneck_tail":
             kind = (each.op, given.shortcut is None, given.following > 0, given.stride)
         found.setdefault(kind, each)
@@ -342,7 +389,8 @@ def test_adapters_describe_what_the_kernels_take(given: ops.Case) -> None:
     configs = sweep.configs(given, LITTLE)
     assert {type(config) for config in configs} == {op.kernel.Config}
     launch = op.launch(op.kernel, tensors, given, configs[0])
-    assert math.prod(launch.grid) >= 1
+    for part in launch.parts if isinstance(launch, ops.Launches) else (launch,):
+        assert math.prod(part.grid) >= 1
     assert op.kernel.as_fields(configs[0]).keys() == op.kernel.Config.__dataclass_fields__.keys()
 
 
@@ -354,11 +402,10 @@ def test_launches_pass_the_gate(op: str) -> None:
         (each for each in CASES if each.op == op), key=lambda each: -ops.get(op).work(each.problem).flops
     ):
         following = getattr(each.problem, "following", 0) > 0
-        kinds[
-            each.form, getattr(each.problem, "residual", None), getattr(each.problem, "shortcut", None), following
-        ] = each
+        names = ("residual", "shortcut", "step", "normalised")
+        kinds[(each.form, *(getattr(each.problem, name, None) for name in names), following)] = each
     adapter = ops.get(op)
-    for given in list(kinds.values())[-4:]:
+    for given in list(kinds.values())[-(8 if op == "batch_norm_act" else 4) :]:
         tensors = adapter.tensors(given.problem, torch.device(DEVICE))
         exact = adapter.reference(cuda._widened(tensors, torch.float32), given)
         for name in exact:
@@ -534,9 +581,11 @@ def test_a_wrong_cuda_kernel_is_refused(tmp_path: Path) -> None:
 
 
 @needs_cuda_kernels
-@pytest.mark.parametrize("op", ["conv_bn_act", "stem", "head", "add_act"])
+@pytest.mark.parametrize("op", ["conv_bn_act", "stem", "head", "add_act", "batch_norm_act"])
 def test_cuda_launches_pass_the_gate(op: str) -> None:
     """The adapters of the CUDA kernels, on a small problem of each form."""
+    if op not in native.OPS:
+        pytest.skip(f"backends.cuda does not list {op}")
     device = torch.device(CUDA_DEVICE)
     described: list[ops.Case] = {
         "conv_bn_act": [case(n=1, h=5, w=4, c=16, k=24, residual=True), dataclasses.replace(case(n=1), form="none")],
@@ -544,6 +593,11 @@ def test_cuda_launches_pass_the_gate(op: str) -> None:
         "head": [ops.Case("head", ops.get("head").kernel.Problem(2, 3, 2, 40, 17, "fp16"))],
         "add_act": [
             ops.Case("add_act", ops.get("add_act").kernel.Problem(1000, "bf16"), form) for form in ("relu", "backward")
+        ],
+        "batch_norm_act": [
+            dataclasses.replace(each, problem=dataclasses.replace(each.problem, rows=100, c=24))
+            for each in CASES
+            if each.op == "batch_norm_act"
         ],
     }[op]
     with installed():
@@ -555,11 +609,13 @@ def test_cuda_launches_pass_the_gate(op: str) -> None:
             tensors = adapter.tensors(given.problem, device)
             exact = adapter.reference(cuda._widened(tensors, torch.float32), given)
             for config in dict.fromkeys([adapter.kernel.choose(given.problem, gpu), *sweep.configs(given, gpu)[:3]]):
-                tensors["out"].fill_(math.nan)  # type: ignore[union-attr]
+                for name in exact:
+                    tensors[name].fill_(math.nan)  # type: ignore[union-attr]
                 adapter.launch(adapter.kernel, tensors, given, config)()
-                output = tensors["out"]
-                assert output is not None
-                assert cuda.error(output, exact["out"], given.problem.precision) == "", (str(given), config)
+                for name, answer in exact.items():
+                    output = tensors[name]
+                    assert output is not None
+                    assert cuda.error(output, answer, given.problem.precision) == "", (str(given), config, name)
 
 
 def test_the_compile_check_knows_cudas_choices_by_their_problems(
@@ -596,6 +652,16 @@ def test_dry_run_lists_problems_and_counts(folders: tuple[Path, Path]) -> None:
     assert f"{len(waiting)} problems, {whole} candidates" in result.output
     assert all(each.problem.key() in result.output for each in waiting)
     assert not folders[1].exists()
+
+
+def test_training_is_measured_where_it_is_named() -> None:
+    arguments = ["--dry-run", "--model", "resnet18", "--batch", "4"]
+    plain = invoke(*arguments).output
+    shown = invoke(*arguments, "--op", "conv_statistics", "--op", "batch_norm_act").output
+    assert "conv_statistics" not in plain and "batch_norm_act" not in plain
+    cases = [each for each in shapes.problems(["resnet18"], [4], ["fp16"], training=True) if each.op in shapes.TRAINING]
+    assert f"{len(sweep.pending(cases, H100, {}))} problems" in shown
+    assert "conv_bn_act" not in shown and all(each.problem.key() in shown for each in cases)
 
 
 def test_dry_run_lists_the_cuda_kernels_that_are_built() -> None:

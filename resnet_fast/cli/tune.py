@@ -38,6 +38,8 @@ class Op(str, enum.Enum):
     stem = "stem"
     head = "head"
     add_act = "add_act"
+    batch_norm_act = "batch_norm_act"
+    conv_statistics = "conv_statistics"
 
 
 def tune(
@@ -51,7 +53,12 @@ def tune(
     precisions: Annotated[
         list[Arithmetic] | None, typer.Option("--dtype", help="How to multiply, by default fp16; may be repeated.")
     ] = None,
-    chosen: Annotated[list[Op] | None, typer.Option("--op", help="Only this op; may be repeated.")] = None,
+    chosen: Annotated[
+        list[Op] | None,
+        typer.Option(
+            "--op", help="Only this op; may be repeated. The last two run in training only, and are measured if named."
+        ),
+    ] = None,
     image_size: Annotated[
         int, typer.Option("--size", "--image-size", min=1, help="Height and width of the images.")
     ] = 224,
@@ -86,7 +93,8 @@ def tune(
 
     wanted = [each.value for each in (precisions or [Arithmetic.fp16])]
     with as_user_errors(ValueError):
-        cases = shapes.problems(names, batches or [128], wanted, image_size, gpu)
+        training = any(op.value in shapes.TRAINING for op in chosen or ())
+        cases = shapes.problems(names, batches or [128], wanted, image_size, gpu, training)
     if chosen:
         cases = tuple(case for case in cases if case.op in {op.value for op in chosen})
     cases = ops.with_cuda(cases, gpu)

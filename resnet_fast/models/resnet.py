@@ -169,7 +169,6 @@ class ResNet(nn.Module):
         memory_efficient: bool = False,
     ) -> None:
         super().__init__()
-        self.memory_efficient = memory_efficient
         self._norm_layer: NormLayer = nn.BatchNorm2d if norm_layer is None else norm_layer
         self.inplanes = 64
         self.dilation = 1
@@ -188,10 +187,20 @@ class ResNet(nn.Module):
         self.layer4 = self._make_layer(block, 512, layers[3], stride=2, dilate=dilate[2])
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512 * block.expansion, num_classes)
+        self.memory_efficient = memory_efficient
+        self._initialise(zero_init_residual)
+
+    @property
+    def memory_efficient(self) -> bool:
+        """Whether training keeps less for the backward; setting it sets it for every block."""
+        return bool(self.__dict__.get("_memory_efficient", False))
+
+    @memory_efficient.setter
+    def memory_efficient(self, value: bool) -> None:
+        self.__dict__["_memory_efficient"] = value
         for module in self.modules():
             if isinstance(module, BasicBlock | Bottleneck):
-                module.memory_efficient = memory_efficient
-        self._initialise(zero_init_residual)
+                module.memory_efficient = value
 
     def _initialise(self, zero_init_residual: bool) -> None:
         for module in self.modules():

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends, ops
+from ..ops import conv_statistics as statistics_of_conv
 from ..ops import recompute
 from ..ops._common import transformed
-from ..ops.batch_norm_act import constant_statistics, statistics
+from ..ops.batch_norm_act import constant_statistics, from_moments, statistics
 from ..ops.recompute import Norm
 
 __all__ = [
@@ -49,6 +50,7 @@ def _must_be_plain(x: object) -> bool:
     return (
         transformed()
         or not isinstance(x, Tensor)
+        or x.dim() != 4
         or torch._C._get_tracing_state() is not None
         or torch.onnx.is_in_onnx_export()
     )
@@ -122,8 +124,11 @@ def _group(bn: Any) -> str:
     return str(group.group_name) if distributed.get_world_size(group) > 1 else ""
 
 
-def _norm(x: Tensor, bn: Any) -> Norm:
-    """``bn`` with the statistics that it uses for ``x``; brings running statistics up to date as its forward does."""
+def _norm(x: Tensor, bn: Any, moments: tuple[Tensor, Tensor] | None = None) -> Norm:
+    """``bn`` with the statistics that it uses for ``x``; brings running statistics up to date as its forward does.
+
+    moments: mean and biased variance of x, where they are known and what bn uses.
+    """
     if not _batch_statistics(bn):
         mean, invstd, _ = constant_statistics(bn.running_mean, bn.running_var, bn.eps)
         return Norm(bn.weight, bn.bias, mean, invstd, False, None, "")
@@ -137,12 +142,16 @@ def _norm(x: Tensor, bn: Any) -> Norm:
             bn.num_batches_tracked.add_(1)
             if bn.momentum is None:  # the plain average over all batches
                 momentum = 1.0 / float(bn.num_batches_tracked)
-    mean, invstd, total = statistics(x, *running, momentum, bn.eps, group)
+    if moments is None:
+        mean, invstd, total = statistics(x, *running, momentum, bn.eps, group)
+    else:
+        rows = x.shape[0] * x.shape[2] * x.shape[3]
+        mean, invstd, total = from_moments(*moments, rows, *running, momentum, bn.eps)
     return Norm(bn.weight, bn.bias, mean, invstd, True, total, group)
 
 
-def _normalise(x: Tensor, bn: Any, act: nn.Module | None, residual: Tensor | None) -> Tensor:
-    gamma, beta, mean, invstd, of_batch, total, group = _norm(x, bn)
+def _normalise(x: Tensor, norm: Norm, act: nn.Module | None, residual: Tensor | None) -> Tensor:
+    gamma, beta, mean, invstd, of_batch, total, group = norm
     activation = "none" if act is None else "relu"
     out: Tensor = torch.ops.resnet_fast.batch_norm_act.default(
         x, gamma, beta, mean, invstd, residual, activation, of_batch, total, group
@@ -159,7 +168,7 @@ def bn_act(x: Tensor, bn: nn.Module, act: nn.Module | None = None, residual: Ten
     """
     known = _batch_statistics(bn) or _constant_statistics(bn)
     if not _must_be_plain(x) and known and (act is None or type(act) is nn.ReLU) and _untouched(bn, act):
-        return _normalise(x, bn, act, residual)
+        return _normalise(x, _norm(x, bn), act, residual)
     out: Tensor = bn(x)
     if residual is not None:
         out = out + residual
@@ -169,7 +178,7 @@ def bn_act(x: Tensor, bn: nn.Module, act: nn.Module | None = None, residual: Ten
 def frozen(x: Tensor, bn: Any) -> Tensor:
     """A FrozenBatchNorm2d by itself: ``(x - running_mean) / sqrt(running_var + eps) * weight + bias``."""
     if not _must_be_plain(x):
-        return _normalise(x, bn, None, None)
+        return _normalise(x, _norm(x, bn), None, None)
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
     shift = bn.bias - bn.running_mean * scale
     return (x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(x.dtype)
@@ -186,7 +195,7 @@ def conv_bn_act(
     """
     if not _must_be_plain(x) and _fusable(conv, bn, act):
         if _batch_statistics(bn):
-            return _normalise(_convolve(x, conv), bn, act, residual)
+            return _normalise(*_convolved(x, conv, bn), act, residual)
         scale, shift = scale_and_shift(conv, bn)
         return ops.conv_bn_act(
             x, conv.weight, scale, shift, residual, conv.stride, conv.padding, conv.dilation, conv.groups,
@@ -201,6 +210,19 @@ def conv_bn_act(
 def _convolve(x: Tensor, conv: Any) -> Tensor:
     """torch's convolution (cuDNN, oneDNN) on channels_last images, which the ops behind it read without a copy."""
     return nn.functional.conv2d(x.contiguous(memory_format=torch.channels_last), *_conv(conv))
+
+
+def _convolved(x: Tensor, conv: Any, bn: Any, before: Norm | None = None) -> tuple[Tensor, Norm]:
+    """The convolution's output and ``bn`` for it, from the batch; by one kernel where that is known to take less time.
+
+    before: a norm and ReLU in front of the convolution.
+    """
+    if not _group(bn) and statistics_of_conv.chosen(x, before is not None, *_conv(conv)):
+        x = x.contiguous(memory_format=torch.channels_last)
+        y, *moments = statistics_of_conv.conv_statistics(x, before, *_conv(conv))
+        return y, _norm(y, bn, (moments[0], moments[1]))
+    y = _convolve(x, conv) if before is None else recompute.norm_act_conv(x, before, *_conv(conv))
+    return y, _norm(y, bn)
 
 
 class Normalised(NamedTuple):
@@ -218,8 +240,8 @@ def inner(x: Tensor | Normalised, conv: Any, bn: nn.Module, act: nn.Module, lean
     """
     if not lean or not _is_lean(x, conv, bn, act):
         return conv_bn_act(_finished(x), conv, bn, act)
-    y = recompute.norm_act_conv(x.x, x.norm, *_conv(conv)) if isinstance(x, Normalised) else _convolve(x, conv)
-    return Normalised(y, _norm(y, bn))
+    source, before = x if isinstance(x, Normalised) else (x, None)
+    return Normalised(*_convolved(source, conv, bn, before))
 
 
 def last(
@@ -238,15 +260,17 @@ def last(
         return conv_bn_act(_finished(x), conv, bn, act, residual)
     source, before = x if isinstance(x, Normalised) else (x, None)
     with torch.no_grad():
-        y = _convolve(source, conv) if before is None else recompute.norm_act_conv(source, before, *_conv(conv))
+        y, norm = _convolved(source, conv, bn, before)
     activation = "none" if act is None else "relu"
-    return recompute.conv_norm_act(y, source, before, *_conv(conv), _norm(y, bn), residual, activation)
+    return recompute.conv_norm_act(y, source, before, *_conv(conv), norm, residual, activation)
 
 
 def _is_lean(x: Tensor | Normalised, conv: Any, bn: nn.Module, act: nn.Module | None) -> bool:
     """Whether there is something to keep less of: the batch's statistics, and gradients."""
     x = x.x if isinstance(x, Normalised) else x
-    return torch.is_grad_enabled() and not _must_be_plain(x) and _fusable(conv, bn, act) and _batch_statistics(bn)
+    plain = not torch.is_grad_enabled() or _must_be_plain(x) or not _fusable(conv, bn, act) or not _batch_statistics(bn)
+    # Weights of another type: autocast's business, or an error that torch's convolution words.
+    return not plain and (conv.weight.dtype is x.dtype or torch.is_autocast_enabled(x.device.type))
 
 
 def _finished(x: Tensor | Normalised) -> Tensor:
@@ -293,8 +317,7 @@ def stem(x: Tensor, conv: Any, bn: nn.Module, act: nn.Module, pool: nn.Module, l
     if not usual_pool or _must_be_plain(x) or not _untouched(pool):
         return pool(conv_bn_act(x, conv, bn, act))
     if lean and _is_lean(x, conv, bn, act):
-        y = _convolve(x, conv)
-        return recompute.norm_act_pool(y, _norm(y, bn))
+        return recompute.norm_act_pool(*_convolved(x, conv, bn))
     if usual_conv and _fusable(conv, bn, act) and not _batch_statistics(bn):
         return ops.stem(x, conv.weight, *scale_and_shift(conv, bn))
     return pool(conv_bn_act(x, conv, bn, act))

@@ -101,6 +101,17 @@ def channels_last(x: Tensor) -> Tensor:
     return x if x.stride() == wanted else x.as_strided((n, c, h, w), wanted)
 
 
+def result(y: Tensor) -> Tensor:
+    """``y``, made by the op itself, as an op returns it: :func:`channels_last`, and not a view.
+
+    What autograd takes for a view of something inside an op nobody could change in place afterwards.
+    """
+    y = channels_last(y)
+    if transformed() or not y._is_view():
+        return y
+    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
+
+
 def transformed() -> bool:
     """Whether torch.func or forward-mode AD watches: the ops have reverse-mode formulas only, plain torch has all."""
     if torch.compiler.is_compiling():

@@ -31,6 +31,7 @@ from ._common import (
     kernels_for,
     register,
     relu_gradient,
+    result,
     transformed,
 )
 
@@ -121,26 +122,39 @@ def _moments_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+def _side_by_side(x: Tensor) -> list[tuple[int, int, int]]:
+    """How to cut the pixels of an image stored channels_last: (first, last + 1, how many next to each other).
+
+    Memory that holds [pixels, C] is also [pixels / n, n * C]: torch's float32 sums over its rows are n times shorter.
+    """
+    rows, channels = _rows(x), x.shape[1]
+    most = min(_WIDEST // channels, rows // 32)
+    times = 1 << (most.bit_length() - 1) if most else 1
+    even = rows - rows % times
+    return [(0, even, times)] + ([(even, rows, 1)] if even < rows else [])
+
+
+def _rows_of(x: Tensor, first: int, end: int, times: int) -> Tensor:
+    """Those pixels as an image of ``times * C`` channels, a view of x's memory."""
+    matrix = x.permute(0, 2, 3, 1).reshape(_rows(x), x.shape[1])[first:end]
+    return matrix.reshape(1, (end - first) // times, 1, times * x.shape[1]).permute(0, 3, 1, 2)
+
+
 def _merged(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean and variance in float64 of ``x - shift``, for x stored channels_last."""
     rows, channels = _rows(x), x.shape[1]
-    matrix = x.permute(0, 2, 3, 1).reshape(rows, channels)
-    most = min(_WIDEST // channels, rows // 32)
-    side_by_side = 1 << (most.bit_length() - 1) if most else 1
-    even = rows - rows % side_by_side
     means, variances, counts = [], [], []
-    for part, times in ((matrix[:even], side_by_side), (matrix[even:], 1)):
-        if part.shape[0] == 0:
-            continue
-        part = part if shift is None else part - shift
-        image = part.reshape(1, part.shape[0] // times, 1, times * channels).permute(0, 3, 1, 2)
+    for first, end, times in _side_by_side(x):
+        image = _rows_of(x, first, end, times)
+        if shift is not None:
+            image = image - shift.repeat(times).view(1, -1, 1, 1)
         running = (None, None)
         if x.dtype is not torch.float32:  # running statistics in float32 make it give its results in that too
             running = tuple(torch.zeros(2, times * channels))
         mean, variance = torch.batch_norm_update_stats(image, *running, 0.0)
         means.append(mean.double().view(times, channels))
         variances.append(variance.double().view(times, channels))
-        counts += [part.shape[0] // times] * times
+        counts += [(end - first) // times] * times
     weights = torch.tensor(counts, dtype=torch.float64).view(-1, 1) / rows
     each = torch.cat(means)
     mean = (each * weights).sum(0)
@@ -255,6 +269,84 @@ register(
 )
 
 
+# --- statistics of moments that are known already
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, [C] in float32 (float64 for float64), without gradients."""
+    mean, invstd, _ = torch.ops.resnet_fast.batch_norm_statistics.default(x.detach(), None, None, 0.0, 0.0, "")
+    return mean, invstd.double().square().reciprocal().to(invstd.dtype)
+
+
+def _from_moments(
+    mean: Tensor,
+    variance: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    rows: int,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    if rows:
+        _update(running_mean, mean.double(), momentum)
+        _update(running_var, variance.double() * (rows / (rows - 1) if rows > 1 else torch.nan), momentum)
+    return (variance.double() + eps).rsqrt().to(variance.dtype)
+
+
+def _from_moments_kernel(
+    mean: Tensor,
+    variance: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    rows: int,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """By one launch, which Triton has whatever computed the moments."""
+    fits = rows and mean.dtype is torch.float32 and _in_kernel(running_mean) and _in_kernel(running_var)
+    if not fits or kernels_for(NAME, mean) not in ("triton", "auto"):
+        return _from_moments(mean, variance, running_mean, running_var, rows, momentum, eps)
+    from resnet_fast.kernels import batch_norm_act as kernel
+
+    mean, variance = kernel_vector(mean), kernel_vector(variance)
+    invstd = torch.empty_like(variance)
+    with triton.on(mean.device):
+        kernel.finish(
+            mean, variance, invstd, running_mean, running_var, rows, mean.shape[0], eps=eps, momentum=momentum
+        )()
+    for each in (running_mean, running_var):
+        if each is not None:
+            torch.autograd.graph.increment_version(each)
+    return invstd
+
+
+register(
+    "batch_norm_from_moments(Tensor mean, Tensor variance, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "SymInt rows, float momentum, float eps) -> Tensor",
+    default=_from_moments,
+    cpu=_from_moments_kernel,
+    cuda=_from_moments_kernel,
+    fake=lambda mean, variance, *rest: torch.empty_like(variance),
+)
+
+
+def from_moments(
+    mean: Tensor,
+    variance: Tensor,
+    rows: int,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, None]:
+    """What :func:`statistics` gives and updates, of the mean and biased variance [C] of ``rows`` values a channel."""
+    with torch.no_grad():
+        invstd = torch.ops.resnet_fast.batch_norm_from_moments.default(
+            mean, variance, running_mean, running_var, rows, momentum, eps
+        )
+    return mean, invstd, None
+
+
 # --- forward
 
 
@@ -280,7 +372,7 @@ def reference(
         y = y + per_channel(beta)
     if residual is not None:
         y = y + residual.to(dtype)
-    return channels_last((y.relu() if activation == "relu" else y).to(x.dtype))
+    return result((y.relu() if activation == "relu" else y).to(x.dtype))
 
 
 def _default(
@@ -343,7 +435,7 @@ def _native(
     out = torch.native_batch_norm(channels_last(x), *vectors, False, 0.0, 0.0)[0]
     if residual is not None:
         out += residual
-    return channels_last(out.relu_() if activation == "relu" else out)
+    return result(out.relu_() if activation == "relu" else out)
 
 
 def _variance(invstd: Tensor, dtype: torch.dtype) -> Tensor:
@@ -530,12 +622,12 @@ def _backward_reference(
     if of_batch:
         first, second = _shares(sums, _rows(x), count, group)
         inner = g - (first.view(one) + xhat * second.view(one)) / _rows(x)
-    grad_x = channels_last((inner * factor.view(one)).to(x.dtype)) if need_x else x.new_empty(0)
+    grad_x = result((inner * factor.view(one)).to(x.dtype)) if need_x else x.new_empty(0)
     return (
         grad_x,
         sums[0] if need_sums else sums[0].new_empty(0),
         sums[1] if need_sums else sums[1].new_empty(0),
-        channels_last(g.to(x.dtype)).clone(memory_format=torch.preserve_format) if need_residual else x.new_empty(0),
+        result(g.to(x.dtype, copy=True)) if need_residual else x.new_empty(0),
     )
 
 
@@ -593,21 +685,48 @@ def _backward_native(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`_backward_reference` for one process, by torch's own kernels."""
     dtype = accumulate_dtype(x.dtype)
-    g = channels_last(grad if output is None else relu_gradient(grad, output))
+    g = channels_last(grad) if output is None else result(relu_gradient(grad, output))
     mean, invstd = mean.to(dtype), invstd.to(dtype)
-    # Statistics of the batch are given as what a forward in train mode saves, constant ones as running statistics.
-    saved = (None, None, mean, invstd) if of_batch else (mean, _variance(invstd, dtype), None, None)
     one = torch.ones_like(mean) if gamma is None else gamma.detach().to(dtype)
-    grad_x, sum_grad_xhat, sum_grad = torch.ops.aten.native_batch_norm_backward.default(
-        g, channels_last(x), one, *saved, of_batch, 0.0, [need_x, need_sums, need_sums]
-    )
     nothing, empty = x.new_empty(0), mean.new_empty(0)
+    grad_x, sums = nothing, (empty, empty.clone())
+    x = channels_last(x)
+    if need_x:
+        # Statistics of the batch are given as what a forward in train mode saves, constant ones as running statistics.
+        saved = (None, None, mean, invstd) if of_batch else (mean, _variance(invstd, dtype), None, None)
+        grad_x = torch.ops.aten.native_batch_norm_backward.default(
+            g, x, one, *saved, of_batch, 0.0, [True, False, False]
+        )[0]
+    if need_sums:
+        sums = _sums(g, x, mean, invstd)
     return (
-        channels_last(grad_x) if need_x else nothing,
-        sum_grad if need_sums else empty,
-        sum_grad_xhat if need_sums else empty.clone(),
-        (g.clone() if g is grad else g) if need_residual else nothing.clone(),
+        result(grad_x) if need_x else nothing,
+        *sums,
+        (g.clone() if output is None else g) if need_residual else nothing.clone(),
     )
+
+
+def _sums(g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over pixels of g and of g * xhat, by torch's CPU kernel for constant statistics, cut as for the statistics.
+
+    Those that the gradient of x takes inside are not cut: divided by the number of pixels their errors are small there.
+    """
+    if x.device.type != "cpu" or x.dtype is torch.float64:
+        pieces = [(0, _rows(x), 1)]
+    else:
+        pieces = _side_by_side(x)
+    var, channels = _variance(invstd, mean.dtype), x.shape[1]
+    total = torch.zeros(2, channels, dtype=torch.float64, device=x.device)
+    for first, end, times in pieces:
+        vectors = (torch.ones_like(mean), mean, var)
+        gamma, centre, variance = (vector.repeat(times) for vector in vectors)
+        _, sum_grad_xhat, sum_grad = torch.ops.aten.native_batch_norm_backward.default(
+            _rows_of(g, first, end, times), _rows_of(x, first, end, times), gamma, centre, variance, None, None, False,
+            0.0, [False, True, True],
+        )  # fmt: skip
+        total += torch.stack([sum_grad, sum_grad_xhat]).double().view(2, times, channels).sum(1)
+    both = total.to(mean.dtype)
+    return both[0].clone(), both[1].clone()
 
 
 def _backward_fake(
@@ -672,7 +791,8 @@ def statistics(
 def constant_statistics(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor, None]:
     """Stored statistics as :func:`statistics` gives those of a batch."""
     dtype = accumulate_dtype(running_var.dtype)
-    return running_mean.detach().to(dtype), (running_var.detach().to(dtype) + eps).rsqrt(), None
+    # A copy of the mean: running statistics may be set anew between forward and backward, as DDP does.
+    return running_mean.detach().to(dtype, copy=True), (running_var.detach().to(dtype) + eps).rsqrt(), None
 
 
 def batch_norm_act(

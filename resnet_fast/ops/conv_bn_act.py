@@ -36,6 +36,7 @@ from ._common import (
     pair,
     register,
     relu_gradient,
+    result,
     transformed,
 )
 
@@ -65,7 +66,7 @@ def reference(
         y = y.relu()
     if residual is not None and residual_after_activation:
         y = y + residual.to(accumulate)
-    return channels_last(y.to(x.dtype))
+    return result(y.to(x.dtype))
 
 
 #: Arguments that passed every check, by shape, dtype and option.
@@ -254,7 +255,7 @@ def _cpu(
                 activation=activation,
                 residual_after_activation=residual_after_activation,
             )
-            return channels_last(y)
+            return result(y)
         backends.fallback(NAME, f"{reason}; the plain torch reference runs instead")
     return reference(
         x, weight, scale, shift, residual, stride, padding, dilation, groups, activation, residual_after_activation

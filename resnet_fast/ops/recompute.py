@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import cast, channels_last, check_image, conv_output_size, empty_channels_last, register
+from ._common import cast, channels_last, check_image, conv_output_size, empty_channels_last, register, result
 from .batch_norm_act import norm_gradients
 
 
@@ -61,7 +61,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Ten
     stride, padding, dilation, groups = geometry
     bias = None if bias is None else bias.to(x.dtype)
     arguments = (x, weight.to(x.dtype), bias, stride, padding, dilation, False, [0, 0], groups)
-    return channels_last(torch.ops.aten.convolution.default(*arguments))
+    return result(torch.ops.aten.convolution.default(*arguments))
 
 
 def _conv_gradients(
@@ -89,8 +89,10 @@ def _conv_fake(op: str, x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> T
 
 def _again(function: Any, inputs: Sequence[Any], needed: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
     """Gradients by torch's own differentiation of ``function(*inputs)``: for gradients of gradients."""
-    wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
     with torch.enable_grad():
+        # Each input by a name of its own: two may be one tensor, or one be made of another.
+        inputs = [x.view_as(x) if need else x for x, need in zip(inputs, needed, strict=True)]
+        wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
         found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needed]
 
@@ -317,7 +319,7 @@ def conv_norm_act(
 
 
 def _norm_act_pool(x: Tensor, *rest: Any) -> Tensor:
-    return channels_last(torch.ops.aten.max_pool2d_with_indices.default(_apply(x, Norm(*rest)), *_POOLING)[0])
+    return result(torch.ops.aten.max_pool2d_with_indices.default(_apply(x, Norm(*rest)), *_POOLING)[0])
 
 
 def _norm_act_pool_fake(x: Tensor, *rest: Any) -> Tensor:

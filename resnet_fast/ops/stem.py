@@ -21,7 +21,6 @@ from ._common import (
     KERNELS,
     accumulate_dtype,
     cast,
-    channels_last,
     check_device,
     check_image,
     check_per_channel,
@@ -33,6 +32,7 @@ from ._common import (
     kernels_for,
     register,
     relu_gradient,
+    result,
     transformed,
 )
 
@@ -67,7 +67,7 @@ def reference(
     image = x.to(accumulate) if mean is None or std is None else normalise(x, mean, std, accumulate)
     y = torch.conv2d(image, weight.to(accumulate), None, STRIDE, PADDING)
     y = y * scale.to(accumulate).view(1, -1, 1, 1) + shift.to(accumulate).view(1, -1, 1, 1)
-    return channels_last(_pool(y.relu(), ceil_mode).to(dtype))
+    return result(_pool(y.relu(), ceil_mode).to(dtype))
 
 
 def _output_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -247,7 +247,7 @@ def _cpu(
 
 def run_packed(conv: _packing.PackedConv, image: Tensor, folded: Callable[[], Tensor], ceil_mode: bool) -> Tensor:
     """The stem on oneDNN. ReLU and max commute (for NaN too), so ReLU runs on the four times smaller pooled tensor."""
-    return channels_last(_pool(conv.run(image, folded), ceil_mode).relu_())
+    return result(_pool(conv.run(image, folded), ceil_mode).relu_())
 
 
 def _fake(

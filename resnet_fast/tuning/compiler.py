@@ -44,11 +44,16 @@ _TENSOR_COLUMNS = 512
 
 @dataclass(frozen=True)
 class Task:
-    """A launch to compile: for which capability, of which case, with which of its kernel's configs."""
+    """A launch to compile: for which capability, of which case, with which of its kernel's configs.
+
+    Attributes:
+        part: which of the case's launches it is, where there are several.
+    """
 
     capability: int
     case: Case
     config: Any
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,11 +130,21 @@ class _Driver:
         return True
 
 
+def launches(case: Case, config: Any) -> tuple[Any, ...]:
+    """The case's ``Launch``, or all of them in order, on tensors that have no data."""
+    op = ops.get(case.op)
+    made = op.launch(op.kernel, op.tensors(case.problem, torch.device("meta")), case, config)
+    return made.parts if isinstance(made, ops.Launches) else (made,)
+
+
 def launch(task: Task) -> Any:
     """The task's ``Launch``, on tensors that have no data."""
-    op = ops.get(task.case.op)
-    tensors = op.tensors(task.case.problem, torch.device("meta"))
-    return op.launch(op.kernel, tensors, task.case, task.config)
+    return launches(task.case, task.config)[task.part]
+
+
+def tasks(capability: int, case: Case, config: Any) -> tuple[Task, ...]:
+    """What is to be compiled for a case: a task for each of its launches."""
+    return tuple(Task(capability, case, config, part) for part in range(len(launches(case, config))))
 
 
 def compile_task(task: Task) -> Compiled:

@@ -19,7 +19,7 @@ from resnet_fast import backends
 from resnet_fast.roofline.measure import tf32
 
 from . import ops
-from .compiler import Compiler, Task
+from .compiler import Compiler, tasks
 from .ops import Case
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ class CudaRunner:
         if ops.is_cuda(self._case):
             return {}  # compiled they are, and a spill fails their build
         reasons: dict[Any, str] = {}
-        for compiled in self._compiler.run([Task(self.gpu.capability, self._case, config) for config in configs]):
+        wanted = [task for config in configs for task in tasks(self.gpu.capability, self._case, config)]
+        for compiled in self._compiler.run(wanted):
             resources, reason = compiled.resources, compiled.error
             if resources is not None and resources.spills:
                 reason = f"spills {resources.stack + resources.local} bytes a thread"

@@ -28,6 +28,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, 
 
 Tensors = Mapping[str, Tensor | None]
 
+_EPS = 1e-5
+
 
 @dataclass(frozen=True)
 class Case:
@@ -79,6 +81,17 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Launches:
+    """Launches that do one thing together, one behind the other."""
+
+    parts: tuple[Any, ...]
+
+    def __call__(self) -> None:
+        for part in self.parts:
+            part()
+
+
+@dataclass(frozen=True)
 class Op:
     """What compiling and measuring need of an op.
 
@@ -86,10 +99,11 @@ class Op:
         matrix: whether its products are worth Hopper's warp-group instructions.
         cases: the cases that a layer brings about, of (kernel module, layer, batch, precision); most ops' layers none.
         tensors: arguments and outputs (named ``out`` or ``out_...``) for a problem, of (problem, device), random.
-        launch: fills the outputs, of (kernel module, tensors, case, config).
+        launch: fills the outputs, of (kernel module, tensors, case, config): a ``Launch``, or ``Launches``.
         reference: what the outputs must be, of (tensors, case), in the dtype that the floating point inputs have.
         work: bytes and operations of a problem.
         parts: does what the kernel does by several launches, of (tensors, case); None where there is no such way.
+        plain: whether those are what the op does by itself where no table says that its kernel takes less time.
         native: the CUDA kernels in place of a module of Triton's.
     """
 
@@ -101,6 +115,7 @@ class Op:
     reference: Callable[[Tensors, Case], dict[str, Tensor]]
     work: Callable[[Any], Work]
     parts: Callable[[Tensors, Case], object] | None = None
+    plain: bool = False
     native: CudaKernels | None = None
 
     @property
@@ -299,6 +314,188 @@ def _add_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
 
 def _add_work(problem: Any) -> Work:
     return cost.add_act(problem.length, itemsize=ITEMSIZE[problem.precision])
+
+
+# --- batch_norm_act: each pass over memory is a case
+
+
+def _norm_cases(kernel: ModuleType, layer: Layer | Block, batch: int, precision: str) -> Iterator[Case]:
+    """In training a BatchNorm stands behind every convolution, and what its layer fuses behind the BatchNorm."""
+    if isinstance(layer, Block) or layer.op not in ("conv_bn_act", "stem"):
+        return
+    residual, activation = len(layer.inputs) > 1, "relu" if layer.op == "stem" else layer.module.activation
+    _, c, *size = layer.output
+    if layer.op == "stem":  # its convolution has stride 2; the pool behind it is not a part of this
+        size = [(length - 1) // 2 + 1 for length in layer.inputs[0][2:]]
+    elif residual and layer.module.late:
+        return
+    problem = partial(kernel.Problem, batch * size[0] * size[1], c, precision)
+    relu = activation == "relu"
+    yield Case("batch_norm_act", problem("statistics"))
+    yield Case("batch_norm_act", problem("apply", residual=residual), activation)
+    yield Case("batch_norm_act", problem("reduce", relu=relu))
+    yield Case("batch_norm_act", problem("backward", relu=relu, residual=residual))
+
+
+def _norm_tensors(problem: Any, device: torch.device) -> dict[str, Tensor | None]:
+    """Images as matrices [rows, c]. ``y`` is the forward's output where a ReLU asks for it."""
+    dtype, rows, c, step = DTYPES[problem.precision], problem.rows, problem.c, problem.step
+
+    def image() -> Tensor:
+        return torch.randn(rows, c, dtype=dtype, device=device)
+
+    def vector() -> Tensor:
+        return torch.empty(c, device=device)
+
+    std, mean = _per_channel(c, device)
+    x = torch.randn(rows, c, device=device).mul_(std).add_(mean).to(dtype)
+    if step == "statistics":
+        running = {"running_mean": torch.randn(c, device=device), "running_var": torch.rand(c, device=device)}
+        return {"x": x, "out_mean": vector(), "out_invstd": vector(), **running}
+    given: dict[str, Tensor | None] = {"x": x, "mean": mean, "invstd": 1 / std}
+    gamma, beta = _per_channel(c, device)
+    if step == "apply":
+        residual = image() if problem.residual else None
+        return given | {"gamma": gamma, "beta": beta, "residual": residual, "out": torch.empty_like(x)}
+    given |= {"grad": image(), "y": image() if problem.relu else None}
+    if step == "reduce":
+        return given | {"out_sum_grad": vector(), "out_sum_grad_xhat": vector()}
+    sums = rows**0.5 * torch.randn(2, c, device=device)
+    given |= {"gamma": gamma, "sum_grad": sums[0], "sum_grad_xhat": sums[1]}
+    return given | {"out": torch.empty_like(x), "out_residual": torch.empty_like(x) if problem.residual else None}
+
+
+def _norm_launch(kernel: ModuleType, tensors: Tensors, case: Case, config: Any) -> Any:
+    problem, x = case.problem, _given(tensors, "x")
+
+    def given(names: str) -> list[Tensor | None]:
+        return [tensors[name] for name in names.split()]
+
+    if problem.step == "apply":
+        arguments = given("x mean invstd gamma beta residual out")
+        return Launches(kernel.apply(*arguments, problem, config, activation=case.form or "relu"))
+    if problem.step == "backward":
+        arguments = given("grad x y mean invstd gamma sum_grad sum_grad_xhat out out_residual")
+        return Launches(kernel.backward(*arguments, problem, config))
+    workspace = torch.empty(kernel.workspace_size(problem, config), device=x.device)
+    if problem.step == "reduce":
+        arguments = given("grad x y mean invstd out_sum_grad out_sum_grad_xhat")
+        return Launches(kernel.reduce(*arguments, workspace, problem, config))
+    arguments = given("x out_mean out_invstd running_mean running_var")
+    return Launches(kernel.statistics(*arguments, workspace, problem, config, eps=_EPS, momentum=0.1))
+
+
+def _norm_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
+    step, x, y = case.problem.step, _given(tensors, "x"), tensors.get("y")
+    if step == "statistics":
+        return {"out_mean": x.mean(0), "out_invstd": (x.var(0, unbiased=False) + _EPS).rsqrt()}
+    xhat = (x - _given(tensors, "mean")) * _given(tensors, "invstd")
+    if step == "apply":
+        out = xhat * _given(tensors, "gamma") + _given(tensors, "beta")
+        out = out if tensors["residual"] is None else out + tensors["residual"]
+        return {"out": out if case.form == "none" else torch.relu(out)}
+    g = _given(tensors, "grad") if y is None else torch.where(y <= 0, 0.0, _given(tensors, "grad"))
+    if step == "reduce":
+        return {"out_sum_grad": g.sum(0), "out_sum_grad_xhat": (g * xhat).sum(0)}
+    of_mean, of_std = _given(tensors, "sum_grad"), _given(tensors, "sum_grad_xhat")
+    through = g - of_mean / case.problem.rows - xhat * (of_std / case.problem.rows)
+    made = {"out": through * (_given(tensors, "gamma") * _given(tensors, "invstd"))}
+    return made | ({"out_residual": g} if case.problem.residual else {})
+
+
+def _norm_work(problem: Any) -> Work:
+    """Passes over x's memory, and the operations of an element."""
+    passes, flops = {"statistics": (1, 4), "apply": (2, 5), "reduce": (2, 5), "backward": (3, 6)}[problem.step]
+    passes += problem.relu + problem.residual
+    elements = problem.rows * problem.c
+    return Work(passes * elements * ITEMSIZE[problem.precision], 0, flops * elements)
+
+
+# --- conv_statistics: in training, in place of torch's convolution and the pass "statistics"
+
+
+def _statistics_cases(kernel: ModuleType, layer: Layer | Block, batch: int, precision: str) -> Iterator[Case]:
+    """Every convolution; those inside a block also with the BatchNorm + ReLU in front, for ``memory_efficient``."""
+    normalised: tuple[bool, ...] = (False, True)
+    if isinstance(layer, Block):
+        layer, normalised = layer.spatial, (True,)
+    elif layer.op not in ("conv_bn_act", "stem"):
+        return
+    elif len(layer.inputs) == 1 or layer.module.late:
+        normalised = (False,)
+    module, (_, c, h, w) = layer.module, layer.inputs[0]
+    if layer.op == "stem":
+        kind: dict[str, Any] = {"stride": (2, 2), "padding": (3, 3), "dilation": (1, 1), "groups": 1}
+    else:
+        kind = {name: _pair(getattr(module, name)) for name in ("stride", "padding", "dilation")}
+        kind["groups"] = module.groups
+    k, _, *window = module.weight.shape
+    for each in normalised:
+        problem = kernel.Problem(
+            n=batch, h=h, w=w, c=c, k=k, kernel=_pair(window), **kind, precision=precision, residual=False,
+            normalised=each,
+        )  # fmt: skip
+        yield Case("conv_statistics", problem)
+
+
+def _statistics_tensors(problem: Any, device: torch.device) -> dict[str, Tensor | None]:
+    """As the convolution's, with the BatchNorm in front as scale and shift (and a mean of 0 for its parts)."""
+    dtype, c, k = DTYPES[problem.precision], problem.c, problem.k
+    scale, shift = _per_channel(c, device) if problem.normalised else (None, None)
+    return {
+        "x": _image((problem.n, c, problem.h, problem.w), dtype, device).add_(0.5),
+        "weight": _weight((k, c // problem.groups, *problem.kernel), dtype, device),
+        "scale": scale,
+        "shift": shift,
+        "zero": torch.zeros(c, device=device) if problem.normalised else None,
+        "running_mean": torch.randn(k, device=device),
+        "running_var": torch.rand(k, device=device),
+        "variance": torch.empty(k, device=device),
+        "out": _empty((problem.n, k, *problem.output), dtype, device),
+        "out_mean": torch.empty(k, device=device),
+        "out_invstd": torch.empty(k, device=device),
+    }
+
+
+def _statistics_launch(kernel: ModuleType, tensors: Tensors, case: Case, config: Any) -> Any:
+    """All that the parts do: the running statistics too."""
+    from resnet_fast.kernels import batch_norm_act
+
+    problem, x = case.problem, _given(tensors, "x")
+    workspace = torch.empty(kernel.workspace_size(problem, config), device=x.device)
+    filled = [tensors[name] for name in ("x", "weight", "scale", "shift", "out", "out_mean", "variance")]
+    vectors = [tensors[name] for name in ("out_mean", "variance", "out_invstd", "running_mean", "running_var")]
+    finish = batch_norm_act.finish(*vectors, problem.pixels, problem.k, eps=_EPS, momentum=0.1)
+    return Launches((*kernel.launches(*filled, workspace, problem, config), finish))
+
+
+def _statistics_parts(tensors: Tensors, case: Case) -> object:
+    """By the algorithm that cuDNN finds fastest when it tries them."""
+    from resnet_fast.ops.batch_norm_act import statistics
+
+    problem, x, scale = case.problem, _given(tensors, "x"), tensors["scale"]
+    how = (problem.stride, problem.padding, problem.dilation, problem.groups)
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        if scale is not None:
+            x = torch.ops.resnet_fast.batch_norm_act.default(
+                x, None, tensors["shift"], tensors["zero"], scale, None, "relu", False, None, ""
+            )
+        y = torch.conv2d(x, _given(tensors, "weight"), None, *how)
+        return statistics(y, tensors["running_mean"], tensors["running_var"], 0.1, _EPS)
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _statistics_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
+    problem, x, scale = case.problem, _given(tensors, "x"), tensors["scale"]
+    if scale is not None:
+        x = torch.relu(x * scale.view(-1, 1, 1) + _given(tensors, "shift").view(-1, 1, 1))
+    how = (problem.stride, problem.padding, problem.dilation, problem.groups)
+    y = torch.conv2d(x, _given(tensors, "weight"), None, *how)
+    var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+    return {"out": y, "out_mean": mean, "out_invstd": (var + _EPS).rsqrt()}
 
 
 # --- stem
@@ -506,6 +703,18 @@ _OPS = {
         Op("stem", True, _stem_cases, _stem_tensors, _stem_launch, _stem_reference, _stem_work),
         Op("head", False, _head_cases, _head_tensors, _head_launch, _head_reference, _head_work),
         Op("add_act", False, _add_cases, _add_tensors, _add_launch, _add_reference, _add_work),
+        Op("batch_norm_act", False, _norm_cases, _norm_tensors, _norm_launch, _norm_reference, _norm_work),
+        Op(
+            "conv_statistics",
+            True,
+            _statistics_cases,
+            _statistics_tensors,
+            _statistics_launch,
+            _statistics_reference,
+            _conv_work,
+            _statistics_parts,
+            plain=True,
+        ),
     )
 }
 
@@ -539,6 +748,28 @@ def _cuda_head_launch(kernels: Any, tensors: Tensors, case: Case, config: Any) -
     return partial(cuda.head, x, _given(tensors, "weight"), bias, _given(tensors, "out"), case.problem, gpu)
 
 
+def _cuda_norm_launch(kernels: Any, tensors: Tensors, case: Case, config: Any) -> Any:
+    """The launches read an image's memory as a matrix; a matrix is one of one-pixel images."""
+    images = {
+        name: tensor[:, :, None, None] if tensor is not None and tensor.dim() == 2 else tensor
+        for name, tensor in tensors.items()
+    }
+
+    def given(names: str) -> list[Any]:
+        return [images[name] for name in names.split()]
+
+    if case.problem.step == "statistics":
+        names = given("x out_mean out_invstd running_mean running_var")
+        return partial(cuda.batch_norm_act_statistics, *names, eps=_EPS, momentum=0.1)
+    if case.problem.step == "apply":
+        names = given("x mean invstd gamma beta residual out")
+        return partial(cuda.batch_norm_act_apply, *names, activation=case.form or "relu")
+    if case.problem.step == "reduce":
+        return partial(cuda.batch_norm_act_reduce, *given("grad x y mean invstd out_sum_grad out_sum_grad_xhat"))
+    names = given("grad x y mean invstd gamma sum_grad sum_grad_xhat out out_residual")
+    return partial(cuda.batch_norm_act_backward, *names)
+
+
 def _given(tensors: Tensors, name: str) -> Tensor:
     tensor = tensors[name]
     assert tensor is not None
@@ -552,5 +783,6 @@ _CUDA_OPS = {
         ("stem", _cuda_stem_launch),
         ("head", _cuda_head_launch),
         ("add_act", _cuda_add_launch),
+        ("batch_norm_act", _cuda_norm_launch),
     )
 }

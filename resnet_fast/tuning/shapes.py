@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2")
 BATCHES = (1, 8, 32, 128, 256)
 
+#: The ops that only training runs.
+TRAINING = ("batch_norm_act", "conv_statistics")
+
 
 def problems(
     models: Sequence[str],
@@ -28,6 +31,7 @@ def problems(
     precisions: Iterable[str],
     image_size: int = 224,
     gpu: GPU | None = None,
+    training: bool = False,
 ) -> tuple[Case, ...]:
     """Every case of these networks, each once, in the order of models, batches, precisions and layers.
 
@@ -35,12 +39,14 @@ def problems(
         models: names from ``resnet_fast.models``. precisions: of ``kernels.gpus.PRECISIONS``.
         image_size: height and width of the images.
         gpu: blocks fused for this GPU are among the cases; None: one kernel per layer alone.
+        training: whether what only training runs, ``TRAINING``, is among the cases.
 
     Raises:
         ValueError: an unknown model, or one that does not take such images.
     """
     batches, precisions = tuple(batches), tuple(precisions)
-    chosen = ops.names() if gpu is not None else tuple(name for name in ops.names() if name != "bottleneck_tail")
+    without = {*(() if gpu is not None else ("bottleneck_tail",)), *(() if training else TRAINING)}
+    chosen = [name for name in ops.names() if name not in without]
     found: dict[Case, None] = {}
     for model in models:
         layers = _layers(model, image_size)

@@ -153,9 +153,12 @@ def sweep(
         outcome = _search(case, gpu, runner, began + most, clock)
         outcomes.append(outcome)
         if outcome.config is not None and outcome.finished:
-            fields = ops.get(case.op).kernel.as_fields(outcome.config)
+            op = ops.get(case.op)
+            fields = op.kernel.as_fields(outcome.config)
             times = {"ms": round(1e3 * outcome.seconds, 6), "floor_ms": round(1e3 * outcome.floor, 6)}
-            if outcome.separately < math.inf:
+            if outcome.separately < math.inf and op.plain:
+                times["plain_ms"] = round(1e3 * outcome.separately, 6)
+            elif outcome.separately < math.inf:
                 fields["separate"] = outcome.separately < outcome.seconds
                 times["separate_ms"] = round(1e3 * outcome.separately, 6)
             choices.setdefault(case.op, {})[case.problem.key()] = fields | times

@@ -1,0 +1,243 @@
+"""``conv_statistics``: a training convolution with the mean and variance of its output, for the BatchNorm behind it.
+
+One torch op, with or without BatchNorm + ReLU in front of the convolution (:class:`recompute.Norm`), whose output is
+then not kept but made again in the backward. Only y carries a gradient: what mean and variance owe to y is the business
+of ``batch_norm_act``'s backward. No launch choice is made here, no table is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fast.kernels import _tables
+from resnet_fast.kernels.problems import ConvStatistics as Problem
+
+from .. import backends
+from ..backends import triton
+from ._common import (
+    accumulate_dtype,
+    cast,
+    channels_last,
+    check_device,
+    check_image,
+    empty_channels_last,
+    kernel_vector,
+    kernel_weight,
+    kernels_for,
+    register,
+)
+from .batch_norm_act import moments
+from .recompute import _BEFORE, _CONV, _NOTHING, Norm
+from .recompute import _again as again
+from .recompute import _apply as apply
+from .recompute import _conv as convolve
+from .recompute import _conv_fake as convolve_fake
+from .recompute import _conv_gradients as convolution_gradients
+from .recompute import _gradients as norm_gradients
+
+NAME = "conv_statistics"
+
+_BIAS = "the Triton kernel has no bias in front of its statistics"
+
+
+def _split(rest: Sequence[Any]) -> tuple[Norm | None, Sequence[Any]]:
+    """The norm before the convolution, and the convolution: weight, bias and geometry."""
+    return None if rest[2] is None else Norm(*rest[:7]), rest[7:13]
+
+
+def _check(x: Tensor, rest: Sequence[Any]) -> None:
+    weight, bias, *_, groups = rest[7:13]
+    if weight.dim() != 4 or weight.shape[0] % groups:
+        raise ValueError(f"{NAME}: weight has shape {list(weight.shape)}, groups is {groups}: [K, C / groups, R, S]")
+    check_image(NAME, x, weight.shape[1] * groups)
+    check_device(NAME, x, gamma=rest[0], beta=rest[1], mean=rest[2], invstd=rest[3], weight=weight, bias=bias)
+
+
+def problem_of(x: Tensor, dtype: torch.dtype, weight: Tensor, geometry: Sequence[Any], normalised: bool) -> Problem:
+    """What the kernels are asked for where x is read in ``dtype``."""
+    n, c, h, w = x.shape
+    k, _, *kernel = weight.shape
+    *pairs, groups = geometry
+    first, second, third = (tuple(pair) for pair in pairs)
+    return Problem(
+        n, h, w, c, k, tuple(kernel), first, second, third, groups, triton.precision(dtype), False, normalised
+    )  # fmt: skip
+
+
+def chosen(
+    x: Tensor,
+    normalised: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> bool:
+    """Whether the op's Triton kernel would compute this, under autocast too; nothing is recorded, no kernel imported.
+
+    By itself on CUDA tensors, where a table has measured that it takes less time than convolution and statistics. Under
+    ``backends.use("triton")`` wherever it can. Never while ``torch.compile`` traces, whose graph keeps no such choice.
+    """
+    how = backends.current()
+    if how not in ("auto", "triton") or (how == "auto" and x.device.type != "cuda"):
+        return False
+    if torch.compiler.is_compiling() or bias is not None or not x.numel() or triton.unavailable():
+        return False
+    kind = x.device.type
+    dtype = x.dtype
+    if torch.is_autocast_enabled(kind) and dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    if triton.unsupported(dtype, x.device):
+        return False
+    problem = problem_of(x, dtype, weight, (stride, padding, dilation, groups), normalised)
+    return how == "triton" or _pays(problem, triton.gpu_of(x.device).name)
+
+
+@lru_cache(maxsize=4096)
+def _pays(problem: Problem, gpu: str) -> bool:
+    return _tables.pays(NAME, problem.key(), gpu)
+
+
+_tables.remembers(_pays)
+
+
+def run_kernel(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The op by Triton, on checked arguments without a bias."""
+    from resnet_fast.kernels import conv_statistics as kernel
+
+    before, (weight, _, *geometry) = _split(rest)
+    x, weight = channels_last(x), kernel_weight(weight, x.dtype)
+    problem = problem_of(x, x.dtype, weight, geometry, before is not None)
+    if min(problem.output) < 1:
+        return plain(x, *rest)  # which says what is wrong
+    y = empty_channels_last(x, [problem.n, problem.k, *problem.output])
+    config = kernel.choose(problem, triton.gpu_of(x.device))
+    mean, variance = (torch.empty(problem.k, dtype=torch.float32, device=x.device) for _ in range(2))
+    workspace = torch.empty(kernel.workspace_size(problem, config), dtype=torch.float32, device=x.device)
+    vectors = (None, None) if before is None else _scale_and_shift(before)
+    with triton.on(x.device):
+        for launch in kernel.launches(x, weight, *vectors, y, mean, variance, workspace, problem, config):
+            launch()
+    return y, mean, variance
+
+
+def _scale_and_shift(norm: Norm) -> tuple[Tensor, Tensor]:
+    """A norm as the kernel applies it, [C] each in float32: ``x * scale + shift``."""
+    mean, scale = kernel_vector(norm.mean), kernel_vector(norm.invstd)
+    if norm.gamma is not None:
+        scale = scale * kernel_vector(norm.gamma)
+    if norm.beta is None:
+        return scale, -mean * scale
+    return scale, torch.addcmul(kernel_vector(norm.beta), mean, scale, value=-1)
+
+
+def plain(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The op by the ops that it stands for: ``batch_norm_act``, torch's convolution, the pass for its statistics."""
+    before, conv = _split(rest)
+    y = convolve(x if before is None else apply(x, before), *conv)
+    return y, *moments(y)
+
+
+def _default(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, rest)
+    return plain(x, *rest)
+
+
+def _kernel(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, rest)
+    before, (weight, bias, *geometry) = _split(rest)
+    if backends.current() == "triton":
+        if kernels_for(NAME, x) == "triton":  # which records why not
+            if bias is None:
+                return run_kernel(x, *rest)
+            backends.fallback(NAME, f"{_BIAS}; convolution and statistics run one after the other")
+    elif chosen(x, before is not None, weight, bias, *geometry):
+        return run_kernel(x, *rest)
+    return plain(x, *rest)
+
+
+def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, rest)
+    y = convolve_fake(NAME, x, rest[7], rest[9:13])
+    mean, variance = (x.new_empty(y.shape[1], dtype=accumulate_dtype(x.dtype)) for _ in range(2))
+    return y, mean, variance
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, gamma, beta, mean, invstd, ctx.of_batch, count, ctx.group, weight, bias, *ctx.geometry = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, gamma, beta, mean, invstd, count, weight, bias)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+    x, gamma, beta, mean, invstd, count, weight, bias = ctx.saved_tensors
+    before = None if mean is None else Norm(gamma, beta, mean, invstd, ctx.of_batch, count, ctx.group)
+    needed = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[8:10])  # x, gamma, beta, weight, bias
+
+    def all_of(x: Any, gamma: Any, beta: Any, weight: Any, bias: Any) -> tuple[Any, ...]:
+        return x, gamma, beta, *([None] * 5), weight, bias, *([None] * 4)
+
+    if grad is None:
+        return all_of(*([None] * 5))
+    if torch.is_grad_enabled():
+
+        def plainly(x: Tensor, gamma: Any, beta: Any, weight: Tensor, bias: Any) -> Tensor:
+            a = x if before is None else apply(x, before._replace(gamma=gamma, beta=beta))
+            return convolve(a, weight, bias, *ctx.geometry)
+
+        return all_of(*again(plainly, (x, gamma, beta, weight, bias), needed, grad))
+    inside = any(needed[:3])
+    a = channels_last(x) if before is None else apply(x, before)
+    grad_a, *grads = convolution_gradients(grad, a, weight, bias, ctx.geometry, (inside, *needed[3:]))
+    if before is None or grad_a is None or not inside:
+        return all_of(grad_a, None, None, *grads)
+    return all_of(*norm_gradients(grad_a, x, a, before, (*needed[:3], False))[:3], *grads)
+
+
+register(
+    f"{NAME}(Tensor x, {_BEFORE}, {_CONV}) -> (Tensor, Tensor, Tensor)",
+    default=_default,
+    cpu=_kernel,
+    cuda=_kernel,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=lambda dtype, args: (cast(args[0], dtype), *args[1:]),
+)
+
+
+def conv_statistics(
+    x: Tensor,
+    before: Norm | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``y = conv(x, weight, bias)``, or of ``relu(before(x))``, with the mean and biased variance of y's channels.
+
+    Args:
+        x: [N, C, H, W], floating point. before: the BatchNorm + ReLU in front of the convolution; x is then what is
+            kept for the backward, and relu(before(x)) made again.
+        weight: [K, C / groups, R, S], rounded to x's dtype (autocast's under it). bias: [K] or None.
+
+    Returns:
+        y [N, K, P, Q], stored channels_last, differentiable in x, before's gamma and beta, weight and bias; mean and
+        variance [K] in float32 (float64 for float64), of y as it is rounded, without a gradient.
+
+    Raises:
+        ValueError: shapes or devices do not fit; TypeError: x is not floating point.
+    """
+    made: tuple[Tensor, Tensor, Tensor] = torch.ops.resnet_fast.conv_statistics.default(
+        x, *(_NOTHING if before is None else before), weight, bias, list(stride), list(padding), list(dilation), groups
+    )
+    return made
