@@ -183,6 +183,9 @@ def test_opcheck() -> None:
     before = norm(a["x"], a["gamma"], a["beta"], True)
     torch.library.opcheck(OPS.norm_act_conv.default, (a["x"], *before, a["weight"], a["bias"], *geometry))
     torch.library.opcheck(OPS.norm_act_pool.default, (a["x"], *before))
+    torch.library.opcheck(
+        OPS.conv_again.default, (a["x"].detach(), a["weight"].detach(), a["bias"].detach(), *geometry)
+    )
     y = recompute.norm_act_conv(a["x"], before, a["weight"], a["bias"], *geometry).detach()
     behind, residual = norm(y, a["gamma1"], a["beta1"], True), torch.randn_like(y).requires_grad_()
     conv = (a["weight"], a["bias"], *geometry)

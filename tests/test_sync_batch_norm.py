@@ -59,6 +59,13 @@ def _worker(rank: int, folder: str) -> None:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(_network(momentum=0.1))  # torch cannot compile an average
         model = torch.compile(model, fullgraph=True, backend="aot_eager")
         results["compiled"] = _step(model, inputs["usual"].split(2)[rank])
+        norm = nn.SyncBatchNorm.convert_sync_batchnorm(rf.nn.BNAct2d(3))
+        reduces = _count_reductions()
+        norm(inputs["usual"].split(SHARES["one empty"])[rank]).sum().backward()
+        results["no gradient for x"] = torch.tensor(reduces())
+        before = {name: value.clone() for name, value in norm.named_buffers()}
+        norm(inputs["usual"][:0]).sum().backward()
+        results["nothing anywhere"] = {n: (before[n], value) for n, value in norm.named_buffers() if "running" in n}
         for lean in (False, True):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(_small_resnet(lean))
             results[f"lean {lean}"] = _step(model, torch.randn(2, 3, 64, 64, generator=torch.manual_seed(rank)))
@@ -152,6 +159,14 @@ def test_a_group_of_one_process(results: Any) -> None:
         for name, value in rank["alone"].items():
             if value.is_floating_point():
                 assert_obeys_error_rule(value, same[name], exact[name], name)
+
+
+def test_when_processes_communicate(results: Any) -> None:
+    """Forward once, and backward only if x wants a gradient, with pixels or without: else they would wait for ever."""
+    for rank in results[1]:
+        assert int(rank["no gradient for x"]) == 1
+        for before, after in rank["nothing anywhere"].values():
+            assert torch.equal(before, after)
 
 
 def test_memory_efficient_models_give_the_same_bits(results: Any) -> None:

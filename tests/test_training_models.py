@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -307,6 +310,28 @@ def test_compiled_training_step(lean: bool) -> None:
     assert_equal(gradients(model) | buffers(model), gradients(plain) | buffers(plain))
 
 
+def test_compiled_memory_efficient_blocks_keep_as_little() -> None:
+    """A projection's convolution is not recognised as the one that the backward runs again, and kept."""
+    torch._dynamo.reset()
+    block = rf.resnet18(memory_efficient=True).layer2[0]
+    x = torch.randn(2, 64, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    kept = []
+    for forward in (block, torch.compile(block, fullgraph=True, backend="aot_eager_decomp_partition")):
+        saved: dict[int, int] = {}
+        own = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *block.buffers())}
+
+        def pack(t: Tensor, saved: dict[int, int] = saved, own: set[int] = own) -> Tensor:
+            if t.dim() == 4 and t.untyped_storage().data_ptr() not in own:
+                saved[t.untyped_storage().data_ptr()] = t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = forward(x)
+        out.sum().backward()
+        kept.append(sum(saved.values()))
+    assert kept[1] <= kept[0], kept
+
+
 def test_memory_efficient_blocks_still_show_hooks() -> None:
     """A hook on an inner layer fires, and that block keeps everything; the gradients are right."""
     ours, theirs, exact = networks("resnet18", kinks=False)
@@ -356,3 +381,26 @@ def test_wrong_ranks_are_torchs_error() -> None:
     for module in (rf.nn.BNAct2d(3), rf.nn.ConvBNAct2d(3, 3, 1)):
         with pytest.raises(ValueError, match="4D"):
             module(torch.randn(3, 4, 4))
+
+
+_NARROW = """
+import torch, resnet_fast as rf
+from torch import nn
+torch.set_num_threads(1)
+shortcut = nn.Sequential(nn.Conv2d(4, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
+block = rf.models.BasicBlock(4, 8, 2, shortcut)
+for kind in ("plain", "lean", "frozen"):
+    block.memory_efficient = kind == "lean"
+    block.train(kind != "frozen")
+    for _ in range(30):
+        x = torch.randn(2, 4, 6, 6, requires_grad=True)
+        block(x).sum().backward()
+print("well")
+"""
+
+
+def test_narrow_projections_do_not_spoil_the_heap() -> None:
+    """In a process of its own, with glibc's checks: oneDNN's gradient of such a weight writes where it should not."""
+    environment = {**os.environ, "MALLOC_CHECK_": "3"}
+    done = subprocess.run([sys.executable, "-c", _NARROW], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "well"), done.stderr[-500:]

@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import backends, ops
 from ..ops import conv_statistics as statistics_of_conv
 from ..ops import recompute
-from ..ops._common import transformed
+from ..ops._common import spoils_memory, transformed
 from ..ops.batch_norm_act import constant_statistics, from_moments, statistics
 from ..ops.recompute import Norm
 
@@ -209,7 +209,9 @@ def conv_bn_act(
 
 def _convolve(x: Tensor, conv: Any) -> Tensor:
     """torch's convolution (cuDNN, oneDNN) on channels_last images, which the ops behind it read without a copy."""
-    return nn.functional.conv2d(x.contiguous(memory_format=torch.channels_last), *_conv(conv))
+    nchw = spoils_memory(x, conv.weight, conv.stride)
+    layout = torch.contiguous_format if nchw else torch.channels_last
+    return nn.functional.conv2d(x.contiguous(memory_format=layout), *_conv(conv))
 
 
 def _convolved(x: Tensor, conv: Any, bn: Any, before: Norm | None = None) -> tuple[Tensor, Norm]:

@@ -194,6 +194,35 @@ def relu_gradient(grad: Tensor, output: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward.default(grad, output, 0)
 
 
+def spoils_memory(x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
+    """Whether oneDNN's weight gradient of this convolution writes beyond its memory if x is stored channels_last.
+
+    1x1 with a stride, float32, fewer input channels than a vector register holds (uxlfoundation/oneDNN#6035). No ResNet
+    has one; such images are handed over as NCHW.
+    """
+    pointwise = weight.shape[2] == weight.shape[3] == 1 and max(stride) > 1
+    return x.device.type == "cpu" and pointwise and weight.shape[1] < 16
+
+
+def convolution_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: list[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """torch's gradients of a convolution for x, weight and bias, as far as ``wanted``."""
+    if spoils_memory(x, weight, stride):
+        grad, x = grad.contiguous(), x.contiguous()
+    return torch.ops.aten.convolution_backward.default(
+        grad, x, weight, bias_sizes, stride, padding, dilation, False, [0, 0], groups, list(wanted)
+    )
+
+
 def convolution_gradients(
     grad: Tensor,
     x: Tensor,
@@ -218,9 +247,7 @@ def convolution_gradients(
     if need_x or need_weight or need_scale:
         scaled = (weight.to(scale.dtype) * per_channel).to(x.dtype)
         wanted = [need_x, need_weight or need_scale, False]
-        grad_x, unscaled, _ = torch.ops.aten.convolution_backward(
-            grad, x, scaled, None, stride, padding, dilation, False, [0, 0], groups, wanted
-        )
+        grad_x, unscaled, _ = convolution_backward(grad, x, scaled, None, stride, padding, dilation, groups, wanted)
         if need_weight:
             grad_weight = (unscaled.to(scale.dtype) * per_channel).to(weight.dtype)
         if need_scale:

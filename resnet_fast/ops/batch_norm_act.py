@@ -161,7 +161,7 @@ def _merged(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     return mean, ((torch.cat(variances) + (each - mean).square()) * weights).sum(0)
 
 
-def _update(running: Tensor | None, batch: Tensor, momentum: float) -> None:
+def _update(running: Tensor | None, batch: Tensor, momentum: float | Tensor) -> None:
     if running is not None:
         running.copy_(running.double() * (1 - momentum) + batch * momentum)
 
@@ -222,12 +222,13 @@ def _statistics(
         mean, var = (torch.zeros(channels, dtype=torch.float64, device=x.device) for _ in range(2))
     count: Tensor | None = None
     unbiased: Any = rows / (rows - 1) if rows > 1 else torch.nan
+    weight: float | Tensor = momentum if rows else 0.0  # a batch without pixels leaves them as they are, as in torch
     if group:
         mean, var, count = _synchronised(mean, var, rows, group)
-        unbiased = count / (count - 1)
-    if rows or group:  # a batch without pixels leaves them as they are, as in torch
-        _update(running_mean, mean, momentum)
-        _update(running_var, var * unbiased, momentum)
+        unbiased, weight = count / (count - 1), momentum * (count > 0)
+    if rows or group:
+        _update(running_mean, mean, weight)
+        _update(running_var, var * unbiased, weight)
     count = torch.empty(0, dtype=dtype, device=x.device) if count is None else count.to(dtype)
     return mean.to(dtype), (var + eps).rsqrt().to(dtype), count
 
@@ -619,7 +620,7 @@ def _backward_reference(
     sums = g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))
     factor = invstd.to(dtype) if gamma is None else invstd.to(dtype) * gamma.to(dtype)
     inner = g
-    if of_batch:
+    if of_batch and need_x:  # when to communicate is the same for all processes, whatever computes there
         first, second = _shares(sums, _rows(x), count, group)
         inner = g - (first.view(one) + xhat * second.view(one)) / _rows(x)
     grad_x = result((inner * factor.view(one)).to(x.dtype)) if need_x else x.new_empty(0)

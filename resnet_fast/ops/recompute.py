@@ -16,7 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import cast, channels_last, check_image, conv_output_size, empty_channels_last, register, result
+from ._common import (
+    cast,
+    channels_last,
+    check_image,
+    conv_output_size,
+    convolution_backward,
+    empty_channels_last,
+    register,
+    result,
+)
 from .batch_norm_act import norm_gradients
 
 
@@ -64,27 +73,37 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Ten
     return result(torch.ops.aten.convolution.default(*arguments))
 
 
+def _conv_fake(op: str, x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    check_image(op, x, weight.shape[1] * groups)
+    size = conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return empty_channels_last(x, [x.shape[0], weight.shape[0], *size])
+
+
+# The convolution as an op without gradients. A compiler that saw the same one in the forward would keep its result.
+register(
+    f"conv_again(Tensor x, {_CONV}) -> Tensor",
+    default=_conv,
+    cpu=_conv,
+    fake=lambda x, weight, bias, *geometry: _conv_fake("conv_again", x, weight, geometry),
+    autocast=lambda dtype, args: args,  # a backward inside of autocast computes as the forward did
+)
+
+
 def _conv_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any], needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients for x, weight and bias in their own dtypes."""
     stride, padding, dilation, groups = geometry
     sizes = None if bias is None else [bias.shape[0]]
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
-        grad, x, weight.to(x.dtype), sizes, stride, padding, dilation, False, [0, 0], groups, list(needed)
+    grad_x, grad_weight, grad_bias = convolution_backward(
+        grad, x, weight.to(x.dtype), sizes, stride, padding, dilation, groups, needed
     )
     return (
         grad_x,
         grad_weight.to(weight.dtype) if needed[1] else None,
         grad_bias.to(bias.dtype) if needed[2] and bias is not None else None,
     )
-
-
-def _conv_fake(op: str, x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Tensor:
-    stride, padding, dilation, groups = geometry
-    check_image(op, x, weight.shape[1] * groups)
-    size = conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
-    return empty_channels_last(x, [x.shape[0], weight.shape[0], *size])
 
 
 def _again(function: Any, inputs: Sequence[Any], needed: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
@@ -241,7 +260,7 @@ def _conv_norm_act_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     inside = need_x or need_gamma0 or need_beta0
     need_y = inside or need_weight or need_bias
     a = _apply(x, before) if ctx.has_before else channels_last(x)
-    y = _conv(a, weight, bias, *ctx.geometry)
+    y = torch.ops.resnet_fast.conv_again.default(a, weight, bias, *ctx.geometry)
     grad_y, grad_gamma, grad_beta, grad_residual = _gradients(
         grad, y, output, norm, (need_y, need_gamma, need_beta, need_residual)
     )
