@@ -124,7 +124,7 @@ def test_values(conv: Conv, before: bool, form: str, launched: list[bool]) -> No
     with _on(form):
         y, mean, variance = op.conv_statistics(x, given, weight, *rest)
     assert launched == [before] and y.is_contiguous(memory_format=torch.channels_last)
-    same, *_ = op.plain(x, *(recompute._NOTHING if given is None else given), weight, *rest)
+    same, *_ = op.plain(x, *(recompute.NO_NORM if given is None else given), weight, *rest)
     a = x.double()
     if given is not None:
         vectors = [t.double() for t in given[:4] if t is not None]
@@ -140,7 +140,7 @@ def test_values(conv: Conv, before: bool, form: str, launched: list[bool]) -> No
 def test_the_plain_way_is_the_ops_that_it_stands_for() -> None:
     x, arguments = image(2, 16, 7, 5), Conv(16, 24, 3, bias=True).arguments(torch.float32)
     for given, y in (
-        (None, recompute._conv(x, *arguments)),
+        (None, recompute.convolve(x, *arguments)),
         (norm(x), recompute.norm_act_conv(x, norm(x), *arguments)),
     ):
         if given is not None:
@@ -194,7 +194,7 @@ def test_gradients(form: str, before: bool) -> None:
         return y
 
     def parts(x: Tensor, first: recompute.Norm | None, *conv: Any) -> Tensor:
-        return recompute._conv(x, *conv) if first is None else recompute.norm_act_conv(x, first, *conv)
+        return recompute.convolve(x, *conv) if first is None else recompute.norm_act_conv(x, first, *conv)
 
     with backends.use("auto") if form == "plain" else _on(form):
         mine = gradients(ours, torch.float32)
@@ -251,7 +251,7 @@ def test_opcheck() -> None:
         given = norm(x.detach()) if before else None
         weight.requires_grad_()
         image_of = x.detach().to(dtype).requires_grad_()
-        arguments = (image_of, *(recompute._NOTHING if given is None else given), weight, *rest)
+        arguments = (image_of, *(recompute.NO_NORM if given is None else given), weight, *rest)
         torch.library.opcheck(OPS.conv_statistics.default, arguments)
     vectors = torch.randn(6, device=DEVICE), torch.rand(6, device=DEVICE)
     running = torch.zeros(6, device=DEVICE), torch.ones(6, device=DEVICE)
@@ -263,7 +263,7 @@ def test_opcheck() -> None:
 def test_opcheck_of_the_kernel(form: str) -> None:
     x, arguments = image(2, 16, 5, 4).requires_grad_(), Conv(16, 24).arguments(torch.float32)
     with _on(form):
-        for given in (recompute._NOTHING, norm(x.detach())):
+        for given in (recompute.NO_NORM, norm(x.detach())):
             torch.library.opcheck(OPS.conv_statistics.default, (x, *given, *arguments))
         running = torch.zeros(6, device=DEVICE), torch.ones(6, device=DEVICE)
         vectors = torch.randn(6, device=DEVICE), torch.rand(6, device=DEVICE)
@@ -339,7 +339,7 @@ def test_a_bias_under_triton_is_a_fallback(launched: list[bool]) -> None:
     with _on(FORMS[0]), pytest.warns(backends.FallbackWarning, match="no bias"):
         y, *_ = op.conv_statistics(x, None, *arguments)
     assert not launched
-    assert torch.equal(y, recompute._conv(x, *arguments))
+    assert torch.equal(y, recompute.convolve(x, *arguments))
 
 
 # --- layers and blocks

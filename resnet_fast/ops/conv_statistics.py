@@ -32,13 +32,18 @@ from ._common import (
     register,
 )
 from .batch_norm_act import moments
-from .recompute import _BEFORE, _CONV, _NOTHING, Norm
-from .recompute import _again as again
-from .recompute import _apply as apply
-from .recompute import _conv as convolve
-from .recompute import _conv_fake as convolve_fake
-from .recompute import _conv_gradients as convolution_gradients
-from .recompute import _gradients as norm_gradients
+from .recompute import (
+    BEFORE,
+    CONV,
+    NO_NORM,
+    Norm,
+    apply_norm,
+    convolve,
+    convolve_fake,
+    differentiate,
+    gradients_of_conv,
+    gradients_of_norm,
+)
 
 NAME = "conv_statistics"
 
@@ -140,7 +145,7 @@ def _scale_and_shift(norm: Norm) -> tuple[Tensor, Tensor]:
 def plain(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The op by the ops that it stands for: ``batch_norm_act``, torch's convolution, the pass for its statistics."""
     before, conv = _split(rest)
-    y = convolve(x if before is None else apply(x, before), *conv)
+    y = convolve(x if before is None else apply_norm(x, before), *conv)
     return y, *moments(y)
 
 
@@ -189,20 +194,20 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
 
         def plainly(x: Tensor, gamma: Any, beta: Any, weight: Tensor, bias: Any) -> Tensor:
-            a = x if before is None else apply(x, before._replace(gamma=gamma, beta=beta))
+            a = x if before is None else apply_norm(x, before._replace(gamma=gamma, beta=beta))
             return convolve(a, weight, bias, *ctx.geometry)
 
-        return all_of(*again(plainly, (x, gamma, beta, weight, bias), needed, grad))
+        return all_of(*differentiate(plainly, (x, gamma, beta, weight, bias), needed, grad))
     inside = any(needed[:3])
-    a = channels_last(x) if before is None else apply(x, before)
-    grad_a, *grads = convolution_gradients(grad, a, weight, bias, ctx.geometry, (inside, *needed[3:]))
+    a = channels_last(x) if before is None else apply_norm(x, before)
+    grad_a, *grads = gradients_of_conv(grad, a, weight, bias, ctx.geometry, (inside, *needed[3:]))
     if before is None or grad_a is None or not inside:
         return all_of(grad_a, None, None, *grads)
-    return all_of(*norm_gradients(grad_a, x, a, before, (*needed[:3], False))[:3], *grads)
+    return all_of(*gradients_of_norm(grad_a, x, a, before, (*needed[:3], False))[:3], *grads)
 
 
 register(
-    f"{NAME}(Tensor x, {_BEFORE}, {_CONV}) -> (Tensor, Tensor, Tensor)",
+    f"{NAME}(Tensor x, {BEFORE}, {CONV}) -> (Tensor, Tensor, Tensor)",
     default=_default,
     cpu=_kernel,
     cuda=_kernel,
@@ -238,6 +243,6 @@ def conv_statistics(
         ValueError: shapes or devices do not fit; TypeError: x is not floating point.
     """
     made: tuple[Tensor, Tensor, Tensor] = torch.ops.resnet_fast.conv_statistics.default(
-        x, *(_NOTHING if before is None else before), weight, bias, list(stride), list(padding), list(dilation), groups
+        x, *(NO_NORM if before is None else before), weight, bias, list(stride), list(padding), list(dilation), groups
     )
     return made

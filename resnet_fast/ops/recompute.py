@@ -46,12 +46,14 @@ class Norm(NamedTuple):
     group: str
 
 
+#: What schemas say of a norm, and of a convolution.
 _NORM = "Tensor? gamma, Tensor? beta, Tensor mean, Tensor invstd, bool of_batch, Tensor? count, str group"
-_CONV = "Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+CONV = "Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
 _POOLING = ([3, 3], [2, 2], [1, 1], [1, 1], False)
 
 
-def _apply(x: Tensor, norm: Norm, residual: Tensor | None = None, activation: str = "relu") -> Tensor:
+def apply_norm(x: Tensor, norm: Norm, residual: Tensor | None = None, activation: str = "relu") -> Tensor:
+    """``act(norm(x) + residual)``."""
     gamma, beta, mean, invstd, of_batch, total, group = norm
     out: Tensor = torch.ops.resnet_fast.batch_norm_act.default(
         x, gamma, beta, mean, invstd, residual, activation, of_batch, total, group
@@ -59,13 +61,13 @@ def _apply(x: Tensor, norm: Norm, residual: Tensor | None = None, activation: st
     return out
 
 
-def _gradients(
+def gradients_of_norm(
     grad: Tensor, x: Tensor, output: Tensor | None, norm: Norm, needed: tuple[bool, bool, bool, bool]
 ) -> tuple[Tensor | None, ...]:
     return norm_gradients(grad, x, output, *norm[:4], norm.total, norm.of_batch, norm.group, needed)
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     """The convolution in x's dtype, stored channels_last."""
     stride, padding, dilation, groups = geometry
     bias = None if bias is None else bias.to(x.dtype)
@@ -73,7 +75,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Ten
     return result(torch.ops.aten.convolution.default(*arguments))
 
 
-def _conv_fake(op: str, x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Tensor:
+def convolve_fake(op: str, x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Tensor:
     stride, padding, dilation, groups = geometry
     check_image(op, x, weight.shape[1] * groups)
     size = conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
@@ -82,15 +84,15 @@ def _conv_fake(op: str, x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> T
 
 # The convolution as an op without gradients. A compiler that saw the same one in the forward would keep its result.
 register(
-    f"conv_again(Tensor x, {_CONV}) -> Tensor",
-    default=_conv,
-    cpu=_conv,
-    fake=lambda x, weight, bias, *geometry: _conv_fake("conv_again", x, weight, geometry),
+    f"conv_again(Tensor x, {CONV}) -> Tensor",
+    default=convolve,
+    cpu=convolve,
+    fake=lambda x, weight, bias, *geometry: convolve_fake("conv_again", x, weight, geometry),
     autocast=lambda dtype, args: args,  # a backward inside of autocast computes as the forward did
 )
 
 
-def _conv_gradients(
+def gradients_of_conv(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any], needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients for x, weight and bias in their own dtypes."""
@@ -106,7 +108,7 @@ def _conv_gradients(
     )
 
 
-def _again(function: Any, inputs: Sequence[Any], needed: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
+def differentiate(function: Any, inputs: Sequence[Any], needed: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
     """Gradients by torch's own differentiation of ``function(*inputs)``: for gradients of gradients."""
     with torch.enable_grad():
         # Each input by a name of its own: two may be one tensor, or one be made of another.
@@ -122,11 +124,11 @@ def _again(function: Any, inputs: Sequence[Any], needed: Sequence[bool], grad: T
 def _norm_act_conv(x: Tensor, *rest: Any) -> Tensor:
     norm, conv = Norm(*rest[:7]), rest[7:]
     check_image("norm_act_conv", x, conv[0].shape[1] * conv[5])
-    return _conv(_apply(x, norm), *conv)
+    return convolve(apply_norm(x, norm), *conv)
 
 
 def _norm_act_conv_fake(x: Tensor, *rest: Any) -> Tensor:
-    return _conv_fake("norm_act_conv", x, rest[7], rest[9:])
+    return convolve_fake("norm_act_conv", x, rest[7], rest[9:])
 
 
 def _norm_act_conv_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -142,18 +144,18 @@ def _norm_act_conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
 
         def plainly(x: Tensor, gamma: Any, beta: Any, weight: Tensor, bias: Any) -> Tensor:
-            return _conv(_apply(x, norm._replace(gamma=gamma, beta=beta)), weight, bias, *ctx.geometry)
+            return convolve(apply_norm(x, norm._replace(gamma=gamma, beta=beta)), weight, bias, *ctx.geometry)
 
         needed = (need_x, need_gamma, need_beta, need_weight, need_bias)
-        grads = _again(plainly, (x, gamma, beta, weight, bias), needed, grad)
+        grads = differentiate(plainly, (x, gamma, beta, weight, bias), needed, grad)
         return *grads[:3], *([None] * 5), *grads[3:], *([None] * 4)
-    a = _apply(x, norm)
-    grad_a, grad_weight, grad_bias = _conv_gradients(
+    a = apply_norm(x, norm)
+    grad_a, grad_weight, grad_bias = gradients_of_conv(
         grad, a, weight, bias, ctx.geometry, (inside, need_weight, need_bias)
     )
     grads = [None] * 4
     if grad_a is not None and inside:
-        grads = list(_gradients(grad_a, x, a, norm, (need_x, need_gamma, need_beta, False)))
+        grads = list(gradients_of_norm(grad_a, x, a, norm, (need_x, need_gamma, need_beta, False)))
     return *grads[:3], *([None] * 5), grad_weight, grad_bias, *([None] * 4)
 
 
@@ -162,7 +164,7 @@ def _autocast_x(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 register(
-    f"norm_act_conv(Tensor x, {_NORM}, {_CONV}) -> Tensor",
+    f"norm_act_conv(Tensor x, {_NORM}, {CONV}) -> Tensor",
     default=_norm_act_conv,
     cpu=_norm_act_conv,
     fake=_norm_act_conv_fake,
@@ -198,7 +200,7 @@ def norm_act_conv(
 
 # --- conv_norm_act
 
-_BEFORE = _NORM.replace("Tensor mean", "Tensor? mean").replace("Tensor invstd", "Tensor? invstd")
+BEFORE = _NORM.replace("Tensor mean", "Tensor? mean").replace("Tensor invstd", "Tensor? invstd")
 
 
 def _split(rest: Sequence[Any]) -> tuple[Norm | None, Sequence[Any], Norm, Tensor | None, str]:
@@ -209,7 +211,7 @@ def _split(rest: Sequence[Any]) -> tuple[Norm | None, Sequence[Any], Norm, Tenso
 
 def _conv_norm_act(y: Tensor, x: Tensor, *rest: Any) -> Tensor:
     _, _, norm, residual, activation = _split(rest)
-    return _apply(y, norm, residual, activation)
+    return apply_norm(y, norm, residual, activation)
 
 
 def _conv_norm_act_fake(y: Tensor, x: Tensor, *rest: Any) -> Tensor:
@@ -250,29 +252,33 @@ def _conv_norm_act_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         def plainly(
             x: Tensor, gamma0: Any, beta0: Any, weight: Any, bias: Any, gamma: Any, beta: Any, zero: Any
         ) -> Tensor:
-            a = _apply(x, before._replace(gamma=gamma0, beta=beta0)) if ctx.has_before else x
-            y = _apply(_conv(a, weight, bias, *ctx.geometry), norm._replace(gamma=gamma, beta=beta), zero, "none")
+            a = apply_norm(x, before._replace(gamma=gamma0, beta=beta0)) if ctx.has_before else x
+            y = apply_norm(
+                convolve(a, weight, bias, *ctx.geometry), norm._replace(gamma=gamma, beta=beta), zero, "none"
+            )
             # The residual is not kept; the output shows what of the sum went through.
             return y if output is None else torch.where(output <= 0, 0.0, y).to(y.dtype)
 
         needed = (need_x, need_gamma0, need_beta0, need_weight, need_bias, need_gamma, need_beta, need_residual)
-        return all_of(*_again(plainly, (x, gamma0, beta0, weight, bias, gamma, beta, zero), needed, grad))
+        return all_of(*differentiate(plainly, (x, gamma0, beta0, weight, bias, gamma, beta, zero), needed, grad))
     inside = need_x or need_gamma0 or need_beta0
     need_y = inside or need_weight or need_bias
-    a = _apply(x, before) if ctx.has_before else channels_last(x)
+    a = apply_norm(x, before) if ctx.has_before else channels_last(x)
     y = torch.ops.resnet_fast.conv_again.default(a, weight, bias, *ctx.geometry)
-    grad_y, grad_gamma, grad_beta, grad_residual = _gradients(
+    grad_y, grad_gamma, grad_beta, grad_residual = gradients_of_norm(
         grad, y, output, norm, (need_y, need_gamma, need_beta, need_residual)
     )
     del y
     grad_a = grad_weight = grad_bias = None
     if grad_y is not None and need_y:
-        grad_a, grad_weight, grad_bias = _conv_gradients(
+        grad_a, grad_weight, grad_bias = gradients_of_conv(
             grad_y, a, weight, bias, ctx.geometry, (inside, need_weight, need_bias)
         )
     grad_x, grad_gamma0, grad_beta0 = grad_a, None, None
     if ctx.has_before and grad_a is not None and inside:
-        grad_x, grad_gamma0, grad_beta0, _ = _gradients(grad_a, x, a, before, (need_x, need_gamma0, need_beta0, False))
+        grad_x, grad_gamma0, grad_beta0, _ = gradients_of_norm(
+            grad_a, x, a, before, (need_x, need_gamma0, need_beta0, False)
+        )
     return all_of(
         grad_x, grad_gamma0, grad_beta0, grad_weight, grad_bias, grad_gamma, grad_beta, grad_residual
     )  # fmt: skip
@@ -284,7 +290,7 @@ def _numbered(declarations: str) -> str:
 
 
 register(
-    f"conv_norm_act(Tensor y, Tensor x, {_numbered(_BEFORE)}, {_CONV}, {_NORM}, Tensor? residual, str activation) "
+    f"conv_norm_act(Tensor y, Tensor x, {_numbered(BEFORE)}, {CONV}, {_NORM}, Tensor? residual, str activation) "
     "-> Tensor",
     default=_conv_norm_act,
     cpu=_conv_norm_act,
@@ -300,7 +306,7 @@ register(
     ),
 )
 
-_NOTHING: tuple[Any, ...] = (None, None, None, None, False, None, "")
+NO_NORM: tuple[Any, ...] = (None, None, None, None, False, None, "")
 
 
 def conv_norm_act(
@@ -328,7 +334,7 @@ def conv_norm_act(
         [N, K, P, Q], stored channels_last. Differentiable in x, weight, bias, both norms' gamma and beta, and residual.
     """
     out: Tensor = torch.ops.resnet_fast.conv_norm_act.default(
-        y.detach(), x, *(_NOTHING if before is None else before), weight, bias, list(stride), list(padding),
+        y.detach(), x, *(NO_NORM if before is None else before), weight, bias, list(stride), list(padding),
         list(dilation), groups, *norm, residual, activation,
     )  # fmt: skip
     return out
@@ -338,7 +344,7 @@ def conv_norm_act(
 
 
 def _norm_act_pool(x: Tensor, *rest: Any) -> Tensor:
-    return result(torch.ops.aten.max_pool2d_with_indices.default(_apply(x, Norm(*rest)), *_POOLING)[0])
+    return result(torch.ops.aten.max_pool2d_with_indices.default(apply_norm(x, Norm(*rest)), *_POOLING)[0])
 
 
 def _norm_act_pool_fake(x: Tensor, *rest: Any) -> Tensor:
@@ -357,15 +363,15 @@ def _norm_act_pool_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
 
         def plainly(x: Tensor, gamma: Any, beta: Any) -> Tensor:
-            a = _apply(x, norm._replace(gamma=gamma, beta=beta))
+            a = apply_norm(x, norm._replace(gamma=gamma, beta=beta))
             pooled: Tensor = torch.ops.aten.max_pool2d_with_indices.default(a, *_POOLING)[0]
             return pooled
 
-        return *_again(plainly, (x, gamma, beta), needed, grad), *([None] * 5)
-    a = _apply(x, norm)
+        return *differentiate(plainly, (x, gamma, beta), needed, grad), *([None] * 5)
+    a = apply_norm(x, norm)
     _, indices = torch.ops.aten.max_pool2d_with_indices.default(a, *_POOLING)
     grad = torch.ops.aten.max_pool2d_with_indices_backward.default(grad, a, *_POOLING, indices)
-    return *_gradients(grad, x, a, norm, (*needed, False))[:3], *([None] * 5)
+    return *gradients_of_norm(grad, x, a, norm, (*needed, False))[:3], *([None] * 5)
 
 
 register(
