@@ -387,14 +387,17 @@ _NARROW = """
 import torch, resnet_fast as rf
 from torch import nn
 torch.set_num_threads(1)
-shortcut = nn.Sequential(nn.Conv2d(4, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
-block = rf.models.BasicBlock(4, 8, 2, shortcut)
-for kind in ("plain", "lean", "frozen"):
-    block.memory_efficient = kind == "lean"
-    block.train(kind != "frozen")
-    for _ in range(30):
-        x = torch.randn(2, 4, 6, 6, requires_grad=True)
-        block(x).sum().backward()
+for channels in (4, 1):
+    shortcut = nn.Sequential(nn.Conv2d(channels, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
+    block = rf.models.BasicBlock(channels, 8, 2, shortcut)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        block.to(memory_format=layout)
+        for kind in ("plain", "lean", "frozen"):
+            block.memory_efficient = kind == "lean"
+            block.train(kind != "frozen")
+            for i in range(60):
+                x = torch.randn(2, channels, 6, 6).contiguous(memory_format=layout if i % 2 else torch.channels_last)
+                block(x.requires_grad_()).sum().backward()
 print("well")
 """
 

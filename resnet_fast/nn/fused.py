@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import backends, ops
 from ..ops import conv_statistics as statistics_of_conv
 from ..ops import recompute
-from ..ops._common import spoils_memory, transformed
+from ..ops._common import nchw, spoils_memory, transformed
 from ..ops.batch_norm_act import constant_statistics, from_moments, statistics
 from ..ops.recompute import Norm
 
@@ -209,9 +209,10 @@ def conv_bn_act(
 
 def _convolve(x: Tensor, conv: Any) -> Tensor:
     """torch's convolution (cuDNN, oneDNN) on channels_last images, which the ops behind it read without a copy."""
-    nchw = spoils_memory(x, conv.weight, conv.stride)
-    layout = torch.contiguous_format if nchw else torch.channels_last
-    return nn.functional.conv2d(x.contiguous(memory_format=layout), *_conv(conv))
+    weight, *rest = _conv(conv)
+    if spoils_memory(x, weight, conv.stride):
+        return nn.functional.conv2d(nchw(x), nchw(weight), *rest)
+    return nn.functional.conv2d(x.contiguous(memory_format=torch.channels_last), weight, *rest)
 
 
 def _convolved(x: Tensor, conv: Any, bn: Any, before: Norm | None = None) -> tuple[Tensor, Norm]:
@@ -219,7 +220,7 @@ def _convolved(x: Tensor, conv: Any, bn: Any, before: Norm | None = None) -> tup
 
     before: a norm and ReLU in front of the convolution.
     """
-    if not _group(bn) and statistics_of_conv.chosen(x, before is not None, *_conv(conv)):
+    if not _group(bn) and _same_dtype(x, conv) and statistics_of_conv.chosen(x, before is not None, *_conv(conv)):
         x = x.contiguous(memory_format=torch.channels_last)
         y, *moments = statistics_of_conv.conv_statistics(x, before, *_conv(conv))
         return y, _norm(y, bn, (moments[0], moments[1]))
@@ -271,8 +272,12 @@ def _is_lean(x: Tensor | Normalised, conv: Any, bn: nn.Module, act: nn.Module | 
     """Whether there is something to keep less of: the batch's statistics, and gradients."""
     x = x.x if isinstance(x, Normalised) else x
     plain = not torch.is_grad_enabled() or _must_be_plain(x) or not _fusable(conv, bn, act) or not _batch_statistics(bn)
-    # Weights of another type: autocast's business, or an error that torch's convolution words.
-    return not plain and (conv.weight.dtype is x.dtype or torch.is_autocast_enabled(x.device.type))
+    return not plain and _same_dtype(x, conv)
+
+
+def _same_dtype(x: Tensor, conv: Any) -> bool:
+    """Weights of another type are autocast's business, or an error that torch's convolution words."""
+    return conv.weight.dtype is x.dtype or torch.is_autocast_enabled(x.device.type)
 
 
 def _finished(x: Tensor | Normalised) -> Tensor:

@@ -204,6 +204,11 @@ def spoils_memory(x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
     return x.device.type == "cpu" and pointwise and weight.shape[1] < 16
 
 
+def nchw(x: Tensor) -> Tensor:
+    """``x`` with exactly a dense NCHW tensor's strides, also where those of channels_last mean the same memory."""
+    return x.contiguous().flatten().view(x.shape)
+
+
 def convolution_backward(
     grad: Tensor,
     x: Tensor,
@@ -217,7 +222,7 @@ def convolution_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch's gradients of a convolution for x, weight and bias, as far as ``wanted``."""
     if spoils_memory(x, weight, stride):
-        grad, x = grad.contiguous(), x.contiguous()
+        grad, x, weight = nchw(grad), nchw(x), nchw(weight)
     return torch.ops.aten.convolution_backward.default(
         grad, x, weight, bias_sizes, stride, padding, dilation, False, [0, 0], groups, list(wanted)
     )

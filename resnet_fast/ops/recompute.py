@@ -110,7 +110,7 @@ def gradients_of_conv(
 
 def differentiate(function: Any, inputs: Sequence[Any], needed: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
     """Gradients by torch's own differentiation of ``function(*inputs)``: for gradients of gradients."""
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
         # Each input by a name of its own: two may be one tensor, or one be made of another.
         inputs = [x.view_as(x) if need else x for x, need in zip(inputs, needed, strict=True)]
         wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
