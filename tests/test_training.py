@@ -537,7 +537,7 @@ def test_agreement_finds_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(few(), Settings(batch_size=10))
     for parameter in run.model.parameters():
         parameter.data *= 4
-    run.model.eval()
+    run.model.train()  # as a run leaves it that was finished before it was resumed
     found = agreement(run.model, few().held_out)
     assert found.agrees and found.images == 6 and 0 < max(found.largest.values()) < 1e-4 * found.scale
     import resnet_fast.training.residual as module

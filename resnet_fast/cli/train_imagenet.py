@@ -93,8 +93,13 @@ def imagenet(
         ),
     ] = None,
     warmup_epochs: Annotated[
-        float, typer.Option("--warmup-epochs", help="Epochs of linear warm-up.", rich_help_panel=RECIPE)
-    ] = 5.0,
+        float | None,
+        typer.Option(
+            "--warmup-epochs",
+            help="Epochs of linear warm-up, by default 5, or a tenth of few epochs.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
     momentum: Annotated[float, typer.Option("--momentum", help="Nesterov's momentum.", rich_help_panel=RECIPE)] = 0.9,
     weight_decay: Annotated[
         float,
@@ -173,7 +178,8 @@ def imagenet(
     with as_user_errors(ValueError):
         options = imagenet.Options(
             data=data, out=out, arch=arch, epochs=epochs, batch_size=batch_size, accumulate=accumulate, lr=lr,
-            momentum=momentum, weight_decay=weight_decay, label_smoothing=label_smoothing, warmup_epochs=warmup_epochs,
+            momentum=momentum, weight_decay=weight_decay, label_smoothing=label_smoothing,
+            warmup_epochs=min(5.0, epochs / 10) if warmup_epochs is None else warmup_epochs,
             clip_norm=clip_norm, ema_decay=ema_decay, precision=precision.value, compile=compile_it,
             memory_efficient=memory_efficient, sync_bn=sync_bn, zero_init_residual=zero_init_residual,
             image_size=image_size, resize_size=resize_size, min_scale=min_scale, workers=workers, seed=seed,

@@ -214,8 +214,9 @@ def agreement(model: nn.Module, part: Images) -> Agreement:
     """Compares the predictions for ``part`` of the plain torch layers of ``model``, ``model``, and ``optimize(model)``.
 
     Args:
-        model: in eval mode, on the CPU or a GPU.
+        model: on the CPU or a GPU; it is in eval mode afterwards.
     """
+    model.eval()
     device = next(model.parameters()).device
     part = _to(part, device)
     ordinary = _logits(plain(model), part.images)
