@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 import resnet_fast as rf
 from resnet_fast import models
 from resnet_fast.benchmarking.peers import plain
+from resnet_fast.cli.classify import load_network
 from resnet_fast.models import Preprocessing
 from resnet_fast.training import checkpoint, distributed, imagefolder, imagenet, metrics
 
@@ -323,6 +324,8 @@ def test_a_run_that_is_killed_and_resumed_is_the_whole_run_bit_for_bit(data: Pat
     assert (whole.out / imagenet.PLOT).exists()
     model = rf.resnet18(weights=whole.out / "model.safetensors").eval()
     assert model.fc.out_features == 3
+    network = load_network("resnet18", str(whole.out / "model.safetensors"))
+    assert network.labels == tuple(sorted(path.name for path in (data / "train").iterdir()))
     state = model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in training.model.state_dict().items())
     assert not torch.equal(load_file(whole.out / imagenet.EMA_MODEL)["conv1.weight"], state["conv1.weight"])
@@ -351,7 +354,7 @@ def test_a_run_that_is_killed_and_resumed_is_the_whole_run_bit_for_bit(data: Pat
     same_files(whole.out, cut.out)
     same_rows(whole.out, cut.out)
 
-    with pytest.raises(ValueError, match=r"exists; resume continues it, another out folder starts anew"):
+    with pytest.raises(ValueError, match=r"exists; --resume continues it, another folder for --out starts anew"):
         imagenet.train(cut, ONE)
     with pytest.raises(
         ValueError, match=r"made with batch_size 4, not 8; lr 0.02, not 0.1\. Resume with the same settings"
@@ -448,7 +451,7 @@ def test_wrong_options_are_named(data: Path, tmp_path: Path) -> None:
         (("--batch-size", "17"), ("train: has 16 images, one step takes 17", "a smaller batch_size would do")),
         (("--arch", "resnet1"), ("unknown arch 'resnet1'", "resnet18")),
         (("--precision", "int8"), ("'int8'", "bfloat16")),
-        (("--out", data / "train" / "cat" / "0.png"), ("not a folder",)),
+        (("--out", data / "train" / "cat" / "0.png"), ("a file; it must be a folder",)),
     ):
         failed(run(*usual, *arguments), *mentions)
     if not torch.cuda.is_available():

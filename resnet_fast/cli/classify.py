@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,7 +66,7 @@ def load_network(arch: str, weights: str | None) -> Network:
         outputs = len(head) if head is not None and head.ndim == 2 and len(head) else 1000
         model = models.get_model(arch, num_classes=outputs)
         checkpoint.load_into(model, state, source=str(resolved), name=arch)
-        return Network(model.eval(), str(resolved), _preprocessing_of(arch, resolved), _labels(outputs))
+        return Network(model.eval(), str(resolved), _preprocessing_of(arch, resolved), _labels(outputs, resolved))
 
 
 def _preprocessing_of(arch: str, path: Path) -> Preprocessing:
@@ -79,9 +80,20 @@ def _preprocessing_of(arch: str, path: Path) -> Preprocessing:
     return models.preprocessing()
 
 
-def _labels(outputs: int) -> tuple[str, ...]:
+def _labels(outputs: int, path: Path) -> tuple[str, ...]:
+    """The names that ``train imagenet`` wrote into the file, else ImageNet's for a thousand, else numbers."""
+    from safetensors import SafetensorError, safe_open
+
     from resnet_fast import models
 
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = json.loads((file.metadata() or {}).get("classes", "null"))
+        except (SafetensorError, OSError, ValueError, RecursionError):
+            found = None
+        if isinstance(found, list) and len(found) == outputs and all(isinstance(name, str) for name in found):
+            return tuple(found)
     names = models.categories()
     return names if outputs == len(names) else tuple(f"class {index}" for index in range(outputs))
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from resnet_fast.training.digits import Digits
     from resnet_fast.training.residual import Epoch, Run, Settings
 
-CHECKPOINT, METRICS, PLOT = "checkpoint.safetensors", "metrics.csv", "metrics.png"
+CHECKPOINT, MODEL, METRICS, PLOT = "checkpoint.safetensors", "model.safetensors", "metrics.csv", "metrics.png"
 EPOCHS = 5
 """The original's."""
 
@@ -37,7 +37,7 @@ def residual(
     lr: Annotated[float, typer.Option("--lr", help="Adam's learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the initial values, the order and the split.")] = 0,
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FOLDER", help=f"Gets {CHECKPOINT}, {METRICS} and {PLOT}.")
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help=f"Gets {CHECKPOINT}, {MODEL}, {METRICS} and {PLOT}.")
     ] = Path("residual_network"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in FOLDER.")] = False,
     device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where to train.")] = "cpu",
@@ -48,13 +48,11 @@ def residual(
     Prints the accuracies of each epoch, keeps a checkpoint of the last one, and then runs the held-out images through
     plain torch layers, the fused network and optimize(). The exit status is 1 if a prediction differs.
     """
-    from resnet_fast.training import digits
+    from resnet_fast.training import checkpoint, digits
     from resnet_fast.training.residual import Settings
 
     check_device(device)
     path = out / CHECKPOINT
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give the name of a folder")
     if resume and not path.is_file():
         raise UserError(f"{path}: no checkpoint to go on from; leave --resume away to start")
     if not resume and path.exists():
@@ -64,7 +62,7 @@ def residual(
     with as_user_errors(ValueError, ImportError, OSError):
         settings = Settings(batch_size, lr, seed)
         found = digits.load(data, seed)
-        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.check_folder(out)
         run = train(console, found, settings, epochs, device=device, out=out, resume=resume)
     return 0 if show_agreement(console, run) else 1
 
@@ -90,6 +88,7 @@ def train(
     resume: bool = False,
 ) -> Run:
     """Trains up to ``epochs`` epochs with a progress bar and a line for each; keeps files in ``out`` if it is given."""
+    from resnet_fast.training import checkpoint
     from resnet_fast.training.metrics import Metrics
     from resnet_fast.training.residual import Epoch, Run
 
@@ -105,6 +104,8 @@ def train(
         f"{len(data.validation)} for validation; {run.epochs_done} of {epochs} epochs done",
         soft_wrap=True,
     )
+    if run.epochs_done >= epochs:
+        console.print(f"nothing left to train: --epochs {epochs} or more are done", soft_wrap=True)
     while run.epochs_done < epochs:
         number = run.epochs_done
         with progress_bar() as progress:
@@ -114,6 +115,8 @@ def train(
             # In this order: a row without its checkpoint is dropped on --resume, a checkpoint's row would be missing.
             metrics.append(number, **found.as_dict())
             run.save(out / CHECKPOINT)
+    if out is not None:
+        checkpoint.write_model(out / MODEL, run.model.state_dict())
     if out is not None and metrics is not None:
         _draw(console, metrics.rows, out / PLOT, data.name)
     return run

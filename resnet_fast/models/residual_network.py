@@ -153,7 +153,8 @@ def residual_network(num_outputs: int = 10, in_channels: int = 1) -> ResidualNet
     7x7/2 convolution to 64 channels, ReLU, max-pool 3x3/2, 1x1 to 128; four blocks of three repeats with 128, 256, 512
     and 1024 filters and bottlenecks of 32, 64, 128 and 256, at one resolution; global average; linear without bias.
     A repeat is 1x1, 3x3, 1x1, each with bias and ReLU, and then **adds its input behind the last ReLU**. Padding is
-    TensorFlow's SAME (an odd row or column goes to the bottom or right), initial values are truncated normal.
+    TensorFlow's SAME (an odd row or column goes to the bottom or right), initial values are normal with a deviation of
+    0.02, those of convolutions cut at two deviations.
 
     Args:
         num_outputs: classes. in_channels: of the images.

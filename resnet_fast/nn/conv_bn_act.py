@@ -17,7 +17,8 @@ class ConvBNAct2d(nn.Module):
     them.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, dilation, groups, bias: as for ``torch.nn.Conv2d``.
+        in_channels, out_channels, kernel_size, stride, dilation, groups: as for ``torch.nn.Conv2d``.
+        bias: of the convolution; none by default, since the norm has a shift of its own.
         padding: as for ``torch.nn.Conv2d``; None keeps the size at stride 1 (odd kernels).
         activation: whether a ReLU follows.
         norm_layer: makes the norm from its channel count; ``torch.nn.BatchNorm2d`` where None.
@@ -27,10 +28,10 @@ class ConvBNAct2d(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int | None = None,
-        dilation: int = 1,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
+        dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = False,
         activation: bool = True,
@@ -38,9 +39,11 @@ class ConvBNAct2d(nn.Module):
     ) -> None:
         super().__init__()
         if padding is None:
-            if kernel_size % 2 == 0:
+            sizes = (kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size
+            steps = (dilation,) * 2 if isinstance(dilation, int) else dilation
+            if not all(size % 2 for size in sizes):
                 raise ValueError(f"ConvBNAct2d: kernel_size {kernel_size} is even; give padding explicitly")
-            padding = dilation * (kernel_size - 1) // 2
+            padding = (steps[0] * (sizes[0] - 1) // 2, steps[1] * (sizes[1] - 1) // 2)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.bn = (norm_layer or nn.BatchNorm2d)(out_channels)
         self.act = nn.ReLU(inplace=True) if activation else None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from resnet_fast.models.checkpoint import one_line
 
-__all__ = ["MAX_BYTES", "Checkpoint", "load", "save"]
+__all__ = ["MAX_BYTES", "Checkpoint", "check_folder", "load", "save", "write_model"]
 
 MAX_BYTES = 16 * 2**30
 """Larger files are refused, in both directions. The largest of the ten ResNets with Adam and an average has 2 GB."""
@@ -252,6 +252,34 @@ def _checked_optimizer(optimizer: Any) -> dict[str, Any]:
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def write_model(
+    path: str | os.PathLike[str], model: Mapping[str, Tensor], about: Mapping[str, str] | None = None
+) -> Path:
+    """Writes parameters and buffers alone, in one step: a file for ``weights=``, or for ``load_state_dict``.
+
+    Args:
+        model: a ``state_dict()``. about: the file's metadata.
+    """
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.items()}
+    return _write(Path(path), state, dict(about or {}))
+
+
+def check_folder(folder: Path) -> None:
+    """Makes ``folder`` and sees whether a file can be written there, before hours of work are to end in it.
+
+    Raises:
+        ValueError: it is a file, or cannot be made or written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out is {folder}, a file; it must be a folder, or not exist yet")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out is {folder}, where nothing can be written ({error.strerror}); give another") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

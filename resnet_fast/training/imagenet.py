@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resnet_fast import models
-from resnet_fast.benchmarking import results
 from resnet_fast.benchmarking.plot import PlotError
 from resnet_fast.models.preprocessing import Preprocessing
 from resnet_fast.training import checkpoint, distributed, imagefolder
@@ -520,7 +520,7 @@ def train(
         save(training, path)
         say(_closing(training.epoch, options.epochs, row))
     if table is not None:
-        _write_models(training)
+        _write_models(training, train_folder.classes)
         _draw(table, say)
         say(f"written: {options.out / MODEL}" + ("" if training.ema is None else f" and {EMA_MODEL}"))
     return training
@@ -598,11 +598,9 @@ def _columns(options: Options) -> list[str]:
 
 def _check_output(options: Options) -> None:
     path = options.out / CHECKPOINT
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"{options.out}: not a folder; out must be one, or not exist yet")
     if path.exists() and not options.resume:
-        raise ValueError(f"{path}: exists; resume continues it, another out folder starts anew")
-    options.out.mkdir(parents=True, exist_ok=True)
+        raise ValueError(f"{path}: exists; --resume continues it, another folder for --out starts anew")
+    checkpoint.check_folder(options.out)
 
 
 def _opening(training: Training, train_folder: ImageFolder, val_folder: ImageFolder, resumed: bool) -> str:
@@ -641,12 +639,11 @@ def _draw(table: Metrics, say: Callable[[str], None]) -> None:
         say(f"plot: {path}")
 
 
-def _write_models(training: Training) -> None:
-    from safetensors.torch import save as to_bytes
-
+def _write_models(training: Training, classes: Sequence[str]) -> None:
+    """Parameters and statistics, and beside them the names of the classes, in the order of the outputs."""
     models_by_file = {MODEL: training.model}
     if training.ema is not None:
         models_by_file[EMA_MODEL] = training.ema.module
     for name, model in models_by_file.items():
-        state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-        results.write_bytes(training.options.out / name, to_bytes(state))
+        about = {"classes": json.dumps(list(classes)), "arch": training.options.arch}
+        checkpoint.write_model(training.options.out / name, model.state_dict(), about)
