@@ -332,6 +332,7 @@ def test_compiled_memory_efficient_blocks_keep_as_little() -> None:
     assert kept[1] <= kept[0], kept
 
 
+@pytest.mark.filterwarnings("ignore::resnet_fast.backends.FallbackWarning")
 def test_memory_efficient_blocks_still_show_hooks() -> None:
     """A hook on an inner layer fires, and that block keeps everything; the gradients are right."""
     ours, theirs, exact = networks("resnet18", kinks=False)
@@ -341,9 +342,9 @@ def test_memory_efficient_blocks_still_show_hooks() -> None:
     seen: list[str] = []
     ours.layer2[0].bn1.register_forward_hook(lambda *_: seen.append("bn1"))
     data = batches(1, 4)
-    with pytest.warns(rf.backends.FallbackWarning):
-        found = train(ours, data)
-    assert seen == ["bn1"]
+    before = sum(rf.backends.fallbacks().values())  # each cause warns once in a process, and others may have had it
+    found = train(ours, data)
+    assert seen == ["bn1"] and sum(rf.backends.fallbacks().values()) > before
     assert_obeys(found, train(theirs, data), train(exact, data))
 
 
