@@ -80,13 +80,13 @@ def _preprocessing_of(arch: str, path: Path) -> Preprocessing:
     return models.preprocessing()
 
 
-def _labels(outputs: int, path: Path) -> tuple[str, ...]:
+def _labels(outputs: int, path: Path | None = None) -> tuple[str, ...]:
     """The names that ``train imagenet`` wrote into the file, else ImageNet's for a thousand, else numbers."""
     from safetensors import SafetensorError, safe_open
 
     from resnet_fast import models
 
-    if path.suffix == ".safetensors":
+    if path is not None and path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
                 found = json.loads((file.metadata() or {}).get("classes", "null"))
