@@ -408,3 +408,24 @@ def test_narrow_projections_do_not_spoil_the_heap() -> None:
     environment = {**os.environ, "MALLOC_CHECK_": "3"}
     done = subprocess.run([sys.executable, "-c", _NARROW], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "well"), done.stderr[-500:]
+
+
+def test_pairs_as_sizes() -> None:
+    """ConvBNAct2d: each direction of a kernel keeps its size, as Conv2d's padding="same" does."""
+    layer = rf.nn.ConvBNAct2d(3, 4, (3, 5), dilation=(2, 1))
+    assert layer(torch.randn(2, 3, 9, 11)).shape == (2, 4, 9, 11)
+    assert layer.conv.padding == (2, 2)
+    with pytest.raises(ValueError, match="even"):
+        rf.nn.ConvBNAct2d(3, 4, (3, 2))
+
+
+def test_a_backward_inside_autocast_computes_as_its_forward_did() -> None:
+    model, plain = rf.resnet18(num_classes=10, memory_efficient=True), rf.resnet18(num_classes=10)
+    plain.load_state_dict(model.state_dict())
+    ((x, y),) = batches(1, 2, 32)
+    losses = [nn.functional.cross_entropy(network(x), y) for network in (model, plain)]
+    with torch.autocast("cpu", torch.bfloat16):
+        for loss in losses:
+            loss.backward()
+    body = [{n: g for n, g in gradients(network).items() if "fc" not in n} for network in (model, plain)]
+    assert_equal(*body)

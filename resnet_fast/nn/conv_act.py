@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .fused import _must_be_plain, _untouched
+from .fused import must_be_plain, untouched
 
 __all__ = ["conv_act", "same_padding"]
 
@@ -45,7 +45,7 @@ def conv_act(x: Tensor, conv: Any, act: nn.Module | None = None, residual: Tenso
     Returns:
         [N, K, P, Q] in x's dtype.
     """
-    if not _must_be_plain(x) and _fusable(conv, act) and not _wants_gradients(x, conv.weight, conv.bias, residual):
+    if not must_be_plain(x) and _fusable(conv, act) and not _wants_gradients(x, conv.weight, conv.bias, residual):
         weight, bias = conv.weight, conv.bias
         dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
         scale = torch.ones(weight.shape[0], dtype=dtype, device=weight.device)
@@ -66,7 +66,7 @@ def _fusable(conv: nn.Module, act: nn.Module | None) -> bool:
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
         and (act is None or type(act) is nn.ReLU)
-        and _untouched(conv, act)
+        and untouched(conv, act)
     )
 
 

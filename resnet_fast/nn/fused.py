@@ -45,7 +45,7 @@ def _touched(module: nn.Module) -> bool:
     )
 
 
-def _must_be_plain(x: object) -> bool:
+def must_be_plain(x: object) -> bool:
     """Symbolic tracing, jit tracing, ONNX export and torch.func get the plain layers, which all of them understand."""
     return (
         transformed()
@@ -61,7 +61,8 @@ def _note(reason: str) -> None:
         backends.fallback("resnet_fast.nn", reason)
 
 
-def _untouched(*modules: nn.Module | None) -> bool:
+def untouched(*modules: nn.Module | None) -> bool:
+    """Whether nobody would notice that these modules are not called; what is noticed is recorded as a fallback."""
     if _has_any_global_hook():
         _note("a global module hook is registered, so the plain layers run and it fires")
         return False
@@ -91,7 +92,7 @@ def _fusable(conv: nn.Module, bn: nn.Module, act: nn.Module | None) -> bool:
         and not isinstance(conv.padding, str)
         and (_constant_statistics(bn) or _batch_statistics(bn))
         and (act is None or type(act) is nn.ReLU)
-        and _untouched(conv, bn, act)
+        and untouched(conv, bn, act)
     )
 
 
@@ -151,12 +152,7 @@ def _norm(x: Tensor, bn: Any, moments: tuple[Tensor, Tensor] | None = None) -> N
 
 
 def _normalise(x: Tensor, norm: Norm, act: nn.Module | None, residual: Tensor | None) -> Tensor:
-    gamma, beta, mean, invstd, of_batch, total, group = norm
-    activation = "none" if act is None else "relu"
-    out: Tensor = torch.ops.resnet_fast.batch_norm_act.default(
-        x, gamma, beta, mean, invstd, residual, activation, of_batch, total, group
-    )
-    return out
+    return recompute.apply_norm(x, norm, residual, "none" if act is None else "relu")
 
 
 def bn_act(x: Tensor, bn: nn.Module, act: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
@@ -167,7 +163,7 @@ def bn_act(x: Tensor, bn: nn.Module, act: nn.Module | None = None, residual: Ten
         bn, act: the layers, called as they are wherever fusing could be noticed.
     """
     known = _batch_statistics(bn) or _constant_statistics(bn)
-    if not _must_be_plain(x) and known and (act is None or type(act) is nn.ReLU) and _untouched(bn, act):
+    if not must_be_plain(x) and known and (act is None or type(act) is nn.ReLU) and untouched(bn, act):
         return _normalise(x, _norm(x, bn), act, residual)
     out: Tensor = bn(x)
     if residual is not None:
@@ -177,7 +173,7 @@ def bn_act(x: Tensor, bn: nn.Module, act: nn.Module | None = None, residual: Ten
 
 def frozen(x: Tensor, bn: Any) -> Tensor:
     """A FrozenBatchNorm2d by itself: ``(x - running_mean) / sqrt(running_var + eps) * weight + bias``."""
-    if not _must_be_plain(x):
+    if not must_be_plain(x):
         return _normalise(x, _norm(x, bn), None, None)
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
     shift = bn.bias - bn.running_mean * scale
@@ -193,7 +189,7 @@ def conv_bn_act(
         x: [N, C, H, W]. residual: as the output, or None.
         conv, bn, act: the layers, called as they are wherever fusing could be noticed.
     """
-    if not _must_be_plain(x) and _fusable(conv, bn, act):
+    if not must_be_plain(x) and _fusable(conv, bn, act):
         if _batch_statistics(bn):
             return _normalise(*_convolved(x, conv, bn), act, residual)
         scale, shift = scale_and_shift(conv, bn)
@@ -271,7 +267,7 @@ def last(
 def _is_lean(x: Tensor | Normalised, conv: Any, bn: nn.Module, act: nn.Module | None) -> bool:
     """Whether there is something to keep less of: the batch's statistics, and gradients."""
     x = x.x if isinstance(x, Normalised) else x
-    plain = not torch.is_grad_enabled() or _must_be_plain(x) or not _fusable(conv, bn, act) or not _batch_statistics(bn)
+    plain = not torch.is_grad_enabled() or must_be_plain(x) or not _fusable(conv, bn, act) or not _batch_statistics(bn)
     return not plain and _same_dtype(x, conv)
 
 
@@ -281,13 +277,7 @@ def _same_dtype(x: Tensor, conv: Any) -> bool:
 
 
 def _finished(x: Tensor | Normalised) -> Tensor:
-    if not isinstance(x, Normalised):
-        return x
-    gamma, beta, mean, invstd, of_batch, total, group = x.norm
-    out: Tensor = torch.ops.resnet_fast.batch_norm_act.default(
-        x.x, gamma, beta, mean, invstd, None, "relu", of_batch, total, group
-    )
-    return out
+    return recompute.apply_norm(x.x, x.norm) if isinstance(x, Normalised) else x
 
 
 def _conv(conv: Any) -> tuple[Tensor, Tensor | None, Any, Any, Any, int]:
@@ -301,7 +291,7 @@ def shortcut(x: Tensor, downsample: nn.Module | None, lean: bool = False) -> Ten
     """
     if downsample is None:
         return x
-    if type(downsample) is nn.Sequential and len(downsample) == 2 and not _must_be_plain(x) and _untouched(downsample):
+    if type(downsample) is nn.Sequential and len(downsample) == 2 and not must_be_plain(x) and untouched(downsample):
         return last(x, downsample[0], downsample[1], None, None, lean)
     return downsample(x)
 
@@ -321,7 +311,7 @@ def stem(x: Tensor, conv: Any, bn: nn.Module, act: nn.Module, pool: nn.Module, l
         and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((7, 7), (2, 2), (3, 3), (1, 1))
         and conv.groups == 1
     )
-    if not usual_pool or _must_be_plain(x) or not _untouched(pool):
+    if not usual_pool or must_be_plain(x) or not untouched(pool):
         return pool(conv_bn_act(x, conv, bn, act))
     if lean and _is_lean(x, conv, bn, act):
         return recompute.norm_act_pool(*_convolved(x, conv, bn))
@@ -333,6 +323,6 @@ def stem(x: Tensor, conv: Any, bn: nn.Module, act: nn.Module, pool: nn.Module, l
 def head(x: Tensor, avgpool: nn.Module, fc: Any) -> Tensor:
     """``fc(flatten(avgpool(x), 1))``, fused into one op for a global average pool and a linear layer."""
     usual = type(avgpool) is nn.AdaptiveAvgPool2d and avgpool.output_size in (1, (1, 1)) and type(fc) is nn.Linear
-    if usual and not _must_be_plain(x) and _untouched(avgpool, fc):
+    if usual and not must_be_plain(x) and untouched(avgpool, fc):
         return ops.head(x, fc.weight, fc.bias)
     return fc(torch.flatten(avgpool(x), 1))
