@@ -420,12 +420,23 @@ def test_pairs_as_sizes() -> None:
 
 
 def test_a_backward_inside_autocast_computes_as_its_forward_did() -> None:
+    """With autocast's rule for ``aten::convolution``, which torch has for CUDA only, on the CPU as well."""
+
+    def rule(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+            half = [None if t is None else t.bfloat16() for t in (x, weight, bias)]
+            return torch.ops.aten.convolution.default(*half, *rest)
+
     model, plain = rf.resnet18(num_classes=10, memory_efficient=True), rf.resnet18(num_classes=10)
     plain.load_state_dict(model.state_dict())
     ((x, y),) = batches(1, 2, 32)
     losses = [nn.functional.cross_entropy(network(x), y) for network in (model, plain)]
-    with torch.autocast("cpu", torch.bfloat16):
-        for loss in losses:
-            loss.backward()
-    body = [{n: g for n, g in gradients(network).items() if "fc" not in n} for network in (model, plain)]
-    assert_equal(*body)
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("convolution", rule, "AutocastCPU")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.ops.aten.convolution.default(
+                x, model.conv1.weight, None, [2, 2], [3, 3], [1, 1], False, [0, 0], 1
+            ).dtype is torch.bfloat16  # fmt: skip
+            for loss in losses:
+                loss.backward()
+    assert_equal(gradients(model), gradients(plain))
