@@ -182,7 +182,7 @@ def test_opcheck() -> None:
     a = arguments(3, 4, 3, 1, torch.float32)
     before = norm(a["x"], a["gamma"], a["beta"], True)
     torch.library.opcheck(OPS.norm_act_conv.default, (a["x"], *before, a["weight"], a["bias"], *geometry))
-    torch.library.opcheck(OPS.norm_act_pool.default, (a["x"], *before))
+    torch.library.opcheck(OPS.norm_act_pool.default, (a["x"], *before, False))
     torch.library.opcheck(
         OPS.conv_again.default, (a["x"].detach(), a["weight"].detach(), a["bias"].detach(), *geometry)
     )

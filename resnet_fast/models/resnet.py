@@ -97,7 +97,9 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions and a shortcut (arXiv:1512.03385, figure 5 right).
 
-    The stride is in the 3x3 convolution ("ResNet v1.5"), where torchvision has it, not in the first 1x1.
+    The stride is in the 3x3 convolution ("ResNet v1.5"), where torchvision has it. With `stride_in_1x1` it is in the
+    first 1x1, where the paper and its Caffe models have it ("v1"; transformers: `downsample_in_bottleneck`); a dilation
+    belongs to the 3x3 either way.
     """
 
     expansion: int = 4
@@ -113,13 +115,15 @@ class Bottleneck(nn.Module):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: NormLayer | None = None,
+        stride_in_1x1: bool = False,
     ) -> None:
         super().__init__()
         norm = nn.BatchNorm2d if norm_layer is None else norm_layer
         width = int(planes * (base_width / 64.0)) * groups
-        self.conv1 = _conv1x1(inplanes, width)
+        first, second = (stride, 1) if stride_in_1x1 else (1, stride)
+        self.conv1 = _conv1x1(inplanes, width, first)
         self.bn1 = norm(width)
-        self.conv2 = _conv3x3(width, width, stride, groups, dilation)
+        self.conv2 = _conv3x3(width, width, second, groups, dilation)
         self.bn2 = norm(width)
         self.conv3 = _conv1x1(width, planes * self.expansion)
         self.bn3 = norm(planes * self.expansion)
@@ -138,7 +142,7 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """A ResNet for images of shape [N, 3, H, W] with `num_classes` outputs.
 
-    Arguments (`memory_efficient` excepted), attributes, children and state_dict are those of
+    Arguments (the last three excepted), attributes, children and state_dict are those of
     `torchvision.models.ResNet`; with the same seed the initial parameters are too. `conv1, bn1, relu, maxpool,
     layer1..4, avgpool, fc` can be called one by one, in order.
 
@@ -151,9 +155,15 @@ class ResNet(nn.Module):
         norm_layer: called with the number of channels; `torch.nn.BatchNorm2d` when None.
         memory_efficient: in training keep about half as much for the backward, with the same gradients: of a block its
             output and the outputs of all convolutions but the last, which the backward runs once more.
+        stride_in_1x1: ResNet "v1", as first published (arXiv:1512.03385) and in Caffe: a `Bottleneck` has its stride
+            in the first 1x1 instead of the 3x3. Where `replace_stride_with_dilation` takes a stride away there is
+            none to place; the dilation stays in the 3x3. The state_dict does not say which of the two it is for.
+        unpadded_pool: pool as the Caffe models do, 3x3 with stride 2 without padding, the size rounded up, instead of
+            with padding 1. Of 224x224 images both make 56x56, with different numbers.
 
     Raises:
-        ValueError: for a `replace_stride_with_dilation` without exactly three items.
+        ValueError: for a `replace_stride_with_dilation` without exactly three items, and for `stride_in_1x1` with
+            blocks that are no `Bottleneck`.
     """
 
     def __init__(
@@ -167,6 +177,8 @@ class ResNet(nn.Module):
         replace_stride_with_dilation: Sequence[bool] | None = None,
         norm_layer: NormLayer | None = None,
         memory_efficient: bool = False,
+        stride_in_1x1: bool = False,
+        unpadded_pool: bool = False,
     ) -> None:
         super().__init__()
         self._norm_layer: NormLayer = nn.BatchNorm2d if norm_layer is None else norm_layer
@@ -175,12 +187,16 @@ class ResNet(nn.Module):
         dilate = (False, False, False) if replace_stride_with_dilation is None else replace_stride_with_dilation
         if len(dilate) != 3:
             raise ValueError(f"replace_stride_with_dilation must be None or have 3 items, got {dilate!r}")
+        if stride_in_1x1 and not issubclass(block, Bottleneck):
+            raise ValueError(f"stride_in_1x1 must be False for {block.__name__}, which has no 1x1 in front of its 3x3")
+        self.stride_in_1x1 = stride_in_1x1
         self.groups = groups
         self.base_width = width_per_group
         self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = self._norm_layer(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        padding = 0 if unpadded_pool else 1
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=padding, ceil_mode=unpadded_pool)
         self.layer1 = self._make_layer(block, 64, layers[0])
         self.layer2 = self._make_layer(block, 128, layers[1], stride=2, dilate=dilate[0])
         self.layer3 = self._make_layer(block, 256, layers[2], stride=2, dilate=dilate[1])
@@ -236,7 +252,11 @@ class ResNet(nn.Module):
         if stride != 1 or self.inplanes != out_planes:
             downsample = nn.Sequential(_conv1x1(self.inplanes, out_planes, stride), norm(out_planes))
 
-        first = block(self.inplanes, planes, stride, downsample, self.groups, self.base_width, first_dilation, norm)
+        # Named only where it is wanted: a block class of somebody's own need not take it.
+        option: dict[str, Any] = {"stride_in_1x1": True} if self.stride_in_1x1 else {}
+        first = block(
+            self.inplanes, planes, stride, downsample, self.groups, self.base_width, first_dilation, norm, **option
+        )
         self.inplanes = out_planes
         rest = (
             block(

@@ -301,10 +301,13 @@ def stem(x: Tensor, conv: Any, bn: nn.Module, act: nn.Module, pool: nn.Module, l
 
     lean: in train mode keep the convolution's output alone for the backward.
     """
+    ceil_mode = bool(getattr(pool, "ceil_mode", False))
+    # Padded by 1, or Caffe's pool: unpadded, the size rounded up.
     usual_pool = (
         type(pool) is nn.MaxPool2d
-        and (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (3, 2, 1, 1)
-        and not (pool.ceil_mode or pool.return_indices)
+        and (pool.kernel_size, pool.stride, pool.dilation) == (3, 2, 1)
+        and pool.padding == (0 if ceil_mode else 1)
+        and not pool.return_indices
     )
     usual_conv = (
         type(conv) is nn.Conv2d
@@ -314,9 +317,9 @@ def stem(x: Tensor, conv: Any, bn: nn.Module, act: nn.Module, pool: nn.Module, l
     if not usual_pool or must_be_plain(x) or not untouched(pool):
         return pool(conv_bn_act(x, conv, bn, act))
     if lean and _is_lean(x, conv, bn, act):
-        return recompute.norm_act_pool(*_convolved(x, conv, bn))
+        return recompute.norm_act_pool(*_convolved(x, conv, bn), ceil_mode)
     if usual_conv and _fusable(conv, bn, act) and not _batch_statistics(bn):
-        return ops.stem(x, conv.weight, *scale_and_shift(conv, bn))
+        return ops.stem(x, conv.weight, *scale_and_shift(conv, bn), ceil_mode=ceil_mode)
     return pool(conv_bn_act(x, conv, bn, act))
 
 

@@ -49,7 +49,6 @@ class Norm(NamedTuple):
 #: What schemas say of a norm, and of a convolution.
 _NORM = "Tensor? gamma, Tensor? beta, Tensor mean, Tensor invstd, bool of_batch, Tensor? count, str group"
 CONV = "Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
-_POOLING = ([3, 3], [2, 2], [1, 1], [1, 1], False)
 
 
 def apply_norm(x: Tensor, norm: Norm, residual: Tensor | None = None, activation: str = "relu") -> Tensor:
@@ -343,39 +342,48 @@ def conv_norm_act(
 # --- norm_act_pool
 
 
+def _pooling(ceil_mode: bool) -> tuple[Any, ...]:
+    """What aten's max-pools take: a window 3x3/2 padded by 1, or Caffe's unpadded one, the size rounded up."""
+    padding = 0 if ceil_mode else 1
+    return [3, 3], [2, 2], [padding, padding], [1, 1], ceil_mode
+
+
 def _norm_act_pool(x: Tensor, *rest: Any) -> Tensor:
-    return result(torch.ops.aten.max_pool2d_with_indices.default(apply_norm(x, Norm(*rest)), *_POOLING)[0])
+    *norm, ceil_mode = rest
+    pooled = torch.ops.aten.max_pool2d_with_indices.default(apply_norm(x, Norm(*norm)), *_pooling(ceil_mode))
+    return result(pooled[0])
 
 
 def _norm_act_pool_fake(x: Tensor, *rest: Any) -> Tensor:
-    return empty_channels_last(x, [*x.shape[:2], *((size - 1) // 2 + 1 for size in x.shape[2:])])
+    padding = 0 if rest[-1] else 1
+    return empty_channels_last(x, [*x.shape[:2], *((size + padding) // 2 for size in x.shape[2:])])
 
 
 def _norm_act_pool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, gamma, beta, mean, invstd, ctx.of_batch, count, ctx.group = inputs
+    x, gamma, beta, mean, invstd, ctx.of_batch, count, ctx.group, ctx.ceil_mode = inputs
     ctx.save_for_backward(x, gamma, beta, mean, invstd, count)
 
 
 def _norm_act_pool_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, gamma, beta, mean, invstd, count = ctx.saved_tensors
     norm = Norm(gamma, beta, mean, invstd, ctx.of_batch, count, ctx.group)
-    needed = ctx.needs_input_grad[:3]
+    needed, pooling = ctx.needs_input_grad[:3], _pooling(ctx.ceil_mode)
     if torch.is_grad_enabled():
 
         def plainly(x: Tensor, gamma: Any, beta: Any) -> Tensor:
             a = apply_norm(x, norm._replace(gamma=gamma, beta=beta))
-            pooled: Tensor = torch.ops.aten.max_pool2d_with_indices.default(a, *_POOLING)[0]
+            pooled: Tensor = torch.ops.aten.max_pool2d_with_indices.default(a, *pooling)[0]
             return pooled
 
-        return *differentiate(plainly, (x, gamma, beta), needed, grad), *([None] * 5)
+        return *differentiate(plainly, (x, gamma, beta), needed, grad), *([None] * 6)
     a = apply_norm(x, norm)
-    _, indices = torch.ops.aten.max_pool2d_with_indices.default(a, *_POOLING)
-    grad = torch.ops.aten.max_pool2d_with_indices_backward.default(grad, a, *_POOLING, indices)
-    return *gradients_of_norm(grad, x, a, norm, (*needed, False))[:3], *([None] * 5)
+    _, indices = torch.ops.aten.max_pool2d_with_indices.default(a, *pooling)
+    grad = torch.ops.aten.max_pool2d_with_indices_backward.default(grad, a, *pooling, indices)
+    return *gradients_of_norm(grad, x, a, norm, (*needed, False))[:3], *([None] * 6)
 
 
 register(
-    f"norm_act_pool(Tensor x, {_NORM}) -> Tensor",
+    f"norm_act_pool(Tensor x, {_NORM}, bool ceil_mode) -> Tensor",
     default=_norm_act_pool,
     cpu=_norm_act_pool,
     fake=_norm_act_pool_fake,
@@ -384,14 +392,15 @@ register(
 )
 
 
-def norm_act_pool(x: Tensor, norm: Norm) -> Tensor:
+def norm_act_pool(x: Tensor, norm: Norm, ceil_mode: bool = False) -> Tensor:
     """``max_pool2d(relu(norm(x)), 3, 2, 1)``, of which x is kept for the backward, and the rest made again.
 
     Args:
         x: [N, C, H, W], floating point.
+        ceil_mode: pool without padding, the size rounded up, as Caffe's models do; H and W are then at least 2.
 
     Returns:
         [N, C, P, Q], stored channels_last. Differentiable in x and norm's gamma and beta.
     """
-    out: Tensor = torch.ops.resnet_fast.norm_act_pool.default(x, *norm)
+    out: Tensor = torch.ops.resnet_fast.norm_act_pool.default(x, *norm, ceil_mode)
     return out

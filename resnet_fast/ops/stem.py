@@ -105,7 +105,7 @@ def _check(
     check_device(NAME, x, weight=weight, scale=scale, shift=shift)
     check_per_channel(NAME, weight.shape[0], scale=scale, shift=shift)
     size = conv_output_size([height, width], KERNEL, STRIDE, PADDING, [1, 1])
-    least = 3 if ceil_mode else 1
+    least = 2 if ceil_mode else 1
     if size[0] < least or size[1] < least:
         raise ValueError(f"{NAME}: a {height}x{width} image is too small; its convolution must be {least}x{least}")
     # Caffe: ceil((H - 3) / 2) + 1; a window never begins outside, since H - 1 >= 2 * (P - 1) there.
