@@ -108,6 +108,7 @@ def _kind(gm: fx.GraphModule, node: fx.Node, kinds: dict[fx.Node, _Kind]) -> _Ki
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
         known = isinstance(module, Fused | Guard) or type(module) in _MODULES
+        known |= type(module) is nn.Softmax and module.dim is not None and module.dim > 0
         return _Kind.BATCH if known and rest <= {_Kind.BATCH} and (not rest or isinstance(module, Fused)) else None
     if node.op == "call_method":
         return _method(node, kinds, rest)

@@ -30,7 +30,7 @@ _LIMIT_OF_SUMS = 1e28
 
 _KEEP_BOUND: set[Any] = {torch.relu, torch.flatten, nn.ReLU, nn.Identity}
 _MAX_POOLS: set[Any] = {torch.max_pool2d, F.max_pool2d, nn.MaxPool2d}
-_AVERAGES: set[Any] = {F.adaptive_avg_pool2d, torch.mean, nn.AdaptiveAvgPool2d}
+_AVERAGES: set[Any] = {F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean, nn.AdaptiveAvgPool2d}
 _ADD_BOUNDS: set[Any] = {torch.add, ir.ADD_ACT}
 
 

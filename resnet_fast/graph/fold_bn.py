@@ -6,7 +6,7 @@ Scale and shift are computed in float64 from the stored statistics and kept apar
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -51,7 +51,7 @@ def _fold(gm: fx.GraphModule, conv: fx.Node, scale_dtype: torch.dtype) -> None:
     chain = [conv]
     while len(chain[-1].users) == 1:
         follower = next(iter(chain[-1].users))
-        found = _affine(gm, follower, chain[-1], channels)
+        found = _affine(gm, follower, chain[-1], channels, weights.device)
         if found is None:
             break
         scale, shift = scale * found[0], shift * found[0] + found[1]
@@ -65,7 +65,9 @@ def _fold(gm: fx.GraphModule, conv: fx.Node, scale_dtype: torch.dtype) -> None:
     return ir.replace(chain, new)
 
 
-def _affine(gm: fx.GraphModule, node: fx.Node, x: fx.Node, channels: int) -> tuple[Tensor, Tensor] | None:
+def _affine(
+    gm: fx.GraphModule, node: fx.Node, x: fx.Node, channels: int, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
     """Scale and shift (float64 [K]) if ``node`` computes ``x * scale + shift`` per channel with constants."""
     if ir.is_call(node, ir.BATCH_NORM):
         return _statistics(gm, node, x, channels)
@@ -73,20 +75,26 @@ def _affine(gm: fx.GraphModule, node: fx.Node, x: fx.Node, channels: int) -> tup
     if kind is None or len(node.args) != 2 or node.kwargs or (kind == "sub" and node.args[0] is not x):
         return None
     other = node.args[1] if node.args[0] is x else node.args[0]
+    if isinstance(other, int | float) and (dtype := ir.dtype_of(x)) is not None and dtype.is_floating_point:
+        return _as_affine(kind, torch.full((channels,), float(other), dtype=torch.float64, device=device))
     tensor = ir.tensor_of(gm, other)
     if tensor is None or not tensor.is_floating_point() or tensor.dtype != ir.dtype_of(x):
         return None
     if tuple(tensor.shape) not in ((1, channels, 1, 1), (channels, 1, 1)):
         return None
     assert isinstance(other, fx.Node)
-    value = other.meta.get("wide", tensor.double()).flatten()
+    return _as_affine(kind, other.meta.get("wide", tensor.double()).flatten())
+
+
+def _as_affine(kind: str, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a product with, a sum with, or a difference from ``value``."""
     one, zero = torch.ones_like(value), torch.zeros_like(value)
     return {"mul": (value, zero), "add": (one, value), "sub": (one, -value)}[kind]
 
 
 def _statistics(gm: fx.GraphModule, node: fx.Node, x: fx.Node, channels: int) -> tuple[Tensor, Tensor] | None:
     """Scale and shift of a batch norm over ``x`` with constant statistics."""
-    source, *tensors, training, _, eps = node.args
+    source, *tensors, training, _, eps = cast(tuple[Any, ...], node.args)
     if source is not x or training or not isinstance(eps, float | int):
         return None
     values: list[Tensor | None] = []
@@ -94,7 +102,7 @@ def _statistics(gm: fx.GraphModule, node: fx.Node, x: fx.Node, channels: int) ->
         value = ir.tensor_of(gm, tensor)
         if tensor is not None and (value is None or value.shape != (channels,)):
             return None
-        values.append(None if value is None else value.detach().double())
+        values.append(None if value is None else tensor.meta.get("wide", value.detach().double()))
     mean, var, gamma, beta = values
     if mean is None or var is None:
         return None

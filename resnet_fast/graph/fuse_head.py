@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from . import ir
@@ -17,16 +19,33 @@ def fuse_head(gm: fx.GraphModule) -> None:
             ir.reject(node, chain)
             continue
         _, weight, bias = node.args
+        pool = chain[0]
         with gm.graph.inserting_before(chain[0]):
             # The constants' own nodes may come later in the graph than the pool does.
             weight, bias = (None if constant is None else gm.graph.node_copy(constant) for constant in (weight, bias))
             new = ir.call(gm, ir.HEAD, (chain[0].args[0], weight, bias))
+        if ir.is_call(pool, ir.AVG_POOL):
+            new.meta["image_size"] = pool.args[1]
         ir.replace(chain, new)
     for node in gm.graph.nodes:
-        if ir.is_call(node, ir.ADAPTIVE_AVG_POOL) or ir.is_call(node, ir.MEAN):
+        if any(ir.is_call(node, pool) for pool in (ir.AVG_POOL, ir.ADAPTIVE_AVG_POOL, ir.MEAN)):
             ir.reject(node, "no linear layer alone reads the average over the whole image")
         elif ir.is_call(node, ir.FLATTEN):
             ir.reject(node, "it moves no data")
+
+
+def _only_window(pool: fx.Node) -> bool:
+    """Whether this average pool without padding moves its window by single pixels."""
+    return ir.is_call(pool, ir.AVG_POOL) and pool.args[2:4] == ((1, 1), (0, 0))
+
+
+def _one_pixel(gm: fx.GraphModule, pool: fx.Node, weight: Any) -> bool:
+    """Whether a linear layer reads one number per channel of ``pool``, so that its window must be the whole image.
+
+    Images of another size are an error then, which the fused module raises too.
+    """
+    shape, matrix = ir.shape_of(pool.args[0]), ir.tensor_of(gm, weight)
+    return shape is not None and matrix is not None and shape[1] == matrix.shape[1] and shape[2:] == pool.args[1]
 
 
 def _chain(gm: fx.GraphModule, linear: fx.Node) -> list[fx.Node] | str:
@@ -44,6 +63,7 @@ def _chain(gm: fx.GraphModule, linear: fx.Node) -> list[fx.Node] | str:
     whole_image = (
         (ir.is_call(source, ir.ADAPTIVE_AVG_POOL) and source.args[1] == (1, 1) and len(chain) == 2)
         or (ir.is_call(source, ir.MEAN) and source.args[2] == (len(chain) == 2))
+        or (_only_window(source) and len(chain) == 2 and _one_pixel(gm, source, weight))
     )  # fmt: skip
     shape = ir.shape_of(source.args[0]) if whole_image else None
     if not whole_image or (shape is not None and len(shape) != 4):

@@ -22,6 +22,7 @@ BATCH_NORM = F.batch_norm
 RELU = torch.relu
 ADD = torch.add
 MAX_POOL = torch.max_pool2d
+AVG_POOL = F.avg_pool2d
 ADAPTIVE_AVG_POOL = F.adaptive_avg_pool2d
 MEAN = torch.mean
 FLATTEN = torch.flatten

@@ -1,6 +1,6 @@
 """One form for all graphs: no in-place writes, layers as function calls with constant tensors, arguments positional.
 
-What is not a ResNet layer stays as it is. Nothing is fused here; torch.compile's and Caffe's graphs take the same form.
+What is not a ResNet layer stays as it is, unless its author registered how to write it in this form. Nothing is fused.
 """
 
 from __future__ import annotations
@@ -155,7 +155,22 @@ def _arguments(node: fx.Node, names: tuple[str, ...], defaults: dict[str, Any]) 
     return found if all(name in found for name in names) else None
 
 
-def _put(gm: fx.GraphModule, node: fx.Node, target: Any, *args: Any) -> None:
+def register(kind: type[nn.Module], handler: Handler) -> None:
+    """Have ``handler`` rewrite calls of modules of exactly this class, which then are layers that tracing keeps whole.
+
+    Args:
+        kind: a module class outside torch.nn.
+        handler: called with the graph and the ``call_module`` node; replaces it by :func:`put`, or leaves it.
+    """
+    _MODULES[kind] = handler
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a handler is registered for this module's class."""
+    return type(module) in _MODULES
+
+
+def put(gm: fx.GraphModule, node: fx.Node, target: Any, *args: Any) -> None:
     """Replace ``node`` by a call of ``target``."""
     with gm.graph.inserting_before(node):
         new = ir.call(gm, target, args)
@@ -195,7 +210,7 @@ def _conv(gm: fx.GraphModule, node: fx.Node, x: Any, weight: Any, bias: Any, *ge
     pads = _padding(padding, tuple(value.shape[2:]), stride, dilation)
     if pads is None:
         return ir.reject(node, f"padding={padding!r} is not the same on both sides")
-    _put(gm, node, ir.CONV, x, weight, bias, stride, pads, dilation, groups)
+    put(gm, node, ir.CONV, x, weight, bias, stride, pads, dilation, groups)
 
 
 def _conv_module(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -227,7 +242,7 @@ def _batch_norm_module(gm: fx.GraphModule, node: fx.Node) -> None:
         return ir.reject(node, "it keeps no running statistics, so it normalises with those of the batch")
     weight, bias = _attribute(gm, node, "weight"), _attribute(gm, node, "bias")
     (x,) = arguments.values()
-    return _put(gm, node, ir.BATCH_NORM, x, mean, var, weight, bias, False, 0.0, module.eps)
+    return put(gm, node, ir.BATCH_NORM, x, mean, var, weight, bias, False, 0.0, module.eps)
 
 
 def _batch_norm_function(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -241,13 +256,13 @@ def _batch_norm_function(gm: fx.GraphModule, node: fx.Node) -> None:
     if found["training"] is not False or found["running_mean"] is None or found["running_var"] is None:
         return ir.reject(node, "it normalises with the statistics of the batch")
     order = ("input", "running_mean", "running_var", "weight", "bias")
-    return _put(gm, node, ir.BATCH_NORM, *(found[name] for name in order), False, 0.0, found["eps"])
+    return put(gm, node, ir.BATCH_NORM, *(found[name] for name in order), False, 0.0, found["eps"])
 
 
 def _relu(gm: fx.GraphModule, node: fx.Node) -> None:
     found = _arguments(node, ("input", "inplace"), {"inplace": False})
     if found is not None and not found["inplace"] and isinstance(found["input"], fx.Node):
-        _put(gm, node, ir.RELU, found["input"])
+        put(gm, node, ir.RELU, found["input"])
 
 
 def _add(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -256,7 +271,7 @@ def _add(gm: fx.GraphModule, node: fx.Node) -> None:
         return ir.reject(node, "it scales one operand")
     if not (memory.is_tensor(found["input"]) and memory.is_tensor(found["other"])):
         return ir.reject(node, "its operands are not known to be tensors")
-    return _put(gm, node, ir.ADD, found["input"], found["other"])
+    return put(gm, node, ir.ADD, found["input"], found["other"])
 
 
 def _max_pool_module(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -279,7 +294,31 @@ def _max_pool(gm: fx.GraphModule, node: fx.Node, kernel: Any, stride: Any, *rest
     pairs = [ir.pair(value) for value in (kernel, stride, padding, dilation)]
     x = node.args[0] if node.args else node.kwargs.get("input")
     if all(value is not None for value in pairs) and isinstance(ceil_mode, bool) and isinstance(x, fx.Node):
-        _put(gm, node, ir.MAX_POOL, x, *pairs, ceil_mode)
+        put(gm, node, ir.MAX_POOL, x, *pairs, ceil_mode)
+
+
+def _avg_pool_module(gm: fx.GraphModule, node: fx.Node) -> None:
+    module: Any = gm.get_submodule(str(node.target))
+    if len(node.args) == 1:
+        geometry = (module.kernel_size, module.stride, module.padding, module.ceil_mode)
+        _avg_pool(gm, node, node.args[0], *geometry, module.count_include_pad, module.divisor_override)
+
+
+def _avg_pool_function(gm: fx.GraphModule, node: fx.Node) -> None:
+    names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    defaults = {"stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None}
+    found = _arguments(node, names, defaults)
+    if found is not None:
+        _avg_pool(gm, node, *(found[name] for name in names))
+
+
+def _avg_pool(gm: fx.GraphModule, node: fx.Node, x: Any, kernel: Any, stride: Any, padding: Any, *rest: Any) -> None:
+    ceil_mode, counts_padding, divisor = rest
+    stride = kernel if stride is None or stride == () or stride == [] else stride
+    pairs = [ir.pair(value) for value in (kernel, stride, padding)]
+    flags = isinstance(ceil_mode, bool) and isinstance(counts_padding, bool)
+    if all(value is not None for value in pairs) and flags and divisor is None and isinstance(x, fx.Node):
+        put(gm, node, ir.AVG_POOL, x, *pairs, ceil_mode, counts_padding)
 
 
 def _adaptive_module(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -297,7 +336,7 @@ def _adaptive_function(gm: fx.GraphModule, node: fx.Node) -> None:
 def _adaptive(gm: fx.GraphModule, node: fx.Node, x: Any, size: Any) -> None:
     pair = ir.pair(size)
     if pair is not None and isinstance(x, fx.Node):
-        _put(gm, node, ir.ADAPTIVE_AVG_POOL, x, pair)
+        put(gm, node, ir.ADAPTIVE_AVG_POOL, x, pair)
 
 
 def _mean(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -307,7 +346,7 @@ def _mean(gm: fx.GraphModule, node: fx.Node) -> None:
     if found is None or shape is None or len(shape) != 4 or not isinstance(found["dim"], tuple | list):
         return
     if sorted(d % 4 for d in found["dim"] if isinstance(d, int)) == [2, 3] and isinstance(found["keepdim"], bool):
-        _put(gm, node, ir.MEAN, found["input"], (2, 3), found["keepdim"])
+        put(gm, node, ir.MEAN, found["input"], (2, 3), found["keepdim"])
 
 
 def _flatten_module(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -325,7 +364,7 @@ def _flatten_function(gm: fx.GraphModule, node: fx.Node) -> None:
 def _flatten(gm: fx.GraphModule, node: fx.Node, x: Any, start: Any, end: Any) -> None:
     shape = ir.shape_of(x)
     if isinstance(x, fx.Node) and start == 1 and (end == -1 or (shape is not None and end == len(shape) - 1)):
-        _put(gm, node, ir.FLATTEN, x, 1)
+        put(gm, node, ir.FLATTEN, x, 1)
 
 
 def _view(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -337,7 +376,7 @@ def _view(gm: fx.GraphModule, node: fx.Node) -> None:
         return
     shape = ir.shape_of(x)
     if len(size) == 2 and size[1] == -1 and shape is not None and len(shape) > 1 and _is_batch_size(size[0], x):
-        _put(gm, node, ir.FLATTEN, x, 1)
+        put(gm, node, ir.FLATTEN, x, 1)
     else:
         node.target = "reshape"
 
@@ -359,13 +398,13 @@ def _is_batch_size(value: Any, x: Any) -> bool:
 def _linear_module(gm: fx.GraphModule, node: fx.Node) -> None:
     if len(node.args) == 1:
         weight, bias = _attribute(gm, node, "weight"), _attribute(gm, node, "bias")
-        _put(gm, node, ir.LINEAR, node.args[0], weight, bias)
+        put(gm, node, ir.LINEAR, node.args[0], weight, bias)
 
 
 def _linear_function(gm: fx.GraphModule, node: fx.Node) -> None:
     found = _arguments(node, ("input", "weight", "bias"), {"bias": None})
     if found is not None:
-        _put(gm, node, ir.LINEAR, found["input"], found["weight"], found["bias"])
+        put(gm, node, ir.LINEAR, found["input"], found["weight"], found["bias"])
 
 
 def _remove(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -390,13 +429,14 @@ def _dropout_function(gm: fx.GraphModule, node: fx.Node) -> None:
         _remove(gm, node)
 
 
-_Handler = Callable[[fx.GraphModule, fx.Node], None]
-_MODULES: dict[type[nn.Module], _Handler] = {
+Handler = Callable[[fx.GraphModule, fx.Node], None]
+_MODULES: dict[type[nn.Module], Handler] = {
     nn.Conv2d: _conv_module,
     nn.BatchNorm2d: _batch_norm_module,
     nn.SyncBatchNorm: _batch_norm_module,
-    nn.ReLU: lambda gm, node: _put(gm, node, ir.RELU, node.args[0]) if len(node.args) == 1 else None,
+    nn.ReLU: lambda gm, node: put(gm, node, ir.RELU, node.args[0]) if len(node.args) == 1 else None,
     nn.MaxPool2d: _max_pool_module,
+    nn.AvgPool2d: _avg_pool_module,
     nn.AdaptiveAvgPool2d: _adaptive_module,
     nn.Flatten: _flatten_module,
     nn.Linear: _linear_module,
@@ -405,7 +445,7 @@ _MODULES: dict[type[nn.Module], _Handler] = {
     nn.Dropout1d: _dropout_module,
     nn.Dropout2d: _dropout_module,
 }
-_FUNCTIONS: dict[Any, _Handler] = {
+_FUNCTIONS: dict[Any, Handler] = {
     torch.conv2d: _conv_function,
     F.batch_norm: _batch_norm_function,
     torch.batch_norm: _batch_norm_function,
@@ -415,6 +455,7 @@ _FUNCTIONS: dict[Any, _Handler] = {
     torch.add: _add,
     F.max_pool2d: _max_pool_function,
     torch.max_pool2d: _max_pool_function,
+    F.avg_pool2d: _avg_pool_function,
     F.adaptive_avg_pool2d: _adaptive_function,
     torch.mean: _mean,
     torch.flatten: _flatten_function,
@@ -422,7 +463,7 @@ _FUNCTIONS: dict[Any, _Handler] = {
     F.dropout: _dropout_function,
     F.dropout2d: _dropout_function,
 }
-_METHODS: dict[str, _Handler] = {
+_METHODS: dict[str, Handler] = {
     "relu": _relu,
     "add": _add,
     "mean": _mean,

@@ -144,18 +144,37 @@ class FusedStem(Fused):
 
 
 class FusedHead(Fused):
-    """``head``."""
+    """``head``; ``image_size`` is height and width that images must have, None where any will do."""
 
     op = "head"
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor | None],
+        dtype: torch.dtype,
+        backend: str,
+        image_size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(tensors, dtype, backend)
+        self.image_size = image_size
 
     def _make(self) -> Any:
         constants: Any = (self.weight, self.bias)
         return prepared.Head(*constants, dtype=self.dtype, backend=self.asked)
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check(x)
         return cast(Tensor, self.prepare()(x))
 
+    def _check(self, x: Tensor) -> None:
+        if self.image_size is not None and tuple(x.shape[2:]) != self.image_size:
+            raise ValueError(
+                f"the average pool and linear layer at the end take {self.image_size[0]}x{self.image_size[1]} pixels, "
+                f"here they are given {x.shape[2]}x{x.shape[3]}: the network is made for inputs of another size"
+            )
+
     def plain(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
+        self._check(x)
         bias = state.get("bias")
         return cast(Tensor, ir.HEAD(x, state["weight"].to(x.dtype), None if bias is None else bias.to(x.dtype)))
 
@@ -257,7 +276,8 @@ def _module(gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype, backend: str)
         return FusedBottleneckTail(tensors, dtype, backend, stride, shortcut_stride)
     if ir.is_call(node, ir.HEAD):
         _, weight, bias = node.args
-        return FusedHead(_constants(gm, dtype, weight=weight, bias=bias), dtype, backend)
+        size = node.meta.get("image_size")
+        return FusedHead(_constants(gm, dtype, weight=weight, bias=bias), dtype, backend, size)
     return None
 
 

@@ -19,6 +19,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from resnet_fast.nn.fused import is_frozen_batch_norm
 
+from .normalize import is_layer
 from .shapes import first_line
 
 _IN_PLACE_KINDS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv"}
@@ -45,13 +46,13 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    """torch.nn modules and frozen batch norms are leaves, everything else is traced through."""
+    """torch.nn modules, frozen batch norms and registered layers are leaves, everything else is traced through."""
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_frozen_batch_norm(m) or super().is_leaf_module(m, module_qualified_name)
+        return is_frozen_batch_norm(m) or is_layer(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def check(model: nn.Module) -> None:
