@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_fast.nn.fused import is_frozen_batch_norm
 
@@ -155,14 +156,22 @@ def _arguments(node: fx.Node, names: tuple[str, ...], defaults: dict[str, Any]) 
     return found if all(name in found for name in names) else None
 
 
-def register(kind: type[nn.Module], handler: Handler) -> None:
+def register(kind: type[nn.Module], handler: Handler, *, norm: bool = False) -> None:
     """Have ``handler`` rewrite calls of modules of exactly this class, which then are layers that tracing keeps whole.
 
     Args:
         kind: a module class outside torch.nn.
         handler: called with the graph and the ``call_module`` node; replaces it by :func:`put`, or leaves it.
+        norm: whether its tensors may be wider than the model computes in, as a batch norm's statistics are.
     """
     _MODULES[kind] = handler
+    if norm:
+        _NORMS.add(kind)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module's tensors may be wider than the model computes in."""
+    return isinstance(module, _BatchNorm) or is_frozen_batch_norm(module) or type(module) in _NORMS
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -430,6 +439,7 @@ def _dropout_function(gm: fx.GraphModule, node: fx.Node) -> None:
 
 
 Handler = Callable[[fx.GraphModule, fx.Node], None]
+_NORMS: set[type[nn.Module]] = set()
 _MODULES: dict[type[nn.Module], Handler] = {
     nn.Conv2d: _conv_module,
     nn.BatchNorm2d: _batch_norm_module,

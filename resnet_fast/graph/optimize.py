@@ -14,13 +14,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from resnet_fast import backends
 from resnet_fast.backends import cuda, triton
 from resnet_fast.kernels import gpus
-from resnet_fast.nn.fused import is_frozen_batch_norm
 from resnet_fast.ops._common import backend_for
 from resnet_fast.roofline import cost
 
@@ -33,7 +31,7 @@ from .fuse_head import fuse_head
 from .fuse_stem import fuse_stem
 from .fuse_tail import fuse_tail
 from .guard import TooLarge, with_separate_relus
-from .normalize import SharedMemoryError, normalize
+from .normalize import SharedMemoryError, is_norm, normalize
 from .report import Report, Row
 from .trace import check, hooked, layer_kind, rebuilt, trace
 
@@ -269,7 +267,11 @@ def optimize(
         warnings.warn(f"optimize: forward hooks are not kept in the frozen snapshot: {names}", stacklevel=2)
 
     gm = trace(model)
-    inputs, problem = _example(gm, example_inputs, original, 1 if planned is None else _PLANNED_BATCH)
+    batch = 1 if planned is None else _PLANNED_BATCH
+    declared: Any = getattr(model, "declared_inputs", None)
+    if example_inputs is None and declared is not None:
+        example_inputs = declared(batch)
+    inputs, problem = _example(gm, example_inputs, original, batch)
     layers = _annotate(gm, inputs)
     if problem:
         notes.add(f"shapes are unknown, additions are not fused: {problem}")
@@ -356,7 +358,7 @@ def _device_and_dtype(model: nn.Module, asked: torch.dtype | None) -> tuple[torc
     norms: dict[torch.dtype, str] = {}
     device = torch.device("cpu")
     for name, module in model.named_modules():
-        norm = isinstance(module, _BatchNorm) or is_frozen_batch_norm(module)
+        norm = is_norm(module)
         for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if not tensors and not norms:
                 device = tensor.device
@@ -487,7 +489,7 @@ def _freeze(gm: fx.GraphModule, dtype: torch.dtype) -> None:
         if isinstance(module, plan.Fused):
             continue
         inside_leaf = any(name == leaf or name.startswith(f"{leaf}.") for leaf in leaves)
-        norm = isinstance(module, _BatchNorm)
+        norm = is_norm(module)
         for key, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[key] = target(buffer, norm or buffer in kept)
@@ -552,7 +554,7 @@ def _report(
 
 
 def _metas(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(torch.empty_like(v, device="meta") if isinstance(v, Tensor) else v for v in inputs)
+    return pytree.tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), inputs)
 
 
 def _add_act_backend(gm: fx.GraphModule, backend: str, result: Tensor | None) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
 from .ir import ADD, CONV, calls, is_call, nodes_in, tensor_of
 
@@ -72,7 +73,7 @@ def first_line(error: BaseException) -> str:
 
 def run(gm: fx.GraphModule, inputs: Sequence[Any]) -> MetaRun:
     """Run ``gm`` on ``inputs`` (tensors are replaced by meta ones). Never raises; see ``MetaRun.error``."""
-    metas = [torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value for value in inputs]
+    metas = pytree.tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), list(inputs))
     interpreter = MetaRun(gm)
     with torch.no_grad(), torch.device("meta"):
         try:
@@ -123,15 +124,14 @@ def mark_equal_adds(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """
     runs = [run(gm, inputs)]
     for growth in ((1, 0, 0, 0), (2, 0, 96, 160)):
-        if not all(isinstance(value, Tensor) and value.dim() > 0 for value in inputs):
+        if not all(isinstance(value, Tensor) and value.dim() > 0 for value in pytree.tree_leaves(list(inputs))):
             break
-        grown = [
-            value.new_empty([size + extra for size, extra in zip(value.shape, growth, strict=False)], device="meta")
-            if value.dim() == 4
-            else value.new_empty([value.shape[0] + growth[0], *value.shape[1:]], device="meta")
-            for value in inputs
-        ]
-        result = run(gm, grown)
+
+        def grown(value: Tensor, growth: tuple[int, ...] = growth) -> Tensor:
+            extra = growth if value.dim() == 4 else (growth[0],) + (0,) * (value.dim() - 1)
+            return value.new_empty([size + more for size, more in zip(value.shape, extra, strict=True)], device="meta")
+
+        result = run(gm, pytree.tree_map_only(Tensor, grown, list(inputs)))
         if not result.error:
             runs.append(result)
 
