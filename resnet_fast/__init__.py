@@ -1,7 +1,7 @@
 """resnet_fast: ResNets made of fused kernels, with the parameters and answers of the ResNets made of layers.
 
 The public names of the package; what they are made of lives in the subpackages, imports running downward only:
-models -> graph -> nn -> ops -> backends and kernels.
+caffe -> models, graph -> nn -> ops -> backends and kernels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if "resnet_fast.kernels" not in sys.modules and importlib.util.find_spec("resnet
         "Install it (`pip install -e .` in that tree) or leave the tree's folder."
     )
 
-from . import backends, models, nn, ops
+from . import backends, caffe, models, nn, ops
 from ._info import Info, info
 from .graph import optimize
 from .models import (
@@ -38,6 +38,7 @@ __all__ = [
     "Info",
     "__version__",
     "backends",
+    "caffe",
     "info",
     "models",
     "nn",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MAX_CHECKPOINT_BYTES", "WeightsError", "load_into", "read_checkpoint"]
+__all__ = ["MAX_CHECKPOINT_BYTES", "WeightsError", "load_into", "read_checkpoint", "read_metadata"]
 
 MAX_CHECKPOINT_BYTES = 4 * 2**30
 """Larger files are refused before they are read. The largest of the ten models has 0.5 GB of float32 parameters."""
@@ -51,6 +51,20 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     _check_size(path, size)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     return _state_dict(path, content)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a `.safetensors` file; empty for any other file, and for one that cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError, ValueError):
+        return {}
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str, name: str) -> None:

@@ -82,7 +82,7 @@ class Preprocessing:
         if size != image.size:
             image = image.resize(size, pillow.Resampling[self.interpolation.upper()])
         width, height = image.size
-        left, top = (_offset(extent, self.crop_size) for extent in (width, height))
+        left, top = (crop_offset(extent, self.crop_size) for extent in (width, height))
         # Outside the image Pillow's crop is black.
         return image.crop((left, top, left + self.crop_size, top + self.crop_size))
 
@@ -104,6 +104,6 @@ def _single(size: Any) -> int:
     return int(size[0]) if isinstance(size, list | tuple) else int(size)
 
 
-def _offset(extent: int, crop: int) -> int:
+def crop_offset(extent: int, crop: int) -> int:
     """Where the crop starts: torchvision rounds half to even when cutting and pads the smaller half first."""
     return round((extent - crop) / 2.0) if extent >= crop else -((crop - extent) // 2)

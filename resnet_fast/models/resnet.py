@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from resnet_fast.models import weights as _weights
-from resnet_fast.models.checkpoint import load_into, read_checkpoint
+from resnet_fast.models.checkpoint import WeightsError, load_into, read_checkpoint, read_metadata
 from resnet_fast.nn import fused
 
 __all__ = [
@@ -339,12 +339,32 @@ def _resnet(
     else:
         path = chosen
         state = read_checkpoint(path)
+        _check_wiring(path, kwargs)
         classifier = state.get("fc.weight")
         if classifier is not None and classifier.dim() == 2:
             kwargs.setdefault("num_classes", classifier.shape[0])
     model = ResNet(block, layers, **kwargs)
     load_into(model, state, source=path.name, name=name)
     return model
+
+
+def _check_wiring(path: os.PathLike[str], kwargs: dict[str, Any]) -> None:
+    """Refuses weights whose file says that they are of another wiring than asked for: keys and shapes do not tell.
+
+    `resnet-fast convert --to torchvision` writes such files.
+    """
+    metadata = read_metadata(path)
+    wrong = {
+        name: metadata[name] == "true"
+        for name in ("stride_in_1x1", "unpadded_pool")
+        if name in metadata and (metadata[name] == "true") != bool(kwargs.get(name, False))
+    }
+    if wrong:
+        needed = ", ".join(f"{name}={value}" for name, value in wrong.items())
+        raise WeightsError(
+            f"{path}: its weights belong to a network made with {needed}; with another one they would load, and give "
+            "other answers"
+        )
 
 
 def _accept_legacy_arguments(builder: Callable[..., ResNet]) -> Callable[..., ResNet]:

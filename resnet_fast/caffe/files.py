@@ -1,0 +1,146 @@
+"""From the files of a Caffe network to a :class:`Net` and back. What the files mean is read elsewhere."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import caffemodel, layers, prototxt
+from .errors import CaffeError
+from .net import Net
+
+
+def load(
+    prototxt_file: str | os.PathLike[str],
+    caffemodel_file: str | os.PathLike[str] | None = None,
+    *,
+    phase: str = "TEST",
+    strict: bool = True,
+) -> Net:
+    """The network that a prototxt defines, with the weights of a caffemodel, float32 on the CPU.
+
+    Args:
+        prototxt_file: a deploy definition: a path.
+        caffemodel_file: a binary caffemodel, V2 or V1; without it the parameters are initialised.
+        phase: "TEST" for a network in eval mode, "TRAIN" for train mode; layers that its rules exclude are left out.
+        strict: whether every layer with parameters must be in the file; otherwise such layers keep their
+            initialisation, with a warning, as in Caffe when it finetunes.
+
+    Raises:
+        FileNotFoundError: for a file that is not there.
+        CaffeError: for a file or network that cannot be used; names the layer and the line or byte.
+    """
+    definition = prototxt.read(prototxt_file, phase=phase)
+    if caffemodel_file is None:
+        net = Net(definition)
+    else:
+        stored = caffemodel.read(caffemodel_file)
+        with torch.device("meta" if strict else "cpu"):
+            net = Net(definition)
+        _fill(net, stored, str(caffemodel_file), strict)
+    return net.eval() if phase == "TEST" else net.train()
+
+
+def _fill(net: Net, stored: caffemodel.StoredNet, source: str, strict: bool) -> None:
+    """Give every layer its blobs, after all have been checked."""
+    by_name = {entry.name: entry for entry in stored.layers if entry.blobs}
+    absent: list[str] = []
+    checked: list[tuple[nn.Module, str, caffemodel.Blob, tuple[int, ...]]] = []
+    used: set[str] = set()
+    for layer in net.definition.layers:
+        own = layers.blobs(net.layer(layer.name)) if layer.type != "Split" else {}
+        if not own:
+            continue
+        entry = by_name.get(layer.name)
+        if entry is None:
+            absent.append(layer.name)
+            continue
+        used.add(layer.name)
+        where = f"{source}: {layer} at byte {entry.offset}"
+        if len(entry.blobs) != len(own):
+            raise CaffeError(
+                f"{where}: holds {len(entry.blobs)} blobs, the layer has {len(own)} ({', '.join(own)}); "
+                "caffemodel and prototxt do not belong together"
+            )
+        for (name, tensor), blob in zip(own.items(), entry.blobs, strict=True):
+            if not _same_shape(blob, tuple(tensor.shape)):
+                raise CaffeError(
+                    f"{where}: its {name} is {_times(blob.shape)}, the prototxt makes it {_times(tensor.shape)}; "
+                    "caffemodel and prototxt do not belong together"
+                )
+            checked.append((net.layer(layer.name), name, blob, tuple(tensor.shape)))
+    if absent and strict:
+        raise CaffeError(
+            f"{source}: holds no weights for {len(absent)} of the layers ({_some(absent)}); with strict=False they "
+            "keep their initialisation"
+        )
+    if absent:
+        warnings.warn(f"{source}: no weights for {_some(absent)}: left as initialised", stacklevel=3)
+    ignored = [name for name in by_name if name not in used]
+    if ignored:
+        warnings.warn(f"{source}: weights of layers that the prototxt does not have: {_some(ignored)}", stacklevel=3)
+    for module, name, blob, shape in checked:
+        tensor = torch.from_numpy(np.array(blob.values, dtype=np.float32)).reshape(shape)
+        if name in module._buffers:
+            module._buffers[name] = tensor
+        else:
+            module._parameters[name] = nn.Parameter(tensor)
+
+
+def _same_shape(blob: caffemodel.Blob, shape: tuple[int, ...]) -> bool:
+    """Caffe's comparison: four legacy dimensions stand for fewer axes with ones before them."""
+    if blob.legacy:
+        return len(shape) <= 4 and blob.shape == (1,) * (4 - len(shape)) + shape
+    return blob.shape == shape
+
+
+def save(
+    net: Net,
+    prototxt_file: str | os.PathLike[str] | None,
+    caffemodel_file: str | os.PathLike[str] | None,
+) -> None:
+    """Write a network as prototxt and binary caffemodel (V2), each whole or not at all; None leaves one out.
+
+    Parameters are stored as float32 (float64 ones as doubles); half precision is widened, which is exact.
+
+    Raises:
+        TypeError: if ``net`` is no :class:`Net`.
+        CaffeError: for parameters without data, or more than the 2 GiB that the format can hold.
+    """
+    if not isinstance(net, Net):
+        raise TypeError(f"save: expected the module that load() gives, got {type(net).__name__}")
+    stored: list[tuple[str, str, list[Tensor]]] = []
+    for layer in net.definition.layers:
+        own = [] if layer.type == "Split" else list(layers.blobs(net.layer(layer.name)).values())
+        if any(tensor.is_meta for tensor in own):
+            raise CaffeError(f"save: {layer} has parameters without data, on the meta device")
+        stored.append((layer.name, layer.type, own))
+    text = prototxt.emit(net.definition)
+    definition = prototxt.to_message(net.definition).SerializeToString()
+    if caffemodel_file is not None:
+        caffemodel.write(caffemodel_file, net.definition.name, stored, definition)
+    if prototxt_file is not None:
+        write_text(Path(prototxt_file), text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to a file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _times(shape: tuple[int, ...] | torch.Size) -> str:
+    return "x".join(map(str, shape)) or "of no axes"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,283 @@
+"""A Caffe network as an ordinary module: one child per layer, blobs by name, any batch. It parses no file.
+
+It runs layer by layer with Caffe's arithmetic and is not fused; ``resnet_fast.optimize`` does that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import definition as d
+from . import layers
+from .errors import CaffeError
+
+MAX_PARAMETER_BYTES = 4 * 2**30
+"""Networks with more bytes of float32 parameters are refused before any is allocated. ResNet-152 has 0.24 GB."""
+
+
+class _Step(NamedTuple):
+    """One layer's turn in a run; ``child`` is "" for a layer that only renames."""
+
+    child: str
+    bottoms: tuple[str, ...]
+    tops: tuple[str, ...]
+    freed: tuple[str, ...]
+
+
+class Net(nn.Module):
+    """The network of a :class:`Definition`; ``eval()`` is Caffe's TEST phase, ``train()`` its TRAIN phase.
+
+    Each layer with something to compute is a child named as the layer (characters that a module's name cannot have are
+    replaced; :meth:`layer` takes Caffe's names). Sizes of inputs are free where the layers allow it: only an
+    InnerProduct fixes what it reads. Convolutions and InnerProducts begin with Kaiming's normal initialisation
+    (arXiv:1502.01852), biases and shifts with 0, BatchNorm and Scale as identity; fillers of a prototxt are not read.
+
+    Args:
+        definition: what to build.
+        outputs: the blobs that a call returns; those that no layer reads if None.
+
+    Raises:
+        CaffeError: for wiring or shapes that Caffe refuses, and for too many parameters.
+        KeyError: for an output that is no blob.
+    """
+
+    def __init__(self, definition: d.Definition, outputs: Iterable[str] | None = None) -> None:
+        super().__init__()
+        d.check(definition)
+        self.definition = definition
+        self._child_of: dict[str, str] = {}
+        self._program: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
+        planned = [(layer, bottoms) for layer, bottoms, _ in d.walk(definition)]
+        size = 0
+        for layer, bottoms in planned:  # before anything is allocated
+            size += 4 * sum(math.prod(shape) for shape in d.parameter_shapes(layer, bottoms))
+            if size > MAX_PARAMETER_BYTES:
+                raise CaffeError(
+                    f"{definition.source or 'definition'}: {layer}: with its parameters the network has {size:,} bytes "
+                    f"of them, more than the {MAX_PARAMETER_BYTES:,} that are allowed"
+                )
+        for layer, bottoms in planned:
+            module = layers.build(layer, bottoms)
+            child = ""
+            if module is not None:
+                child = self._free_name(layer.name)
+                self.add_module(child, module)
+                self._child_of[layer.name] = child
+            self._program.append((child, layer.bottoms, layer.tops))
+        self._outputs = definition.outputs if outputs is None else self._known(outputs)
+        self._output_plan = self._plan(self._outputs)
+        self._accepted: set[tuple[Any, ...]] = set()
+        self._initialise()
+
+    def _free_name(self, name: str) -> str:
+        name = name.replace(".", "_") or "_"
+        while hasattr(self, name) or name in self._modules:
+            name += "_"
+        return name
+
+    def _initialise(self) -> None:
+        for module in self.children():
+            if isinstance(module, nn.Conv2d | layers.InnerProduct) and not module.weight.is_meta:
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    # ------------------------------------------------------------------------------------------------------- running
+
+    def forward(self, x: Tensor | Mapping[str, Tensor]) -> Any:
+        """Run the network.
+
+        Args:
+            x: the input, a floating point tensor [N, C, H, W] or what the definition's only input is; a mapping by name
+                for networks with several.
+
+        Returns:
+            The output blob; a dict by name for networks with several.
+
+        Raises:
+            CaffeError: for a shape that a layer cannot take, naming both.
+            TypeError: for something other than tensors.
+        """
+        found = self._run(x, self._outputs)
+        return found[self._outputs[0]] if len(self._outputs) == 1 else found
+
+    def blobs(self, x: Tensor | Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """The blobs of these names after a run on ``x``, up to the last layer that is needed.
+
+        A blob that layers overwrite in place has its last value, as in Caffe after ``net.forward()``.
+
+        Raises:
+            KeyError: for a name that is no blob of the network.
+        """
+        return self._run(x, self._known(names))
+
+    def features(self, names: Iterable[str]) -> Net:
+        """A network that ends at these blobs and returns them; it shares this one's modules, and so their parameters.
+
+        For feature extraction at sizes that the classifier does not take, and for ``optimize``.
+
+        Raises:
+            KeyError: for a name that is no blob of the network.
+        """
+        names = self._known(names)
+        kept = self.definition.layers[: self._end(names) + 1]
+        if not kept:
+            raise ValueError(f"features: {', '.join(names)}: inputs only, there is nothing to compute")
+        definition = dataclasses.replace(self.definition, layers=kept)
+        with torch.device("meta"):
+            result = Net(definition, names)
+        for name, child in result._child_of.items():
+            result._modules[child] = self.layer(name)
+        result.training = self.training
+        return result
+
+    def _known(self, names: Iterable[str]) -> tuple[str, ...]:
+        if isinstance(names, str):
+            raise TypeError(f"names is {names!r}; a list of names was expected, as [{names!r}]")
+        names, known = tuple(dict.fromkeys(names)), self.blob_names
+        if not names:
+            raise ValueError("names is empty; at least one blob is needed")
+        for name in names:
+            if name not in known:
+                close = ", ".join(difflib.get_close_matches(str(name), known, 3, 0.5)) or ", ".join(known[:5])
+                raise KeyError(f"{name!r} is no blob of {self.definition.name or 'the network'}; it has {close}, ...")
+        return names
+
+    def declared_inputs(self, batch: int = 1) -> tuple[Any, ...]:
+        """What a call takes, in the definition's sizes and without data: ``optimize`` finds shapes with it."""
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        inputs = {
+            entry.name: torch.empty((batch, *entry.shape[1:]), dtype=dtype, device="meta")
+            for entry in self.definition.inputs
+        }
+        return tuple(inputs.values()) if len(inputs) == 1 else (inputs,)
+
+    @property
+    def blob_names(self) -> tuple[str, ...]:
+        """All blobs: the inputs, then the layers' tops in the order of their first writing."""
+        names = [entry.name for entry in self.definition.inputs]
+        return tuple(dict.fromkeys(names + [top for layer in self.definition.layers for top in layer.tops]))
+
+    def layer(self, name: str) -> nn.Module:
+        """The module of the layer with this Caffe name.
+
+        Raises:
+            KeyError: if there is none, or it is a Split, which computes nothing.
+        """
+        if name not in self._child_of:
+            raise KeyError(f"{name!r} is no layer of {self.definition.name or 'the network'} that computes something")
+        return self._modules[self._child_of[name]]  # type: ignore[return-value]
+
+    def shapes(self, x: d.Shape | Mapping[str, d.Shape]) -> dict[str, d.Shape]:
+        """The shape of every blob for an input of this shape, without running anything.
+
+        Raises:
+            CaffeError: for a shape that a layer cannot take.
+        """
+        return self._infer(self._by_name(x), len(self._program) - 1)
+
+    def _infer(self, inputs: Mapping[str, d.Shape], end: int) -> dict[str, d.Shape]:
+        """The blobs' shapes up to layer ``end``, where the layers' parameters fit them."""
+        source = self.definition.source or "definition"
+        for entry in self.definition.inputs:
+            if len(inputs[entry.name]) != len(entry.shape):
+                raise CaffeError(
+                    f"{source}: input {entry.name!r} is {_times(inputs[entry.name])}; "
+                    f"{_times(('N', *entry.shape[1:]))} was expected"
+                )
+        found = dict(inputs)
+        for layer, bottoms, tops in itertools.islice(d.walk(self.definition, inputs), end + 1):
+            child = self._child_of.get(layer.name)
+            own = () if child is None else layers.blobs(self.get_submodule(child)).values()
+            for have, need in zip(own, d.parameter_shapes(layer, bottoms), strict=True):
+                if tuple(have.shape) != need:
+                    raise CaffeError(
+                        f"{source}: {layer}: its bottom is {' and '.join(map(_times, bottoms))}, which takes "
+                        f"parameters of shape {_times(need)}; it has {_times(have.shape)}. {self._legal()} fits"
+                    )
+            found.update(zip(layer.tops, tops, strict=True))
+        return found
+
+    def _legal(self) -> str:
+        return ", ".join(f"{entry.name!r} {_times(('N', *entry.shape[1:]))}" for entry in self.definition.inputs)
+
+    def _by_name(self, x: Any) -> dict[str, Any]:
+        names = [entry.name for entry in self.definition.inputs]
+        if isinstance(x, Mapping):
+            if set(x) != set(names):
+                raise TypeError(
+                    f"inputs are {', '.join(map(repr, x))}; the network takes {', '.join(map(repr, names))}"
+                )
+            return dict(x)
+        if len(names) != 1:
+            raise TypeError(f"the network has the inputs {', '.join(map(repr, names))}; give a dict of them by name")
+        return {names[0]: x}
+
+    def _end(self, wanted: Iterable[str]) -> int:
+        """The last layer that writes one of these blobs, -1 if none does."""
+        end = -1
+        for index, (_, _, tops) in enumerate(self._program):
+            if any(name in tops for name in wanted):
+                end = index
+        return end
+
+    def _plan(self, wanted: tuple[str, ...]) -> tuple[_Step, ...]:
+        """What to run for these blobs, each layer with the blobs that nobody reads any more after it."""
+        program = self._program[: self._end(wanted) + 1]
+        reads: dict[str, int] = {}
+        for index, (_, bottoms, _) in enumerate(program):
+            reads.update(dict.fromkeys(bottoms, index))
+        return tuple(
+            _Step(child, bottoms, tops, tuple(
+                name for name in dict.fromkeys((*bottoms, *tops)) if name not in wanted and reads.get(name, -1) <= index
+            ))
+            for index, (child, bottoms, tops) in enumerate(program)
+        )  # fmt: skip
+
+    def _run(self, x: Any, wanted: tuple[str, ...]) -> dict[str, Tensor]:
+        plan = self._output_plan if wanted == self._outputs else self._plan(wanted)
+        blobs = self._inputs(x, len(plan) - 1)
+        for step in plan:
+            operands = [blobs[name] for name in step.bottoms]
+            if step.child:
+                blobs[step.tops[0]] = self._modules[step.child](*operands)  # type: ignore[misc]
+            else:
+                blobs.update(dict.fromkeys(step.tops, operands[0]))
+            del operands
+            for name in step.freed:
+                del blobs[name]
+        return {name: blobs[name] for name in wanted}
+
+    def _inputs(self, x: Any, end: int) -> dict[str, Any]:
+        names = [entry.name for entry in self.definition.inputs]
+        if isinstance(x, torch.fx.Proxy):
+            return {names[0]: x} if len(names) == 1 else {name: cast(Any, x)[name] for name in names}
+        given = self._by_name(x)
+        for name, value in given.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"input {name!r} is a {type(value).__name__}; a tensor was expected")
+            if not value.is_floating_point():
+                raise TypeError(f"input {name!r} is {value.dtype}; a floating point tensor was expected")
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return given
+        shapes = tuple(tuple(given[name].shape[1:]) for name in names)
+        if (end, shapes) not in self._accepted:
+            self._infer({name: tuple(given[name].shape) for name in names}, end)
+            if len(self._accepted) < 1024:
+                self._accepted.add((end, shapes))
+        return given
+
+    def extra_repr(self) -> str:
+        return f"{self.definition.name!r}, inputs: {self._legal()}, outputs: {', '.join(self._outputs)}"
+
+
+def _times(shape: Iterable[Any]) -> str:
+    return "x".join(map(str, shape)) or "of no axes"

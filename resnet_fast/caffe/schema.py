@@ -1,0 +1,161 @@
+"""The messages of Caffe's public format that this package reads and writes, as protobuf classes; parses nothing.
+
+Names and field numbers are those of ``caffe.proto`` (BVLC/caffe, src/caffe/proto); fields that only training needs are
+declared so that a file may hold them, and are ignored. The classes live in a descriptor pool of their own, so that they
+do not clash with another ``caffe.proto`` in the same process. protobuf is imported when they are first asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+_ENUMS: dict[str, dict[str, int]] = {
+    "Phase": {"TRAIN": 0, "TEST": 1},
+    "EltwiseOp": {"PROD": 0, "SUM": 1, "MAX": 2},
+    "PoolMethod": {"MAX": 0, "AVE": 1, "STOCHASTIC": 2},
+    "RoundMode": {"CEIL": 0, "FLOOR": 1},
+    "VarianceNorm": {"FAN_IN": 0, "FAN_OUT": 1, "AVERAGE": 2},
+    "DimCheckMode": {"STRICT": 0, "PERMISSIVE": 1},
+    "Engine": {"DEFAULT": 0, "CAFFE": 1, "CUDNN": 2},
+    # V1LayerParameter.LayerType; V1_TYPES has the names that these types have since.
+    "LayerType": {
+        "NONE": 0, "ABSVAL": 35, "ACCURACY": 1, "ARGMAX": 30, "BNLL": 2, "CONCAT": 3, "CONTRASTIVE_LOSS": 37,
+        "CONVOLUTION": 4, "DATA": 5, "DECONVOLUTION": 39, "DROPOUT": 6, "DUMMY_DATA": 32, "EUCLIDEAN_LOSS": 7,
+        "ELTWISE": 25, "EXP": 38, "FLATTEN": 8, "HDF5_DATA": 9, "HDF5_OUTPUT": 10, "HINGE_LOSS": 28, "IM2COL": 11,
+        "IMAGE_DATA": 12, "INFOGAIN_LOSS": 13, "INNER_PRODUCT": 14, "LRN": 15, "MEMORY_DATA": 29,
+        "MULTINOMIAL_LOGISTIC_LOSS": 16, "MVN": 34, "POOLING": 17, "POWER": 26, "RELU": 18, "SIGMOID": 19,
+        "SIGMOID_CROSS_ENTROPY_LOSS": 27, "SILENCE": 36, "SOFTMAX": 20, "SOFTMAX_LOSS": 21, "SPLIT": 22, "SLICE": 33,
+        "TANH": 23, "WINDOW_DATA": 24, "THRESHOLD": 31,
+    },
+}  # fmt: skip
+
+#: What each V1 layer type is called since Caffe's V2 format.
+V1_TYPES = {
+    "NONE": "", "ABSVAL": "AbsVal", "ACCURACY": "Accuracy", "ARGMAX": "ArgMax", "BNLL": "BNLL", "CONCAT": "Concat",
+    "CONTRASTIVE_LOSS": "ContrastiveLoss", "CONVOLUTION": "Convolution", "DATA": "Data",
+    "DECONVOLUTION": "Deconvolution", "DROPOUT": "Dropout", "DUMMY_DATA": "DummyData",
+    "EUCLIDEAN_LOSS": "EuclideanLoss", "ELTWISE": "Eltwise", "EXP": "Exp", "FLATTEN": "Flatten",
+    "HDF5_DATA": "HDF5Data", "HDF5_OUTPUT": "HDF5Output", "HINGE_LOSS": "HingeLoss", "IM2COL": "Im2col",
+    "IMAGE_DATA": "ImageData", "INFOGAIN_LOSS": "InfogainLoss", "INNER_PRODUCT": "InnerProduct", "LRN": "LRN",
+    "MEMORY_DATA": "MemoryData", "MULTINOMIAL_LOGISTIC_LOSS": "MultinomialLogisticLoss", "MVN": "MVN",
+    "POOLING": "Pooling", "POWER": "Power", "RELU": "ReLU", "SIGMOID": "Sigmoid",
+    "SIGMOID_CROSS_ENTROPY_LOSS": "SigmoidCrossEntropyLoss", "SILENCE": "Silence", "SOFTMAX": "Softmax",
+    "SOFTMAX_LOSS": "SoftmaxWithLoss", "SPLIT": "Split", "SLICE": "Slice", "TANH": "TanH",
+    "WINDOW_DATA": "WindowData", "THRESHOLD": "Threshold",
+}  # fmt: skip
+
+#: Layer type numbers of V1LayerParameter, as the names that Caffe's V2 format has for them.
+V1_TYPE_NUMBERS = {number: V1_TYPES[name] for name, number in _ENUMS["LayerType"].items()}
+
+_SCALARS = ("bool", "float", "int32", "int64", "uint32", "string")
+
+#: The field with a layer's own parameters: its message, and its number in LayerParameter and in V1LayerParameter.
+LAYER_PARAMETERS: dict[str, tuple[str, int, int | None]] = {
+    "concat_param": ("ConcatParameter", 104, 9),
+    "convolution_param": ("ConvolutionParameter", 106, 10),
+    "dropout_param": ("DropoutParameter", 108, 12),
+    "eltwise_param": ("EltwiseParameter", 110, 24),
+    "inner_product_param": ("InnerProductParameter", 117, 17),
+    "pooling_param": ("PoolingParameter", 121, 19),
+    "relu_param": ("ReLUParameter", 123, 30),
+    "softmax_param": ("SoftmaxParameter", 125, 39),
+    "batch_norm_param": ("BatchNormParameter", 139, None),
+    "scale_param": ("ScaleParameter", 142, None),
+    "input_param": ("InputParameter", 143, None),
+}
+#: Per message its fields as "name number kind [default]"; * is repeated, + repeated and packed.
+_MESSAGES: dict[str, str] = {
+    "BlobShape": "dim 1 int64+",
+    "FillerParameter": """
+        type 1 string constant; value 2 float 0; min 3 float 0; max 4 float 1; mean 5 float 0; std 6 float 1;
+        sparse 7 int32 -1; variance_norm 8 VarianceNorm FAN_IN
+    """,
+    "NetState": "phase 1 Phase TEST; level 2 int32 0; stage 3 string*",
+    "NetStateRule": "phase 1 Phase; min_level 2 int32; max_level 3 int32; stage 4 string*; not_stage 5 string*",
+    "ParamSpec": "name 1 string; share_mode 2 DimCheckMode; lr_mult 3 float 1; decay_mult 4 float 1",
+    "ConcatParameter": "axis 2 int32 1; concat_dim 1 uint32 1",
+    "ConvolutionParameter": """
+        num_output 1 uint32; bias_term 2 bool true; pad 3 uint32*; kernel_size 4 uint32*; group 5 uint32 1;
+        stride 6 uint32*; weight_filler 7 FillerParameter; bias_filler 8 FillerParameter; pad_h 9 uint32 0;
+        pad_w 10 uint32 0; kernel_h 11 uint32; kernel_w 12 uint32; stride_h 13 uint32; stride_w 14 uint32;
+        engine 15 Engine DEFAULT; axis 16 int32 1; force_nd_im2col 17 bool false; dilation 18 uint32*
+    """,
+    "DropoutParameter": "dropout_ratio 1 float 0.5",
+    "EltwiseParameter": "operation 1 EltwiseOp SUM; coeff 2 float*; stable_prod_grad 3 bool true",
+    "InnerProductParameter": """
+        num_output 1 uint32; bias_term 2 bool true; weight_filler 3 FillerParameter; bias_filler 4 FillerParameter;
+        axis 5 int32 1; transpose 6 bool false
+    """,
+    "PoolingParameter": """
+        pool 1 PoolMethod MAX; kernel_size 2 uint32; stride 3 uint32 1; pad 4 uint32 0; kernel_h 5 uint32;
+        kernel_w 6 uint32; stride_h 7 uint32; stride_w 8 uint32; pad_h 9 uint32 0; pad_w 10 uint32 0;
+        engine 11 Engine DEFAULT; global_pooling 12 bool false; round_mode 13 RoundMode CEIL
+    """,
+    "ReLUParameter": "negative_slope 1 float 0; engine 2 Engine DEFAULT",
+    "SoftmaxParameter": "engine 1 Engine DEFAULT; axis 2 int32 1",
+    "BatchNormParameter": "use_global_stats 1 bool; moving_average_fraction 2 float 0.999; eps 3 float 1e-5",
+    "ScaleParameter": """
+        axis 1 int32 1; num_axes 2 int32 1; filler 3 FillerParameter; bias_term 4 bool false;
+        bias_filler 5 FillerParameter
+    """,
+    "InputParameter": "shape 1 BlobShape*",
+    "LayerParameter": """
+        name 1 string; type 2 string; bottom 3 string*; top 4 string*; loss_weight 5 float*; param 6 ParamSpec*;
+        include 8 NetStateRule*; exclude 9 NetStateRule*; phase 10 Phase; propagate_down 11 bool*
+    """,
+    "V1LayerParameter": """
+        bottom 2 string*; top 3 string*; name 4 string; type 5 LayerType; blobs_lr 7 float*; weight_decay 8 float*;
+        include 32 NetStateRule*; exclude 33 NetStateRule*; loss_weight 35 float*; param 1001 string*;
+        blob_share_mode 1002 DimCheckMode*
+    """,
+    "NetParameter": """
+        name 1 string; layers 2 V1LayerParameter*; input 3 string*; input_dim 4 int32*; force_backward 5 bool false;
+        state 6 NetState; debug_info 7 bool false; input_shape 8 BlobShape*; layer 100 LayerParameter*
+    """,
+}
+
+
+@functools.cache
+def _classes() -> dict[str, Any]:
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    file = descriptor_pb2.FileDescriptorProto(name="resnet_fast/caffe.proto", package="caffe", syntax="proto2")
+    kinds = descriptor_pb2.FieldDescriptorProto
+    for name, description in _messages().items():
+        message = file.message_type.add(name=name)
+        for entry in description.split(";"):
+            field_name, number, kind, *default = entry.split()
+            field = message.field.add(name=field_name, number=int(number))
+            field.label = kinds.LABEL_REPEATED if kind[-1] in "*+" else kinds.LABEL_OPTIONAL
+            if kind.endswith("+"):
+                field.options.packed = True
+            kind = kind.rstrip("*+")
+            if kind in _SCALARS:
+                field.type = getattr(kinds, f"TYPE_{kind.upper()}")
+            elif kind in _ENUMS:  # inside the message, since names of values are unique only there
+                field.type, field.type_name = kinds.TYPE_ENUM, f".caffe.{name}.{kind}"
+                if all(enum.name != kind for enum in message.enum_type):
+                    enum = message.enum_type.add(name=kind)
+                    for value, value_number in _ENUMS[kind].items():
+                        enum.value.add(name=value, number=value_number)
+            else:
+                field.type, field.type_name = kinds.TYPE_MESSAGE, f".caffe.{kind}"
+            if default:
+                field.default_value = default[0]
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(file.SerializeToString())
+    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"caffe.{name}")) for name in _MESSAGES}
+
+
+def _messages() -> dict[str, str]:
+    """All messages, with the layers' own parameters at their numbers in either version of a layer."""
+    v2 = "".join(f"; {name} {number} {kind}" for name, (kind, number, _) in LAYER_PARAMETERS.items())
+    v1 = "".join(f"; {name} {number} {kind}" for name, (kind, _, number) in LAYER_PARAMETERS.items() if number)
+    layers = {"LayerParameter": v2, "V1LayerParameter": v1}
+    return {name: description.strip() + layers.get(name, "") for name, description in _MESSAGES.items()}
+
+
+def message(name: str) -> Any:
+    """A new, empty message of this name, such as ``NetParameter``."""
+    return _classes()[name]()
