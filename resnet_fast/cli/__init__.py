@@ -1,4 +1,4 @@
-"""The command line ``resnet-fast``: ``classify``, ``train``, ``bench``, ``roofline``, ``tune``, ``info``, ``demo``.
+"""The command line ``resnet-fast``: classify, convert, train, bench, roofline, tune, info, demo.
 
 One file each. Here is only what they share: the application, ``main``, and how errors are shown. Importing it imports
 typer and rich; everything heavier is imported by the command that needs it.
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from resnet_fast.cli import bench, classify, demo, info, roofline, train, tune
+from resnet_fast.cli import bench, classify, convert, demo, info, roofline, train, tune
 from resnet_fast.cli.common import UserError, one_line
 
 _CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -90,7 +90,7 @@ def _options(
     pass
 
 
-for command in (classify.classify, bench.bench, roofline.roofline, tune.tune, info.info, demo.demo):
+for command in (classify.classify, convert.convert, bench.bench, roofline.roofline, tune.tune, info.info, demo.demo):
     app.command()(command)
 app.add_typer(train.app, name="train")
 

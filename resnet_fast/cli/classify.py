@@ -1,9 +1,11 @@
-"""``resnet-fast classify``: what is on these pictures, by a pretrained or a local network, run fused."""
+"""``resnet-fast classify``: what is on these pictures, by a pretrained, a local or a Caffe network, run fused."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +14,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from resnet_fast.cli.common import (
-    Arch,
     Dtype,
     Precision,
     Threads,
@@ -28,11 +29,19 @@ from resnet_fast.cli.common import (
 from resnet_fast.cli.images import read_image
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor, nn
 
+    from resnet_fast.caffe import Net
     from resnet_fast.models.preprocessing import Preprocessing
 
 BATCH = 8
+
+MAX_SIZE = 4096
+"""Caffe networks for larger images are refused, since a batch of them takes gigabytes before any layer runs."""
+
+MAX_LABELS_BYTES = 2**20
+"""Larger files of labels are refused. That of ImageNet's thousand classes has 31 KB."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,27 @@ class Network:
     source: str
     preprocessing: Preprocessing
     labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """What classifying takes.
+
+    Attributes:
+        model: of batches [N, 3, size, size].
+        name, source: of the network and of its weights.
+        prepare: makes an image [3, size, size].
+        labels: of the classes; None for the usual ones.
+        probabilities: whether that is what the model gives, and not scores.
+    """
+
+    model: nn.Module
+    name: str
+    source: str
+    prepare: Callable[[Image], Tensor]
+    size: int
+    labels: tuple[str, ...]
+    probabilities: bool = False
 
 
 def load_network(arch: str, weights: str | None) -> Network:
@@ -62,6 +92,11 @@ def load_network(arch: str, weights: str | None) -> Network:
             model = models.get_model(arch, weights=resolved)
             return Network(model.eval(), str(resolved), models.preprocessing(resolved), models.categories())
         state = checkpoint.read_checkpoint(resolved)
+        if checkpoint.read_metadata(resolved).get("stride_in_1x1") == "true":
+            raise ValueError(
+                f"{resolved}: weights of a Caffe ResNet; strides, pool and preprocessing are others than {arch}'s. "
+                "resnet-fast classify takes the network with --prototxt and --caffemodel"
+            )
         head = state.get("fc.weight")
         outputs = len(head) if head is not None and head.ndim == 2 and len(head) else 1000
         model = models.get_model(arch, num_classes=outputs)
@@ -82,15 +117,13 @@ def _preprocessing_of(arch: str, path: Path) -> Preprocessing:
 
 def _labels(outputs: int, path: Path | None = None) -> tuple[str, ...]:
     """The names that ``train imagenet`` wrote into the file, else ImageNet's for a thousand, else numbers."""
-    from safetensors import SafetensorError, safe_open
-
     from resnet_fast import models
+    from resnet_fast.models import checkpoint
 
-    if path is not None and path.suffix == ".safetensors":
+    if path is not None:
         try:
-            with safe_open(path, framework="pt") as file:
-                found = json.loads((file.metadata() or {}).get("classes", "null"))
-        except (SafetensorError, OSError, ValueError, RecursionError):
+            found = json.loads(checkpoint.read_metadata(path).get("classes", "null"))
+        except (ValueError, RecursionError):
             found = None
         if isinstance(found, list) and len(found) == outputs and all(isinstance(name, str) for name in found):
             return tuple(found)
@@ -98,10 +131,114 @@ def _labels(outputs: int, path: Path | None = None) -> tuple[str, ...]:
     return names if outputs == len(names) else tuple(f"class {index}" for index in range(outputs))
 
 
-def top(scores: Tensor, labels: tuple[str, ...], count: int) -> list[dict[str, Any]]:
-    """The ``count`` most probable classes of one image, most probable first."""
-    probabilities = scores.double().softmax(0)
-    values, indices = probabilities.topk(min(count, len(labels)))
+def read_labels(path: Path, outputs: int) -> tuple[str, ...]:
+    """The names in a text file, one a line, without the WordNet number before each in Caffe's synset_words.txt.
+
+    Raises UserError for anything but ``outputs`` lines of readable text.
+    """
+    with as_user_errors(OSError):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file, one of {outputs} labels, one a line, was expected")
+        with path.open("rb") as file:
+            content = file.read(MAX_LABELS_BYTES + 1)
+    if len(content) > MAX_LABELS_BYTES:
+        raise UserError(f"{path}: more than {MAX_LABELS_BYTES:,} bytes, too large for labels")
+    try:
+        lines = content.decode("utf-8-sig").rstrip().split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text, at byte {error.start}; one label a line was expected") from None
+    labels = tuple(" ".join(re.sub(r"^\s*n\d{8}(\s|$)", "", line).split()) for line in lines)
+    for number, label in enumerate(labels, 1):
+        if not label or not label.isprintable():
+            raise UserError(f"{path}: line {number} is {'not printable' if label else 'empty'}; a label was expected")
+    if len(labels) != outputs:
+        raise UserError(f"{path}: {len(labels)} labels, the network has {outputs} classes")
+    return labels
+
+
+# --------------------------------------------------------------------------------------------------------------- Caffe
+
+
+def _caffe(prototxt: Path, caffemodel: Path, mean: str | None) -> Classifier:
+    """The network of a Caffe definition and its weights, with Caffe's preprocessing."""
+    from resnet_fast import caffe
+
+    with as_user_errors(ValueError, OSError):
+        net = caffe.load(prototxt, caffemodel)
+        size = _input_size(net)
+        outputs, probabilities = _classes(net, size)
+    prepare = _caffe_preprocessing(mean, size)
+    name = one_line(net.definition.name) if net.definition.name else prototxt.stem
+    return Classifier(net, name, str(caffemodel), prepare, size, _labels(outputs), probabilities)
+
+
+def _input_size(net: Net) -> int:
+    """Pixels of both sides of the images that the network takes."""
+    source, inputs = net.definition.source, net.definition.inputs
+    shown = " and ".join(f"{entry.name!r} {'x'.join(map(str, entry.shape))}" for entry in inputs)
+    if len(inputs) != 1:
+        raise UserError(f"{source}: has {len(inputs)} inputs, {shown}; one of images, Nx3xHxH, was expected")
+    shape = inputs[0].shape
+    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+        raise UserError(f"{source}: its input is {shown}; square images of three channels, Nx3xHxH, were expected")
+    if shape[2] > MAX_SIZE:
+        raise UserError(f"{source}: its input is {shown}; images of at most {MAX_SIZE}x{MAX_SIZE} are classified")
+    return shape[2]
+
+
+def _classes(net: Net, size: int) -> tuple[int, bool]:
+    """How many classes the network tells apart, and whether it gives probabilities: whether it ends with a Softmax."""
+    from resnet_fast.caffe import definition
+
+    source, outputs = net.definition.source, net.definition.outputs
+    if len(outputs) != 1:
+        raise UserError(
+            f"{source}: has the outputs {', '.join(map(repr, outputs))}; one of scores or probabilities was expected"
+        )
+    shape = net.shapes((2, 3, size, size))[outputs[0]]  # of two images, to see which axis is theirs
+    if len(shape) < 2 or shape[0] != 2 or shape[2:] not in ((), (1, 1)):
+        given = "x".join(map(str, ("N" if shape[:1] == (2,) else shape[0], *shape[1:]))) if shape else "of no axes"
+        raise UserError(
+            f"{source}: its output {outputs[0]!r} is {given}; N x classes, or N x classes x 1 x 1, was expected"
+        )
+    last = next(layer for layer in reversed(net.definition.layers) if outputs[0] in layer.tops)
+    softmax = last.parameters if isinstance(last.parameters, definition.Softmax) else None
+    if softmax is not None and softmax.axis % len(shape) != 1:
+        raise UserError(f"{source}: {last}: its axis is {softmax.axis}; 1, that of the classes, was expected")
+    return shape[1], softmax is not None
+
+
+def _caffe_preprocessing(mean: str | None, size: int) -> Callable[[Image], Tensor]:
+    """The published models': the shorter side 256 for a crop of 224, and in proportion for others."""
+    from resnet_fast.caffe.preprocessing import CHANNEL_MEANS, Preprocessing
+
+    resize = round(size * 256 / 224)
+    if mean is None:
+        shown = ", ".join(map(str, CHANNEL_MEANS))
+        typer.echo(f"resnet-fast: note: no --mean given; the published ResNets' is used, B, G, R {shown}", err=True)
+        return Preprocessing(resize, size)
+    try:
+        values = [float(part) for part in mean.split(",")]
+    except ValueError:
+        values = []
+    with as_user_errors(ValueError, OSError):
+        if not values:
+            return Preprocessing.with_mean_file(mean, resize_size=resize, crop_size=size)
+        if len(values) != 3:
+            raise ValueError(f"--mean {mean}: a .binaryproto file, or three numbers B,G,R, was expected")
+        return Preprocessing(resize, size, (values[0], values[1], values[2]))
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def top(scores: Tensor, labels: tuple[str, ...], count: int, probabilities: bool = False) -> list[dict[str, Any]]:
+    """The ``count`` most probable classes of one image, most probable first.
+
+    ``scores`` are probabilities already if ``probabilities`` says so.
+    """
+    found = scores.double() if probabilities else scores.double().softmax(0)
+    values, indices = found.topk(min(count, len(labels)))
     return [
         {"index": int(index), "label": labels[int(index)], "probability": float(value)}
         for value, index in zip(values, indices, strict=True)
@@ -110,7 +247,10 @@ def top(scores: Tensor, labels: tuple[str, ...], count: int) -> list[dict[str, A
 
 def classify(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="JPEG or PNG files.", show_default=False)],
-    arch: Arch = "resnet50",
+    arch: Annotated[
+        str | None,
+        typer.Option("--arch", "-a", metavar="NAME", help="One of the ten ResNets; resnet50 if not given."),
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -120,6 +260,25 @@ def classify(
             help="Published weights by name, or a .pth or .safetensors file; by default the best published ones.",
         ),
     ] = None,
+    prototxt: Annotated[
+        Path | None, typer.Option("--prototxt", metavar="FILE", help="A Caffe network's deploy definition instead.")
+    ] = None,
+    caffemodel: Annotated[
+        Path | None, typer.Option("--caffemodel", metavar="FILE", help="The weights that belong to --prototxt.")
+    ] = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            "--mean",
+            metavar="FILE|B,G,R",
+            help="What is subtracted from a Caffe network's images: a .binaryproto file, or three numbers for blue, "
+            "green and red; by default those of the published ResNets.",
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option("--labels", metavar="FILE", help="Names of the classes, one a line, as in synset_words.txt."),
+    ] = None,
     topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="Classes to show for every image.")] = 5,
     dtype: Dtype = Precision.float32,
     threads: Threads = None,
@@ -127,9 +286,11 @@ def classify(
 ) -> int:
     """Say what is on each IMAGE: the most probable classes, with the weights' own preprocessing.
 
+    The network is one of the ten ResNets, or a Caffe network with --prototxt and --caffemodel.
+
     Images that cannot be read are named on stderr; the others are still classified, and the exit status is 1.
     """
-    check_arch(arch)
+    _check_options(arch, weights, prototxt, caffemodel, mean)
     errors: dict[Path, str] = {}
     readable: list[Path] = []
     for path in images:  # bad files are found before anything is downloaded or built
@@ -144,12 +305,18 @@ def classify(
         typer.echo(f"resnet-fast: {one_line(message)}", err=True)
 
     set_threads(threads)
-    network = load_network(arch, weights)
+    network = (
+        _classifier(arch or "resnet50", weights)
+        if caffemodel is None or prototxt is None
+        else _caffe(prototxt, caffemodel, mean)
+    )
+    if labels is not None:
+        network = replace(network, labels=read_labels(labels, len(network.labels)))
     answers = _run(network, readable, topk, dtype)
     if as_json:
         data = {
             "schema": 1,
-            "arch": arch,
+            "arch": network.name,
             "weights": network.source,
             "dtype": dtype.value,
             "images": [{"path": str(path), "predictions": rows} for path, rows in answers.items()],
@@ -157,26 +324,51 @@ def classify(
         }
         write_json(data, "-")
     else:
-        _print(answers, f"{arch}, {network.source}, {dtype.value}")
+        _print(answers, f"{network.name}, {network.source}, {dtype.value}")
     return 1 if errors else 0
 
 
-def _run(network: Network, paths: list[Path], topk: int, dtype: Precision) -> dict[Path, list[dict[str, Any]]]:
+def _check_options(
+    arch: str | None, weights: str | None, prototxt: Path | None, caffemodel: Path | None, mean: str | None
+) -> None:
+    """Which network is meant must be clear."""
+    if prototxt is None:
+        for option, given in (("--caffemodel", caffemodel), ("--mean", mean)):
+            if given is not None:
+                raise UserError(f"{option} belongs to a Caffe network; give its definition with --prototxt FILE")
+        check_arch(arch or "resnet50")
+        return
+    for option, given in (("--arch", arch), ("--weights", weights)):
+        if given is not None:
+            raise UserError(f"{option} names one of the ten ResNets, --prototxt a Caffe network; give one of the two")
+    if caffemodel is None:
+        raise UserError(f"{prototxt}: a definition has no weights; give them with --caffemodel FILE")
+
+
+def _classifier(arch: str, weights: str | None) -> Classifier:
+    network = load_network(arch, weights)
+    prepare = network.preprocessing
+    return Classifier(network.model, arch, network.source, prepare, prepare.crop_size, network.labels)
+
+
+def _run(network: Classifier, paths: list[Path], topk: int, dtype: Precision) -> dict[Path, list[dict[str, Any]]]:
     import torch
 
     from resnet_fast.graph import optimize
 
-    model = optimize(network.model, dtype=dtype.dtype)
+    example = torch.empty(1, 3, network.size, network.size, device="meta")
+    model = optimize(network.model, dtype=dtype.dtype, example_inputs=example)
     answers: dict[Path, list[dict[str, Any]]] = {}
     with progress_bar() as progress, torch.inference_mode():
         for start in range(0, len(paths), BATCH):
             chunk = paths[start : start + BATCH]
             progress(f"classifying {escape(chunk[0].name)}", start / len(paths))
-            batch = torch.stack([network.preprocessing(read_image(path)) for path in chunk])
-            scores = model(batch.to(dtype.dtype).contiguous(memory_format=torch.channels_last)).float()
+            batch = torch.stack([network.prepare(read_image(path)) for path in chunk])
+            scores = model(batch.to(dtype.dtype).contiguous(memory_format=torch.channels_last)).float().flatten(1)
             if not bool(torch.isfinite(scores).all()):
                 raise UserError(f"the network's answers are not finite; is {network.source} damaged?")
-            answers |= {path: top(row, network.labels, topk) for path, row in zip(chunk, scores, strict=True)}
+            rows = [top(row, network.labels, topk, network.probabilities) for row in scores]
+            answers |= dict(zip(chunk, rows, strict=True))
     return answers
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from resnet_fast.models.checkpoint import one_line
 
-__all__ = ["MAX_BYTES", "Checkpoint", "check_folder", "load", "save", "write_model"]
+__all__ = ["MAX_BYTES", "Checkpoint", "check_folder", "load", "save", "write_model", "write_whole"]
 
 MAX_BYTES = 16 * 2**30
 """Larger files are refused, in both directions. The largest of the ten ResNets with Adam and an average has 2 GB."""
@@ -299,6 +299,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
     from safetensors.torch import save_file
 
+    return write_whole(path, lambda name: save_file(tensors, name, metadata=metadata))
+
+
+def write_whole(path: Path, write: Callable[[str], object]) -> Path:
+    """Writes a file whole or not at all: ``write`` is given a temporary name beside ``path``, which it becomes.
+
+    Raises:
+        OSError: if there is no such folder, or the file cannot be written.
+    """
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder, the name of a checkpoint file was expected")
     if not path.parent.is_dir():
@@ -306,7 +315,7 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(descriptor)
     try:
-        save_file(tensors, name, metadata=metadata)
+        write(name)
         os.chmod(name, 0o666 & ~_umask())
         _sync(name, os.O_RDWR)
         os.replace(name, path)

@@ -1,0 +1,301 @@
+"""``resnet-fast convert``: weights from one kind of file to another. What names and files mean is known elsewhere."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from resnet_fast.cli.common import UserError, as_user_errors, check_output, one_line
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from resnet_fast.caffe import Net
+
+SUFFIXES = {".caffemodel": "caffemodel", ".safetensors": "safetensors", ".pth": "pth", ".pt": "pth"}
+
+V1 = {"stride_in_1x1": "true", "unpadded_pool": "true"}
+"""Metadata of a file with torchvision's keys whose weights are a Caffe ResNet's."""
+
+
+class Names(str, enum.Enum):
+    """How tensors are called in a file."""
+
+    caffe = "caffe"
+    torchvision = "torchvision"
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """A file of tensors by name: what it holds, its metadata, and whose names they are (None if nobody's)."""
+
+    path: Path
+    state: dict[str, Tensor]
+    metadata: dict[str, str]
+    names: Names | None
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A .caffemodel, .safetensors, .pth or .pt file.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The file to write, with one of these suffixes.")],
+    prototxt: Annotated[
+        Path | None,
+        typer.Option(
+            "--prototxt",
+            "-p",
+            metavar="FILE",
+            help="The definition that belongs to a caffemodel. On the way back, one for files that hold none.",
+        ),
+    ] = None,
+    to: Annotated[
+        Names | None,
+        typer.Option(
+            "--to",
+            help="Names in TARGET: Caffe's, bit for bit (the default), or torchvision's, for the published ResNets.",
+        ),
+    ] = None,
+    v1: Annotated[
+        bool,
+        typer.Option(
+            "--v1",
+            help="Say that a file with torchvision's names is of a network with the stride in the first 1x1 and the "
+            "unpadded pool. Its names do not tell, and torchvision's own weights are not.",
+        ),
+    ] = False,
+    write_prototxt: Annotated[
+        Path | None,
+        typer.Option("--write-prototxt", metavar="FILE", help="Also write the definition of a caffemodel to FILE."),
+    ] = None,
+) -> None:
+    """Convert weights between Caffe's .caffemodel, .safetensors and .pth.
+
+    A .safetensors file keeps in its metadata what the way back needs. A .pth file cannot.
+    """
+    kinds = [_kind(path) for path in (source, target)]
+    check_output(target)
+    check_output(write_prototxt)
+    _check_apart(source, target, prototxt, write_prototxt)
+    if "caffemodel" not in kinds:
+        _refuse(prototxt is not None, "--prototxt", "a caffemodel", kinds)
+        _refuse(to is not None, "--to", "a caffemodel as SOURCE", kinds)
+    if kinds[1] == "caffemodel":
+        _refuse(to is not None, "--to", "a .safetensors or .pth file as TARGET", kinds)
+    else:
+        _refuse(write_prototxt is not None, "--write-prototxt", "a caffemodel as TARGET", kinds)
+    if v1 and (kinds[0] == "caffemodel" or kinds[1] != "caffemodel"):
+        raise UserError("--v1 belongs to torchvision's names on their way to a caffemodel")
+
+    found = None if kinds[0] == "caffemodel" else _read(source)
+    if found is not None and kinds[1] != "caffemodel":
+        _write_tensors(target, found.state, found.metadata)
+        typer.echo(_summary(target, f"{len(found.state)} tensors as they were"))
+        if found.metadata and kinds[1] == "pth":
+            typer.echo(f"{target} has no metadata; {source} has {', '.join(found.metadata)}")
+        return
+    net = _load(source, prototxt) if found is None else _network(found, prototxt, v1)
+    if kinds[1] == "caffemodel":
+        _write_caffemodel(target, net, write_prototxt)
+    else:
+        _write_net(target, net, to or Names.caffe)
+
+
+def _kind(path: Path) -> str:
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: files are told apart by their suffix, which must be one of {', '.join(SUFFIXES)}")
+    return SUFFIXES[path.suffix]
+
+
+def _check_apart(source: Path, target: Path, prototxt: Path | None, write_prototxt: Path | None) -> None:
+    """What is written must not be what is read."""
+    read = [path.resolve() for path in (source, prototxt) if path is not None]
+    written = [path.resolve() for path in (target, write_prototxt) if path is not None]
+    for path in written:
+        if path in read or written.count(path) > 1:
+            raise UserError(f"{path} would be written over another file of this conversion; give another name")
+
+
+def _refuse(given: bool, option: str, belongs_to: str, kinds: list[str]) -> None:
+    if given:
+        raise UserError(f"{option} belongs to {belongs_to}; this conversion is from {kinds[0]} to {kinds[1]}")
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def _load(source: Path, prototxt: Path | None) -> Net:
+    from resnet_fast import caffe
+
+    if prototxt is None:
+        raise UserError(f"{source}: a caffemodel needs its definition; give it with --prototxt FILE")
+    with as_user_errors(ValueError, OSError):
+        return caffe.load(prototxt, source)
+
+
+def _read(source: Path) -> _Tensors:
+    import torch
+
+    from resnet_fast.models import checkpoint
+
+    with as_user_errors(checkpoint.WeightsError, OSError, ValueError):
+        state = checkpoint.read_checkpoint(source)
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise UserError(f"{source}: {name!r} is quantized, sparse or without data; dense tensors can be converted")
+    metadata = checkpoint.read_metadata(source)
+    names = metadata.get("names")
+    if names in (Names.caffe.value, Names.torchvision.value):
+        return _Tensors(source, state, metadata, Names(names))
+    of_torchvision = {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "fc.weight"} <= state.keys()
+    return _Tensors(source, state, metadata, Names.torchvision if of_torchvision else None)
+
+
+def _network(found: _Tensors, prototxt: Path | None, v1: bool) -> Net:
+    """The network in Caffe's form that a file of tensors has the weights of."""
+    if found.names is Names.torchvision:
+        if prototxt is not None:
+            raise UserError(
+                f"{found.path} has torchvision's names, whose definition is known; --prototxt belongs to Caffe's names "
+                "(--write-prototxt FILE writes the definition)"
+            )
+        return _from_torchvision(found, v1)
+    if v1:
+        raise UserError(f"{found.path}: --v1 belongs to torchvision's names, which this file does not have")
+    return _from_caffe(found, prototxt)
+
+
+def _from_caffe(found: _Tensors, prototxt: Path | None) -> Net:
+    import torch
+
+    from resnet_fast import caffe
+
+    text = found.metadata.get("prototxt")
+    if prototxt is None and text is None:
+        raise UserError(
+            f"{found.path}: holds neither torchvision's names nor a definition; give the definition with "
+            "--prototxt FILE"
+        )
+    with as_user_errors(ValueError, OSError):
+        if prototxt is not None:
+            definition = caffe.read_prototxt(prototxt)
+        else:
+            definition = caffe.parse_prototxt(text or "", source=f"{found.path}, its prototxt")
+        with torch.device("meta"):  # the file may be small, and its definition declare gigabytes
+            net = caffe.Net(definition).eval()
+    try:
+        net.load_state_dict(_widened(found.state), assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{found.path} does not fit {definition.source}: {one_line(error)}") from error
+    return net
+
+
+def _from_torchvision(found: _Tensors, v1: bool) -> Net:
+    from resnet_fast import caffe
+
+    told = {name: found.metadata.get(name) for name in V1}
+    if "arch" in found.metadata and told != V1:
+        raise UserError(
+            f"{found.path}: its metadata calls it a {found.metadata['arch']!r} without stride_in_1x1 and "
+            "unpadded_pool; a Caffe ResNet has both, and would give other answers with these weights"
+        )
+    if told != V1 and not v1:
+        raise UserError(
+            f"{found.path}: torchvision's names do not tell where the stride is. Caffe's ResNets have it in the first "
+            "1x1, and an unpadded pool; torchvision's have neither, and their weights would give other answers. If "
+            "these are of a network with both (stride_in_1x1=True, unpadded_pool=True), say so with --v1"
+        )
+    depth = _depth(found.state)
+    if depth is None:
+        raise UserError(f"{found.path}: its blocks are not those of ResNet-50, 101 or 152, which can be converted")
+    with as_user_errors(ValueError):
+        return caffe.from_state_dict(_widened(found.state), depth)
+
+
+def _depth(state: Mapping[str, Any]) -> int | None:
+    """50, 101 or 152, by the number of bottlenecks in the four stages."""
+    blocks = {key.rsplit(".", 2)[0] for key in state if key.startswith("layer") and key.endswith(".conv3.weight")}
+    count = [sum(block.startswith(f"layer{stage}.") for block in blocks) for stage in (1, 2, 3, 4)]
+    known = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
+    return next((depth for depth, blocks_of in known.items() if blocks_of == count), None)
+
+
+def _widest(state: Mapping[str, Tensor]) -> torch.dtype:
+    """What a caffemodel holds such tensors in."""
+    import torch
+
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in state.values()) else torch.float32
+
+
+def _widened(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All floating point tensors in one dtype, which is exact."""
+    dtype = _widest(state)
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def _write_tensors(target: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    import torch
+    from safetensors import SafetensorError
+
+    from resnet_fast.training import checkpoint
+
+    with as_user_errors(OSError, ValueError, KeyError, RuntimeError, SafetensorError):
+        if target.suffix == ".safetensors":
+            checkpoint.write_model(target, state, metadata)
+        else:
+            # Clones: a view would bring the whole of its storage along.
+            tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
+            checkpoint.write_whole(target, lambda name: torch.save(tensors, name))
+
+
+def _write_net(target: Path, net: Net, names: Names) -> None:
+    from resnet_fast import caffe
+
+    metadata = {"names": names.value}
+    if names is Names.caffe:
+        state: dict[str, Tensor] = net.state_dict()
+        metadata["prototxt"] = caffe.emit_prototxt(net.definition)
+    else:
+        with as_user_errors(ValueError):
+            state = caffe.to_state_dict(net)
+        metadata |= {"arch": f"resnet{_depth(state)}", **V1}
+    _write_tensors(target, state, metadata)
+    of_whom = "Caffe's" if names is Names.caffe else "torchvision's"
+    typer.echo(_summary(target, f"{len(state)} tensors of {net.definition.name!r} by {of_whom} names"))
+    if names is Names.torchvision:
+        classes = len(state["fc.weight"])
+        more = "" if classes == 1000 else f", num_classes={classes}"
+        typer.echo(
+            f"They are for resnet_fast.{metadata['arch']}(stride_in_1x1=True, unpadded_pool=True{more}) and images as "
+            "Caffe takes them (BGR, 0 to 255, minus the mean); torchvision's model would give other answers"
+        )
+    if target.suffix != ".safetensors":
+        needed = "--prototxt" if names is Names.caffe else "--v1"
+        typer.echo(f"{target} has no metadata; the way back to a caffemodel needs {needed}")
+
+
+def _write_caffemodel(target: Path, net: Net, write_prototxt: Path | None) -> None:
+    from resnet_fast import caffe
+
+    with as_user_errors(OSError, ValueError):
+        caffe.save(net, write_prototxt, target)
+    blobs = len(net.state_dict())
+    typer.echo(_summary(target, f"{blobs} blobs of {net.definition.name!r}"))
+    if write_prototxt is not None:
+        typer.echo(f"{write_prototxt}: its definition, {len(net.definition.layers)} layers")
+
+
+def _summary(path: Path, content: str) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return f"{path}: {content}, {path.stat().st_size:,} bytes, sha256 {digest.hexdigest()[:16]}"
