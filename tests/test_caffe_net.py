@@ -349,6 +349,18 @@ def test_an_optimized_classifier_refuses_other_sizes(net: caffe.Net) -> None:
             fused(image(*shape))
 
 
+def test_the_declared_size_is_where_shapes_are_found() -> None:
+    """Sizes that nobody would guess; without shapes the classifier would not be part of the head."""
+    text = SMALL.replace("dim: 32 dim: 32", "dim: 41 dim: 19").replace(
+        "kernel_size: 8 stride: 1 pool: AVE", "kernel_h: 10 kernel_w: 5 stride: 1 pool: AVE"
+    )
+    net = filled(caffe.Net(caffe.parse_prototxt(text)))
+    fused = rf.optimize(net)
+    assert left(fused.report(), "Pooling", "InnerProduct") == []
+    x = image(2, 3, 41, 19)
+    assert_obeys_error_rule(fused(x), net(x), copy.deepcopy(net).double()(x.double()))
+
+
 def test_statistics_of_the_batch_are_not_folded() -> None:
     text = SMALL.replace("use_global_stats: true }", "use_global_stats: false }", 1)
     net = filled(caffe.Net(caffe.parse_prototxt(text)))

@@ -123,6 +123,8 @@ def test_geometry() -> None:
         d.Pooling("AVE", (3, 3), (2, 2), (1, 1), "FLOOR")
     )
     assert only(pooling("global_pooling: true pool: AVE")) == d.Pooling("AVE")
+    assert only(pooling("kernel_size: 3 ceil_mode: false")).round_mode == "FLOOR"  # the same in a fork's words
+    assert only(pooling("kernel_size: 3 ceil_mode: true")).round_mode == "CEIL"
 
 
 def test_phases() -> None:
@@ -260,6 +262,7 @@ HOSTILE = {
     "three sizes": (HEAD + conv("num_output: 4 kernel_size: [1, 2, 3]"), "kernel_size has 3 values"),
     "another axis": (HEAD + conv("num_output: 4 kernel_size: 3 axis: 2"), "axis is 2; only axis 1"),
     "padding too wide": (HEAD + pooling("kernel_size: 2 pad: 2"), "pad 2x2 must be less than the kernel 2x2"),
+    "rounded twice": (HEAD + pooling("kernel_size: 2 ceil_mode: true round_mode: FLOOR"), "has both round_mode and"),
     "stochastic": (HEAD + pooling("kernel_size: 2 pool: STOCHASTIC"), "pool: STOCHASTIC is not supported"),
     "global and not": (HEAD + pooling("kernel_size: 2 global_pooling: true"), "has global_pooling and a kernel size"),
     "coefficients": (

@@ -380,7 +380,10 @@ def _pooling(message: Any) -> d.Pooling:
     _at_least("kernel_size", 1, *kernel)
     if padding[0] >= kernel[0] or padding[1] >= kernel[1]:
         raise ValueError(f"pad {padding[0]}x{padding[1]} must be less than the kernel {kernel[0]}x{kernel[1]}")
-    return d.Pooling(method, kernel, stride, padding, p.RoundMode.Name(p.round_mode))
+    if p.HasField("ceil_mode") and p.HasField("round_mode"):
+        raise ValueError("has both round_mode and ceil_mode, which mean the same")
+    round_mode = p.RoundMode.Name(p.round_mode) if p.ceil_mode else "FLOOR"
+    return d.Pooling(method, kernel, stride, padding, round_mode)
 
 
 def _inner_product(message: Any) -> d.InnerProduct:

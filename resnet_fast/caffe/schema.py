@@ -90,8 +90,8 @@ _MESSAGES: dict[str, str] = {
     "PoolingParameter": """
         pool 1 PoolMethod MAX; kernel_size 2 uint32; stride 3 uint32 1; pad 4 uint32 0; kernel_h 5 uint32;
         kernel_w 6 uint32; stride_h 7 uint32; stride_w 8 uint32; pad_h 9 uint32 0; pad_w 10 uint32 0;
-        engine 11 Engine DEFAULT; global_pooling 12 bool false; round_mode 13 RoundMode CEIL
-    """,
+        engine 11 Engine DEFAULT; global_pooling 12 bool false; round_mode 13 RoundMode CEIL; ceil_mode 1013 bool true
+    """,  # ceil_mode is what other forks, and OpenCV, call field 13; here it is for reading texts only
     "ReLUParameter": "negative_slope 1 float 0; engine 2 Engine DEFAULT",
     "SoftmaxParameter": "engine 1 Engine DEFAULT; axis 2 int32 1",
     "BatchNormParameter": "use_global_stats 1 bool; moving_average_fraction 2 float 0.999; eps 3 float 1e-5",
