@@ -119,7 +119,7 @@ def test_wrong_calls(net: caffe.Net, call: Any, kind: type[Exception], message: 
 def test_names_that_a_module_cannot_have(net: caffe.Net) -> None:
     assert [name for name, _ in net.named_children()][5:9] == ["a/1x1", "bn_a", "scale_a", "sum"]
     assert isinstance(net.layer("forward"), torch.nn.ReLU)
-    assert "forward_" in dict(net.named_children())
+    assert "forward_1" in dict(net.named_children())
     state = net.state_dict()
     assert {"a/1x1.weight", "bn_a.mean", "bn_a.factor", "scale_a.bias", "fc5.weight"} <= set(state)
     again = caffe.Net(net.definition).eval()
@@ -320,7 +320,7 @@ def test_optimized(net: caffe.Net) -> None:
     assert launches(report) == 2
     rows = {row.name: row for row in report.rows}
     assert rows["pool1"].fused == "stem conv1"
-    assert rows["sum"].fused == rows["bn_a"].fused == rows["forward_"].fused == "conv_bn_act a/1x1"
+    assert rows["sum"].fused == rows["bn_a"].fused == rows["forward_1"].fused == "conv_bn_act a/1x1"
     for batch in (0, 1, 3):
         x = image(batch, 3, 32, 32)
         assert_obeys_error_rule(fused(x), net(x), copy.deepcopy(net).double()(x.double()))

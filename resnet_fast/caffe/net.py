@@ -5,6 +5,7 @@ It runs layer by layer with Caffe's arithmetic and is not fused; ``resnet_fast.o
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import itertools
@@ -54,6 +55,7 @@ class Net(nn.Module):
         d.check(definition)
         self.definition = definition
         self._child_of: dict[str, str] = {}
+        self._names_like: collections.Counter[str] = collections.Counter()
         self._program: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
         planned = [(layer, bottoms) for layer, bottoms, _ in d.walk(definition)]
         size = 0
@@ -78,10 +80,11 @@ class Net(nn.Module):
         self._initialise()
 
     def _free_name(self, name: str) -> str:
-        name = name.replace(".", "_") or "_"
-        while hasattr(self, name) or name in self._modules:
-            name += "_"
-        return name
+        base = free = name.replace(".", "_") or "_"
+        while hasattr(self, free):
+            self._names_like[base] += 1
+            free = f"{base}_{self._names_like[base]}"
+        return free
 
     def _initialise(self) -> None:
         for module in self.children():

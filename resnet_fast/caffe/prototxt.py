@@ -27,6 +27,9 @@ MAX_DEPTH = 32
 MAX_MESSAGES = 100_000
 """Most pairs of braces in a text. The published ResNet-152 has 1,300."""
 
+MAX_WORD = 1024
+"""Longest name or number outside quotes."""
+
 _TOKEN = re.compile(
     r"""(?P<space>[ \t\r\v\f]+|\#[^\n]*)|(?P<newline>\n)|(?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')"""
     r"""|(?P<number>[+-]?\.?[0-9][0-9A-Za-z_.+-]*)|(?P<word>[A-Za-z_][0-9A-Za-z_]*)|(?P<symbol>.)""",
@@ -139,6 +142,10 @@ def _scan(text: str, source: str, root: Any) -> _Scanned:
         level = levels[-1]
         if kind == "newline":
             line += 1
+        elif kind in ("number", "word") and len(token) > MAX_WORD:
+            raise CaffeError(f"{source}: line {line}: a word of {len(token):,} characters, at most {MAX_WORD} are read")
+        elif kind == "symbol" and token in "\"'":  # at once: each further quote would be searched to the end as well
+            raise CaffeError(f"{source}: line {line}: a string does not end on its line")
         elif kind in ("number", "word") and _names_field(text, match.end()):
             head, name = (
                 ("", token)
