@@ -11,7 +11,6 @@ import math
 import mmap
 import os
 import re
-import secrets
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from resnet_fast.caffe.wire import (
     tag,
     varint,
 )
+from resnet_fast.models.checkpoint import write_whole
 
 __all__ = ["Blob", "StoredLayer", "StoredNet", "read", "read_mean", "write", "write_mean"]
 
@@ -567,20 +567,16 @@ def _little_endian(values: _Values) -> _Array:
 def _write(path: Path, plan: Iterable[_Part]) -> None:
     if path.is_dir():
         raise WireError("is a folder, the name of a file to write is expected")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with part.open("xb") as file:
+
+    def parts(name: str) -> None:
+        with open(name, "wb") as file:
             for head, blobs in plan:
                 file.write(head)
                 for header, values in blobs:
                     file.write(header)
                     _write_values(file, values)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+
+    write_whole(path, parts)
 
 
 def _write_values(file: IO[bytes], values: _Values) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from resnet_fast.models.checkpoint import write_whole
+
 from . import caffemodel, layers, prototxt
 from .errors import CaffeError
 from .net import Net
@@ -125,17 +127,7 @@ def save(
     if caffemodel_file is not None:
         caffemodel.write(caffemodel_file, net.definition.name, stored, definition)
     if prototxt_file is not None:
-        write_text(Path(prototxt_file), text)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to a file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_whole(Path(prototxt_file), lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
 def _times(shape: tuple[int, ...] | torch.Size) -> str:

@@ -245,15 +245,16 @@ def _write_tensors(target: Path, state: Mapping[str, Tensor], metadata: Mapping[
     import torch
     from safetensors import SafetensorError
 
-    from resnet_fast.training import checkpoint
+    from resnet_fast.models.checkpoint import write_whole
+    from resnet_fast.training.checkpoint import write_model
 
     with as_user_errors(OSError, ValueError, KeyError, RuntimeError, SafetensorError):
         if target.suffix == ".safetensors":
-            checkpoint.write_model(target, state, metadata)
+            write_model(target, state, metadata)
         else:
             # Clones: a view would bring the whole of its storage along.
             tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
-            checkpoint.write_whole(target, lambda name: torch.save(tensors, name))
+            write_whole(target, lambda name: torch.save(tensors, name))
 
 
 def _write_net(target: Path, net: Net, names: Names) -> None:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import os
 import pickletools
+import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MAX_CHECKPOINT_BYTES", "WeightsError", "load_into", "read_checkpoint", "read_metadata"]
+__all__ = ["MAX_CHECKPOINT_BYTES", "WeightsError", "load_into", "read_checkpoint", "read_metadata", "write_whole"]
 
 MAX_CHECKPOINT_BYTES = 4 * 2**30
 """Larger files are refused before they are read. The largest of the ten models has 0.5 GB of float32 parameters."""
@@ -97,6 +98,45 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str, nam
     if problems:
         raise WeightsError(f"{source} does not fit {name} with {len(own)} entries: {'; '.join(problems)}")
     model.load_state_dict(dict(state), strict=False)
+
+
+def write_whole(path: Path, write: Callable[[str], object]) -> Path:
+    """Writes a file whole or not at all: `write` is given a temporary name beside `path`, which it becomes.
+
+    Raises:
+        OSError: if there is no such folder, or the file cannot be written.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder, the name of a file was expected")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(descriptor)
+    try:
+        write(name)
+        os.chmod(name, 0o666 & ~_umask())
+        _sync(name, os.O_RDWR)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name itself; elsewhere a folder cannot be opened
+        _sync(path.parent, os.O_RDONLY)
+    return path
+
+
+def _sync(path: str | os.PathLike[str], flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def _problem(entries: list[str], what: str) -> Iterator[str]:

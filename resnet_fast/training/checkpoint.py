@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fast.models.checkpoint import one_line
+from resnet_fast.models.checkpoint import one_line, write_whole
 
-__all__ = ["MAX_BYTES", "Checkpoint", "check_folder", "load", "save", "write_model", "write_whole"]
+__all__ = ["MAX_BYTES", "Checkpoint", "check_folder", "load", "save", "write_model"]
 
 MAX_BYTES = 16 * 2**30
 """Larger files are refused, in both directions. The largest of the ten ResNets with Adam and an average has 2 GB."""
@@ -300,42 +300,3 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     from safetensors.torch import save_file
 
     return write_whole(path, lambda name: save_file(tensors, name, metadata=metadata))
-
-
-def write_whole(path: Path, write: Callable[[str], object]) -> Path:
-    """Writes a file whole or not at all: ``write`` is given a temporary name beside ``path``, which it becomes.
-
-    Raises:
-        OSError: if there is no such folder, or the file cannot be written.
-    """
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder, the name of a checkpoint file was expected")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(descriptor)
-    try:
-        write(name)
-        os.chmod(name, 0o666 & ~_umask())
-        _sync(name, os.O_RDWR)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the new name itself; elsewhere a folder cannot be opened
-        _sync(path.parent, os.O_RDONLY)
-    return path
-
-
-def _sync(path: str | os.PathLike[str], flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
