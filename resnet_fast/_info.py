@@ -13,7 +13,7 @@ import torch
 from . import backends
 from .backends import cuda
 
-_PACKAGES = ("triton", "torchvision", "numpy", "safetensors", "Pillow", "onnxruntime", "openvino")
+_PACKAGES = ("triton", "torchvision", "numpy", "safetensors", "Pillow", "protobuf", "onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)

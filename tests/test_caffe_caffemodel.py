@@ -520,8 +520,9 @@ def test_mean_with_a_shape(path: Path, shape: list[int], field: str) -> None:
         (make("BlobProto", num=1, channels=3, height=0, width=0),
          "the mean is 1x3x0x0, one image of [C, H, W] or [1, C, H, W] is expected"),
         (make("BlobProto", data=[1] * 5, num=1, channels=3, height=1, width=1),
-         "the mean declares 1x3x1x1 = 3 values and holds 5"),
-        (make("NetParameter", name="net"), "field 1 at byte 0 is bytes; a blob's num is a varint"),
+         "the mean declares 1x3x1x1 = 3 values and holds 5; one image, a BlobProto, is expected"),
+        (make("NetParameter", name="net"),
+         "field 1 at byte 0 is bytes; a blob's num is a varint; one image, a BlobProto, is expected"),
     ],
 )  # fmt: skip
 def test_no_mean(path: Path, data: Any, text: str) -> None:

@@ -383,3 +383,21 @@ def test_dropout_acts_in_training_only() -> None:
     ratio = (net.blobs(x, ["pool"])["pool"] / kept).flatten()
     assert set(ratio.mul(0.6).round(decimals=3).tolist()) == {0.0, 1.0}
     assert 0.4 < (ratio > 0).float().mean() < 0.8  # 200 elements, of which 0.6 are kept
+
+
+def test_windows_far_larger_than_the_image() -> None:
+    """They cost what the image costs; sums that float16 cannot hold are averaged all the same."""
+    x = caffe_files.image(1, 1, 8, 8)
+    for method in ("MAX", "AVE"):
+        pool = layers.Pooling(d.Pooling(method, (1_000_001,) * 2, (1_000_000,) * 2, (1_000_000,) * 2))
+        assert pool(x).shape == (1, 1, 2, 2)
+    assert layers.Pooling(d.Pooling("MAX", (99, 99), (98, 98), (98, 98)))(x)[0, 0, 1, 1] == x.max()
+    full = torch.full((1, 1, 8, 8), 10_000.0, dtype=torch.float16)
+    assert layers.Pooling(d.Pooling("AVE", (3, 3), (4, 4)))(full)[:, :, :2, :2].eq(10_000).all()
+
+
+def test_training_on_no_image_changes_no_statistics() -> None:
+    norm = layers.BatchNorm(3, d.BatchNorm()).train()
+    assert norm(torch.zeros(0, 3, 2, 2)).shape == (0, 3, 2, 2)
+    assert torch.equal(norm.factor, torch.ones(1))
+    assert norm.mean.eq(0).all()

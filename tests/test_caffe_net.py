@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,61 @@ def test_blobs_stop_at_the_last_layer_needed(net: caffe.Net) -> None:
         (lambda net: net(image(1, 3, 4, 4)), caffe.CaffeError, "layer 'pool5' (Pooling, line 15): its window 8x8"),
         (lambda net: net(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), TypeError, "input 'data' is torch.uint8"),
         (lambda net: net([1]), TypeError, "input 'data' is a list"),
+        (lambda net: net(np.zeros((1, 3, 32, 32))), TypeError, "is a ndarray; a tensor, as torch.from_numpy"),
+        (lambda net: net.shapes("data"), TypeError, "the shape of 'data' is 'data'; a tuple of integers"),
+        (lambda net: caffe.Net("x.prototxt"), TypeError, "definition is a str; load(prototxt, caffemodel) reads files"),
+        (lambda net: caffe.load(SMALL), ValueError, "prototxt_file is a text; give its path"),
+        (lambda net: caffe.to_state_dict(torch.nn.ReLU()), TypeError, "expected the module that load() gives"),
+        (lambda net: caffe.from_state_dict("x.pth", 50), TypeError, "state is a str; a dict of tensors"),
+        (lambda net: rf.optimize(net)(torch.zeros(1, 3, 32, 32).byte()), TypeError, "prepare images as the"),
         (lambda net: net({"x": image(1, 3, 32, 32)}), TypeError, "inputs are 'x'; the network takes 'data'"),
     ],
 )  # fmt: skip
 def test_wrong_calls(net: caffe.Net, call: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=re.escape(message)):
         call(net)
+
+
+def test_the_batch_is_looked_at_too() -> None:
+    """Whether a call is right does not depend on earlier calls."""
+    text = """
+input: "a" input: "b" input_shape { dim: 2 dim: 1 } input_shape { dim: 2 dim: 1 }
+layer { name: "e" type: "Eltwise" bottom: "a" bottom: "b" top: "e" }
+"""
+    net = caffe.Net(caffe.parse_prototxt(text)).eval()
+    for _ in range(2):
+        net({"a": image(2, 1), "b": image(2, 1)})
+        with pytest.raises(caffe.CaffeError, match="bottoms 2x1, 1x1 are not of one shape"):
+            net({"a": image(2, 1), "b": image(1, 1)})
+    fixed = 'input: "x" input_shape { dim: 2 dim: 3 } layer { name: "f" type: "InnerProduct" bottom: "x" top: "f" '
+    net = caffe.Net(caffe.parse_prototxt(fixed + "inner_product_param { num_output: 4 axis: 0 } }")).eval()
+    torch.testing.assert_close(rf.optimize(net)(image(2, 3)), net(image(2, 3)))  # it takes no other batch
+    with pytest.raises(caffe.CaffeError, match="takes parameters of shape 4x9"):
+        net(image(3, 3))
+
+
+def test_blobs_go_as_soon_as_nobody_reads_them(net: caffe.Net) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def watch(module: torch.nn.Module, args: Any, result: torch.Tensor) -> None:
+        made.append(weakref.ref(result))
+        alive.append(len({id(tensor) for entry in made if (tensor := entry()) is not None}))
+
+    for module in net.children():
+        module.register_forward_hook(watch)
+    with torch.no_grad():
+        net(image(1, 3, 32, 32))
+    assert max(alive) == 3  # the shortcut, and what a layer reads and makes
+
+
+def test_names_of_the_module_itself() -> None:
+    names = ["_accepted", "_outputs", "_output_plan", "definition", "training", "_modules", "forward", "T_destination"]
+    layer = 'layer {{ name: "{0}" type: "ReLU" bottom: "data" top: "{0}" }}'.format
+    text = 'input: "data" input_shape { dim: 1 dim: 3 }' + "".join(map(layer, names))
+    net = caffe.Net(caffe.parse_prototxt(text)).eval()
+    assert sorted(net(image(1, 3))) == sorted(names)
+    assert len(list(net.children())) == len(names)
 
 
 def test_names_that_a_module_cannot_have(net: caffe.Net) -> None:
@@ -242,9 +292,13 @@ MISMATCHES = {
         "its weight is 8x5, the prototxt makes it 5x8; caffemodel and prototxt do not belong together",
     ),
     "no axis more": (edited("conv1", lambda blobs: [blobs[0], blobs[1][None]]), "its bias is 1x8, the prototxt makes"),
+    "blobs of a layer that has none": (
+        lambda stored: [*stored, ("conv1_relu", "ReLU", [torch.ones(3)])] ,
+        "layer 'conv1_relu' (ReLU, line 6) at byte",
+    ),
     "layers missing": (
         lambda stored: [entry for entry in stored if entry[0] not in ("conv1", "fc5")],
-        "holds no weights for 2 of the layers (conv1, fc5); with strict=False",
+        "holds no weights for 2 of the layers (conv1, fc5); do caffemodel and prototxt belong together?",
     ),
 }  # fmt: skip
 
@@ -291,9 +345,38 @@ def test_doubles_and_legacy_shapes(net: caffe.Net, tmp_path: Path) -> None:
     assert not _same_shape(caffemodel.Blob((1, 1, 5, 8), False, np.zeros(40, np.float32), 0), (5, 8))
 
 
+def test_pruned_and_normed_weights_are_saved_as_they_compute(net: caffe.Net, tmp_path: Path) -> None:
+    from torch.nn.utils import parametrizations, prune
+
+    prune.l1_unstructured(net.layer("conv1"), "weight", 0.5)
+    parametrizations.weight_norm(net.layer("a/1x1"))
+    caffe.save(net, tmp_path / "n.prototxt", tmp_path / "n.caffemodel")
+    again = caffe.load(tmp_path / "n.prototxt", tmp_path / "n.caffemodel")
+    assert (again.layer("conv1").weight == 0).sum() == 8 * 3 * 49 // 2
+    x = image(1, 3, 32, 32)
+    torch.testing.assert_close(again(x), net(x))
+
+
 def test_what_save_refuses(net: caffe.Net, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"expected the module that load\(\) gives, got Linear"):
         caffe.save(torch.nn.Linear(1, 1), tmp_path / "a", tmp_path / "b")  # type: ignore[arg-type]
+    prototxt, weights = tmp_path / "a.prototxt", tmp_path / "a.caffemodel"
+    weights.write_bytes(b"old")
+    with pytest.raises(ValueError, match="the order is net, prototxt, caffemodel"):
+        caffe.save(net, weights, prototxt)
+    with pytest.raises(ValueError, match="they are two files"):
+        caffe.save(net, tmp_path / "a", tmp_path / ".." / tmp_path.name / "a")
+    with pytest.raises(IsADirectoryError, match="the name of the prototxt was expected"):
+        caffe.save(net, tmp_path, weights)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        caffe.save(net, tmp_path / "none" / "a.prototxt", weights)
+    other = copy.deepcopy(net)
+    other.layer("fc5").weight = torch.nn.Parameter(torch.zeros(6, 8))  # type: ignore[assignment]
+    with pytest.raises(caffe.CaffeError, match=r"layer 'fc5' .* has blobs of 6x8, 5; its definition says 5x8, 5"):
+        caffe.save(other, prototxt, weights)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.caffemodel"]
+    assert weights.read_bytes() == b"old"
+    weights.unlink()
     with pytest.raises(caffe.CaffeError, match=r"layer 'conv1' .* on the meta device"):
         caffe.save(net.to("meta"), tmp_path / "a", tmp_path / "b")
     assert not list(tmp_path.iterdir())
@@ -359,6 +442,41 @@ def test_the_declared_size_is_where_shapes_are_found() -> None:
     assert left(fused.report(), "Pooling", "InnerProduct") == []
     x = image(2, 3, 41, 19)
     assert_obeys_error_rule(fused(x), net(x), copy.deepcopy(net).double()(x.double()))
+
+
+def test_an_average_that_other_sizes_may_have_is_not_the_head() -> None:
+    """With a stride, 8 to 15 pixels a side give one window of 8x8 rounded down, which is not their average."""
+    text = SMALL.replace("kernel_size: 8 stride: 1 pool: AVE", "kernel_size: 8 stride: 8 pool: AVE round_mode: FLOOR")
+    net = filled(caffe.Net(caffe.parse_prototxt(text)))
+    fused = rf.optimize(net)
+    for size in (32, 40):
+        torch.testing.assert_close(fused(image(1, 3, size, size)), net(image(1, 3, size, size)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_from_double_to_half(net: caffe.Net, dtype: torch.dtype) -> None:
+    x = image(1, 3, 32, 32)
+    exact = net(x)
+    half = copy.deepcopy(net).double().to(dtype)
+    assert half.layer("bn_conv1").mean.dtype == torch.float32
+    torch.testing.assert_close(half(x.to(dtype)).float(), exact, rtol=0.1, atol=0.02)
+    text = SMALL.replace('type: "ReLU" bottom: "sum" top: "sum"', 'type: "BatchNorm" bottom: "sum" top: "sum"')
+    unfolded = filled(caffe.Net(caffe.parse_prototxt(text))).double()
+    assert rf.optimize(unfolded, dtype=dtype)(x.double()).isfinite().all()
+
+
+def test_a_model_s_own_attributes_are_its_own() -> None:
+    class Other(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 1)
+            self.declared_inputs = self._optimize_inputs = {"x": 1}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x)
+
+    model = Other().eval()
+    torch.testing.assert_close(rf.optimize(model)(image(1, 3, 4, 4)), model(image(1, 3, 4, 4)))
 
 
 def test_statistics_of_the_batch_are_not_folded() -> None:

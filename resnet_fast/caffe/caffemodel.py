@@ -66,7 +66,7 @@ _SHOWN_NAME = 80
 _NET_NAME, _NET_LAYERS, _NET_LAYER = 1, 2, 100
 _LAYER_NAME, _LAYER_TYPE, _LAYER_BLOBS = 1, 2, 7
 _V1_LAYER, _V1_NAME, _V1_TYPE, _V1_BLOBS = 1, 4, 5, 6
-_BLOB_DATA, _BLOB_SHAPE, _BLOB_DOUBLE_DATA = 5, 7, 8
+_BLOB_DATA, _BLOB_SHAPE, _BLOB_DOUBLE_DATA, _BLOB_RAW_DATA = 5, 7, 8, 12
 _SHAPE_DIM = 1
 _LEGACY = ("num", "channels", "height", "width")  # fields 1 to 4 of BlobProto
 
@@ -139,7 +139,7 @@ def read_mean(path: str | os.PathLike[str]) -> Tensor:
     """
     path = Path(path)
     data = _map(path, "a mean file (.binaryproto)")
-    with _named(path):
+    with _named(path), _ending("; one image, a BlobProto, is expected"):
         blob = _blob(Reader(data), 0, 0, len(data), "the mean")
     shape = blob.shape
     while len(shape) > 3 and shape[0] == 1:
@@ -260,6 +260,14 @@ def _named(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def _ending(hint: str) -> Iterator[None]:
+    try:
+        yield
+    except WireError as error:
+        raise WireError(f"{error}{hint}") from None
+
+
+@contextmanager
 def _within(where: str) -> Iterator[None]:
     try:
         yield
@@ -340,6 +348,7 @@ def _blob(reader: Reader, offset: int, start: int, stop: int, what: str) -> Blob
     dimensions: list[int] = []
     # Places of values: start, count and stride, flat, since a hostile file can have one chunk per value.
     floats, doubles = array("q"), array("q")
+    raw = False
     for field in reader.fields(start, stop):
         if 1 <= field.number <= 4:
             field.expect(f"a blob's {_LEGACY[field.number - 1]}", VARINT)
@@ -351,6 +360,8 @@ def _blob(reader: Reader, offset: int, start: int, stop: int, what: str) -> Blob
             _chunk(field, "a blob's data", FIXED32, floats)
         elif field.number == _BLOB_DOUBLE_DATA:
             _chunk(field, "a blob's double_data", FIXED64, doubles)
+        elif field.number == _BLOB_RAW_DATA and field.wire_type == BYTES:
+            raw = True
     # As Blob::FromProto in Caffe: any legacy dimension outweighs the shape, and any double the floats.
     shape = tuple(legacy.get(number, 0) for number in range(1, 5)) if legacy else tuple(dimensions)
     double = bool(doubles) and (sum(doubles[1::3]) > 0 or sum(floats[1::3]) == 0)
@@ -358,7 +369,8 @@ def _blob(reader: Reader, offset: int, start: int, stop: int, what: str) -> Blob
     count = sum(places[1::3])
     expected = _count(shape, what)
     if count != expected:
-        raise WireError(f"{what} declares {_shape(shape)} = {expected} values and holds {count}")
+        hint = "; it has raw_data, which only NVIDIA's Caffe writes and reads" if raw else ""
+        raise WireError(f"{what} declares {_shape(shape)} = {expected} values and holds {count}{hint}")
     return Blob(shape, bool(legacy), _values(reader, places, count, "<f8" if double else "<f4"), offset)
 
 

@@ -194,12 +194,16 @@ class Definition:
 
 def describe(name: str, kind: str, line: int) -> str:
     """How errors name a layer."""
+    name, kind = (text if len(text) <= 80 else f"{text[:77]}..." for text in (name, kind))
     details = ", ".join(part for part in (kind, f"line {line}" if line else "") if part)
     return f"layer {name!r} ({details})" if details else f"layer {name!r}"
 
 
 def check(definition: Definition) -> None:
-    """Refuse what Caffe refuses when it wires a network, and what would be ambiguous.
+    """Refuse wiring that has no meaning, or more than one.
+
+    Some wiring that Caffe refuses is taken, since it means one thing here: a layer in place on a blob that another has
+    read before, which keeps the old value.
 
     Raises:
         CaffeError: no input, no layer, a name twice, a bottom that nothing makes, a cycle, a top made twice.
@@ -225,6 +229,15 @@ def check(definition: Definition) -> None:
         if layer.name in names:
             fail(f"{layer} has the name of {names[layer.name]}; names must be unique, weights are stored by name")
         names[layer.name] = layer
+        least, most, tops = _COUNTS.get(layer.type, (1, 1, 1))
+        if not least <= len(layer.bottoms) <= most:
+            wanted = str(least) if least == most else f"{least} or more" if most > 2 else f"{least} or {most}"
+            fail(f"{layer}: has {len(layer.bottoms)} bottoms, {layer.type} takes {wanted}")
+        if len(layer.tops) != tops and not (layer.type == "Split" and layer.tops):
+            fail(f"{layer}: has {len(layer.tops)} tops, {layer.type} makes {tops}")
+        if len(set(layer.tops)) != len(layer.tops):
+            fail(f"{layer}: makes the same top twice: {', '.join(layer.tops[:5])}")
+        bottoms = set(layer.bottoms)
         for bottom in layer.bottoms:
             if bottom in makers:
                 continue
@@ -236,17 +249,9 @@ def check(definition: Definition) -> None:
                 "the layers form a cycle or are in the wrong order"
             )
         for top in layer.tops:
-            if top in makers and top not in layer.bottoms:
+            if top in makers and top not in bottoms:
                 fail(f"{layer}: its top {top!r} is made by {makers[top]} already, and it is not in place")
             makers[top] = str(layer)
-        if len(set(layer.tops)) != len(layer.tops):
-            fail(f"{layer}: makes the same top twice: {', '.join(layer.tops)}")
-        least, most, tops = _COUNTS.get(layer.type, (1, 1, 1))
-        if not least <= len(layer.bottoms) <= most:
-            wanted = str(least) if least == most else f"{least} or more" if most > 2 else f"{least} or {most}"
-            fail(f"{layer}: has {len(layer.bottoms)} bottoms, {layer.type} takes {wanted}")
-        if len(layer.tops) != tops and not (layer.type == "Split" and layer.tops):
-            fail(f"{layer}: has {len(layer.tops)} tops, {layer.type} makes {tops}")
 
 
 _MANY = 2**31

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from resnet_fast.models.checkpoint import write_whole
 
 from . import caffemodel, layers, prototxt
+from . import definition as d
 from .errors import CaffeError
 from .net import Net
 
@@ -37,6 +39,8 @@ def load(
         FileNotFoundError: for a file that is not there.
         CaffeError: for a file or network that cannot be used; names the layer and the line or byte.
     """
+    if isinstance(prototxt_file, str) and re.search(r"[\n{]", prototxt_file):
+        raise ValueError("load: prototxt_file is a text; give its path, or Net(parse_prototxt(text)) for a text")
     definition = prototxt.read(prototxt_file, phase=phase)
     if caffemodel_file is None:
         net = Net(definition)
@@ -56,17 +60,16 @@ def _fill(net: Net, stored: caffemodel.StoredNet, source: str, strict: bool) -> 
     used: set[str] = set()
     for layer in net.definition.layers:
         own = layers.blobs(net.layer(layer.name)) if layer.type != "Split" else {}
-        if not own:
-            continue
         entry = by_name.get(layer.name)
         if entry is None:
-            absent.append(layer.name)
+            absent += [layer.name] if own else []
             continue
         used.add(layer.name)
         where = f"{source}: {layer} at byte {entry.offset}"
+        named = ", ".join(own)
         if len(entry.blobs) != len(own):
             raise CaffeError(
-                f"{where}: holds {len(entry.blobs)} blobs, the layer has {len(own)} ({', '.join(own)}); "
+                f"{where}: holds {len(entry.blobs)} blobs, the layer has {f'{len(own)} ({named})' if own else 'none'}; "
                 "caffemodel and prototxt do not belong together"
             )
         for (name, tensor), blob in zip(own.items(), entry.blobs, strict=True):
@@ -78,8 +81,8 @@ def _fill(net: Net, stored: caffemodel.StoredNet, source: str, strict: bool) -> 
             checked.append((net.layer(layer.name), name, blob, tuple(tensor.shape)))
     if absent and strict:
         raise CaffeError(
-            f"{source}: holds no weights for {len(absent)} of the layers ({_some(absent)}); with strict=False they "
-            "keep their initialisation"
+            f"{source}: holds no weights for {len(absent)} of the layers ({_some(absent)}); do caffemodel and prototxt "
+            "belong together? (load(..., strict=False) leaves such layers as initialised)"
         )
     if absent:
         warnings.warn(f"{source}: no weights for {_some(absent)}: left as initialised", stacklevel=3)
@@ -112,22 +115,56 @@ def save(
 
     Raises:
         TypeError: if ``net`` is no :class:`Net`.
+        ValueError: if both are one file, or the names say that their order is wrong.
+        OSError: if a file cannot be written there.
         CaffeError: for parameters without data, or more than the 2 GiB that the format can hold.
     """
     if not isinstance(net, Net):
         raise TypeError(f"save: expected the module that load() gives, got {type(net).__name__}")
+    _check_targets(prototxt_file, caffemodel_file)
     stored: list[tuple[str, str, list[Tensor]]] = []
-    for layer in net.definition.layers:
+    for layer, bottoms, _ in d.walk(net.definition):
         own = [] if layer.type == "Split" else list(layers.blobs(net.layer(layer.name)).values())
+        shapes = [tuple(tensor.shape) for tensor in own]
+        if shapes != list(d.parameter_shapes(layer, bottoms)):
+            raise CaffeError(
+                f"save: {layer} has blobs of {', '.join(map(_times, shapes)) or 'nothing'}; its definition says "
+                f"{', '.join(map(_times, d.parameter_shapes(layer, bottoms)))}; the module was changed"
+            )
         if any(tensor.is_meta for tensor in own):
             raise CaffeError(f"save: {layer} has parameters without data, on the meta device")
         stored.append((layer.name, layer.type, own))
     text = prototxt.emit(net.definition)
     definition = prototxt.to_message(net.definition).SerializeToString()
-    if caffemodel_file is not None:
-        caffemodel.write(caffemodel_file, net.definition.name, stored, definition)
-    if prototxt_file is not None:
-        write_whole(Path(prototxt_file), lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+    def write_weights() -> None:
+        if caffemodel_file is not None:
+            caffemodel.write(caffemodel_file, net.definition.name, stored, definition)
+
+    def write_both(name: str) -> None:  # the weights last of what can fail, and the text takes its name after them
+        Path(name).write_text(text, encoding="utf-8")
+        write_weights()
+
+    if prototxt_file is None:
+        write_weights()
+    else:
+        write_whole(Path(prototxt_file), write_both)
+
+
+def _check_targets(
+    prototxt_file: str | os.PathLike[str] | None, caffemodel_file: str | os.PathLike[str] | None
+) -> None:
+    """Nothing is written where one of two files could not be, or where they were given in the wrong order."""
+    given = {name: Path(path) for name, path in (("prototxt", prototxt_file), ("caffemodel", caffemodel_file)) if path}
+    for name, path in given.items():
+        if path.suffix in (".prototxt", ".caffemodel") and path.suffix != f".{name}":
+            raise ValueError(f"save: the {name} would be {path}; the order is net, prototxt, caffemodel")
+        if path.is_dir():
+            raise IsADirectoryError(f"{path}: is a folder, the name of the {name} was expected")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    if len({path.resolve() for path in given.values()}) < len(given):
+        raise ValueError(f"save: prototxt and caffemodel are both {given['prototxt']}; they are two files")
 
 
 def _times(shape: tuple[int, ...] | torch.Size) -> str:

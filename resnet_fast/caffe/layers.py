@@ -56,12 +56,14 @@ class BatchNorm(nn.Module):
         return F.batch_norm(x, mean, variance, None, None, False, 0.0, self.eps)
 
     def _of_batch(self, x: Tensor) -> Tensor:
+        if not x.numel():
+            return x.clone()
         others = [axis for axis in range(x.dim()) if axis != 1]
         wide = x.to(torch.promote_types(x.dtype, self.mean.dtype))
         variance, mean = torch.var_mean(wide, others, correction=0, keepdim=True)
         if self.training:
             with torch.no_grad():
-                count = x.numel() // max(x.shape[1], 1)
+                count = x.numel() // x.shape[1]
                 keep = self.moving_average_fraction
                 self.factor.mul_(keep).add_(1)
                 self.mean.mul_(keep).add_(mean.flatten())
@@ -74,7 +76,7 @@ class BatchNorm(nn.Module):
         for name, old in before.items():
             new = self._buffers[name]
             if new is not None and new.is_floating_point() and new.dtype.itemsize < 4 <= old.dtype.itemsize:
-                self._buffers[name] = old.to(new.device)
+                self._buffers[name] = old.to(new.device, torch.float32)
         return self
 
     def extra_repr(self) -> str:
@@ -187,27 +189,36 @@ class Pooling(nn.Module):
         if p.kernel is None:
             return F.adaptive_avg_pool2d(x, (1, 1)) if p.method == "AVE" else x.amax((2, 3), keepdim=True)
         if not self.like_torch:
-            return self._padded_by_hand(x)
+            return self._window_by_window(x)
         if p.method == "MAX":
             return F.max_pool2d(x, p.kernel, p.stride, p.padding, 1, ceil_mode)
         return F.avg_pool2d(x, p.kernel, p.stride, p.padding, ceil_mode)
 
-    def _padded_by_hand(self, x: Tensor) -> Tensor:
+    def _window_by_window(self, x: Tensor) -> Tensor:
+        """Rows first, then columns, so that the largest window costs no more than the image."""
         p = self.window
         assert p.kernel is not None
         windows = d.pooled_sizes(p, x.shape[2], x.shape[3])
-        sides, counts = [], []
-        for size, count, kernel, stride, pad in zip(x.shape[2:], windows, p.kernel, p.stride, p.padding, strict=True):
-            sides.append((pad, (count - 1) * stride + kernel - size - pad))
-            begin = torch.arange(count, device=x.device) * stride - pad
-            counts.append((begin + kernel).clamp(max=size + pad) - begin)
-        (top, bottom), (left, right) = sides
-        value = torch.finfo(x.dtype).min if p.method == "MAX" else 0.0
-        x = F.pad(x, (left, right, top, bottom), value=value)
-        if p.method == "MAX":
-            return F.max_pool2d(x, p.kernel, p.stride)
-        area = counts[0][:, None] * counts[1]
-        return F.avg_pool2d(x, p.kernel, p.stride, divisor_override=1) / area.to(x.dtype)
+        # Sums are wide, since a float16 may hold their quotient and not them.
+        y = x.to(torch.promote_types(x.dtype, torch.float32)) if p.method == "AVE" else x
+        divisors: list[Tensor] = []
+        for axis, count, kernel, stride, pad in zip((2, 3), windows, p.kernel, p.stride, p.padding, strict=True):
+            size = x.shape[axis]
+            parts, divisor = [], []
+            for index in range(count):
+                begin = index * stride - pad
+                inside = y.narrow(axis, min(max(begin, 0), size), max(min(begin + kernel, size) - max(begin, 0), 0))
+                divisor.append(min(begin + kernel, size + pad) - begin)
+                if p.method == "AVE":
+                    parts.append(inside.sum(axis))
+                elif inside.shape[axis]:
+                    parts.append(inside.amax(axis))
+                else:
+                    lowest = torch.finfo(x.dtype).min
+                    parts.append(y.new_full([n for i, n in enumerate(y.shape) if i != axis], lowest))
+            y = torch.stack(parts, axis)
+            divisors.append(torch.tensor(divisor, dtype=y.dtype, device=y.device))
+        return y if p.method == "MAX" else (y / (divisors[0][:, None] * divisors[1])).to(x.dtype)
 
     def extra_repr(self) -> str:
         p = self.window
@@ -261,7 +272,11 @@ def build(layer: d.Layer, bottoms: list[d.Shape]) -> nn.Module | None:
 
 
 def blobs(module: nn.Module) -> dict[str, Tensor]:
-    """The module's parameters and buffers by name, in the order in which Caffe stores them."""
+    """The module's blobs by name, in the order in which Caffe stores them: what it computes with, pruned or normed."""
+    names: tuple[str, ...] = ()
     if isinstance(module, BatchNorm):
-        return {"mean": module.mean, "variance": module.variance, "factor": module.factor}
-    return dict(module.named_parameters(recurse=False))
+        names = ("mean", "variance", "factor")
+    elif isinstance(module, nn.Conv2d | Scale | InnerProduct):
+        names = ("weight", "bias")
+    found = {name: getattr(module, name, None) for name in names}
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}

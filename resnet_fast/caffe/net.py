@@ -51,10 +51,18 @@ class Net(nn.Module):
     """
 
     def __init__(self, definition: d.Definition, outputs: Iterable[str] | None = None) -> None:
+        if not isinstance(definition, d.Definition):
+            raise TypeError(
+                f"Net: definition is a {type(definition).__name__}; load(prototxt, caffemodel) reads files, "
+                "Net(parse_prototxt(text)) takes a text"
+            )
         super().__init__()
         d.check(definition)
         self.definition = definition
         self._child_of: dict[str, str] = {}
+        self._outputs: tuple[str, ...] = ()
+        self._output_plan: tuple[_Step, ...] = ()
+        self._accepted: set[tuple[Any, ...]] = set()
         self._names_like: collections.Counter[str] = collections.Counter()
         self._program: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
         planned = [(layer, bottoms) for layer, bottoms, _ in d.walk(definition)]
@@ -76,7 +84,6 @@ class Net(nn.Module):
             self._program.append((child, layer.bottoms, layer.tops))
         self._outputs = definition.outputs if outputs is None else self._known(outputs)
         self._output_plan = self._plan(self._outputs)
-        self._accepted: set[tuple[Any, ...]] = set()
         self._initialise()
 
     def _free_name(self, name: str) -> str:
@@ -154,11 +161,11 @@ class Net(nn.Module):
                 raise KeyError(f"{name!r} is no blob of {self.definition.name or 'the network'}; it has {close}, ...")
         return names
 
-    def declared_inputs(self, batch: int = 1) -> tuple[Any, ...]:
-        """What a call takes, in the definition's sizes and without data: ``optimize`` finds shapes with it."""
+    def _optimize_inputs(self, batch: int | None) -> tuple[Any, ...]:
+        """Arguments without data in the definition's sizes, for ``optimize``; ``batch`` None: its batch as well."""
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
         inputs = {
-            entry.name: torch.empty((batch, *entry.shape[1:]), dtype=dtype, device="meta")
+            entry.name: torch.empty((batch or entry.shape[0], *entry.shape[1:]), dtype=dtype, device="meta")
             for entry in self.definition.inputs
         }
         return tuple(inputs.values()) if len(inputs) == 1 else (inputs,)
@@ -185,7 +192,11 @@ class Net(nn.Module):
         Raises:
             CaffeError: for a shape that a layer cannot take.
         """
-        return self._infer(self._by_name(x), len(self._program) - 1)
+        inputs = self._by_name(x)
+        for name, shape in inputs.items():
+            if not isinstance(shape, tuple | list) or not all(isinstance(size, int) for size in shape):
+                raise TypeError(f"shapes: the shape of {name!r} is {shape!r}; a tuple of integers was expected")
+        return self._infer({name: tuple(shape) for name, shape in inputs.items()}, len(self._program) - 1)
 
     def _infer(self, inputs: Mapping[str, d.Shape], end: int) -> dict[str, d.Shape]:
         """The blobs' shapes up to layer ``end``, where the layers' parameters fit them."""
@@ -200,7 +211,10 @@ class Net(nn.Module):
         for layer, bottoms, tops in itertools.islice(d.walk(self.definition, inputs), end + 1):
             child = self._child_of.get(layer.name)
             own = () if child is None else layers.blobs(self.get_submodule(child)).values()
-            for have, need in zip(own, d.parameter_shapes(layer, bottoms), strict=True):
+            needed = d.parameter_shapes(layer, bottoms)
+            if len(needed) != len(own):
+                continue  # somebody put another module, or took a bias away: its own errors are right
+            for have, need in zip(own, needed, strict=True):
                 if tuple(have.shape) != need:
                     raise CaffeError(
                         f"{source}: {layer}: its bottom is {' and '.join(map(_times, bottoms))}, which takes "
@@ -234,13 +248,13 @@ class Net(nn.Module):
 
     def _plan(self, wanted: tuple[str, ...]) -> tuple[_Step, ...]:
         """What to run for these blobs, each layer with the blobs that nobody reads any more after it."""
-        program = self._program[: self._end(wanted) + 1]
+        program, kept = self._program[: self._end(wanted) + 1], set(wanted)
         reads: dict[str, int] = {}
         for index, (_, bottoms, _) in enumerate(program):
             reads.update(dict.fromkeys(bottoms, index))
         return tuple(
             _Step(child, bottoms, tops, tuple(
-                name for name in dict.fromkeys((*bottoms, *tops)) if name not in wanted and reads.get(name, -1) <= index
+                name for name in dict.fromkeys((*bottoms, *tops)) if name not in kept and reads.get(name, -1) <= index
             ))
             for index, (child, bottoms, tops) in enumerate(program)
         )  # fmt: skip
@@ -266,12 +280,13 @@ class Net(nn.Module):
         given = self._by_name(x)
         for name, value in given.items():
             if not isinstance(value, Tensor):
-                raise TypeError(f"input {name!r} is a {type(value).__name__}; a tensor was expected")
+                hint = ", as torch.from_numpy makes of it" if type(value).__name__ == "ndarray" else ""
+                raise TypeError(f"input {name!r} is a {type(value).__name__}; a tensor{hint} was expected")
             if not value.is_floating_point():
                 raise TypeError(f"input {name!r} is {value.dtype}; a floating point tensor was expected")
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return given
-        shapes = tuple(tuple(given[name].shape[1:]) for name in names)
+        shapes = tuple(tuple(given[name].shape) for name in names)
         if (end, shapes) not in self._accepted:
             self._infer({name: tuple(given[name].shape) for name in names}, end)
             if len(self._accepted) < 1024:

@@ -53,6 +53,8 @@ class Preprocessing:
             mean = self.mean.detach().to("cpu", torch.float32).clone()
             if mean.dim() == 4 and mean.shape[0] == 1:
                 mean = mean[0]
+            if mean.shape == (3,):
+                mean = mean.view(3, 1, 1).expand(3, self.crop_size, self.crop_size)
             if mean.dim() != 3 or mean.shape[0] != 3:
                 raise ValueError(f"mean must have 3 values or be an image [3, H, W], got {list(self.mean.shape)}")
             height, width = mean.shape[1:]
@@ -63,6 +65,12 @@ class Preprocessing:
                 )
             object.__setattr__(self, "mean", mean)
         else:
+            if isinstance(self.mean, str | os.PathLike):
+                raise TypeError(f"mean is {str(self.mean)!r}; Preprocessing.with_mean_file reads a mean image's file")
+            if getattr(self.mean, "ndim", 1) != 1:
+                raise TypeError(
+                    f"mean is a {type(self.mean).__name__}; a mean image must be a tensor (torch.from_numpy)"
+                )
             values = tuple(float(value) for value in self.mean)
             if len(values) != 3:
                 raise ValueError(f"mean must have 3 values or be an image [3, H, W], got {values}")

@@ -7,6 +7,7 @@ deep or unknown, and puts a space where two entries ran together because a text 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -31,11 +32,13 @@ MAX_WORD = 1024
 """Longest name or number outside quotes."""
 
 _TOKEN = re.compile(
-    r"""(?P<space>[ \t\r\v\f]+|\#[^\n]*)|(?P<newline>\n)|(?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')"""
+    r"""(?P<comment>\#[^\n]*)|(?P<space>[^\S\n]+)|(?P<newline>\n)|(?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')"""
     r"""|(?P<number>[+-]?\.?[0-9][0-9A-Za-z_.+-]*)|(?P<word>[A-Za-z_][0-9A-Za-z_]*)|(?P<symbol>.)""",
     re.DOTALL,
 )
-_NUMBER = r"[+-]?(?:0[xX][0-9a-fA-F]+|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?[fF]?)"
+_NUMBER = r"[+-]?(?:0[xX][0-9a-fA-F]+|(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?[fF]?)"
+#: A colon, a brace or a bracket: the token before it is a field's name.
+_BEFORE_VALUE = re.compile(r"(?:\s|#[^\n]*)*[:{<\[]")
 _OPEN, _CLOSE = {"{": "}", "<": ">", "[": "]"}, {"}", ">", "]"}
 
 
@@ -55,12 +58,8 @@ def read(path: str | os.PathLike[str], *, phase: str = "TEST") -> d.Definition:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise CaffeError(f"{path}: more than {MAX_BYTES:,} bytes, too large for a prototxt; is it the caffemodel?")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        binary = "; is it the caffemodel?" if b"\0" in content else ""
-        raise CaffeError(f"{path}: not UTF-8 text, at byte {error.start}{binary}") from None
-    return parse(text, source=str(path), phase=phase)
+    # Comments may be in any encoding, as old files' are; elsewhere what is not UTF-8 is refused with its line.
+    return parse(content.decode("utf-8-sig", "surrogateescape"), source=str(path), phase=phase)
 
 
 def parse(text: str, *, source: str = "prototxt", phase: str = "TEST") -> d.Definition:
@@ -76,12 +75,13 @@ def parse(text: str, *, source: str = "prototxt", phase: str = "TEST") -> d.Defi
     """
     if phase not in ("TEST", "TRAIN"):
         raise ValueError(f"phase is {phase!r}; it must be 'TEST' or 'TRAIN'")
+    net = schema.message("NetParameter")
     from google.protobuf import text_format
 
-    net = schema.message("NetParameter")
     scanned = _scan(text, source, net.DESCRIPTOR)
-    try:
-        text_format.Parse(scanned.text, net, allow_unknown_field=True)
+    unknown = any(place.unknown for places in scanned.layers.values() for place in places)
+    try:  # what the scan did not report must not be skipped here
+        text_format.Parse(scanned.text, net, allow_unknown_field=unknown)
     except text_format.ParseError as error:
         raise CaffeError(f"{source}: {_one_line(error)}") from None
     except RecursionError:
@@ -91,9 +91,10 @@ def parse(text: str, *, source: str = "prototxt", phase: str = "TEST") -> d.Defi
 
 def emit(definition: d.Definition) -> str:
     """The prototxt of ``definition``; Caffe and :func:`parse` read it."""
+    message = to_message(definition)
     from google.protobuf import text_format
 
-    return str(text_format.MessageToString(to_message(definition)))
+    return str(text_format.MessageToString(message))
 
 
 # --------------------------------------------------------------------------------------------------------- the scan
@@ -124,11 +125,19 @@ class _Level:
     enum: Any = None  # of the field that was named last
 
 
+#: Fields that a solver file begins with, which is sometimes given in place of the network's.
+_OF_SOLVERS = ("net", "train_net", "test_net", "test_iter", "test_interval", "base_lr", "lr_policy", "solver_mode")
+
+
 def _scan(text: str, source: str, root: Any) -> _Scanned:
     if "\0" in text:
         raise CaffeError(f"{source}: holds a NUL character, so it is no text; is it the caffemodel?")
     if len(text) > MAX_BYTES:
         raise CaffeError(f"{source}: {len(text):,} characters, more than the {MAX_BYTES:,} that are read")
+    if re.match(r"\s*<(!doctype|html)", text, re.IGNORECASE):
+        raise CaffeError(f"{source}: seems to be a web page, a prototxt was expected")
+    if re.fullmatch(r"\S+\.(prototxt|txt|caffemodel)", text):
+        raise CaffeError(f"{source}: the text is {text!r}; read_prototxt reads a file of that name")
     result = _Scanned("", {"layer": [], "layers": []})
     out: list[str] = []
     levels = [_Level(root, "", None, "the network")]
@@ -144,9 +153,14 @@ def _scan(text: str, source: str, root: Any) -> _Scanned:
             line += 1
         elif kind in ("number", "word") and len(token) > MAX_WORD:
             raise CaffeError(f"{source}: line {line}: a word of {len(token):,} characters, at most {MAX_WORD} are read")
+        elif kind == "comment":
+            position = match.end()
+            continue
+        elif not token.isascii() and re.search("[\ud800-\udfff]", token):
+            raise CaffeError(f"{source}: line {line}: not UTF-8 text; only comments may be in another encoding")
         elif kind == "symbol" and token in "\"'":  # at once: each further quote would be searched to the end as well
             raise CaffeError(f"{source}: line {line}: a string does not end on its line")
-        elif kind in ("number", "word") and _names_field(text, match.end()):
+        elif kind in ("number", "word") and _BEFORE_VALUE.match(text, match.end()):
             head, name = (
                 ("", token)
                 if kind == "word" and (level.message is None or token in level.message.fields_by_name)
@@ -161,7 +175,8 @@ def _scan(text: str, source: str, root: Any) -> _Scanned:
             level.enum = known.enum_type if known is not None else None
             if level.message is not None and known is None:
                 if level.place is None:
-                    raise CaffeError(f"{source}: line {line}: {level.name} has no field {name!r}")
+                    hint = "; it is a solver's" if name in _OF_SOLVERS else ""
+                    raise CaffeError(f"{source}: line {line}: {level.name} has no field {name!r}{hint}")
                 level.place.unknown.append((f"{level.name}.{name}".removeprefix("layer."), line))
         elif token in _OPEN and kind == "symbol":
             if len(levels) > MAX_DEPTH:
@@ -180,6 +195,7 @@ def _scan(text: str, source: str, root: Any) -> _Scanned:
                     place = _Place(line)
                     result.layers[name].append(place)
                 levels.append(_Level(inner, _OPEN[token], place, "layer" if place and not level.place else name))
+                named = ("", None)
         elif token in _CLOSE and kind == "symbol":
             if len(levels) == 1 or token != level.closing:
                 expected = repr(level.closing) if level.closing else "no closing brace"
@@ -191,13 +207,6 @@ def _scan(text: str, source: str, root: Any) -> _Scanned:
         raise CaffeError(f"{source}: ends inside {levels[-1].name!r}: {levels[-1].closing!r} is missing")
     result.text = "".join(out)
     return result
-
-
-def _names_field(text: str, position: int) -> bool:
-    """Whether a colon, a brace or a bracket follows, so that the token before ``position`` is a field's name."""
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position < len(text) and text[position] in ":{<["
 
 
 def _split(token: str, level: _Level) -> tuple[str, str]:
@@ -244,11 +253,15 @@ def _definition(net: Any, scanned: _Scanned, source: str, phase: str) -> d.Defin
             raise CaffeError(f"{where}: has both include and exclude rules; Caffe takes one kind")
         if not d.included(state, message.include, message.exclude):
             continue
+        if net.layers and any(name == "layer" for name, _ in place.unknown):
+            raise CaffeError(f"{where}: of the V0 format; convert the file with Caffe's upgrade_net_proto_text")
         if kind not in (*d.SUPPORTED, "Input"):
             raise CaffeError(f"{where}: {_unsupported(kind)}")
         if place.unknown:
             name, line = place.unknown[0]
             raise CaffeError(f"{where}: line {line}: unknown field {name!r}; it may change what the layer computes")
+        if kind in ("BatchNorm", "Dropout") and _phase_of(message) not in ("", phase):
+            raise CaffeError(f"{where}: has a phase of its own, other than the network's {phase}; not supported")
         if kind == "Input":
             inputs.extend(_input_layer(message, where))
             continue
@@ -268,6 +281,12 @@ def _definition(net: Any, scanned: _Scanned, source: str, phase: str) -> d.Defin
     return result
 
 
+def _phase_of(message: Any) -> str:
+    """The phase that a layer itself names, "" for none; V1 has no such field."""
+    named = "phase" in message.DESCRIPTOR.fields_by_name and message.HasField("phase")
+    return str(message.Phase.Name(message.phase)) if named else ""
+
+
 def _type(message: Any) -> str:
     if isinstance(message.type, str):
         return message.type
@@ -280,7 +299,8 @@ def _unsupported(kind: str) -> str:
         return "a data layer; a network to run has `input:` with `input_shape`, or a layer of type Input, in its place"
     if kind.endswith("Loss") or kind in ("Accuracy", "Silence"):
         return (
-            f"it serves training only; take it out of the definition, or give it `include {{ phase: TRAIN }}` ({known})"
+            "losses and accuracies are not part of a network here; use the deploy definition, or take such layers out, "
+            f"and compute them from the network's output ({known})"
         )
     return f"layers of type {kind!r} are not supported; {known}" if kind else f"it has no type; {known}"
 
@@ -326,6 +346,13 @@ def _input(name: str, shape: Sequence[int], where: str) -> d.Input:
 def _at_least(name: str, least: int, *values: int) -> None:
     if min(values) < least:
         raise ValueError(f"{name} is {min(values)}, at least {least} is needed")
+    if max(values) > d.MAX_ELEMENTS:
+        raise ValueError(f"{name} is {max(values)}, at most {d.MAX_ELEMENTS} is possible")
+
+
+def _finite(name: str, *values: float) -> None:
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"{name} is {', '.join(f'{value:g}' for value in values)}; finite numbers are needed")
 
 
 def _two(parameters: Any, name: str, short: str, default: int | None) -> tuple[int, int]:
@@ -366,6 +393,7 @@ def _convolution(message: Any) -> d.Convolution:
     _at_least("kernel_size", 1, *kernel)
     _at_least("stride", 1, *stride)
     _at_least("dilation", 1, *dilation)
+    _at_least("pad", 0, *padding)
     return d.Convolution(p.num_output, kernel, stride, padding, dilation, p.group, p.bias_term)
 
 
@@ -377,6 +405,7 @@ def _pooling(message: Any) -> d.Pooling:
     stride = _two(p, "stride", "stride", 1)
     padding = _two(p, "pad", "pad", 0)
     _at_least("stride", 1, *stride)
+    _at_least("pad", 0, *padding)
     if p.global_pooling:
         if any(p.HasField(name) for name in ("kernel_size", "kernel_h", "kernel_w")):
             raise ValueError("has global_pooling and a kernel size; Caffe takes one of them")
@@ -402,16 +431,27 @@ def _inner_product(message: Any) -> d.InnerProduct:
 def _eltwise(message: Any) -> d.Eltwise:
     p = message.eltwise_param
     operation = p.EltwiseOp.Name(p.operation)
-    if p.coeff and operation != "SUM":
-        raise ValueError(f"coeff belongs to SUM, the operation is {operation}")
+    if p.coeff and operation == "PROD":
+        raise ValueError("coeff belongs to SUM, the operation is PROD")
     if len(p.coeff) not in (0, len(message.bottom)):
         raise ValueError(f"has {len(p.coeff)} coeff entries for {len(message.bottom)} bottoms; one each is needed")
-    return d.Eltwise(operation, () if all(value == 1 for value in p.coeff) else tuple(p.coeff))
+    _finite("coeff", *p.coeff)
+    # MAX ignores them, as in Caffe.
+    return d.Eltwise(operation, () if operation == "MAX" or all(c == 1 for c in p.coeff) else tuple(p.coeff))
 
 
 def _batch_norm(message: Any) -> d.BatchNorm:
     p = message.batch_norm_param
+    _finite("moving_average_fraction", p.moving_average_fraction)
+    if not 0 <= p.eps < math.inf:
+        raise ValueError(f"eps is {p.eps:g}, it must be 0 or more")
     return d.BatchNorm(p.use_global_stats if p.HasField("use_global_stats") else None, p.moving_average_fraction, p.eps)
+
+
+def _relu(message: Any) -> d.ReLU:
+    slope = message.relu_param.negative_slope
+    _finite("negative_slope", slope)
+    return d.ReLU(slope)
 
 
 def _dropout(message: Any) -> d.Dropout:
@@ -425,6 +465,8 @@ def _concat(message: Any) -> d.Concat:
     p = message.concat_param
     if p.HasField("axis") and p.HasField("concat_dim"):
         raise ValueError("has both axis and concat_dim; Caffe takes one")
+    if p.concat_dim >= d.MAX_AXES:
+        raise ValueError(f"concat_dim is {p.concat_dim}; a blob has at most {d.MAX_AXES} axes")
     return d.Concat(p.concat_dim if p.HasField("concat_dim") else p.axis)
 
 
@@ -432,7 +474,7 @@ _READ: dict[str, Callable[[Any], d.Parameters]] = {
     "Convolution": _convolution,
     "BatchNorm": _batch_norm,
     "Scale": lambda m: d.Scale(m.scale_param.axis, m.scale_param.num_axes, m.scale_param.bias_term),
-    "ReLU": lambda m: d.ReLU(m.relu_param.negative_slope),
+    "ReLU": _relu,
     "Eltwise": _eltwise,
     "Pooling": _pooling,
     "InnerProduct": _inner_product,

@@ -145,6 +145,8 @@ def to_resnet(net: Net) -> ResNet:
 
 
 def _state(net: Net) -> tuple[int, dict[str, Tensor]]:
+    if not isinstance(net, Net):
+        raise TypeError(f"expected the module that load() gives, got {type(net).__name__}")
     depth = _depth(net)
     source = net.definition.source or net.definition.name or "definition"
     state: dict[str, Tensor] = {}
@@ -274,6 +276,8 @@ def from_state_dict(state: Mapping[str, Tensor], depth: int) -> Net:
         ValueError: for another depth.
         CaffeError: naming the first key that is missing, too many, or of another shape.
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"from_state_dict: state is a {type(state).__name__}; a dict of tensors by name was expected")
     classifier = state.get("fc.weight")
     classes = classifier.shape[0] if classifier is not None and classifier.dim() == 2 else 1000
     net = Net(deploy_definition(depth, classes)).eval()

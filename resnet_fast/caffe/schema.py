@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from .errors import CaffeError
+
 _ENUMS: dict[str, dict[str, int]] = {
     "Phase": {"TRAIN": 0, "TEST": 1},
     "EltwiseOp": {"PROD": 0, "SUM": 1, "MAX": 2},
@@ -118,8 +120,12 @@ _MESSAGES: dict[str, str] = {
 
 @functools.cache
 def _classes() -> dict[str, Any]:
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-
+    try:
+        from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+    except ImportError as error:
+        raise CaffeError(
+            f"reading and writing prototxt needs the package protobuf: pip install protobuf ({error})"
+        ) from (error)
     file = descriptor_pb2.FileDescriptorProto(name="resnet_fast/caffe.proto", package="caffe", syntax="proto2")
     kinds = descriptor_pb2.FieldDescriptorProto
     for name, description in _messages().items():

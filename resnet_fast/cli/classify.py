@@ -138,7 +138,7 @@ def read_labels(path: Path, outputs: int) -> tuple[str, ...]:
     """
     with as_user_errors(OSError):
         if not path.is_file():
-            raise UserError(f"{path}: no such file, one of {outputs} labels, one a line, was expected")
+            raise UserError(f"{path}: no such file; a text with {outputs} labels, one a line, was expected")
         with path.open("rb") as file:
             content = file.read(MAX_LABELS_BYTES + 1)
     if len(content) > MAX_LABELS_BYTES:
@@ -212,7 +212,7 @@ def _caffe_preprocessing(mean: str | None, size: int) -> Callable[[Image], Tenso
     """The published models': the shorter side 256 for a crop of 224, and in proportion for others."""
     from resnet_fast.caffe.preprocessing import CHANNEL_MEANS, Preprocessing
 
-    resize = round(size * 256 / 224)
+    resize = 256 if 224 <= size <= 256 else round(size * 256 / 224)  # 227 goes with 256 too
     if mean is None:
         shown = ", ".join(map(str, CHANNEL_MEANS))
         typer.echo(f"resnet-fast: note: no --mean given; the published ResNets' is used, B, G, R {shown}", err=True)
@@ -337,6 +337,8 @@ def _check_options(
             if given is not None:
                 raise UserError(f"{option} belongs to a Caffe network; give its definition with --prototxt FILE")
         check_arch(arch or "resnet50")
+        if weights is not None and weights.endswith(".caffemodel"):
+            raise UserError(f"{weights}: Caffe's weights are given with --caffemodel, their definition with --prototxt")
         return
     for option, given in (("--arch", arch), ("--weights", weights)):
         if given is not None:

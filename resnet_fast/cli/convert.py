@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resnet_fast.cli.common import UserError, as_user_errors, check_output, one_line
+from resnet_fast.cli.common import UserError, as_user_errors, check_output
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +107,9 @@ def convert(
 
 
 def _kind(path: Path) -> str:
+    if path.name.endswith(".caffemodel.h5"):
+        raise UserError(f"{path}: HDF5 is not read or written; Caffe itself writes it again as binary, with "
+                        "snapshot_format: BINARYPROTO")  # fmt: skip
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: files are told apart by their suffix, which must be one of {', '.join(SUFFIXES)}")
     return SUFFIXES[path.suffix]
@@ -174,6 +177,7 @@ def _from_caffe(found: _Tensors, prototxt: Path | None) -> Net:
     import torch
 
     from resnet_fast import caffe
+    from resnet_fast.models.checkpoint import WeightsError, load_into
 
     text = found.metadata.get("prototxt")
     if prototxt is None and text is None:
@@ -188,10 +192,8 @@ def _from_caffe(found: _Tensors, prototxt: Path | None) -> Net:
             definition = caffe.parse_prototxt(text or "", source=f"{found.path}, its prototxt")
         with torch.device("meta"):  # the file may be small, and its definition declare gigabytes
             net = caffe.Net(definition).eval()
-    try:
-        net.load_state_dict(_widened(found.state), assign=True)
-    except RuntimeError as error:
-        raise UserError(f"{found.path} does not fit {definition.source}: {one_line(error)}") from error
+    with as_user_errors(WeightsError):
+        load_into(net, _widened(found.state), source=str(found.path), name=definition.source, assign=True)
     return net
 
 

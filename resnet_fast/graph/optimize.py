@@ -150,7 +150,7 @@ class OptimizedModule(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"{expected}, got {type(x).__name__}")
         if not x.is_floating_point():
-            advice = "; convert it with x.float() / 255, then normalise" if x.dtype == torch.uint8 else ""
+            advice = "; prepare images as the network was trained on them" if x.dtype == torch.uint8 else ""
             raise TypeError(f"{expected}, got {x.dtype} of shape {list(x.shape)}{advice}")
         if x.dim() != 4:
             advice = "; x.unsqueeze(0) adds the batch dimension" if x.dim() == 3 else ""
@@ -268,9 +268,8 @@ def optimize(
 
     gm = trace(model)
     batch = 1 if planned is None else _PLANNED_BATCH
-    declared: Any = getattr(model, "declared_inputs", None)
-    if example_inputs is None and declared is not None:
-        example_inputs = declared(batch)
+    if example_inputs is None:
+        example_inputs = _declared(gm, model, batch, original)
     inputs, problem = _example(gm, example_inputs, original, batch)
     layers = _annotate(gm, inputs)
     if problem:
@@ -369,6 +368,16 @@ def _device_and_dtype(model: nn.Module, asked: torch.dtype | None) -> tuple[torc
         mixture = ", ".join(f"{name} is {dtype}" for dtype, name in found.items())
         raise ValueError(f"optimize: the model mixes dtypes ({mixture}); pass the dtype to compute in")
     return device, next(iter(found))
+
+
+def _declared(gm: fx.GraphModule, model: nn.Module, batch: int, dtype: torch.dtype) -> tuple[Any, ...] | None:
+    """Inputs of the sizes that a model's class says it is made for, of this batch if the model can take it."""
+    declared: Any = getattr(type(model), "_optimize_inputs", None)
+    for size in () if declared is None else (batch, None):
+        inputs: tuple[Any, ...] = declared(model, size)
+        if not shapes.run(gm, _cast(inputs, None, dtype)).error:
+            return inputs
+    return None
 
 
 def _example(gm: fx.GraphModule, given: Any, dtype: torch.dtype, batch: int) -> tuple[tuple[Any, ...] | None, str]:
@@ -480,8 +489,10 @@ def _freeze(gm: fx.GraphModule, dtype: torch.dtype) -> None:
 
     def target(tensor: Tensor, wide: bool) -> Tensor:
         tensor = tensor.detach()
-        if not tensor.is_floating_point() or (wide and tensor.dtype.itemsize > dtype.itemsize):
+        if not tensor.is_floating_point():
             return tensor
+        if wide and tensor.dtype.itemsize > dtype.itemsize:  # what is called on half precision takes float32 beside it
+            return tensor.to(torch.float32) if dtype.itemsize < 4 else tensor.to(dtype)
         return tensor.to(dtype)
 
     leaves = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}

@@ -68,13 +68,14 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         return {}
 
 
-def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str, name: str) -> None:
+def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str, name: str, assign: bool = False) -> None:
     """Copies `state` into `model` after checking every key, shape and dtype, so an error changes nothing.
 
     BatchNorm's `num_batches_tracked` counters may be missing or left over: old files and frozen BatchNorm lack them.
 
     Args:
         source, name: of the file and the model, for the error.
+        assign: make the tensors the model's own, in their dtype, instead of copying; for models without data.
 
     Raises:
         WeightsError: listing what is missing, unexpected or of another shape.
@@ -97,7 +98,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str, nam
     ]
     if problems:
         raise WeightsError(f"{source} does not fit {name} with {len(own)} entries: {'; '.join(problems)}")
-    model.load_state_dict(dict(state), strict=False)
+    model.load_state_dict(dict(state), strict=False, assign=assign)
 
 
 def write_whole(path: Path, write: Callable[[str], object]) -> Path:
