@@ -21,7 +21,7 @@ from resnet_fast.kernels import gpus
 
 from .networks import small
 from .numerics import assert_obeys_error_rule
-from .triton_device import DEVICE, FORMS, kernels, needs_triton
+from .triton_device import DEVICE, FORMS, count_launches, kernels, needs_triton
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("poisoned_memory"), pytest.mark.parametrize("form", FORMS)]
 
@@ -51,16 +51,7 @@ def nets(name: str, layers: tuple[int, ...] = (2, 1, 1, 1)) -> tuple[nn.Module, 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each op's kernel was launched."""
-    counts: Counter[str] = Counter()
-    for op in ("conv_bn_act", "stem", "head", "bottleneck_tail", "add_act"):
-        module = importlib.import_module(f"resnet_fast.kernels.{op}")
-
-        def launch(*args: Any, _make: Any = module.launch, _op: str = op, **kwargs: Any) -> Any:
-            counts[_op] += 1
-            return _make(*args, **kwargs)
-
-        monkeypatch.setattr(module, "launch", launch)
-    return counts
+    return count_launches(monkeypatch, "conv_bn_act", "stem", "head", "bottleneck_tail", "add_act")
 
 
 def compare(ours: nn.Module, net: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> None:

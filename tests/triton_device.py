@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,20 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ["as found"] if DEVICE == "cuda" else ["h100", "a100"]
 
 needs_triton = pytest.mark.skipif(bool(triton.unavailable()), reason=triton.unavailable() or "Triton runs")
+
+
+def count_launches(monkeypatch: pytest.MonkeyPatch, *ops: str) -> Counter[str]:
+    """How often each of these ops' kernels is launched from now on."""
+    counts: Counter[str] = Counter()
+    for op in ops:
+        module = importlib.import_module(f"resnet_fast.kernels.{op}")
+
+        def launch(*args: Any, _make: Any = module.launch, _op: str = op, **kwargs: Any) -> Any:
+            counts[_op] += 1
+            return _make(*args, **kwargs)
+
+        monkeypatch.setattr(module, "launch", launch)
+    return counts
 
 
 @contextmanager
