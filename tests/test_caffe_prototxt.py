@@ -88,6 +88,13 @@ def test_every_way_to_write_it() -> None:
         assert prototxt.parse(text.removeprefix("\ufeff")) == plain, text
 
 
+def test_lists_of_messages() -> None:
+    two = conv() + conv().replace('"c"', '"e"')
+    listed = "layer: [" + two.replace("layer {", "{").replace("\n", ",\n", 1) + "]"
+    assert caffe.parse_prototxt(HEAD + listed) == caffe.parse_prototxt(HEAD + two)
+    assert [layer.line for layer in caffe.parse_prototxt(HEAD + listed).layers] == [2, 3]
+
+
 def test_file_with_byte_order_mark(tmp_path: Any) -> None:
     (tmp_path / "n.prototxt").write_bytes(b"\xef\xbb\xbf" + (HEAD + conv()).encode())
     assert caffe.read_prototxt(tmp_path / "n.prototxt") == caffe.parse_prototxt(HEAD + conv())
@@ -429,6 +436,7 @@ SLOW = {  # texts that quadratic steps would take minutes for
     "quotes": HEAD + "'" + '\\"' * 40000,
     "names alike": HEAD + "".join(RELU(f"{i:013b}".replace("0", ".").replace("1", "_"), "data", f"t{i}")
                                   for i in range(4000)),
+    "a comment of signs": HEAD + "layer " + "#" * 3000 + "\n# # # # #\n",
     "unread tops": HEAD + "".join(RELU(f"r{i}", "data", f"t{i}") for i in range(8000)),
     "a wide split": HEAD + "layer { name: 's' type: 'Split' " + "bottom: 'd' " * 20000 + "top: 'e' " * 20000 + "}",
 }  # fmt: skip

@@ -38,7 +38,7 @@ _TOKEN = re.compile(
 )
 _NUMBER = r"[+-]?(?:0[xX][0-9a-fA-F]+|(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?[fF]?)"
 #: A colon, a brace or a bracket: the token before it is a field's name.
-_BEFORE_VALUE = re.compile(r"(?:\s|#[^\n]*)*[:{<\[]")
+_BEFORE_VALUE = re.compile(r"\s*(?:#[^\n]*\n\s*)*[:{<\[]")  # only one way to match each character
 _OPEN, _CLOSE = {"{": "}", "<": ">", "[": "]"}, {"}", ">", "]"}
 
 
@@ -123,6 +123,7 @@ class _Level:
     place: _Place | None
     name: str
     enum: Any = None  # of the field that was named last
+    items: tuple[str, Any] = ("", None)  # of a list: the field that it is of
 
 
 #: Fields that a solver file begins with, which is sometimes given in place of the network's.
@@ -184,10 +185,10 @@ def _scan(text: str, source: str, root: Any) -> _Scanned:
             messages += 1
             if messages > MAX_MESSAGES:
                 raise CaffeError(f"{source}: line {line}: more than {MAX_MESSAGES:,} pairs of braces")
-            name, known = named
+            name, known = level.items if level.closing == "]" else named
             place, inner = level.place, None
             if token == "[":  # a list: of values, or of messages of the same field
-                levels.append(_Level(level.message, "]", place, level.name))
+                levels.append(_Level(level.message, "]", place, level.name, items=named))
             else:
                 if known is not None:
                     inner = known.message_type
