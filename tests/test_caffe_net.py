@@ -294,7 +294,7 @@ MISMATCHES = {
     "no axis more": (edited("conv1", lambda blobs: [blobs[0], blobs[1][None]]), "its bias is 1x8, the prototxt makes"),
     "blobs of a layer that has none": (
         lambda stored: [*stored, ("conv1_relu", "ReLU", [torch.ones(3)])] ,
-        "layer 'conv1_relu' (ReLU, line 6) at byte",
+        "layer 'conv1_relu' (ReLU, line 7) at byte",
     ),
     "layers missing": (
         lambda stored: [entry for entry in stored if entry[0] not in ("conv1", "fc5")],
