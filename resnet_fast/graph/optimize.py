@@ -150,7 +150,11 @@ class OptimizedModule(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"{expected}, got {type(x).__name__}")
         if not x.is_floating_point():
-            advice = "; prepare images as the network was trained on them" if x.dtype == torch.uint8 else ""
+            advice = (
+                "; prepare images as the network was trained on them (torchvision's: x.float() / 255, then normalise)"
+                if x.dtype == torch.uint8
+                else ""
+            )
             raise TypeError(f"{expected}, got {x.dtype} of shape {list(x.shape)}{advice}")
         if x.dim() != 4:
             advice = "; x.unsqueeze(0) adds the batch dimension" if x.dim() == 3 else ""
