@@ -461,3 +461,14 @@ def test_definitions_made_by_hand_are_checked() -> None:
     assert caffe.Net(good)(torch.zeros(2, 3, 5, 7)).shape == (2, 3, 5, 7)
     with pytest.raises(caffe.CaffeError, match="definition: layer 'r'"):
         caffe.Net(dataclasses.replace(good, layers=(dataclasses.replace(layer, bottoms=("x",)),)))
+
+
+def test_the_page_of_hostile_files_has_them_all() -> None:
+    """The first column; of the second a few words are protobuf's, which change with its releases."""
+    from . import hostile_caffe
+
+    page = hostile_caffe.TABLE.read_text(encoding="utf-8")
+    listed, made = (
+        [line.split(" | ")[0] for line in content.splitlines()] for content in (page, hostile_caffe.table())
+    )
+    assert listed == made, "python -m tests.hostile_caffe --write docs/caffe_hostile.md"
