@@ -142,6 +142,13 @@ layer { name: "e" type: "Eltwise" bottom: "a" bottom: "b" top: "e" }
         net(image(3, 3))
 
 
+def test_a_module_of_somebody_s_own(net: caffe.Net) -> None:
+    """Its shapes are still the layer's, and its errors its own."""
+    net.add_module("conv1", torch.nn.Sequential(net.layer("conv1")))
+    assert net(image(1, 3, 32, 32)).shape == (1, 5)
+    assert set(net.shapes((2, 3, 32, 32))) == set(net.blob_names)
+
+
 def test_blobs_go_as_soon_as_nobody_reads_them(net: caffe.Net) -> None:
     made: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []

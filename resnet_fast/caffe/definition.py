@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -277,7 +277,7 @@ def walk(
         try:
             tops = _tops(layer, bottoms)
             if inputs is None and any(math.prod(shape) > MAX_ELEMENTS for shape in (*tops, *bottoms)):
-                raise _Illegal(f"its blobs {', '.join(map(_times, (*bottoms, *tops)))}: more than {MAX_ELEMENTS:,} "
+                raise _Illegal(f"its blobs {', '.join(map(times, (*bottoms, *tops)))}: more than {MAX_ELEMENTS:,} "
                                "elements")  # fmt: skip
         except _Illegal as error:
             raise CaffeError(f"{definition.source or 'definition'}: {layer}: {error}") from None
@@ -318,7 +318,7 @@ def scale_shape(parameters: Scale, x: Shape) -> Shape:
 def axis_of(axis: int, shape: Shape) -> int:
     """``axis`` counted from the front."""
     if not -len(shape) <= axis < len(shape):
-        raise _Illegal(f"its axis {axis} is none of the {len(shape)} of its bottom {_times(shape)}")
+        raise _Illegal(f"its axis {axis} is none of the {len(shape)} of its bottom {times(shape)}")
     return axis % len(shape)
 
 
@@ -341,14 +341,15 @@ class _Illegal(Exception):
     """A bottom that the layer cannot take."""
 
 
-def _times(shape: Any) -> str:
+def times(shape: Iterable[Any]) -> str:
+    """A shape as errors show it: ``1x3x224x224``."""
     return "x".join(map(str, shape)) or "of no axes"
 
 
 def _tops(layer: Layer, bottoms: Sequence[Shape]) -> tuple[Shape, ...]:
     parameters, x = layer.parameters, bottoms[0]
     if isinstance(parameters, Convolution | Pooling) and len(x) != 4:
-        raise _Illegal(f"its bottom is {_times(x)}, [N, C, H, W] was expected")
+        raise _Illegal(f"its bottom is {times(x)}, [N, C, H, W] was expected")
     if isinstance(parameters, Convolution):
         return (_convolved(parameters, x),)
     if isinstance(parameters, Pooling):
@@ -359,11 +360,11 @@ def _tops(layer: Layer, bottoms: Sequence[Shape]) -> tuple[Shape, ...]:
         axis = axis_of(parameters.axis, x)
         for other in bottoms[1:]:
             if len(other) != len(x) or any(a != b for i, (a, b) in enumerate(zip(x, other, strict=True)) if i != axis):
-                raise _Illegal(f"its bottoms {', '.join(map(_times, bottoms))} differ elsewhere than along axis {axis}")
+                raise _Illegal(f"its bottoms {', '.join(map(times, bottoms))} differ elsewhere than along axis {axis}")
         return ((*x[:axis], sum(shape[axis] for shape in bottoms), *x[axis + 1 :]),)
     if isinstance(parameters, Eltwise):
         if any(shape != x for shape in bottoms):
-            raise _Illegal(f"its bottoms {', '.join(map(_times, bottoms))} are not of one shape")
+            raise _Illegal(f"its bottoms {', '.join(map(times, bottoms))} are not of one shape")
         if parameters.coeff and len(parameters.coeff) != len(bottoms):
             raise _Illegal(f"it has {len(parameters.coeff)} coefficients for {len(bottoms)} bottoms")
     elif isinstance(parameters, Scale):
@@ -371,7 +372,7 @@ def _tops(layer: Layer, bottoms: Sequence[Shape]) -> tuple[Shape, ...]:
     elif isinstance(parameters, Softmax):
         axis_of(parameters.axis, x)
     elif isinstance(parameters, BatchNorm) and len(x) < 2:
-        raise _Illegal(f"its bottom is {_times(x)}, at least [N, C] was expected")
+        raise _Illegal(f"its bottom is {times(x)}, at least [N, C] was expected")
     return (x,) * len(layer.tops)
 
 
@@ -380,9 +381,9 @@ def _check_scale(parameters: Scale, bottoms: Sequence[Shape]) -> None:
     axis = axis_of(parameters.axis, x)
     if len(bottoms) == 1:
         if parameters.num_axes < -1 or axis + parameters.num_axes > len(x):
-            raise _Illegal(f"it covers {parameters.num_axes} axes from axis {axis} on, its bottom is {_times(x)}")
+            raise _Illegal(f"it covers {parameters.num_axes} axes from axis {axis} on, its bottom is {times(x)}")
     elif x[axis : axis + len(bottoms[1])] != bottoms[1]:
-        raise _Illegal(f"its second bottom {_times(bottoms[1])} does not match {_times(x)} from axis {axis} on")
+        raise _Illegal(f"its second bottom {times(bottoms[1])} does not match {times(x)} from axis {axis} on")
 
 
 def _convolved(parameters: Convolution, x: Shape) -> Shape:
@@ -396,7 +397,7 @@ def _convolved(parameters: Convolution, x: Shape) -> Shape:
     ):
         sides.append((size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1)
         if sides[-1] < 1:
-            raise _Illegal(f"its kernel {_times(parameters.kernel)} does not fit into {_times(x[2:])} with its padding")
+            raise _Illegal(f"its kernel {times(parameters.kernel)} does not fit into {times(x[2:])} with its padding")
     return (x[0], parameters.num_output, *sides)
 
 
@@ -405,7 +406,7 @@ def _pooled(parameters: Pooling, x: Shape) -> Shape:
         return (*x[:2], 1, 1)
     sides: Shape = pooled_sizes(parameters, x[2], x[3])
     if min(sides) < 1:
-        raise _Illegal(f"its window {_times(parameters.kernel)} does not fit into {_times(x[2:])}")
+        raise _Illegal(f"its window {times(parameters.kernel)} does not fit into {times(x[2:])}")
     return (*x[:2], *sides)
 
 

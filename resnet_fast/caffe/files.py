@@ -75,7 +75,7 @@ def _fill(net: Net, stored: caffemodel.StoredNet, source: str, strict: bool) -> 
         for (name, tensor), blob in zip(own.items(), entry.blobs, strict=True):
             if not _same_shape(blob, tuple(tensor.shape)):
                 raise CaffeError(
-                    f"{where}: its {name} is {_times(blob.shape)}, the prototxt makes it {_times(tensor.shape)}; "
+                    f"{where}: its {name} is {d.times(blob.shape)}, the prototxt makes it {d.times(tensor.shape)}; "
                     "caffemodel and prototxt do not belong together"
                 )
             checked.append((net.layer(layer.name), name, blob, tuple(tensor.shape)))
@@ -128,8 +128,8 @@ def save(
         shapes = [tuple(tensor.shape) for tensor in own]
         if shapes != list(d.parameter_shapes(layer, bottoms)):
             raise CaffeError(
-                f"save: {layer} has blobs of {', '.join(map(_times, shapes)) or 'nothing'}; its definition says "
-                f"{', '.join(map(_times, d.parameter_shapes(layer, bottoms)))}; the module was changed"
+                f"save: {layer} has blobs of {', '.join(map(d.times, shapes)) or 'nothing'}; its definition says "
+                f"{', '.join(map(d.times, d.parameter_shapes(layer, bottoms)))}; the module was changed"
             )
         if any(tensor.is_meta for tensor in own):
             raise CaffeError(f"save: {layer} has parameters without data, on the meta device")
@@ -165,10 +165,6 @@ def _check_targets(
             raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     if len({path.resolve() for path in given.values()}) < len(given):
         raise ValueError(f"save: prototxt and caffemodel are both {given['prototxt']}; they are two files")
-
-
-def _times(shape: tuple[int, ...] | torch.Size) -> str:
-    return "x".join(map(str, shape)) or "of no axes"
 
 
 def _some(names: list[str]) -> str:

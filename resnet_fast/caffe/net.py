@@ -63,8 +63,6 @@ class Net(nn.Module):
         self._outputs: tuple[str, ...] = ()
         self._output_plan: tuple[_Step, ...] = ()
         self._accepted: set[tuple[Any, ...]] = set()
-        self._names_like: collections.Counter[str] = collections.Counter()
-        self._program: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
         planned = [(layer, bottoms) for layer, bottoms, _ in d.walk(definition)]
         size = 0
         for layer, bottoms in planned:  # before anything is allocated
@@ -74,23 +72,22 @@ class Net(nn.Module):
                     f"{definition.source or 'definition'}: {layer}: with its parameters the network has {size:,} bytes "
                     f"of them, more than the {MAX_PARAMETER_BYTES:,} that are allowed"
                 )
+        alike: collections.Counter[str] = collections.Counter()
         for layer, bottoms in planned:
             module = layers.build(layer, bottoms)
-            child = ""
             if module is not None:
-                child = self._free_name(layer.name)
+                child = self._child_of[layer.name] = self._free_name(layer.name, alike)
                 self.add_module(child, module)
-                self._child_of[layer.name] = child
-            self._program.append((child, layer.bottoms, layer.tops))
         self._outputs = definition.outputs if outputs is None else self._known(outputs)
         self._output_plan = self._plan(self._outputs)
         self._initialise()
 
-    def _free_name(self, name: str) -> str:
+    def _free_name(self, name: str, alike: collections.Counter[str]) -> str:
+        """``name`` as a child may be called; ``alike`` counts, so that many names for one need no search."""
         base = free = name.replace(".", "_") or "_"
         while hasattr(self, free):
-            self._names_like[base] += 1
-            free = f"{base}_{self._names_like[base]}"
+            alike[base] += 1
+            free = f"{base}_{alike[base]}"
         return free
 
     def _initialise(self) -> None:
@@ -196,7 +193,7 @@ class Net(nn.Module):
         for name, shape in inputs.items():
             if not isinstance(shape, tuple | list) or not all(isinstance(size, int) for size in shape):
                 raise TypeError(f"shapes: the shape of {name!r} is {shape!r}; a tuple of integers was expected")
-        return self._infer({name: tuple(shape) for name, shape in inputs.items()}, len(self._program) - 1)
+        return self._infer({name: tuple(shape) for name, shape in inputs.items()}, len(self.definition.layers) - 1)
 
     def _infer(self, inputs: Mapping[str, d.Shape], end: int) -> dict[str, d.Shape]:
         """The blobs' shapes up to layer ``end``, where the layers' parameters fit them."""
@@ -204,27 +201,26 @@ class Net(nn.Module):
         for entry in self.definition.inputs:
             if len(inputs[entry.name]) != len(entry.shape):
                 raise CaffeError(
-                    f"{source}: input {entry.name!r} is {_times(inputs[entry.name])}; "
-                    f"{_times(('N', *entry.shape[1:]))} was expected"
+                    f"{source}: input {entry.name!r} is {d.times(inputs[entry.name])}; "
+                    f"{d.times(('N', *entry.shape[1:]))} was expected"
                 )
         found = dict(inputs)
         for layer, bottoms, tops in itertools.islice(d.walk(self.definition, inputs), end + 1):
             child = self._child_of.get(layer.name)
             own = () if child is None else layers.blobs(self.get_submodule(child)).values()
             needed = d.parameter_shapes(layer, bottoms)
-            if len(needed) != len(own):
-                continue  # somebody put another module, or took a bias away: its own errors are right
-            for have, need in zip(own, needed, strict=True):
+            # Fewer or more where somebody put another module, or took a bias away: its own errors are right then.
+            for have, need in zip(own, needed, strict=True) if len(own) == len(needed) else ():
                 if tuple(have.shape) != need:
                     raise CaffeError(
-                        f"{source}: {layer}: its bottom is {' and '.join(map(_times, bottoms))}, which takes "
-                        f"parameters of shape {_times(need)}; it has {_times(have.shape)}. {self._legal()} fits"
+                        f"{source}: {layer}: its bottom is {' and '.join(map(d.times, bottoms))}, which takes "
+                        f"parameters of shape {d.times(need)}; it has {d.times(have.shape)}. {self._legal()} fits"
                     )
             found.update(zip(layer.tops, tops, strict=True))
         return found
 
     def _legal(self) -> str:
-        return ", ".join(f"{entry.name!r} {_times(('N', *entry.shape[1:]))}" for entry in self.definition.inputs)
+        return ", ".join(f"{entry.name!r} {d.times(('N', *entry.shape[1:]))}" for entry in self.definition.inputs)
 
     def _by_name(self, x: Any) -> dict[str, Any]:
         names = [entry.name for entry in self.definition.inputs]
@@ -240,24 +236,24 @@ class Net(nn.Module):
 
     def _end(self, wanted: Iterable[str]) -> int:
         """The last layer that writes one of these blobs, -1 if none does."""
-        end = -1
-        for index, (_, _, tops) in enumerate(self._program):
-            if any(name in tops for name in wanted):
+        end, names = -1, set(wanted)
+        for index, layer in enumerate(self.definition.layers):
+            if not names.isdisjoint(layer.tops):
                 end = index
         return end
 
     def _plan(self, wanted: tuple[str, ...]) -> tuple[_Step, ...]:
         """What to run for these blobs, each layer with the blobs that nobody reads any more after it."""
-        program, kept = self._program[: self._end(wanted) + 1], set(wanted)
+        needed, kept = self.definition.layers[: self._end(wanted) + 1], set(wanted)
         reads: dict[str, int] = {}
-        for index, (_, bottoms, _) in enumerate(program):
-            reads.update(dict.fromkeys(bottoms, index))
-        return tuple(
-            _Step(child, bottoms, tops, tuple(
-                name for name in dict.fromkeys((*bottoms, *tops)) if name not in kept and reads.get(name, -1) <= index
-            ))
-            for index, (child, bottoms, tops) in enumerate(program)
-        )  # fmt: skip
+        for index, layer in enumerate(needed):
+            reads.update(dict.fromkeys(layer.bottoms, index))
+        steps = []
+        for index, layer in enumerate(needed):
+            touched = dict.fromkeys((*layer.bottoms, *layer.tops))
+            freed = tuple(name for name in touched if name not in kept and reads.get(name, -1) <= index)
+            steps.append(_Step(self._child_of.get(layer.name, ""), layer.bottoms, layer.tops, freed))
+        return tuple(steps)
 
     def _run(self, x: Any, wanted: tuple[str, ...]) -> dict[str, Tensor]:
         plan = self._output_plan if wanted == self._outputs else self._plan(wanted)
@@ -295,7 +291,3 @@ class Net(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.definition.name!r}, inputs: {self._legal()}, outputs: {', '.join(self._outputs)}"
-
-
-def _times(shape: Iterable[Any]) -> str:
-    return "x".join(map(str, shape)) or "of no axes"

@@ -85,6 +85,8 @@ def _keeps_bound(node: fx.Node, module: nn.Module | None, bounds: dict[fx.Node, 
         # A dilated window may lie in the padding altogether, and then gives -inf.
         dilation = node.args[4:5] if module is None else (module.dilation,)
         return all(d in (1, (1, 1), [1, 1]) for d in dilation)
+    if kind is F.avg_pool2d and node.args[6:] not in ((), (None,)):
+        return False  # it divides by a number of its own, perhaps by none
     if kind in _AVERAGES:
         return bounds[node.all_input_nodes[0]] <= _LIMIT_OF_SUMS
     return kind in _KEEP_BOUND
