@@ -46,12 +46,7 @@ def recorded_on_cpu(run: Callable[[], Tensor]) -> cuda.Captured:
 CPU = Device("cpu", lambda: None, recorded_on_cpu)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import copy
 import io
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,16 +22,11 @@ from resnet_fast.nn.conv_act import conv_act, same_padding
 
 from .numerics import assert_obeys_error_rule
 
-pytestmark = pytest.mark.filterwarnings("ignore::resnet_fast.backends.FallbackWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::resnet_fast.backends.FallbackWarning"),
+]
 BLOCKS = [(128, 32), (256, 64), (512, 128), (1024, 256)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,7 @@ from resnet_fast.training import checkpoint, digits, metrics
 from resnet_fast.training.digits import Digits, Images
 from resnet_fast.training.residual import Run, Settings, agreement
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- checkpoints
