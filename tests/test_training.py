@@ -264,6 +264,36 @@ def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     assert bool((found.model["w"] == found.state["epoch"]).all())
 
 
+@pytest.mark.parametrize("size", [10, 1000, 100_000])
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_checkpoint_replaced_while_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, times: int
+) -> None:
+    """safetensors opens a file twice, for the header and then for the data; here others put a new one in between."""
+    path, saved = tmp_path / "x", [0]
+    opening = torch.UntypedStorage.from_file
+
+    def save(elements: int) -> None:
+        saved[0] += 1
+        model = {"w": torch.full((elements,), float(saved[0]))}
+        checkpoint.save(path, model=model, optimizer={}, state={"epoch": saved[0]})
+
+    def replace_then_open(*args: Any, **kwargs: Any) -> Any:
+        if saved[0] <= times:
+            save(size)
+        return opening(*args, **kwargs)
+
+    save(1000)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", replace_then_open)
+    found = checkpoint.load(path)
+    assert found.state["epoch"] == saved[0] == times + 1
+    assert found.model["w"].shape == (size,) and bool((found.model["w"] == saved[0]).all())
+
+    times = 10**9
+    with pytest.raises(ValueError, match=f"{path}: .*replaced by another file each of the 100 times it was opened"):
+        checkpoint.load(path)
+
+
 # --- metrics
 
 

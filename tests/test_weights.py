@@ -265,6 +265,26 @@ def test_truncated_file(tmp_path: Path, state: dict[str, Tensor], suffix: str, k
     assert "\n" not in str(caught.value)
 
 
+def test_weights_replaced_while_they_are_opened(
+    tmp_path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names and shapes are read first, the data by another opening of the file: both must be of one file."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    path, opening = tmp_path / "mine.safetensors", torch.UntypedStorage.from_file
+    renamed = {name.upper(): torch.full_like(tensor, 7) for name, tensor in state.items()}
+    save_file(state, path)
+
+    def replace_then_open(*args: Any, **kwargs: Any) -> Any:
+        if (new := tmp_path / "new").exists():
+            new.replace(path)
+        return opening(*args, **kwargs)
+
+    save_file(renamed, tmp_path / "new")
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", replace_then_open)
+    found = checkpoint.read_checkpoint(path)
+    assert found.keys() == renamed.keys() and all(torch.equal(found[name], renamed[name]) for name in renamed)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -12,12 +12,23 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MAX_CHECKPOINT_BYTES", "WeightsError", "load_into", "read_checkpoint", "read_metadata", "write_whole"]
+if TYPE_CHECKING:
+    from safetensors import safe_open
+
+__all__ = [
+    "MAX_CHECKPOINT_BYTES",
+    "WeightsError",
+    "load_into",
+    "open_safetensors",
+    "read_checkpoint",
+    "read_metadata",
+    "write_whole",
+]
 
 MAX_CHECKPOINT_BYTES = 4 * 2**30
 """Larger files are refused before they are read. The largest of the ten models has 0.5 GB of float32 parameters."""
@@ -25,6 +36,7 @@ MAX_CHECKPOINT_BYTES = 4 * 2**30
 _WRAPPERS = ("state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 _SHOWN = 3
+_OPENINGS = 100
 
 
 class WeightsError(RuntimeError):
@@ -56,16 +68,41 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The metadata of a `.safetensors` file; empty for any other file, and for one that cannot be read."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     path = Path(path)
     if path.suffix != ".safetensors":
         return {}
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             return file.metadata() or {}
-    except (SafetensorError, OSError, ValueError):
+    except (SafetensorError, OSError, ValueError, RuntimeError):
         return {}
+
+
+def open_safetensors(path: Path) -> safe_open:
+    """`safetensors.safe_open` of a file that others may replace meanwhile: header and tensors of one and the same file.
+
+    `safe_open` opens the name twice, for the header and for the data, and so can mix two files.
+
+    Raises:
+        OSError: if the file cannot be opened, or is another one each time. SafetensorError, RuntimeError: if it is no
+            such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for _ in range(_OPENINGS):
+        with path.open("rb") as held:  # while it is open its identity cannot become another file's
+            failure: Exception | None = None
+            try:
+                file = safe_open(path, framework="pt", device="cpu")
+            except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+                failure = error
+            if os.path.samestat(os.fstat(held.fileno()), path.stat()):
+                if failure is not None:
+                    raise failure
+                return file
+    raise OSError(f"{path}: replaced by another file each of the {_OPENINGS} times it was opened")
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str, name: str, assign: bool = False) -> None:
@@ -167,11 +204,11 @@ def _check_size(path: Path, size: int) -> None:
 def _read_safetensors(path: Path) -> Any:
     try:
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
     except ImportError as error:
         raise WeightsError(f"{path}: reading safetensors needs the package safetensors: {error}") from error
     try:
-        return load_file(path, device="cpu")
+        with open_safetensors(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise WeightsError(f"{path}: truncated or not a safetensors file ({one_line(error)})") from error
 

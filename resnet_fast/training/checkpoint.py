@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fast.models.checkpoint import one_line, write_whole
+from resnet_fast.models.checkpoint import one_line, open_safetensors, write_whole
 
 __all__ = ["MAX_BYTES", "Checkpoint", "check_folder", "load", "save", "write_model"]
 
@@ -283,10 +283,10 @@ def check_folder(folder: Path) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with open_safetensors(path) as file:
             metadata: dict[str, str] = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 return {}, metadata
