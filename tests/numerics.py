@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,22 @@ def assert_obeys_error_rule(ours: Tensor, same_dtype: Tensor, exact: Tensor, wha
 
     Shape and dtype must be those of ``same_dtype``; NaN and infinities must stand exactly where it has them.
     """
+    assert_obeys_error_rule_in_the_median([(ours, same_dtype, exact)], what)
+
+
+def assert_obeys_error_rule_in_the_median(draws: Iterable[tuple[Tensor, Tensor, Tensor]], what: str = "result") -> None:
+    """The error rule by the median, over independent draws of ours, same_dtype and exact, of error / allowed error.
+
+    For what many layers make of a rounding error: a choice of a maximum that falls the other way in one of the
+    networks, or same_dtype's errors that happen to cancel, decide the one ratio; what is wrong is wrong in every draw.
+    """
+    pairs = sorted((_errors(*draw, what) for draw in draws), key=lambda pair: pair[0] / max(pair[1], 1e-300))
+    error, allowed = pairs[len(pairs) // 2]
+    assert error <= allowed, f"{what}: error {error:.3e} is above the allowed {allowed:.3e}"
+
+
+def _errors(ours: Tensor, same_dtype: Tensor, exact: Tensor, what: str) -> tuple[float, float]:
+    """The error and the allowed error, after checking shape, dtype and all that is no finite number."""
     assert ours.shape == same_dtype.shape == exact.shape, (what, ours.shape, same_dtype.shape, exact.shape)
     assert ours.dtype is same_dtype.dtype, (what, ours.dtype, same_dtype.dtype)
     assert exact.dtype is torch.float64
@@ -27,5 +45,4 @@ def assert_obeys_error_rule(ours: Tensor, same_dtype: Tensor, exact: Tensor, wha
         assert differs == 0, f"{what}: {name} differs from torch in {differs} of {ours.numel()} places"
     finite = torch.isfinite(same_dtype) & torch.isfinite(exact)
     a, b, e = ours[finite].double(), same_dtype[finite].double(), exact[finite]
-    error, allowed = (a - e).norm().item(), 2 * (b - e).norm().item() + unit_roundoff(ours.dtype) * e.norm().item()
-    assert error <= allowed, f"{what}: error {error:.3e} is above the allowed {allowed:.3e} (norm {e.norm():.3e})"
+    return (a - e).norm().item(), 2 * (b - e).norm().item() + unit_roundoff(ours.dtype) * e.norm().item()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .numerics import assert_obeys_error_rule, unit_roundoff
+from .numerics import assert_obeys_error_rule, assert_obeys_error_rule_in_the_median, unit_roundoff
 
 
 def _case(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,3 +38,18 @@ def test_wrong_dtype_and_shape_fail() -> None:
         assert_obeys_error_rule(rounded.double(), rounded, exact)
     with pytest.raises(AssertionError):
         assert_obeys_error_rule(rounded[None], rounded, exact)
+
+
+def test_the_median_forgives_one_draw_of_three_and_no_nan() -> None:
+    rounded, exact = _case(torch.float32)
+    off = (exact * (1 + 10 * unit_roundoff(torch.float32))).float()
+    right, wrong = (rounded, rounded, exact), (off, rounded, exact)
+    assert_obeys_error_rule_in_the_median([right, wrong, right])
+    assert_obeys_error_rule_in_the_median([wrong, (off, off, exact), (off, off, exact)])
+    for draws in ([wrong, wrong, right], [wrong, wrong, (off, off, exact)]):
+        with pytest.raises(AssertionError, match="above the allowed"):
+            assert_obeys_error_rule_in_the_median(draws)
+    lost = rounded.clone()
+    lost[3] = torch.nan
+    with pytest.raises(AssertionError, match="differs from torch in 1"):
+        assert_obeys_error_rule_in_the_median([right, right, (lost, rounded, exact)])

@@ -20,7 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import resnet_fast as rf
 
 from .networks import smooth
-from .numerics import assert_obeys_error_rule
+from .numerics import assert_obeys_error_rule_in_the_median
 
 Found = dict[str, Tensor]
 
@@ -67,21 +67,32 @@ def buffers(model: nn.Module) -> Found:
 
 
 def assert_obeys(ours: Found, theirs: Found, exact: Found) -> None:
-    assert list(ours) == list(theirs) == list(exact)
-    # A loss is one number, of which the rule would be a matter of luck: all of them together.
-    for found in (ours, theirs, exact):
-        losses = [found.pop(name) for name in list(found) if name.startswith("loss")]
-        if losses:
-            found["losses"] = torch.cat(losses)
-    largest = max(value.norm().item() for name, value in exact.items() if "gradient" in name or "run" in name)
-    for name, value in ours.items():
-        if exact[name].is_floating_point() and exact[name].norm() < 1e-10 * largest:
-            # Nothing but rounding: a shift in front of a norm that takes it away again has no gradient.
-            assert value.norm() <= 1e-4 * largest, name
-        elif value.is_floating_point():
-            assert_obeys_error_rule(value, theirs[name], exact[name], name)
-        else:
-            assert torch.equal(value, theirs[name]), name
+    assert_obey_in_the_median([(ours, theirs, exact)])
+
+
+def assert_obey_in_the_median(draws: list[tuple[Found, Found, Found]]) -> None:
+    names = list(draws[0][0])
+    for draw in draws:
+        for found in draw:
+            assert list(found) == names
+            # A loss is one number, of which the rule would be a matter of luck: all of them together.
+            losses = [found.pop(name) for name in names if name.startswith("loss")]
+            if losses:
+                found["losses"] = torch.cat(losses)
+    norms = [{n: t.norm().item() for n, t in exact.items() if t.is_floating_point()} for _, _, exact in draws]
+    for name in draws[0][0]:
+        judged = []
+        for (ours, theirs, exact), norm in zip(draws, norms, strict=True):
+            value, largest = ours[name], max(norm[n] for n in norm if "gradient" in n or "run" in n)
+            if name in norm and norm[name] < 1e-10 * largest:
+                # Nothing but rounding: a shift in front of a norm that takes it away again has no gradient.
+                assert value.norm() <= 1e-4 * largest, name
+            elif value.is_floating_point():
+                judged.append((value, theirs[name], exact[name]))
+            else:
+                assert torch.equal(value, theirs[name]), name
+        if judged:
+            assert_obeys_error_rule_in_the_median(judged, name)
 
 
 def assert_equal(ours: Found, wanted: Found) -> None:
@@ -92,14 +103,22 @@ def assert_equal(ours: Found, wanted: Found) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_three_steps(name: str) -> None:
-    """Losses, every gradient and every running statistic; ``memory_efficient`` gives the same bits."""
-    ours, theirs, exact = networks(name, kinks=False)
+    """Losses, every gradient and every running statistic."""
+    draws = []
+    for _ in range(3):
+        three, data = networks(name, kinks=False), batches(3, 4, 64)
+        ours, theirs, exact = (train(network, data) for network in three)
+        draws.append((ours, theirs, exact))
+    assert_obey_in_the_median(draws)
+
+
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
+def test_three_steps_of_memory_efficient_have_the_same_bits(name: str) -> None:
+    model = getattr(rf, name)(num_classes=10).to(memory_format=torch.channels_last)
     lean = getattr(rf, name)(num_classes=10, memory_efficient=True).to(memory_format=torch.channels_last)
-    lean.load_state_dict(ours.state_dict())
+    lean.load_state_dict(model.state_dict())
     data = batches(3, 4, 64)
-    found = train(ours, data)
-    assert_equal(train(lean, data), found)
-    assert_obeys(found, train(theirs, data), train(exact, data))
+    assert_equal(train(lean, data), train(model, data))
 
 
 def test_one_step_under_autocast() -> None:
