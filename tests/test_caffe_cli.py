@@ -20,6 +20,7 @@ import resnet_fast as rf
 from resnet_fast import caffe
 from resnet_fast.caffe import caffemodel
 from resnet_fast.cli import app, classify
+from resnet_fast.models.checkpoint import with_metadata
 
 from . import caffe_files
 from .numerics import assert_obeys_error_rule
@@ -134,18 +135,19 @@ def test_there_and_back_bit_for_bit(suffix: str, folder: Path, tmp_path: Path) -
     assert same_bits(read, net.state_dict())
     assert {"conv1/7x7.weight", "bn1.factor", "fc_3.bias"} < read.keys()
 
-    given = () if suffix == ".safetensors" else ("--prototxt", prototxt)
-    run("convert", middle, back, *given, "--write-prototxt", definition).passed()
+    run("convert", middle, back, "--write-prototxt", definition).passed()
     assert stored(back) == stored(model)
     assert caffe.read_prototxt(definition) == net.definition
     assert caffemodel.read(back).layers[0].name == "conv1/7x7"
     assert not list(tmp_path.glob(".*")), "temporary files"
     run("convert", model, tmp_path / "again.caffemodel", "--prototxt", prototxt).passed()
     assert stored(tmp_path / "again.caffemodel") == stored(model)
-    if suffix == ".pth":
-        assert "the way back to a caffemodel needs --prototxt" in said
-        run("convert", middle, tmp_path / "d.caffemodel").failed("neither torchvision's names nor a definition")
-        assert not (tmp_path / "d.caffemodel").exists()
+    plain = tmp_path / "plain.pth"
+    torch.save(dict(read), plain)
+    run("convert", plain, tmp_path / "d.caffemodel").failed("neither torchvision's names nor a definition")
+    assert not (tmp_path / "d.caffemodel").exists()
+    run("convert", plain, tmp_path / "d.caffemodel", "--prototxt", prototxt).passed()
+    assert stored(tmp_path / "d.caffemodel") == stored(model)
 
 
 def test_help() -> None:
@@ -177,8 +179,11 @@ def test_tensors_as_they_are(folder: Path, tmp_path: Path) -> None:
     assert same_bits(load_file(tmp_path / "b.safetensors"), state)
     save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "c.safetensors", {"classes": "[]"})
     said = run("convert", tmp_path / "c.safetensors", tmp_path / "d.pt").passed()
-    assert "3 tensors as they were" in said and "c.safetensors has classes" in said
+    assert "3 tensors as they were" in said
     assert same_bits(torch.load(tmp_path / "d.pt", weights_only=True), state)
+    run("convert", tmp_path / "d.pt", tmp_path / "g.safetensors").passed()
+    assert same_bits(load_file(tmp_path / "g.safetensors"), state)
+    assert metadata(tmp_path / "g.safetensors") == {"classes": "[]"}
     run("convert", tmp_path / "a.pth", tmp_path / "f.pth").passed()
     assert same_bits(torch.load(tmp_path / "f.pth", weights_only=True), state)
     assert (tmp_path / "f.pth").stat().st_size < 10_000 < (tmp_path / "a.pth").stat().st_size
@@ -262,16 +267,26 @@ CAFFE = {"names": "torchvision", "arch": "resnet50", "stride_in_1x1": "true", "u
         (CAFFE | {"unpadded_pool": "false"}, ["--v1"], "calls it a 'resnet50' without stride_in_1x1 and unpadded_pool"),
     ],
 )  # fmt: skip
-def test_whose_weights_they_are(told: dict[str, str], flags: list[str], mention: str, tmp_path: Path) -> None:
-    save_file(NAMES, tmp_path / "a.safetensors", told)
-    run("convert", tmp_path / "a.safetensors", tmp_path / "a.caffemodel", *flags).failed(mention)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_whose_weights_they_are(
+    told: dict[str, str], flags: list[str], mention: str, suffix: str, tmp_path: Path
+) -> None:
+    if suffix == ".safetensors":
+        save_file(NAMES, tmp_path / "a.safetensors", told)
+    else:
+        torch.save(with_metadata(NAMES, told), tmp_path / "a.pth")
+    run("convert", tmp_path / f"a{suffix}", tmp_path / "a.caffemodel", *flags).failed(mention)
+    assert [path.name for path in tmp_path.iterdir()] == [f"a{suffix}"]
 
 
-def test_classify_refuses_torchvision_names_of_caffe(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_classify_refuses_torchvision_names_of_caffe(suffix: str, tmp_path: Path) -> None:
     save_file(NAMES, tmp_path / "a.safetensors", CAFFE)
-    found = run("classify", picture(tmp_path), "-w", tmp_path / "a.safetensors")
+    run("convert", tmp_path / "a.safetensors", tmp_path / f"b{suffix}").passed()
+    found = run("classify", picture(tmp_path), "-w", tmp_path / f"b{suffix}")
     found.failed("weights of a Caffe ResNet", "--caffemodel")
+    with pytest.raises(rf.models.WeightsError, match="made with stride_in_1x1=True, unpadded_pool=True"):
+        rf.resnet50(weights=tmp_path / f"b{suffix}")
 
 
 def picture(folder: Path) -> Path:

@@ -18,6 +18,7 @@ import sys
 import threading
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,53 @@ def test_weights_replaced_while_they_are_opened(
     monkeypatch.setattr(torch.UntypedStorage, "from_file", replace_then_open)
     found = checkpoint.read_checkpoint(path)
     assert found.keys() == renamed.keys() and all(torch.equal(found[name], renamed[name]) for name in renamed)
+
+
+class OrderedDictWith:
+    """Unpickled as an OrderedDict with attributes."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.attributes = attributes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (), self.attributes, None, iter({"a": torch.ones(2)}.items())
+
+
+def test_metadata_in_a_state_dict(tmp_path: Path) -> None:
+    path, told = tmp_path / "mine.pth", {"names": "caffe", "x": ""}
+    torch.save(checkpoint.with_metadata({"a": torch.ones(2)}, told), path)
+    for content in (None, "state_dict", "model"):
+        if content is not None:
+            torch.save({content: torch.load(path, weights_only=True), "epoch": 3}, path)
+        found = checkpoint.read_checkpoint(path)
+        assert found.metadata == told and list(found) == ["a"]
+        torch.save(checkpoint.with_metadata({"a": torch.ones(2)}, told), path)
+    linear = nn.Linear(2, 2)
+    torch.save(checkpoint.with_metadata(linear.state_dict(), told), path)
+    nn.Linear(2, 2).load_state_dict(torch.load(path, weights_only=True))  # and others do not mind
+    torch.save(linear.state_dict(), path)
+    assert checkpoint.read_checkpoint(path).metadata == {}
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {},
+        {"_metadata": 3},
+        {"_metadata": {}},
+        {"_metadata": {"": 3}},
+        {"_metadata": {"": {"resnet_fast": 3}}},
+        {"_metadata": {"": {"resnet_fast": {"stride_in_1x1": True}}}},
+        {"_metadata": {"": {"resnet_fast": {3: "x"}}}},
+        {"_metadata": OrderedDictWith(get=3)},
+        {"_metadata": {"": {"resnet_fast": OrderedDictWith(items=3)}}},
+        {"items": 3, "get": 3, "keys": 3, "__class__": 3},
+    ],
+)
+def test_odd_metadata_of_a_state_dict(tmp_path: Path, attributes: dict[str, Any]) -> None:
+    torch.save(OrderedDictWith(**attributes), tmp_path / "mine.pth")
+    found = checkpoint.read_checkpoint(tmp_path / "mine.pth")
+    assert found.metadata == {} and list(found) == ["a"] and torch.equal(found["a"], torch.ones(2))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -92,7 +92,7 @@ def load_network(arch: str, weights: str | None) -> Network:
             model = models.get_model(arch, weights=resolved)
             return Network(model.eval(), str(resolved), models.preprocessing(resolved), models.categories())
         state = checkpoint.read_checkpoint(resolved)
-        if checkpoint.read_metadata(resolved).get("stride_in_1x1") == "true":
+        if state.metadata.get("stride_in_1x1") == "true":
             raise ValueError(
                 f"{resolved}: weights of a Caffe ResNet; strides, pool and preprocessing are others than {arch}'s. "
                 "resnet-fast classify takes the network with --prototxt and --caffemodel"
@@ -101,7 +101,7 @@ def load_network(arch: str, weights: str | None) -> Network:
         outputs = len(head) if head is not None and head.ndim == 2 and len(head) else 1000
         model = models.get_model(arch, num_classes=outputs)
         checkpoint.load_into(model, state, source=str(resolved), name=arch)
-        return Network(model.eval(), str(resolved), _preprocessing_of(arch, resolved), _labels(outputs, resolved))
+        return Network(model.eval(), str(resolved), _preprocessing_of(arch, resolved), _labels(outputs, state.metadata))
 
 
 def _preprocessing_of(arch: str, path: Path) -> Preprocessing:
@@ -115,14 +115,13 @@ def _preprocessing_of(arch: str, path: Path) -> Preprocessing:
     return models.preprocessing()
 
 
-def _labels(outputs: int, path: Path | None = None) -> tuple[str, ...]:
-    """The names that ``train imagenet`` wrote into the file, else ImageNet's for a thousand, else numbers."""
+def _labels(outputs: int, metadata: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """The names that ``train imagenet`` left in the metadata, else ImageNet's for a thousand, else numbers."""
     from resnet_fast import models
-    from resnet_fast.models import checkpoint
 
-    if path is not None:
+    if metadata is not None:
         try:
-            found = json.loads(checkpoint.read_metadata(path).get("classes", "null"))
+            found = json.loads(metadata.get("classes", "null"))
         except (ValueError, RecursionError):
             found = None
         if isinstance(found, list) and len(found) == outputs and all(isinstance(name, str) for name in found):

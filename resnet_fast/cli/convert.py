@@ -76,7 +76,7 @@ def convert(
 ) -> None:
     """Convert weights between Caffe's .caffemodel, .safetensors and .pth.
 
-    A .safetensors file keeps in its metadata what the way back needs. A .pth file cannot.
+    The metadata of .safetensors and .pth files keeps what the way back needs.
     """
     kinds = [_kind(path) for path in (source, target)]
     check_output(target)
@@ -96,8 +96,6 @@ def convert(
     if found is not None and kinds[1] != "caffemodel":
         _write_tensors(target, found.state, found.metadata)
         typer.echo(_summary(target, f"{len(found.state)} tensors as they were"))
-        if found.metadata and kinds[1] == "pth":
-            typer.echo(f"{target} has no metadata; {source} has {', '.join(found.metadata)}")
         return
     net = _load(source, prototxt) if found is None else _network(found, prototxt, v1)
     if kinds[1] == "caffemodel":
@@ -151,7 +149,7 @@ def _read(source: Path) -> _Tensors:
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
             raise UserError(f"{source}: {name!r} is quantized, sparse or without data; dense tensors can be converted")
-    metadata = checkpoint.read_metadata(source)
+    metadata = state.metadata
     names = metadata.get("names")
     if names in (Names.caffe.value, Names.torchvision.value):
         return _Tensors(source, state, metadata, Names(names))
@@ -247,7 +245,7 @@ def _write_tensors(target: Path, state: Mapping[str, Tensor], metadata: Mapping[
     import torch
     from safetensors import SafetensorError
 
-    from resnet_fast.models.checkpoint import write_whole
+    from resnet_fast.models.checkpoint import with_metadata, write_whole
     from resnet_fast.training.checkpoint import write_model
 
     with as_user_errors(OSError, ValueError, KeyError, RuntimeError, SafetensorError):
@@ -256,7 +254,7 @@ def _write_tensors(target: Path, state: Mapping[str, Tensor], metadata: Mapping[
         else:
             # Clones: a view would bring the whole of its storage along.
             tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
-            write_whole(target, lambda name: torch.save(tensors, name))
+            write_whole(target, lambda name: torch.save(with_metadata(tensors, metadata), name))
 
 
 def _write_net(target: Path, net: Net, names: Names) -> None:
@@ -280,9 +278,6 @@ def _write_net(target: Path, net: Net, names: Names) -> None:
             f"They are for resnet_fast.{metadata['arch']}(stride_in_1x1=True, unpadded_pool=True{more}) and images as "
             "Caffe takes them (BGR, 0 to 255, minus the mean); torchvision's model would give other answers"
         )
-    if target.suffix != ".safetensors":
-        needed = "--prototxt" if names is Names.caffe else "--v1"
-        typer.echo(f"{target} has no metadata; the way back to a caffemodel needs {needed}")
 
 
 def _write_caffemodel(target: Path, net: Net, write_prototxt: Path | None) -> None:

@@ -10,6 +10,7 @@ import pickletools
 import tempfile
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_CHECKPOINT_BYTES",
+    "StateDict",
     "WeightsError",
     "load_into",
     "open_safetensors",
     "read_checkpoint",
-    "read_metadata",
+    "with_metadata",
     "write_whole",
 ]
 
@@ -35,6 +37,7 @@ MAX_CHECKPOINT_BYTES = 4 * 2**30
 
 _WRAPPERS = ("state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
+_METADATA = "resnet_fast"
 _SHOWN = 3
 _OPENINGS = 100
 
@@ -43,8 +46,20 @@ class WeightsError(RuntimeError):
     """Weights that cannot be had, read, or loaded. The message is one line."""
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file or of anything `torch.save` wrote, by name, on the CPU.
+class StateDict(dict[str, Tensor]):
+    """Tensors by name, and what their file says of them.
+
+    Attributes:
+        metadata: of a `.safetensors` file, or of a state_dict `with_metadata`; empty for all other files.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        super().__init__(tensors)
+        self.metadata = dict(metadata)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> StateDict:
+    """The tensors of a `.safetensors` file or of anything `torch.save` wrote, by name, on the CPU; with its metadata.
 
     `{"state_dict": ...}` and `{"model": ...}` are unwrapped; the prefixes `module.` (DataParallel, DDP) and
     `_orig_mod.` (torch.compile) are removed.
@@ -62,22 +77,17 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if size == 0:
         raise WeightsError(f"{path}: the file is empty")
     _check_size(path, size)
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    return _state_dict(path, content)
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _state_dict(path, _read_torch(path))
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata of a `.safetensors` file; empty for any other file, and for one that cannot be read."""
-    from safetensors import SafetensorError
+def with_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> OrderedDict[str, Tensor]:
+    """A state_dict for `torch.save` that carries text about itself, for `read_checkpoint`; others see tensors alone.
 
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        return {}
-    try:
-        with open_safetensors(path) as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError, ValueError, RuntimeError):
-        return {}
+    torch keeps versions of modules in the attribute `_metadata` of a state_dict, and keys that it does not know.
+    """
+    state = OrderedDict(tensors)
+    state._metadata = OrderedDict({"": {"version": 1, _METADATA: dict(metadata)}})  # type: ignore[attr-defined]
+    return state
 
 
 def open_safetensors(path: Path) -> safe_open:
@@ -201,16 +211,18 @@ def _check_size(path: Path, size: int) -> None:
         )
 
 
-def _read_safetensors(path: Path) -> Any:
+def _read_safetensors(path: Path) -> StateDict:
     try:
         from safetensors import SafetensorError
     except ImportError as error:
         raise WeightsError(f"{path}: reading safetensors needs the package safetensors: {error}") from error
     try:
         with open_safetensors(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise WeightsError(f"{path}: truncated or not a safetensors file ({one_line(error)})") from error
+    return _state_dict(path, tensors, metadata)
 
 
 def _read_torch(path: Path) -> Any:
@@ -288,13 +300,30 @@ def _globals(pickle: Any) -> Iterable[str]:
     return found
 
 
-def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
-    if isinstance(content, Mapping):
-        content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
-    if not isinstance(content, Mapping):
+def _metadata_of(state: Mapping[str, Any]) -> dict[str, str]:
+    """What `with_metadata` noted; of a file, so that everything may be anything."""
+    found = getattr(state, "_metadata", None)
+    for key in ("", _METADATA):
+        found = dict.get(found, key) if isinstance(found, dict) else None
+    if type(found) is not dict or not all(isinstance(part, str) for item in found.items() for part in item):
+        return {}
+    return found
+
+
+def _state_dict(path: Path, content: Any, metadata: Mapping[str, str] | None = None) -> StateDict:
+    """`content` unwrapped and checked.
+
+    Args:
+        metadata: of the file; None for what the tensors' own dictionary holds.
+    """
+    # The methods of dict: a file may give an OrderedDict attributes with the names of methods.
+    if isinstance(content, dict):
+        parts = (dict.get(content, key) for key in _WRAPPERS)
+        content = next((part for part in parts if isinstance(part, dict)), content)
+    if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, a dictionary of tensors by name was expected")
     state: dict[str, Tensor] = {}
-    for key, value in content.items():
+    for key, value in dict.items(content):
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise WeightsError(
                 f"{path}: entry {str(key)[:80]!r} is a {type(value).__name__}, a dictionary of tensors by name, alone "
@@ -306,7 +335,7 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
         state[short] = value
     if not state:
         raise WeightsError(f"{path}: holds no tensors")
-    return state
+    return StateDict(state, _metadata_of(content) if metadata is None else metadata)
 
 
 def _without_prefixes(key: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, TypeAlias
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from resnet_fast.models import weights as _weights
-from resnet_fast.models.checkpoint import WeightsError, load_into, read_checkpoint, read_metadata
+from resnet_fast.models.checkpoint import WeightsError, load_into, read_checkpoint
 from resnet_fast.nn import fused
 
 __all__ = [
@@ -339,7 +339,7 @@ def _resnet(
     else:
         path = chosen
         state = read_checkpoint(path)
-        _check_wiring(path, kwargs)
+        _check_wiring(path, state.metadata, kwargs)
         classifier = state.get("fc.weight")
         if classifier is not None and classifier.dim() == 2:
             kwargs.setdefault("num_classes", classifier.shape[0])
@@ -348,12 +348,11 @@ def _resnet(
     return model
 
 
-def _check_wiring(path: os.PathLike[str], kwargs: dict[str, Any]) -> None:
+def _check_wiring(path: os.PathLike[str], metadata: Mapping[str, str], kwargs: dict[str, Any]) -> None:
     """Refuses weights whose file says that they are of another wiring than asked for: keys and shapes do not tell.
 
     `resnet-fast convert --to torchvision` writes such files.
     """
-    metadata = read_metadata(path)
     wrong = {
         name: metadata[name] == "true"
         for name in ("stride_in_1x1", "unpadded_pool")
