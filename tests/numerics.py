@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,12 +24,14 @@ def assert_obeys_error_rule(ours: Tensor, same_dtype: Tensor, exact: Tensor, wha
     assert_obeys_error_rule_in_the_median([(ours, same_dtype, exact)], what)
 
 
-def assert_obeys_error_rule_in_the_median(draws: Iterable[tuple[Tensor, Tensor, Tensor]], what: str = "result") -> None:
-    """The error rule by the median, over independent draws of ours, same_dtype and exact, of error / allowed error.
+def assert_obeys_error_rule_in_the_median(draws: Sequence[tuple[Tensor, Tensor, Tensor]], what: str = "result") -> None:
+    """The error rule by the median of error / allowed error over an odd number of independent draws.
 
-    For what many layers make of a rounding error: a choice of a maximum that falls the other way in one of the
-    networks, or same_dtype's errors that happen to cancel, decide the one ratio; what is wrong is wrong in every draw.
+    Each draw is ours, same_dtype and exact, as above. For what many layers make of a rounding error: a choice of a
+    maximum that falls the other way in one of the networks, or same_dtype's errors that happen to cancel, decide the
+    one ratio; what is wrong is wrong in every draw.
     """
+    assert len(draws) % 2 == 1
     pairs = sorted((_errors(*draw, what) for draw in draws), key=lambda pair: pair[0] / max(pair[1], 1e-300))
     error, allowed = pairs[len(pairs) // 2]
     assert error <= allowed, f"{what}: error {error:.3e} is above the allowed {allowed:.3e}"

@@ -216,7 +216,16 @@ def test_labels_and_preprocessing_of_local_files() -> None:
     assert classify._labels(1000)[0] == "tench"
     assert classify._labels(3) == ("class 0", "class 1", "class 2")
     assert classify._labels(2, {"classes": '["cat", "dog"]'}) == ("cat", "dog")
-    for unusable in ("", "[", "[" * 10**5, "3", '["cat"]', '["cat", 3]'):
+    for unusable in (
+        "",
+        "[",
+        "[" * 10**5,
+        "3",
+        '["cat"]',
+        '["cat", 3]',
+        r'["cat", "\ud800"]',
+        r'["cat", "\u001b[31m"]',
+    ):
         assert classify._labels(2, {"classes": unusable}) == ("class 0", "class 1")
     assert classify._preprocessing_of("resnet50", Path("x/resnet50-11ad3fa6.pth")).resize_size == 232
     assert classify._preprocessing_of("resnet50", Path("x/mine.pth")).resize_size == 256

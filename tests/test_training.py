@@ -264,6 +264,7 @@ def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     assert bool((found.model["w"] == found.state["epoch"]).all())
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets nobody replace a file that is open")
 @pytest.mark.parametrize("size", [10, 1000, 100_000])
 @pytest.mark.parametrize("times", [1, 3])
 def test_a_checkpoint_replaced_while_it_is_opened(
@@ -290,7 +291,7 @@ def test_a_checkpoint_replaced_while_it_is_opened(
     assert found.model["w"].shape == (size,) and bool((found.model["w"] == saved[0]).all())
 
     times = 10**9
-    with pytest.raises(ValueError, match=f"{path}: .*replaced by another file each of the 100 times it was opened"):
+    with pytest.raises(ValueError, match=rf"^{path}: cannot be read \(replaced by another file each of the 100 "):
         checkpoint.load(path)
 
 

@@ -19,7 +19,7 @@ import threading
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +266,7 @@ def test_truncated_file(tmp_path: Path, state: dict[str, Tensor], suffix: str, k
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets nobody replace a file that is open")
 def test_weights_replaced_while_they_are_opened(
     tmp_path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,8 +283,7 @@ def test_weights_replaced_while_they_are_opened(
 
     save_file(renamed, tmp_path / "new")
     monkeypatch.setattr(torch.UntypedStorage, "from_file", replace_then_open)
-    found = checkpoint.read_checkpoint(path)
-    assert found.keys() == renamed.keys() and all(torch.equal(found[name], renamed[name]) for name in renamed)
+    assert same(checkpoint.read_checkpoint(path), renamed)
 
 
 class OrderedDictWith:
@@ -298,18 +298,56 @@ class OrderedDictWith:
 
 def test_metadata_in_a_state_dict(tmp_path: Path) -> None:
     path, told = tmp_path / "mine.pth", {"names": "caffe", "x": ""}
-    torch.save(checkpoint.with_metadata({"a": torch.ones(2)}, told), path)
-    for content in (None, "state_dict", "model"):
-        if content is not None:
-            torch.save({content: torch.load(path, weights_only=True), "epoch": 3}, path)
-        found = checkpoint.read_checkpoint(path)
-        assert found.metadata == told and list(found) == ["a"]
-        torch.save(checkpoint.with_metadata({"a": torch.ones(2)}, told), path)
     linear = nn.Linear(2, 2)
-    torch.save(checkpoint.with_metadata(linear.state_dict(), told), path)
-    nn.Linear(2, 2).load_state_dict(torch.load(path, weights_only=True))  # and others do not mind
+    state = checkpoint.with_metadata(linear.state_dict(), told)
+    for content in (state, {"state_dict": state, "epoch": 3}, {"model": state}):
+        torch.save(content, path)
+        found, metadata = checkpoint.read_with_metadata(path)
+        assert metadata == told and same(found, linear.state_dict())
+    torch.save(state, path)
+    loaded = torch.load(path, weights_only=True)
+    nn.Linear(2, 2).load_state_dict(loaded)  # others do not mind
+    torch.save(loaded, path)
+    assert checkpoint.read_with_metadata(path)[1] == told
     torch.save(linear.state_dict(), path)
-    assert checkpoint.read_checkpoint(path).metadata == {}
+    assert checkpoint.read_with_metadata(path)[1] == {}
+    assert not hasattr(checkpoint.with_metadata(linear.state_dict(), {}), "_metadata")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_was_read_can_be_saved_and_read_again(tmp_path: Path, suffix: str) -> None:
+    state, path = nn.Linear(2, 2).state_dict(), tmp_path / f"mine{suffix}"
+    if suffix == ".pth":
+        torch.save(checkpoint.with_metadata(state, {"a": "b"}), path)
+    else:
+        pytest.importorskip("safetensors.torch").save_file(state, path, {"a": "b"})
+    torch.save(checkpoint.read_checkpoint(path), tmp_path / "again.pth")
+    assert same(torch.load(tmp_path / "again.pth", weights_only=True), state)
+    assert same(checkpoint.read_checkpoint(tmp_path / "again.pth"), state)
+
+
+def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({f"{index}": "x" * 2**22 for index in range(10)}, "refused: 41,943,050 characters of metadata"),
+        ({"a": "\ud800"}, r"damaged: its metadata is no text \(surrogates not allowed\)"),
+        ({"\ud800": "a"}, "damaged: its metadata is no text"),
+    ],
+    ids=["long", "surrogate", "surrogate as key"],
+)
+def test_unusable_metadata(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
+    """The first is a file of 4 MB, in which ten entries are one string."""
+    path = tmp_path / "mine.pth"
+    if len(metadata) == 10:
+        metadata = dict.fromkeys(metadata, metadata["0"])
+    torch.save(checkpoint.with_metadata({"a": torch.ones(2)}, metadata), path)
+    assert path.stat().st_size < 5e6
+    with pytest.raises(models.WeightsError, match=rf"^{path}: {message}"):
+        checkpoint.read_checkpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -329,8 +367,8 @@ def test_metadata_in_a_state_dict(tmp_path: Path) -> None:
 )
 def test_odd_metadata_of_a_state_dict(tmp_path: Path, attributes: dict[str, Any]) -> None:
     torch.save(OrderedDictWith(**attributes), tmp_path / "mine.pth")
-    found = checkpoint.read_checkpoint(tmp_path / "mine.pth")
-    assert found.metadata == {} and list(found) == ["a"] and torch.equal(found["a"], torch.ones(2))
+    found, metadata = checkpoint.read_with_metadata(tmp_path / "mine.pth")
+    assert metadata == {} and list(found) == ["a"] and torch.equal(found["a"], torch.ones(2))
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,8 @@ def load_network(arch: str, weights: str | None) -> Network:
                 raise ValueError(f"{arch} has no default weights; give a checkpoint with --weights PATH")
             model = models.get_model(arch, weights=resolved)
             return Network(model.eval(), str(resolved), models.preprocessing(resolved), models.categories())
-        state = checkpoint.read_checkpoint(resolved)
-        if state.metadata.get("stride_in_1x1") == "true":
+        state, metadata = checkpoint.read_with_metadata(resolved)
+        if metadata.get("stride_in_1x1") == "true":
             raise ValueError(
                 f"{resolved}: weights of a Caffe ResNet; strides, pool and preprocessing are others than {arch}'s. "
                 "resnet-fast classify takes the network with --prototxt and --caffemodel"
@@ -101,7 +101,7 @@ def load_network(arch: str, weights: str | None) -> Network:
         outputs = len(head) if head is not None and head.ndim == 2 and len(head) else 1000
         model = models.get_model(arch, num_classes=outputs)
         checkpoint.load_into(model, state, source=str(resolved), name=arch)
-        return Network(model.eval(), str(resolved), _preprocessing_of(arch, resolved), _labels(outputs, state.metadata))
+        return Network(model.eval(), str(resolved), _preprocessing_of(arch, resolved), _labels(outputs, metadata))
 
 
 def _preprocessing_of(arch: str, path: Path) -> Preprocessing:
@@ -124,10 +124,14 @@ def _labels(outputs: int, metadata: Mapping[str, str] | None = None) -> tuple[st
             found = json.loads(metadata.get("classes", "null"))
         except (ValueError, RecursionError):
             found = None
-        if isinstance(found, list) and len(found) == outputs and all(isinstance(name, str) for name in found):
+        if isinstance(found, list) and len(found) == outputs and all(map(_is_name, found)):
             return tuple(found)
     names = models.categories()
     return names if outputs == len(names) else tuple(f"class {index}" for index in range(outputs))
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and name.isprintable()
 
 
 def read_labels(path: Path, outputs: int) -> tuple[str, ...]:

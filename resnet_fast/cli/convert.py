@@ -145,11 +145,10 @@ def _read(source: Path) -> _Tensors:
     from resnet_fast.models import checkpoint
 
     with as_user_errors(checkpoint.WeightsError, OSError, ValueError):
-        state = checkpoint.read_checkpoint(source)
+        state, metadata = checkpoint.read_with_metadata(source)
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
             raise UserError(f"{source}: {name!r} is quantized, sparse or without data; dense tensors can be converted")
-    metadata = state.metadata
     names = metadata.get("names")
     if names in (Names.caffe.value, Names.torchvision.value):
         return _Tensors(source, state, metadata, Names(names))

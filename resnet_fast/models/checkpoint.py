@@ -23,17 +23,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_CHECKPOINT_BYTES",
-    "StateDict",
     "WeightsError",
     "load_into",
     "open_safetensors",
     "read_checkpoint",
+    "read_with_metadata",
     "with_metadata",
     "write_whole",
 ]
 
 MAX_CHECKPOINT_BYTES = 4 * 2**30
 """Larger files are refused before they are read. The largest of the ten models has 0.5 GB of float32 parameters."""
+
+MAX_METADATA_BYTES = 32 * 2**20
+"""More text in a file's metadata is refused. A pickle says it shorter than it is, by naming one string many times."""
 
 _WRAPPERS = ("state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
@@ -46,20 +49,8 @@ class WeightsError(RuntimeError):
     """Weights that cannot be had, read, or loaded. The message is one line."""
 
 
-class StateDict(dict[str, Tensor]):
-    """Tensors by name, and what their file says of them.
-
-    Attributes:
-        metadata: of a `.safetensors` file, or of a state_dict `with_metadata`; empty for all other files.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        super().__init__(tensors)
-        self.metadata = dict(metadata)
-
-
-def read_checkpoint(path: str | os.PathLike[str]) -> StateDict:
-    """The tensors of a `.safetensors` file or of anything `torch.save` wrote, by name, on the CPU; with its metadata.
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file or of anything `torch.save` wrote, by name, on the CPU.
 
     `{"state_dict": ...}` and `{"model": ...}` are unwrapped; the prefixes `module.` (DataParallel, DDP) and
     `_orig_mod.` (torch.compile) are removed.
@@ -67,6 +58,17 @@ def read_checkpoint(path: str | os.PathLike[str]) -> StateDict:
     Raises:
         FileNotFoundError: if there is no such file.
         WeightsError: if it is too large, truncated, no checkpoint, or holds anything but tensors.
+    """
+    return read_with_metadata(path)[0]
+
+
+def read_with_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `read_checkpoint` gives, and what the file says of it.
+
+    That is the metadata of a `.safetensors` file, or what `with_metadata` gave a state_dict; empty for other files.
+
+    Raises:
+        FileNotFoundError, WeightsError: as `read_checkpoint`; also for more than MAX_METADATA_BYTES of metadata.
     """
     path = Path(path)
     if not path.exists():
@@ -77,21 +79,29 @@ def read_checkpoint(path: str | os.PathLike[str]) -> StateDict:
     if size == 0:
         raise WeightsError(f"{path}: the file is empty")
     _check_size(path, size)
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _state_dict(path, _read_torch(path))
+    if path.suffix == ".safetensors":
+        content, metadata = _read_safetensors(path)
+    else:
+        content = _unwrapped(_read_torch(path))
+        metadata = _metadata_of(content)
+    _check_metadata(path, metadata)
+    return _state_dict(path, content), metadata
 
 
 def with_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> OrderedDict[str, Tensor]:
     """A state_dict for `torch.save` that carries text about itself, for `read_checkpoint`; others see tensors alone.
 
     torch keeps versions of modules in the attribute `_metadata` of a state_dict, and keys that it does not know.
+    Copying the dictionary, or loading it into a module, loses the text.
     """
     state = OrderedDict(tensors)
-    state._metadata = OrderedDict({"": {"version": 1, _METADATA: dict(metadata)}})  # type: ignore[attr-defined]
+    if metadata:
+        state._metadata = OrderedDict({"": {_METADATA: dict(metadata)}})  # type: ignore[attr-defined]
     return state
 
 
 def open_safetensors(path: Path) -> safe_open:
-    """`safetensors.safe_open` of a file that others may replace meanwhile: header and tensors of one and the same file.
+    """`safetensors.safe_open` of a file that others may replace, by renaming another: header and data of the same one.
 
     `safe_open` opens the name twice, for the header and for the data, and so can mix two files.
 
@@ -102,17 +112,19 @@ def open_safetensors(path: Path) -> safe_open:
     from safetensors import SafetensorError, safe_open
 
     for _ in range(_OPENINGS):
-        with path.open("rb") as held:  # while it is open its identity cannot become another file's
+        with path.open("rb") as before:  # while it is open its identity cannot become another file's
             failure: Exception | None = None
             try:
                 file = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError, ValueError, RuntimeError) as error:
                 failure = error
-            if os.path.samestat(os.fstat(held.fileno()), path.stat()):
-                if failure is not None:
-                    raise failure
+            with path.open("rb") as after:
+                same = os.path.sameopenfile(before.fileno(), after.fileno())
+            if same and failure is not None:
+                raise failure
+            if same:
                 return file
-    raise OSError(f"{path}: replaced by another file each of the {_OPENINGS} times it was opened")
+    raise OSError(f"replaced by another file each of the {_OPENINGS} times it was opened")
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str, name: str, assign: bool = False) -> None:
@@ -211,18 +223,18 @@ def _check_size(path: Path, size: int) -> None:
         )
 
 
-def _read_safetensors(path: Path) -> StateDict:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         from safetensors import SafetensorError
     except ImportError as error:
         raise WeightsError(f"{path}: reading safetensors needs the package safetensors: {error}") from error
     try:
         with open_safetensors(path) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror or one_line(error)})") from error
+    except (SafetensorError, ValueError, RuntimeError) as error:
         raise WeightsError(f"{path}: truncated or not a safetensors file ({one_line(error)})") from error
-    return _state_dict(path, tensors, metadata)
 
 
 def _read_torch(path: Path) -> Any:
@@ -300,7 +312,15 @@ def _globals(pickle: Any) -> Iterable[str]:
     return found
 
 
-def _metadata_of(state: Mapping[str, Any]) -> dict[str, str]:
+# Both with the methods of dict: a file may give an OrderedDict attributes with the names of methods.
+
+
+def _unwrapped(content: Any) -> Any:
+    parts = [dict.get(content, key) for key in _WRAPPERS] if isinstance(content, dict) else []
+    return next((part for part in parts if isinstance(part, dict)), content)
+
+
+def _metadata_of(state: Any) -> dict[str, str]:
     """What `with_metadata` noted; of a file, so that everything may be anything."""
     found = getattr(state, "_metadata", None)
     for key in ("", _METADATA):
@@ -310,16 +330,20 @@ def _metadata_of(state: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _state_dict(path: Path, content: Any, metadata: Mapping[str, str] | None = None) -> StateDict:
-    """`content` unwrapped and checked.
+def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    if (size := sum(len(part) for item in metadata.items() for part in item)) > MAX_METADATA_BYTES:
+        raise WeightsError(
+            f"{path}: refused: {size:,} characters of metadata, more than the limit of {MAX_METADATA_BYTES:,} "
+            "(resnet_fast.models.checkpoint.MAX_METADATA_BYTES)"
+        )
+    try:
+        for item in metadata.items():
+            "".join(item).encode()
+    except UnicodeEncodeError as error:
+        raise WeightsError(f"{path}: damaged: its metadata is no text ({error.reason})") from error
 
-    Args:
-        metadata: of the file; None for what the tensors' own dictionary holds.
-    """
-    # The methods of dict: a file may give an OrderedDict attributes with the names of methods.
-    if isinstance(content, dict):
-        parts = (dict.get(content, key) for key in _WRAPPERS)
-        content = next((part for part in parts if isinstance(part, dict)), content)
+
+def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, a dictionary of tensors by name was expected")
     state: dict[str, Tensor] = {}
@@ -335,7 +359,7 @@ def _state_dict(path: Path, content: Any, metadata: Mapping[str, str] | None = N
         state[short] = value
     if not state:
         raise WeightsError(f"{path}: holds no tensors")
-    return StateDict(state, _metadata_of(content) if metadata is None else metadata)
+    return state
 
 
 def _without_prefixes(key: str) -> str:

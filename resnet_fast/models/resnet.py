@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from resnet_fast.models import weights as _weights
-from resnet_fast.models.checkpoint import WeightsError, load_into, read_checkpoint
+from resnet_fast.models.checkpoint import WeightsError, load_into, read_checkpoint, read_with_metadata
 from resnet_fast.nn import fused
 
 __all__ = [
@@ -338,8 +338,8 @@ def _resnet(
         state = read_checkpoint(path)
     else:
         path = chosen
-        state = read_checkpoint(path)
-        _check_wiring(path, state.metadata, kwargs)
+        state, metadata = read_with_metadata(path)
+        _check_wiring(path, metadata, kwargs)
         classifier = state.get("fc.weight")
         if classifier is not None and classifier.dim() == 2:
             kwargs.setdefault("num_classes", classifier.shape[0])

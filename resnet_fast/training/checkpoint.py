@@ -292,7 +292,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 return {}, metadata
             # Copies: the file is mapped, and may be replaced or cut while its tensors are in use.
             return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or one_line(error)}); {_RIGHT}") from error
+    except (SafetensorError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: truncated or no safetensors file ({one_line(error)}); {_RIGHT}") from error
 
 
