@@ -285,6 +285,14 @@ def test_weights_replaced_while_they_are_opened(
     monkeypatch.setattr(torch.UntypedStorage, "from_file", replace_then_open)
     assert same(checkpoint.read_checkpoint(path), renamed)
 
+    def delete_then_open(*args: Any, **kwargs: Any) -> Any:
+        path.unlink()
+        return opening(*args, **kwargs)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", delete_then_open)
+    with pytest.raises(models.WeightsError, match=rf"^{path}: cannot be read \(No such file"):
+        checkpoint.read_checkpoint(path)
+
 
 class OrderedDictWith:
     """Unpickled as an OrderedDict with attributes."""
