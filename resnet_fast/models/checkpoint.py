@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_CHECKPOINT_BYTES",
+    "MAX_METADATA_CHARACTERS",
     "WeightsError",
     "load_into",
     "open_safetensors",
@@ -35,7 +36,7 @@ __all__ = [
 MAX_CHECKPOINT_BYTES = 4 * 2**30
 """Larger files are refused before they are read. The largest of the ten models has 0.5 GB of float32 parameters."""
 
-MAX_METADATA_BYTES = 32 * 2**20
+MAX_METADATA_CHARACTERS = 32 * 2**20
 """More text in a file's metadata is refused. A pickle says it shorter than it is, by naming one string many times."""
 
 _WRAPPERS = ("state_dict", "model")
@@ -68,7 +69,8 @@ def read_with_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor],
     That is the metadata of a `.safetensors` file, or what `with_metadata` gave a state_dict; empty for other files.
 
     Raises:
-        FileNotFoundError, WeightsError: as `read_checkpoint`; also for more than MAX_METADATA_BYTES of metadata.
+        FileNotFoundError, WeightsError: as `read_checkpoint`; also for longer metadata than
+            MAX_METADATA_CHARACTERS.
     """
     path = Path(path)
     if not path.exists():
@@ -312,7 +314,7 @@ def _globals(pickle: Any) -> Iterable[str]:
     return found
 
 
-# Both with the methods of dict: a file may give an OrderedDict attributes with the names of methods.
+# What follows calls the methods of dict itself: a file may give an OrderedDict attributes with the names of methods.
 
 
 def _unwrapped(content: Any) -> Any:
@@ -331,10 +333,10 @@ def _metadata_of(state: Any) -> dict[str, str]:
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
-    if (size := sum(len(part) for item in metadata.items() for part in item)) > MAX_METADATA_BYTES:
+    if (size := sum(len(part) for item in metadata.items() for part in item)) > MAX_METADATA_CHARACTERS:
         raise WeightsError(
-            f"{path}: refused: {size:,} characters of metadata, more than the limit of {MAX_METADATA_BYTES:,} "
-            "(resnet_fast.models.checkpoint.MAX_METADATA_BYTES)"
+            f"{path}: refused: {size:,} characters of metadata, more than the limit of {MAX_METADATA_CHARACTERS:,} "
+            "(resnet_fast.models.checkpoint.MAX_METADATA_CHARACTERS)"
         )
     try:
         for item in metadata.items():
