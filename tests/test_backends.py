@@ -39,8 +39,8 @@ def test_use_is_a_call_and_a_context_manager() -> None:
 
 def test_use_really_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     a, calls = arguments(), []
-    real = onednn.linear
-    monkeypatch.setattr(onednn, "linear", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    real = onednn.conv
+    monkeypatch.setattr(onednn, "conv", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
     with backends.use("reference"):
         rf.ops.conv_bn_act(**a)
     assert not calls

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -298,13 +301,39 @@ class TestPackedWeightsFollowTheParameters:
                 want = rf.ops.conv_bn_act(**a)
             assert torch.allclose(rf.ops.conv_bn_act(**a), want, rtol=1e-5, atol=1e-5)
 
-    def test_the_cache_drops_dead_weights(self) -> None:
-        for _ in range(5):
-            rf.ops.conv_bn_act(**self.fresh())
-        rf.ops.conv_bn_act(**(alive := self.fresh()))
-        live = [ref for ref, _ in _packing._storages.values() if not ref.expired()]
-        assert alive["weight"].untyped_storage()._cdata in _packing._storages
-        assert len(_packing._storages) <= len(live) + 1
+    def test_a_dead_weight_takes_its_packed_copies_along(self) -> None:
+        rf.ops.conv_bn_act(**(a := self.fresh()))
+        (_, conv), *others = _packing._cache[a["weight"].untyped_storage()].values()
+        packed = weakref.ref(conv)
+        assert not others
+        view = a["weight"][:1]  # another tensor on the same memory
+        del conv, a, _
+        gc.collect()
+        assert packed() is not None, "the memory is still somebody's"
+        del view
+        assert packed() is None
+
+    def test_an_unchanged_weight_stays_packed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Another model's optimizer, a new version of the same values, inference mode: no reasons to pack anew."""
+        a, packed = self.fresh(), []
+        build = _packing.PackedConv.__post_init__
+        monkeypatch.setattr(_packing.PackedConv, "__post_init__", lambda self: (packed.append(self), build(self))[0])
+        wide = torch.randn(8, 16, 3, 3)
+        for weight in (a["weight"], wide[:, ::2], wide[:, :8].permute(1, 0, 2, 3)):
+            a["weight"] = weight
+            rf.ops.conv_bn_act(**a)
+            packed.clear()
+            other = nn.Linear(2, 2)
+            other(torch.ones(1, 2)).sum().backward()
+            torch.optim.SGD(other.parameters(), lr=0.1).step()
+            weight.copy_(weight.clone())
+            rf.ops.conv_bn_act(**a)
+            with torch.inference_mode():
+                rf.ops.conv_bn_act(**a)
+            assert not packed
+            weight[0, 0, 0, 0] += 1
+            rf.ops.conv_bn_act(**a)
+            assert len(packed) == 1
 
     def test_two_views_of_one_storage(self) -> None:
         a, both = self.fresh(), torch.randn(2, 8, 8, 3, 3)
@@ -327,11 +356,33 @@ class TestPackedWeightsFollowTheParameters:
         for h in range(3, 40):
             a["x"] = torch.randn(1, 8, h, 7)
             check({**{n: t.double() for n, t in a.items()}, "residual": None}, torch.float32)
-        conv = _packing.packed_conv(a["weight"], a["scale"], a["shift"], torch.float32, [1, 1], [0, 0], [1, 1], 1)
-        for h in range(3, 40):
-            x = torch.randn(1, 8, h, 7).contiguous(memory_format=torch.channels_last)
-            conv.run(x, lambda: _packing.fold(a["weight"], a["scale"], torch.float32))
-        assert len(conv._by_layout) <= 3
+
+    @pytest.mark.parametrize(("kernel", "stride", "groups"), [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 1, 4)])
+    def test_packed_copies_are_bounded_over_all_sizes(self, kernel: int, stride: int, groups: int) -> None:
+        weight, ones, zeros = torch.randn(64, 64 // groups, kernel, kernel), torch.ones(64), torch.zeros(64)
+        geometry = ([stride, stride], [kernel // 2] * 2, [1, 1], groups)
+        conv = _packing.packed_conv(weight, ones, zeros, torch.float32, *geometry)
+        for i in range(400):
+            x = torch.randn(1 + i % 3, 64, 1 + i % 34, 3 + i % 29).contiguous(memory_format=torch.channels_last)
+            conv.run(x, lambda: weight)
+        assert len(conv._by_layout) <= 2
+        assert len(conv._by_shape) <= 256
+        assert all(packed in [*map(id, conv._by_layout.values())] for packed in map(id, conv._by_shape.values()))
+
+    @pytest.mark.parametrize("layouts", [1, 2])
+    def test_a_dropped_layout_is_packed_again(self, layouts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each size of image has a layout of its own here; how many oneDNN wants depends on the processor."""
+        number = itertools.count()
+        monkeypatch.setattr(_packing, "_LAYOUTS_KEPT", layouts)
+        monkeypatch.setattr(_packing.onednn, "layout", lambda packed: str(next(number)))
+        a = self.fresh()
+        for h in [3, 4, 5, 3, 5, 4, 4, 3]:
+            a["x"] = torch.randn(1, 8, h, 7)
+            with backends.use("reference"):
+                want = rf.ops.conv_bn_act(**a)
+            assert torch.allclose(rf.ops.conv_bn_act(**a), want, rtol=1e-5, atol=1e-5)
+        ((_, conv),) = _packing._cache[a["weight"].untyped_storage()].values()
+        assert len(conv._by_layout) == len(conv._by_shape) == layouts
 
 
 def test_threads() -> None:

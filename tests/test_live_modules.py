@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import multiprocessing
 import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -68,6 +70,20 @@ EDITS: dict[str, Edit] = {
     "one bias": lambda m: _no_grad(lambda: m.layer3[0].bn2.bias[1].add_(1)),
     "the stem": lambda m: _no_grad(lambda: m.conv1.weight.mul_(1.1)),
     "an averaged model's copy through .data": lambda m: [p.data.mul_(0.9) for p in m.parameters()],
+    "a filter": lambda m: m.layer4[1].conv1.weight.data[3].neg_(),
+    "a channel of the images": lambda m: m.conv1.weight.data[:, 1].zero_(),
+    "all input channels but one": lambda m: m.layer4[1].conv2.weight.data[:, 1:].zero_(),
+    "the centre taps, by numpy": lambda m: m.layer1[0].conv2.weight.detach().numpy()[:, :, 1, 1].fill(0),
+    "all taps but one": lambda m: m.layer3[0].conv2.weight.data[:, :, 1:, 1:].zero_(),
+    "two filters swapped": lambda m: _swap(m.layer2[0].conv1.weight.data),
+    "two input channels swapped": lambda m: _swap(m.layer2[0].conv2.weight.data.transpose(0, 1)),
+    "all signs": lambda m: m.layer2[1].conv1.weight.data.neg_(),
+    "all exponents, by numpy": lambda m: np.multiply(a := m.layer4[0].conv1.weight.detach().numpy(), 2, out=a),
+    "a transposed kernel": lambda m: m.layer1[1].conv2.weight.data.copy_(m.layer1[1].conv2.weight.data.mT.clone()),
+    "one bit": lambda m: m.layer1[0].conv2.weight.data.view(torch.int32)[0, 0, 1, 1].bitwise_xor_(1 << 29),
+    "through a view": lambda m: m.layer3[1].conv1.weight.detach().view(-1)[5::7].mul_(3),
+    "another process, in shared memory": lambda m: _elsewhere(m.share_memory().layer1[0].conv1.weight),
+    "another process, a running mean": lambda m: _elsewhere(m.share_memory().layer1[0].bn1.running_mean),
     "the classifier": lambda m: _no_grad(lambda: m.fc.weight[3].zero_()),
     "eps": lambda m: setattr(m.layer1[0].bn1, "eps", 0.1),
     "a parameter replaced": lambda m: setattr(
@@ -75,6 +91,17 @@ EDITS: dict[str, Edit] = {
     ),
     "a shortcut's weight": lambda m: _no_grad(lambda: m.layer2[0].downsample[0].weight.mul_(2)),
 }
+
+
+def _swap(weight: Tensor) -> None:
+    weight[:2] = weight[:2].flip(0).clone()
+
+
+def _elsewhere(tensor: Tensor) -> None:
+    values = tensor.detach().numpy()
+    process = multiprocessing.get_context("fork").Process(target=np.multiply, args=(values, 3), kwargs={"out": values})
+    process.start()
+    process.join()
 
 
 def _no_grad(edit: Callable[[], Any]) -> None:

@@ -1,25 +1,37 @@
 """Folded and packed weights for the CPU: built once, found again by the weight's storage, dropped with it.
 
-Live modules must see every change of their parameters at the next forward, so a cached copy counts only while the
-weight's version counter, a sample of its values, and all of scale and shift are what they were when it was built.
+Live modules must see every change of their parameters at the next forward, whoever made it: torch counts no edit
+through ``.data`` or ``.numpy()``, by a fused optimizer, or by another process in shared memory. So a packed copy counts
+only while a hash of all bytes of weight, scale and shift is what it was when the copy was made.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .. import backends
 from ..backends import onednn
 from ._common import channels_last
 
+_xxhash: Any = None  # as in a checkout that runs without being installed
+with contextlib.suppress(ImportError):
+    import xxhash as _xxhash
+
 _SHAPES_KEPT = 256
-_SAMPLES = 64
+#: Packed copies of a weight, each as large as it, give or take a few per cent. oneDNN wants up to three layouts for the
+#: sizes of images that a layer may meet, and the third is rare.
+_LAYOUTS_KEPT = 2
+
+_keeping = threading.Lock()
 
 
 def fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -29,10 +41,11 @@ def fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(eq=False)
 class PackedConv:
-    """A convolution with its scale folded in, run by oneDNN; packed copies per input shape, shared where alike.
+    """A convolution with its scale folded in, run by oneDNN; a packed copy for each layout that input shapes ask for.
 
     ``bias`` is the shift [K], in the inputs' dtype as oneDNN wants it. It holds no plain weight: whoever calls passes a
-    function that makes it, used when an input shape comes for the first time.
+    function that makes it, used when an input shape comes for the first time. What is kept is bounded whatever sizes
+    the inputs have: the oldest layouts are dropped.
     """
 
     bias: Tensor
@@ -42,12 +55,10 @@ class PackedConv:
     dilation: list[int]
     groups: int
     _by_shape: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-    _by_layout: dict[tuple[str, bytes], Tensor] = field(default_factory=dict)
+    _by_layout: dict[bytes, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        channels, *kernel = self.weight_shape[1:]
-        # 1x1, stride 1: a plain matrix product over pixels, which oneDNN runs a little faster than the convolution.
-        self._is_product = (kernel, self.stride, self.padding, self.groups) == ([1, 1], [1, 1], [0, 0], 1)
+        channels = self.weight_shape[1]
         # oneDNN multiplies bfloat16 channels in pairs. With an odd count the last pair reaches into the next pixel,
         # times 0: harmless for numbers, but there a NaN or infinity spreads. A channel of zeros keeps pixels apart.
         self._pads = self.bias.dtype is torch.bfloat16 and channels % 2 == 1 and self.groups == 1
@@ -67,15 +78,23 @@ class PackedConv:
     def _weight(self, folded: Callable[[], Tensor]) -> Tensor:
         return torch.nn.functional.pad(folded(), (0, 0, 0, 0, 0, 1)) if self._pads else folded()
 
-    def _packed(self, key: tuple[int, ...], pack: Callable[[], Tensor]) -> Tensor:
-        packed = self._by_shape.get(key)
-        if packed is None:
-            packed = pack()
-            name = "linear" if len(key) == 1 else "conv"
-            packed = self._by_layout.setdefault((name, onednn.layout(packed)), packed)
+    def _packed(self, size: tuple[int, ...], folded: Callable[[], Tensor]) -> Tensor:
+        found = self._by_shape.get(size)
+        if found is not None:
+            return found
+        packed = onednn.pack_conv(
+            self._weight(folded), self.padding, self.stride, self.dilation, self.groups, list(size)
+        )
+        layout = onednn.layout(packed)
+        with _keeping:
+            packed = self._by_layout.setdefault(layout, packed)
+            if len(self._by_layout) > _LAYOUTS_KEPT:
+                oldest = self._by_layout.pop(next(iter(self._by_layout)))
+                for shape in [shape for shape, kept in self._by_shape.items() if kept is oldest]:
+                    del self._by_shape[shape]
             if len(self._by_shape) >= _SHAPES_KEPT:
-                self._by_shape.clear()
-            self._by_shape[key] = packed
+                del self._by_shape[next(iter(self._by_shape))]
+            self._by_shape[size] = packed
         return packed
 
     def run(
@@ -97,19 +116,13 @@ class PackedConv:
         early = None if residual_after_activation else residual
         geometry = (self.padding, self.stride, self.dilation, self.groups)
         post_op = relu and finite
-        if early is None and self._is_product:
-            rows = x.shape[0] * x.shape[2] * x.shape[3]
-            packed = self._packed((rows,), lambda: onednn.pack_linear(self._weight(folded).flatten(1), rows))
-            y = onednn.linear(x.permute(0, 2, 3, 1), packed, self.bias, relu=post_op).permute(0, 3, 1, 2)
+        packed = self._packed(tuple(x.shape), folded)
+        if early is None:
+            y = onednn.conv(x, packed, self.bias, *geometry, relu=post_op)
+        elif overwrite_residual:
+            y = onednn.conv_sum_(early, x, packed, self.bias, *geometry, relu=post_op)
         else:
-            size = list(x.shape)
-            packed = self._packed(tuple(size), lambda: onednn.pack_conv(self._weight(folded), *geometry, size))
-            if early is None:
-                y = onednn.conv(x, packed, self.bias, *geometry, relu=post_op)
-            elif overwrite_residual:
-                y = onednn.conv_sum_(early, x, packed, self.bias, *geometry, relu=post_op)
-            else:
-                y = onednn.conv_sum(x, early, packed, self.bias, *geometry, relu=post_op)
+            y = onednn.conv_sum(x, early, packed, self.bias, *geometry, relu=post_op)
         if relu and not post_op:
             y.relu_()
         if late is not None:
@@ -117,41 +130,29 @@ class PackedConv:
         return y
 
 
-@dataclass
-class _Entry:
-    version: tuple[int, int]
-    sample: Tensor
-    scale: Tensor
-    shift: Tensor
-    conv: PackedConv
+#: By storage, so that an entry goes with the last tensor on the weight's memory: a digest, and what it is valid for.
+_cache: WeakKeyDictionary[torch.UntypedStorage, dict[tuple[object, ...], tuple[bytes, PackedConv]]] = (
+    WeakKeyDictionary()
+)
 
 
-_lock = threading.Lock()
-_optimizer_steps = 0
+def _bytes(tensor: Tensor) -> Any:
+    """The tensor's bytes in a fixed order, without a copy if it is dense."""
+    if tensor.dim() == 4 and not tensor.is_contiguous():
+        tensor = tensor.permute(0, 2, 3, 1)
+    tensor = tensor.contiguous()
+    return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy(force=True)
 
 
-def _count_optimizer_step(*_: object) -> None:
-    """Fused optimizers change parameters without touching their version counters."""
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_optimizer_step)
-_storages: dict[int, tuple[StorageWeakRef, dict[tuple[object, ...], _Entry]]] = {}
-
-
-def _sample(weight: Tensor) -> Tensor:
-    """Up to 64 values spread over a dense weight: catches edits through ``.data``, which leave the version as it is."""
-    step = max(1, weight.numel() // _SAMPLES)
-    return weight.as_strided((min(_SAMPLES, weight.numel()),), (step,))
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """torch.equal, except that NaN equals itself."""
-    if torch.equal(a, b):
-        return True
-    integer = torch.int64 if a.dtype is torch.float64 else torch.int32 if a.dtype is torch.float32 else torch.int16
-    return torch.equal(a.view(integer), b.view(integer))
+def _digest(*tensors: Tensor) -> bytes:
+    """128 bits of the tensors' bytes, at the speed of memory: of random edits one in 2^128 would be missed."""
+    if _xxhash is None:
+        backends.fallback("packed weights", "xxhash is not installed; finding edits of live models takes 20x the time")
+    state = hashlib.blake2b(digest_size=16) if _xxhash is None else _xxhash.xxh3_128()
+    for tensor in tensors:
+        state.update(_bytes(tensor))
+    digest: bytes = state.digest()
+    return digest
 
 
 def unsupported(dtype: torch.dtype, weight: Tensor, groups: int) -> str:
@@ -173,40 +174,14 @@ def packed_conv(
     groups: int,
 ) -> PackedConv:
     """The packed form of weight, scale and shift for inputs of ``dtype``; cached while none of the three changes."""
-
-    def build() -> PackedConv:
-        return PackedConv(
-            bias=shift.to(dtype, copy=True),
-            weight_shape=weight.shape,
-            stride=list(stride),
-            padding=list(padding),
-            dilation=list(dilation),
-            groups=groups,
-        )
-
-    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    if weight.is_inference() or not dense:
-        return build()  # no version counter to watch, or no cheap sample: pack at every call rather than be stale
-    version = (weight._version, _optimizer_steps)
-    storage = weight.untyped_storage()
-    key = (
-        weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, dtype,
-        tuple(stride), tuple(padding), tuple(dilation), groups,
-    )  # fmt: skip
-    with _lock:
-        found = _storages.get(storage._cdata)
-    entry = found[1].get(key) if found is not None else None
-    if (
-        entry is not None
-        and entry.version == version
-        and _same_bits(entry.scale, scale)
-        and _same_bits(entry.shift, shift)
-        and _same_bits(entry.sample, _sample(weight))
-    ):
-        return entry.conv
-    entry = _Entry(version, _sample(weight).clone(), scale.clone(), shift.clone(), build())
-    with _lock:
-        for address in [a for a, (reference, _) in _storages.items() if reference.expired()]:
-            del _storages[address]
-        _storages.setdefault(storage._cdata, (StorageWeakRef(storage), {}))[1][key] = entry
-    return entry.conv
+    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    key = (weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, dtype, *geometry)
+    entries = _cache.setdefault(weight.untyped_storage(), {})
+    digest = _digest(weight, scale, shift)
+    found = entries.get(key)
+    if found is not None and found[0] == digest:
+        return found[1]
+    bias = shift.to(dtype, copy=True)
+    conv = PackedConv(bias, weight.shape, list(stride), list(padding), list(dilation), groups)
+    entries[key] = (digest, conv)
+    return conv
