@@ -1,7 +1,7 @@
 """What pyproject.toml cannot say: where the packages lie, what goes into the source archive, the native module.
 
-It imports no torch and needs no compiler: CMake builds csrc/, where csrc/native_build.py finds that possible. kernels/
-at the top level installs as the package resnet_fast.kernels.
+It imports no torch and needs no compiler: CMake builds csrc/, where csrc/native_build.py finds that possible. What lies
+in kernels/ at the top level is installed in resnet_fast/kernels/.
 """
 
 import sys
@@ -12,6 +12,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
@@ -43,6 +44,20 @@ class SourceArchive(sdist):
             found = (path for path in ROOT.glob(pattern) if path.is_file() and "__pycache__" not in path.parts)
             self.filelist.extend(sorted(str(path.relative_to(ROOT)) for path in found))
         super().make_distribution()
+
+
+class BuildPython(build_py):
+    """Takes what is in kernels/ for resnet_fast.kernels, and __init__.py from where the package is."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.package_dir["resnet_fast.kernels"] = "kernels"
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found = super().find_package_modules(package, package_dir)
+        if package == "resnet_fast.kernels":
+            found.append((package, "__init__", "resnet_fast/kernels/__init__.py"))
+        return found
 
 
 class Build(build):
@@ -88,13 +103,16 @@ try:
 except native_build.BuildError as error:
     raise SystemExit(str(error)) from None
 setup(
-    package_dir={"resnet_fast": "resnet_fast", "resnet_fast.kernels": "kernels"},
-    packages=[
-        *find_packages(str(ROOT), include=["resnet_fast", "resnet_fast.*"]),
-        "resnet_fast.kernels",
-        *(f"resnet_fast.kernels.{name}" for name in find_packages(str(ROOT / "kernels"))),
-    ],
+    # With this single root an editable installation is a line with a path, which type checkers follow, not a hook.
+    package_dir={"": "."},
+    packages=find_packages(str(ROOT), include=["resnet_fast", "resnet_fast.*"]),
     # The sources are CMakeLists.txt's affair. That there is a module makes the wheel one for this platform.
     ext_modules=[] if PLAN.reason else [Extension("resnet_fast._C", sources=[])],
-    cmdclass={"sdist": SourceArchive, "build": Build, "build_ext": BuildNative, "bdist_wheel": Wheel},
+    cmdclass={
+        "sdist": SourceArchive,
+        "build": Build,
+        "build_py": BuildPython,
+        "build_ext": BuildNative,
+        "bdist_wheel": Wheel,
+    },
 )

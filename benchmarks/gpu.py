@@ -30,7 +30,7 @@ except ImportError:  # pragma: no cover - run as a file instead of with -m
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
-COPIED = ("resnet_fast", "benchmarks", "tests")
+COPIED = ("resnet_fast", "kernels", "benchmarks", "tests")
 BUDGET = 540.0
 CUT_OFF = 3
 """Exit status of a stage that ended by itself with nothing wrong so far and something left out for its time."""
@@ -95,12 +95,11 @@ def limit(stage: Stage, later: tuple[Stage, ...], budget: float, left: float) ->
 
 
 def overlay(folder: Path) -> None:
-    """Copies the package into ``folder`` as it would be installed (kernels/ as resnet_fast.kernels), with benchmarks
-    and tests beside it. Python started there needs no installation."""
+    """Copies the package into ``folder``, with benchmarks and tests beside it. Python started there needs no
+    installation."""
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "results")
     for name in COPIED:
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    shutil.copytree(ROOT / "kernels", folder / "resnet_fast" / "kernels", ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", folder)
 
 

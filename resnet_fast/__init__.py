@@ -6,16 +6,7 @@ caffe -> models, graph -> nn -> ops -> backends and kernels.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-
 __version__ = "0.1.0"
-
-if "resnet_fast.kernels" not in sys.modules and importlib.util.find_spec("resnet_fast.kernels") is None:
-    raise ImportError(
-        "resnet_fast.kernels is missing: resnet_fast was imported from a source tree that is not installed. "
-        "Install it (`pip install -e .` in that tree) or leave the tree's folder."
-    )
 
 from . import backends, caffe, models, nn, ops
 from ._info import Info, info

@@ -8,11 +8,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -68,16 +70,44 @@ def test_a_meaningless_choice_fails_and_says_why() -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_kernels_refuse_to_be_a_top_level_package() -> None:
-    result = run("-c", "import kernels", cwd=ROOT)
-    assert result.returncode != 0
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: this folder is the package resnet_fast.kernels"), last
+@pytest.fixture
+def packages() -> str:
+    """For PYTHONPATH, with -S: what is installed here, of which no .pth file is read, so nothing that is editable."""
+    return os.pathsep.join(
+        dict.fromkeys(path for path in sys.path if path.endswith(("site-packages", "dist-packages")))
+    )
 
 
-def test_kernels_are_installed_inside_the_package(tmp_path: Path) -> None:
-    code = "import resnet_fast.kernels as k, importlib.util as u; print(k.__name__, u.find_spec('kernels'))"
-    assert succeed("-c", code, cwd=tmp_path).split() == ["resnet_fast.kernels", "None"]
+WHICH_KERNELS = "import kernels; print('kernels:', getattr(kernels, '__file__', None))"
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("how", ["-c", "file", "-m", "pytest", "editable"])
+def test_the_folder_kernels_leaves_its_name_to_an_installed_package(
+    how: str, installed: bool, tmp_path: Path, packages: str
+) -> None:
+    """transformers and others import a package called kernels if there is one. A namespace without a file, which the
+    folder looks like, is none to them."""
+    site, work = tmp_path / "site", tmp_path / "work"
+    theirs = site / "kernels" / "__init__.py"
+    (theirs.parent if installed else site).mkdir(parents=True)
+    if installed:
+        theirs.write_text("")
+    shutil.copytree(ROOT / "kernels", work / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    (work / "which.py").write_text(WHICH_KERNELS)
+    (work / "test_which.py").write_text("def test_it():\n    import which\n")
+    command = {
+        "-c": ("-c", WHICH_KERNELS),
+        "file": ("which.py",),
+        "-m": ("-m", "which"),
+        "pytest": ("-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "test_which.py"),
+        "editable": ("-c", WHICH_KERNELS),  # whose folder stands behind what is installed
+    }[how]
+    folders = [str(site), packages, *([str(work)] if how == "editable" else [])]
+    output = succeed(
+        *command, cwd=site if how == "editable" else work, isolated=True, PYTHONPATH=os.pathsep.join(folders)
+    )
+    assert f"kernels: {theirs if installed else None}" in output.splitlines()
 
 
 def test_import_is_cheap(tmp_path: Path) -> None:
@@ -106,6 +136,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in ("benchmarks", "csrc", "docs", "examples", "kernels", "resnet_fast", "tests"):
         if (ROOT / folder).is_dir():
             shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("_C.*.so", "__pycache__"))
+    (source / "kernels" / "tuned").mkdir(exist_ok=True)
+    (source / "kernels" / "tuned" / "some-gpu.json").write_text("{}")
     (source / "resnet_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_text("of an earlier build")
     (source / "resnet_fast" / "_build_record.json").write_text('{"built": true, "reason": "an earlier build"}')
     return source
@@ -162,7 +194,8 @@ def test_source_archive_is_complete(archives: tuple[set[str], Path]) -> None:
     for name in (
         *("LICENSE", "README.md", "CHANGELOG.md", "Makefile", "constraints.txt", "hubconf.py", "CMakeLists.txt"),
         *("csrc/binding.cpp", "csrc/native_build.py", "csrc/build_backend.py", "csrc/kernels/conv_bn_act_sm90.cuh"),
-        *("kernels/__init__.py", "resnet_fast/__init__.py", "resnet_fast/_C.pyi", "tests/test_packaging.py"),
+        *("kernels/gpus.py", "kernels/resources.csv", "kernels/tuned/some-gpu.json", "resnet_fast/kernels/__init__.py"),
+        *("resnet_fast/__init__.py", "resnet_fast/_C.pyi", "tests/test_packaging.py"),
     ):
         assert name in names, name
     assert not [name for name in names if name.endswith((".pyc", ".so", "_build_record.json"))]
@@ -177,10 +210,11 @@ def test_wheel_is_pure_and_holds_the_package_only(archives: tuple[set[str], Path
         assert "resnet-fast = resnet_fast.cli:main" in archive.read(entry_points).decode()
     top = {name.partition("/")[0] for name in names}
     assert top == {"resnet_fast", entry_points.partition("/")[0]}
-    assert {"resnet_fast/__init__.py", "resnet_fast/kernels/__init__.py", "resnet_fast/py.typed"} <= set(names)
     assert not [name for name in names if name.endswith(".so")]
-    data = (*(ROOT / "resnet_fast").rglob("*.json"),)
-    assert {str(path.relative_to(ROOT)) for path in data} <= set(names)
+    package = ROOT / "resnet_fast"
+    expected = {str(path.relative_to(ROOT)) for kind in ("py", "json") for path in package.rglob(f"*.{kind}")}
+    expected |= {f"resnet_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    assert {*expected, "resnet_fast/py.typed", "resnet_fast/kernels/tuned/some-gpu.json"} <= set(names)
     record = record_in(wheel)
     assert (record["built"], record["reason"]) == (False, "RESNET_FAST_BUILD=off")
 
@@ -246,12 +280,11 @@ def test_require_without_a_working_compiler_fails(
     assert not (tmp_path / "wheel").exists() or not list((tmp_path / "wheel").iterdir())
 
 
-def test_hub_works_on_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
-    """-S leaves the editable install's .pth file unread: the checkout has nothing but what torch.hub gives it."""
+def test_hub_works_on_a_checkout_that_is_not_installed(tmp_path: Path, packages: str) -> None:
     code = f"""
 import importlib.util, json, sys
-assert not any("editable" in str(finder) for finder in sys.meta_path)
 import torch
+assert importlib.util.find_spec("resnet_fast") is None
 model = torch.hub.load({str(ROOT)!r}, "resnet18", source="local", weights=None, num_classes=7)
 with torch.inference_mode():
     shape = list(model.eval()(torch.rand(1, 3, 64, 64)).shape)
@@ -259,13 +292,52 @@ spec = importlib.util.spec_from_file_location("hubconf", {str(ROOT / "hubconf.py
 hubconf = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(hubconf)
 names = [name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")]
-import resnet_fast, resnet_fast.kernels
-print(json.dumps([names, shape, resnet_fast.__file__, resnet_fast.kernels.__file__]))
+import resnet_fast, resnet_fast.kernels.gpus
+print(json.dumps([names, shape, resnet_fast.__file__, resnet_fast.kernels.gpus.__file__]))
 """
-    packages = os.pathsep.join(dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]))
     output = succeed("-W", "ignore", "-c", code, cwd=tmp_path, isolated=True, PYTHONPATH=packages)
-    names, shape, package, kernels = json.loads(output.splitlines()[-1])
+    names, shape, package, gpus = json.loads(output.splitlines()[-1])
     assert sorted(names) == sorted(MODELS)
     assert shape == [1, 7]
     assert Path(package) == ROOT / "resnet_fast" / "__init__.py"
-    assert Path(kernels) == ROOT / "kernels" / "__init__.py"
+    assert Path(gpus) == ROOT / "kernels" / "gpus.py"
+
+
+def python_of(environment: Path, packages: str) -> Path:
+    """The Python of a new virtual environment that has all that is installed here except this checkout."""
+    venv.create(environment, with_pip=False, symlinks=os.name != "nt")
+    paths = {"base": str(environment), "platbase": str(environment)}
+    (site,) = {Path(sysconfig.get_path(name, "venv", paths)) for name in ("purelib", "platlib")}
+    (site / "packages.pth").write_text(packages.replace(os.pathsep, "\n"))
+    return Path(sysconfig.get_path("scripts", "venv", paths)) / Path(sys.executable).name
+
+
+def test_type_checkers_see_an_editable_installation(checkout: Path, tmp_path: Path, packages: str) -> None:
+    """What is right passes, and a keyword that does not exist is an error."""
+    copy = tmp_path / "checkout"
+    shutil.copytree(checkout, copy)
+    python = python_of(tmp_path / "environment", packages)
+    pip = ("-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-build-isolation", "--no-index")
+    succeed(*pip, "-e", copy, cwd=tmp_path, RESNET_FAST_BUILD="off")
+
+    user = tmp_path / "user"
+    user.mkdir()
+    (user / "right.py").write_text(
+        "import resnet_fast as rf\n\nprint(rf.optimize(rf.resnet50().eval(), gpu='h100').report())\n"
+    )
+    (user / "wrong.py").write_text(
+        "import resnet_fast as rf\n\nprint(rf.optimize(rf.resnet50().eval(), gbu='h100').report())\n"
+    )
+    (user / "mypy.ini").write_text("[mypy]\nstrict = True\n[mypy-torch.*]\nfollow_imports = skip\n")
+    (user / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": "standard"}))
+    for checker, says in (
+        (("mypy", "--python-executable"), 'Unexpected keyword argument "gbu"'),
+        (("basedpyright", "--pythonpath"), 'No parameter named "gbu"'),
+    ):
+        result = run("-m", *checker, python, "right.py", "wrong.py", cwd=user)
+        errors = [line.strip() for line in result.stdout.splitlines() if re.search(r":\d+\b.*\berror\b", line)]
+        assert len(errors) == 1 and "wrong.py" in errors[0] and says in errors[0], result.stdout + result.stderr
+
+    code = "import resnet_fast.kernels.gpus as gpus; print(gpus.__file__)"
+    result = subprocess.run([python, "-W", "ignore", "-c", code], cwd=user, capture_output=True, text=True)
+    assert Path(result.stdout.strip()).samefile(copy / "kernels" / "gpus.py"), result.stdout + result.stderr
