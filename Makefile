@@ -1,10 +1,12 @@
 # `make demo` and `make test` are all that a newcomer needs. Both work in .venv, which they make on the first call.
 #   PY=python3.12      the Python that .venv is made from
+#   JOBS=0             tests one after the other in one process, as --pdb and -s want it; by default two at once
 #   ARGS="..."         further arguments for resnet-fast demo, pytest or resnet-fast bench
 #   PIP_FLAGS="..."    further arguments for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
 #   NATIVE_FLAGS="..." arguments for csrc/native_build.py, such as --archs "80;90a" --sm90 ci --jobs 4
 PY ?= python3
 VENV ?= .venv
+JOBS ?= 2
 ARGS ?=
 PIP_FLAGS ?=
 NATIVE_FLAGS ?=
@@ -12,24 +14,30 @@ NATIVE_FLAGS ?=
 BIN := $(VENV)/bin
 # `make native` is what builds the CUDA kernels here: pip would, at each of these installations.
 PIP := RESNET_FAST_BUILD=keep $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+# Threads that wait without spinning: the processes hardly slow each other down, or are slowed down by others.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --durations=10 -n $(JOBS) --dist worksteal
 DESCRIBES_INSTALL := pyproject.toml setup.py constraints.txt
 NATIVE := build/native
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench gpu kernels wheel native clean
+.PHONY: help demo test test-all lint format bench gpu kernels wheel native clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
 	@echo "make demo and make test need nothing but $(PY) (3.10 or newer); everything is installed in $(VENV)."
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## classify two photographs with plain torch and fused, compare answers and speed; then a training
 	@echo "==> resnet-fast demo"
 	@$(BIN)/resnet-fast demo $(ARGS)
 
-test: $(VENV)/.test ## run the tests (ARGS="-k stem -x" goes to pytest)
+test: $(VENV)/.test ## run the tests but those marked slow (ARGS="-k stem -x" goes to pytest)
+	@echo "==> pytest, without the tests that are marked slow: make test-all runs everything"
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.test ## run all tests, the slow ones too
 	@echo "==> pytest"
-	@$(BIN)/python -m pytest -q --durations=10 $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.dev ## check style and types: ruff, mypy, clang-format
 	@echo "==> ruff check"
