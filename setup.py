@@ -106,6 +106,7 @@ setup(
     # With this single root an editable installation is a line with a path, which type checkers follow, not a hook.
     package_dir={"": "."},
     packages=find_packages(str(ROOT), include=["resnet_fast", "resnet_fast.*"]),
+    py_modules=["resnet_fast_cli"],
     # The sources are CMakeLists.txt's affair. That there is a module makes the wheel one for this platform.
     ext_modules=[] if PLAN.reason else [Extension("resnet_fast._C", sources=[])],
     cmdclass={

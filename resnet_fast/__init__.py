@@ -6,24 +6,45 @@ caffe -> models, graph -> nn -> ops -> backends and kernels.
 
 from __future__ import annotations
 
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
-from . import backends, caffe, models, nn, ops
-from ._info import Info, info
-from .graph import optimize
-from .models import (
-    residual_network,
-    resnet18,
-    resnet34,
-    resnet50,
-    resnet101,
-    resnet152,
-    resnext50_32x4d,
-    resnext101_32x8d,
-    resnext101_64x4d,
-    wide_resnet50_2,
-    wide_resnet101_2,
+# The command line shows its help without torch. Everywhere else `import resnet_fast` imports all of it, since that also
+# registers torch.ops.resnet_fast, which exported programs need. `python -m` has "-m" in place of the name meanwhile.
+_COMMAND_LINE = "resnet_fast_cli" in sys.modules or (
+    sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] in ("resnet_fast", "resnet_fast.cli")
 )
+
+if _COMMAND_LINE and not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name in ("backends", "caffe", "models", "nn", "ops"):
+            return importlib.import_module(f".{name}", __name__)
+        home = {"Info": "._info", "info": "._info", "optimize": ".graph"}.get(name, ".models")
+        return getattr(importlib.import_module(home, __name__), name)
+
+else:
+    from . import backends, caffe, models, nn, ops
+    from ._info import Info, info
+    from .graph import optimize  # type: ignore[no-redef]
+    from .models import (  # type: ignore[no-redef]
+        residual_network,
+        resnet18,
+        resnet34,
+        resnet50,
+        resnet101,
+        resnet152,
+        resnext50_32x4d,
+        resnext101_32x8d,
+        resnext101_64x4d,
+        wide_resnet50_2,
+        wide_resnet101_2,
+    )
 
 __all__ = [
     "Info",

@@ -207,9 +207,9 @@ def test_wheel_is_pure_and_holds_the_package_only(archives: tuple[set[str], Path
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (entry_points,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
-        assert "resnet-fast = resnet_fast.cli:main" in archive.read(entry_points).decode()
+        assert "resnet-fast = resnet_fast_cli:main" in archive.read(entry_points).decode()
     top = {name.partition("/")[0] for name in names}
-    assert top == {"resnet_fast", entry_points.partition("/")[0]}
+    assert top == {"resnet_fast", "resnet_fast_cli.py", entry_points.partition("/")[0]}
     assert not [name for name in names if name.endswith(".so")]
     package = ROOT / "resnet_fast"
     expected = {str(path.relative_to(ROOT)) for kind in ("py", "json") for path in package.rglob(f"*.{kind}")}

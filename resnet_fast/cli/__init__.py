@@ -7,6 +7,7 @@ typer and rich; everything heavier is imported by the command that needs it.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -16,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from resnet_fast.cli import bench, classify, convert, demo, info, roofline, train, tune
-from resnet_fast.cli.common import UserError, one_line
+from resnet_fast.cli.common import Stopped, Terminated, UserError, one_line, stoppable
 
 _CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 """typer's base class of wrong arguments; it lives in another module in every other release."""
@@ -38,8 +39,9 @@ class _OneLineErrors(TyperGroup):
         try:
             returned = super().main(given or ["--help"], standalone_mode=False, **extra)
             status = returned if isinstance(returned, int) and returned else status
-        except typer.Abort:
-            status = _report("aborted", 130, debug)
+        except Stopped as error:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # nobody who presses it again wants a traceback
+            status = error.status if error.message is None else _report(error.message, error.status, debug)
         except UserError as error:
             status = _report(str(error), 1, debug)
         except _CLICK_ERROR as error:
@@ -50,6 +52,10 @@ class _OneLineErrors(TyperGroup):
             text = f"unexpected {type(error).__name__}: {one_line(error)} (--debug shows where)"
             status = _report(text, 70, debug)
         sys.exit(status)
+
+    def invoke(self, ctx: Any) -> Any:
+        with stoppable():
+            return super().invoke(ctx)
 
 
 def _report(message: str, status: int, debug: bool) -> int:
@@ -81,7 +87,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error (also RESNET_FAST_DEBUG=1).")
@@ -98,4 +104,17 @@ app.add_typer(train.app, name="train")
 def main() -> None:
     """The entry point of the console script."""
     warnings.formatwarning = lambda message, *_rest, **_more: f"resnet-fast: note: {one_line(message)}\n"
+    signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_leave_signals_to_the_parent)
     app(prog_name="resnet-fast")
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Terminated
+
+
+def _leave_signals_to_the_parent() -> None:
+    """Ctrl-C reaches every process of a terminal. Processes that read images are ended by the one that started them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

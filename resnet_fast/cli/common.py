@@ -20,6 +20,62 @@ class UserError(Exception):
     """Something the user can put right; the message is one line that says what was given and what would be right."""
 
 
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM ended a command; the message, if there is one, says what is kept and how to go on."""
+
+    def __init__(self, message: str | None, status: int) -> None:
+        super().__init__(message)
+        self.message, self.status = message, status
+
+
+_say_if_stopped: list[Callable[[], str | None]] = []
+_outputs: dict[Path, int | None] = {}
+"""The files that this command is to write, and when each was written before; None: it did not exist."""
+
+
+def if_stopped(say: Callable[[], str | None]) -> None:
+    """From here on ``say`` gives the line that the user reads if Ctrl-C or SIGTERM ends this command; None: no line."""
+    _say_if_stopped[:] = [say]
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Runs a command: a KeyboardInterrupt becomes a Stopped with the line that the command has last given."""
+    _outputs.clear()
+    if_stopped(_stopped)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stopped(_say_if_stopped[-1](), 143 if isinstance(error, Terminated) else 130) from error
+
+
+def _stopped() -> str:
+    written = {str(path): _written(path) != before for path, before in _outputs.items()}
+    kept = [name for name, done in written.items() if done]
+    missing = [name for name, done in written.items() if not done]
+    were = "were" if len(missing) > 1 else "was"
+    first = f"stopped before {' and '.join(missing)} {were} written" if missing else "stopped"
+    return "; ".join([first, *(f"{name} was written" for name in kept), "the same command starts again"])
+
+
+def _written(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does, with another exit status."""
+
+
+def training_stopped(checkpoint: Path, resume: bool) -> str:
+    """The line for a training that was stopped: where its checkpoint is, if it has one."""
+    if not checkpoint.is_file():
+        return f"stopped before the first checkpoint, {checkpoint}, was written; the same command starts again"
+    return f"stopped; the same command{'' if resume else ' with --resume'} goes on from {checkpoint}"
+
+
 class Precision(str, enum.Enum):
     """Number formats to compute in."""
 
@@ -74,6 +130,7 @@ def check_output(path: Path | None) -> None:
         raise UserError(f"{path} is a folder; give the name of a file")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
+    _outputs[path] = _written(path)
 
 
 @contextlib.contextmanager

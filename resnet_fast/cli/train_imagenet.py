@@ -19,10 +19,12 @@ from resnet_fast.cli.common import (
     UserError,
     as_user_errors,
     check_arch,
+    if_stopped,
     one_line,
     out_console,
     progress_bar,
     set_threads,
+    training_stopped,
 )
 
 
@@ -191,6 +193,7 @@ def imagenet(
         try:
             with distributed.start(device.value) as processes:
                 first = processes.first
+                if_stopped(lambda: training_stopped(out / imagenet.CHECKPOINT, resume) if first else None)
                 torch.backends.cudnn.benchmark = True  # all batches have the same shape
                 with progress_bar() if first else contextlib.nullcontext(_silent) as show:
                     imagenet.train(

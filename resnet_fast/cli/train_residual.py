@@ -9,7 +9,17 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from resnet_fast.cli.common import Threads, UserError, as_user_errors, one_line, out_console, progress_bar, set_threads
+from resnet_fast.cli.common import (
+    Threads,
+    UserError,
+    as_user_errors,
+    if_stopped,
+    one_line,
+    out_console,
+    progress_bar,
+    set_threads,
+    training_stopped,
+)
 
 if TYPE_CHECKING:
     from resnet_fast.training.digits import Digits
@@ -57,6 +67,7 @@ def residual(
         raise UserError(f"{path}: no checkpoint to go on from; leave --resume away to start")
     if not resume and path.exists():
         raise UserError(f"{path} exists; give --resume to go on with it, or another folder")
+    if_stopped(lambda: training_stopped(path, resume))
     set_threads(threads)
     console = out_console()
     with as_user_errors(ValueError, ImportError, OSError):

@@ -18,6 +18,7 @@ from resnet_fast.cli.common import (
     as_user_errors,
     check_arch,
     err_console,
+    if_stopped,
     one_line,
     out_console,
     progress_bar,
@@ -173,7 +174,9 @@ def _measure(waiting: tuple[Case, ...], gpu: GPU, path: Path, seconds: float, ag
 
     outcomes: list[Outcome] = []
     device = torch.device("cuda", torch.cuda.current_device())
-    stopped, broken, at = "", "", ""
+    stopped: KeyboardInterrupt | None = None
+    broken, at = "", ""
+    if_stopped(lambda: f"stopped; {path} keeps what was measured, and the same command goes on")
     with cuda.CudaRunner(gpu, device) as runner, progress_bar() as show:
 
         def progress(state: Progress) -> None:
@@ -189,8 +192,8 @@ def _measure(waiting: tuple[Case, ...], gpu: GPU, path: Path, seconds: float, ag
                     measured_with=cuda.versions(device), seconds=seconds, again=again,
                     progress=progress, finished=outcomes.append,
                 )  # fmt: skip
-        except KeyboardInterrupt:
-            stopped = "stopped; what was measured until then is kept"
+        except KeyboardInterrupt as error:
+            stopped = error
         except torch.OutOfMemoryError as error:
             raise UserError("the GPU's memory is too small for a problem; smaller --batch would fit") from error
         except RuntimeError as error:  # not one launch that is refused: the GPU takes no more of this process
@@ -198,8 +201,8 @@ def _measure(waiting: tuple[Case, ...], gpu: GPU, path: Path, seconds: float, ag
     _show(outcomes, gpu)
     measured = sum(outcome.finished and outcome.config is not None for outcome in outcomes)
     err_console().print(f"{measured} of {len(waiting)} problems written to {escape(str(path))}", soft_wrap=True)
-    if stopped:
-        err_console().print(stopped)
+    if stopped is not None:
+        raise stopped
     if broken:
         raise UserError(broken)
 

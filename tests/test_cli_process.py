@@ -1,0 +1,189 @@
+"""The command line as a process: help without torch, and what Ctrl-C and SIGTERM leave."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from resnet_fast import models
+from resnet_fast.benchmarking import compare
+from resnet_fast.cli import app, classify, common, convert
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+COMMANDS = ["bench", "classify", "convert", "demo", "info", "roofline", "train", "tune"]
+
+
+def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, **options)
+
+
+# --- the start
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--help",), ("-h",), ("--version",), ("-V",), ("clasify",), ("--verison",)]
+    + [(command, "--help") for command in COMMANDS]
+    + [
+        ("classify", "--topk", "many"),
+        ("train", "imagenet"),
+        ("train", "residual", "-h"),
+        ("bench", "--dtype", "int8"),
+    ],
+    ids=lambda each: " ".join(each) or "nothing",
+)
+def test_help_and_mistyped_arguments_need_no_torch(arguments: tuple[str, ...]) -> None:
+    code = "import sys, resnet_fast_cli\ntry: resnet_fast_cli.main()\nfinally: sys.exit('torch' in sys.modules)"
+    done = python("-c", code, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.stdout or done.stderr).strip()
+
+
+@pytest.mark.parametrize("module", ["resnet_fast", "resnet_fast.cli"])
+@pytest.mark.parametrize(
+    ("arguments", "says"), [("--version", "resnet-fast 0."), ("tune -h", "resnet-fast tune [OPTIONS]")]
+)
+def test_started_as_a_module(module: str, arguments: str, says: str) -> None:
+    done = python("-X", "importtime", "-m", module, *arguments.split())
+    assert done.returncode == 0 and says in done.stdout, done.stderr
+    assert re.search(r"\bresnet_fast\.cli\b", done.stderr) and not re.search(r"\btorch\b", done.stderr)
+
+
+def test_everywhere_else_all_is_imported() -> None:
+    """That registers the ops, which exported programs need. The command line has the same names, when it asks."""
+    ask = "import resnet_fast as rf; print(*(getattr(rf, name) for name in rf.__all__), sep='\\n')"
+    eager = f"import resnet_fast, sys; assert 'resnet_fast.ops' in sys.modules; {ask}"
+    lazy = f"import resnet_fast_cli, resnet_fast, sys; assert 'torch' not in sys.modules; {ask}"
+    shown = [re.sub(r" at 0x\w+", "", python("-c", code).stdout) for code in (eager, lazy)]
+    assert shown[0] == shown[1] and len(shown[0].splitlines()) > 15
+    done = python("-c", "import resnet_fast_cli, resnet_fast as rf; rf.resnet55")
+    assert done.stderr.endswith("AttributeError: module 'resnet_fast' has no attribute 'resnet55'\n")
+
+
+# --- the end
+
+
+def interrupt(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def stopped(*arguments: str | Path) -> str:
+    """The one line of a command that is interrupted."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 130, (result.exit_code, result.output, result.exception)
+    (line,) = result.stderr.splitlines()
+    return line.removeprefix("resnet-fast: ")
+
+
+def test_stopped_commands_say_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, image = tmp_path / "weights.pth", tmp_path / "image.png"
+    torch.save(models.resnet18(num_classes=2).state_dict(), weights)
+    Image.new("RGB", (40, 40)).save(image)
+    again = "the same command starts again"
+
+    table, plot = tmp_path / "table.json", tmp_path / "plot.png"
+    monkeypatch.setattr(compare, "compare", interrupt)
+    assert stopped("bench", "-a", "resnet18") == f"stopped; {again}"
+    assert (
+        stopped("bench", "--json", table, "--plot", plot) == f"stopped before {table} and {plot} were written; {again}"
+    )
+    assert not table.exists() and not plot.exists()
+
+    monkeypatch.setattr(classify, "_run", interrupt)
+    assert stopped("classify", image, "-a", "resnet18", "-w", weights) == f"stopped; {again}"
+
+    target = tmp_path / "target.safetensors"
+    target.write_bytes(b"of before")
+    monkeypatch.setattr(convert, "_write_tensors", interrupt)
+    assert stopped("convert", weights, target) == f"stopped before {target} was written; {again}"
+    assert target.read_bytes() == b"of before"
+
+    def write_and_stop(path: Path, *_: Any) -> None:
+        path.write_bytes(b"of now, in full")
+        interrupt()
+
+    monkeypatch.setattr(convert, "_write_tensors", write_and_stop)
+    assert stopped("convert", weights, target) == f"stopped; {target} was written; {again}"
+
+
+def test_a_second_command_knows_nothing_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "compare", interrupt)
+    assert "table.json" in stopped("bench", "--json", tmp_path / "table.json")
+    assert stopped("bench") == "stopped; the same command starts again"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_training_says_where_it_goes_on(resume: bool, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    assert str(path) in common.training_stopped(path, resume)
+    assert "before the first checkpoint" in common.training_stopped(path, resume)
+    path.write_bytes(b"")
+    assert common.training_stopped(path, resume).endswith(f" goes on from {path}")
+    assert ("--resume" in common.training_stopped(path, resume)) != resume
+
+
+class Training:
+    """``train imagenet`` in a process group of its own, as a terminal starts it."""
+
+    def __init__(self, data: Path, out: Path, *further: str) -> None:
+        arguments = (
+            "train", "imagenet", "--data", data, "--out", out, "--arch", "resnet18", "--epochs", "50", "-b", "4",
+            "--image-size", "32", "--workers", "2", "--checkpoint-every", "1", "--device", "cpu", "--threads", "1",
+        )  # fmt: skip
+        code = "import resnet_fast_cli; resnet_fast_cli.main()"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments), *further],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition() and self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def end(self, number: int, group: bool) -> tuple[str, str]:
+        (os.killpg if group else os.kill)(self.process.pid, number)
+        try:
+            return self.process.communicate(timeout=60)
+        finally:
+            self.process.kill()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups to send signals to")
+def test_a_stopped_training_goes_on(tmp_path: Path) -> None:
+    """With reading processes, which get Ctrl-C as well, and leave the word to the first one."""
+    for part, count in (("train", 12), ("val", 4)):
+        for number in range(count):
+            folder = tmp_path / "data" / part / "ab"[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (9 * number, 50, 90)).save(folder / f"{number}.png")
+    out = tmp_path / "out"
+    path = out / "checkpoint.safetensors"
+
+    first = Training(tmp_path / "data", out)
+    first.wait_for(path.exists)
+    output, said = first.end(signal.SIGINT, group=True)
+    assert first.process.returncode == 130, (first.process.returncode, output, said)
+    assert said == f"resnet-fast: stopped; the same command with --resume goes on from {path}\n"
+
+    before = path.stat().st_mtime_ns
+    second = Training(tmp_path / "data", out, "--resume")
+    second.wait_for(lambda: path.stat().st_mtime_ns != before)
+    output, said = second.end(signal.SIGTERM, group=False)
+    assert second.process.returncode == 143, (second.process.returncode, output, said)
+    assert said == f"resnet-fast: stopped; the same command goes on from {path}\n"
+    assert "; resumed in epoch " in output
+    assert {each.name for each in out.iterdir()} <= {path.name, "metrics.csv"}  # no temporary file
