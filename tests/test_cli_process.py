@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -133,6 +134,17 @@ def test_a_training_says_where_it_goes_on(resume: bool, tmp_path: Path) -> None:
     path.write_bytes(b"")
     assert common.training_stopped(path, resume).endswith(f" goes on from {path}")
     assert ("--resume" in common.training_stopped(path, resume)) != resume
+
+
+def test_an_interrupt_that_was_dropped_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dropped(*_: Any, progress: Callable[[str, float], None], **__: Any) -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # as C++ code that clears every error does
+            common.interrupt(signal.SIGINT, None)
+        progress("timing", 0.5)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(compare, "compare", dropped)
+    assert stopped("bench") == "stopped; the same command starts again"
 
 
 class Training:

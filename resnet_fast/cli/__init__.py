@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from resnet_fast.cli import bench, classify, convert, demo, info, roofline, train, tune
-from resnet_fast.cli.common import Stopped, Terminated, UserError, one_line, stoppable
+from resnet_fast.cli.common import Stopped, UserError, interrupt, one_line, stoppable
 
 _CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 """typer's base class of wrong arguments; it lives in another module in every other release."""
@@ -104,14 +104,11 @@ app.add_typer(train.app, name="train")
 def main() -> None:
     """The entry point of the console script."""
     warnings.formatwarning = lambda message, *_rest, **_more: f"resnet-fast: note: {one_line(message)}\n"
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_leave_signals_to_the_parent)
     app(prog_name="resnet-fast")
-
-
-def _terminate(number: int, frame: Any) -> None:
-    raise Terminated
 
 
 def _leave_signals_to_the_parent() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,9 +44,12 @@ def stoppable() -> Iterator[None]:
     """Runs a command: a KeyboardInterrupt becomes a Stopped with the line that the command has last given."""
     _outputs.clear()
     if_stopped(_stopped)
+    _pending.clear()
     try:
         yield
+        check_interrupted()
     except KeyboardInterrupt as error:
+        _pending.clear()
         raise Stopped(_say_if_stopped[-1](), 143 if isinstance(error, Terminated) else 130) from error
 
 
@@ -67,6 +71,22 @@ def _written(path: Path) -> int | None:
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does, with another exit status."""
+
+
+_pending: list[type[KeyboardInterrupt]] = []
+"""What a signal has raised, until it has ended the command."""
+
+
+def interrupt(number: int, frame: object) -> None:
+    """The handler of SIGINT and SIGTERM."""
+    _pending[:] = [Terminated if number == signal.SIGTERM else KeyboardInterrupt]
+    raise _pending[0]
+
+
+def check_interrupted() -> None:
+    """Raises once more what was lost in code that drops exceptions, as imports of torch and numpy do in places."""
+    if _pending:
+        raise _pending[0]
 
 
 def training_stopped(checkpoint: Path, resume: bool) -> str:
@@ -170,6 +190,7 @@ def progress_bar(total: float | None = 1.0) -> Iterator[Callable[[str, float], N
         task = bar.add_task("starting", total=total)
 
         def show(stage: str, fraction: float) -> None:
+            check_interrupted()
             bar.update(task, description=stage, completed=fraction)
 
         yield show
