@@ -701,6 +701,28 @@ def test_a_gpu_that_is_lost_is_said_behind_what_was_measured(
     assert len(table["conv_bn_act"]) > 5 and len(table["conv_bn_act.cuda"]) == 1
 
 
+def test_a_stopped_command_shows_and_keeps_what_was_measured(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(Faulting):
+        def seconds(self, config: Any) -> float:
+            if len(self.loaded) == 2:
+                raise KeyboardInterrupt
+            return super().seconds(config)
+
+    cli = importlib.import_module("resnet_fast.cli.tune")
+    monkeypatch.setattr(cli, "_this_gpu", lambda: H100)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "CudaRunner", lambda *given: Interrupted(slowness=1.0))
+    monkeypatch.setattr(cuda, "versions", lambda device: WITH)
+    result = invoke("--model", "resnet18", "--batch", "4", "--op", "conv_bn_act")
+    path = folders[1] / "h100.json"
+    assert result.exit_code == 130 and "measured on h100" in result.output, result.output
+    last = f"resnet-fast: stopped; {path} keeps what was measured, and the same command goes on"
+    assert result.output.splitlines()[-1] == last
+    assert len(_tables.read(path)["conv_bn_act"]) == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_one_line_says_so() -> None:
     ran = subprocess.run([sys.executable, "-m", "resnet_fast.cli", "tune"], capture_output=True, text=True, timeout=120)
