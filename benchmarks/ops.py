@@ -165,7 +165,7 @@ def _plain_conv(
 ) -> Tensor:
     """torch's layers for the same: convolution, batch norm, addition, ReLU."""
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-    y = F.batch_norm(F.conv2d(x, weight, **how), zero, one, scale, shift, eps=0.0)
+    y = F.batch_norm(F.conv2d(x, weight, **how), zero, one, scale, shift, eps=1e-30)  # torch 2.11 refuses 0
     if residual is not None:
         y = y + residual
     return F.relu(y, inplace=True) if relu else y

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
+import sys
 
 import torch
 
-_library = torch.library.Library("torchvision", "FRAGMENT")
-for _name in ("nms", "qnms"):
-    # Already there where torchvision's own C++ library was loaded.
-    with contextlib.suppress(RuntimeError):
+try:
+    # First, since its C++ library, where it loads, ends the process if somebody else has defined its ops.
+    import torchvision  # noqa: F401
+except RuntimeError:  # "operator torchvision::nms does not exist"
+    for _name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[_name]
+    _library = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
         _library.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

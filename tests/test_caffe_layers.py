@@ -292,6 +292,35 @@ def test_training_with_stored_statistics_leaves_them_alone() -> None:
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("zero", [False, True])
+def test_an_eps_of_zero_is_caffe_s(zero: bool) -> None:
+    """Some torch versions refuse it; without a scale behind it and with, fused and not."""
+    nets = caffe_files.definition(
+        {"data": (3, 2, 5, 4)},
+        ("alone", d.BatchNorm(True, 0.999, 0.0), "data"),
+        ("conv", d.Convolution(3, (3, 3)), "alone"),
+        ("norm", d.BatchNorm(True, 0.999, 0.0), "conv", "conv"),
+        ("scale", d.Scale(bias_term=True), "conv", "conv"),
+    )
+    net, x = caffe_files.network(nets).double(), caffe_files.image(3, 2, 5, 4).double()
+    if zero:
+        net.layer("norm").variance[1] = 0
+    alone, norm, scale = (net.layer(name) for name in ("alone", "norm", "scale"))
+    wide = alone.statistics()
+    inner = (x - wide[0][:, None, None]) / wide[1][:, None, None].sqrt()
+    torch.testing.assert_close(net.blobs(x, ["alone"])["alone"], inner)
+    mean, variance = (value[:, None, None] for value in norm.statistics())
+    expected = (net.layer("conv")(inner) - mean) / variance.sqrt()
+    expected = expected * scale.weight[:, None, None] + scale.bias[:, None, None]
+    finite, plain = expected.isfinite(), net(x)
+    torch.testing.assert_close(plain[finite], expected[finite])
+    assert torch.equal(plain.isfinite(), finite) and finite.all() != zero
+    fast = rf.optimize(net, example_inputs=x)
+    torch.testing.assert_close(fast(x), plain, equal_nan=True)
+    reasons = {row.name: row.reason for row in fast.report().rows}
+    assert ("divides by 0" in reasons["norm"]) == zero
+
+
 @pytest.mark.parametrize("use_global_stats", [True, None])
 def test_gradients(use_global_stats: bool | None) -> None:
     net = caffe_files.network(_small(use_global_stats)).double().train()

@@ -47,7 +47,7 @@ def plain(
     """The layers of torch, each rounding to x's dtype: conv2d, batch_norm, add, relu."""
     y = nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-    y = nn.functional.batch_norm(y, zero, one, scale, shift, False, 0.0, 0.0)
+    y = nn.functional.batch_norm(y, zero, one, scale, shift, False, 0.0, 1e-30)
     act = nn.functional.relu if activation == "relu" else (lambda t: t)
     if residual is None:
         return act(y)

@@ -6,6 +6,7 @@ folds batch norms takes the pair BatchNorm, Scale (or either alone) into the con
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from resnet_fast.graph import ir
 from resnet_fast.graph.normalize import put, register
 
 from . import layers
+
+#: An eps that changes no variance: F.batch_norm may refuse 0.
+_NOTHING = sys.float_info.min
 
 
 def _module(gm: fx.GraphModule, node: fx.Node) -> Any:
@@ -38,9 +42,12 @@ def _batch_norm(gm: fx.GraphModule, node: fx.Node) -> None:
     factor = module.factor.double()
     inverse = torch.where(factor == 0, factor, 1 / factor)
     dtype = module.mean.dtype
+    wide = module.variance.double() * inverse
+    if module.eps == 0 and not (wide > 0).all():
+        return ir.reject(node, "it divides by 0: eps is 0, and so is a variance")
     mean = _constant(gm, node, "mean", module.mean.double() * inverse, dtype)
-    variance = _constant(gm, node, "variance", module.variance.double() * inverse, dtype)
-    put(gm, node, ir.BATCH_NORM, node.args[0], mean, variance, None, None, False, 0.0, module.eps)
+    variance = _constant(gm, node, "variance", wide, dtype)
+    put(gm, node, ir.BATCH_NORM, node.args[0], mean, variance, None, None, False, 0.0, module.eps or _NOTHING)
 
 
 def _scale(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -54,7 +61,7 @@ def _scale(gm: fx.GraphModule, node: fx.Node) -> None:
     variance = _constant(gm, node, "ones", torch.ones_like(weight), dtype)
     bias = None if module.bias is None else module.bias.detach().double()
     parameters = _constant(gm, node, "weight", weight, dtype), _constant(gm, node, "bias", bias, dtype)
-    put(gm, node, ir.BATCH_NORM, node.args[0], mean, variance, *parameters, False, 0.0, 0.0)
+    put(gm, node, ir.BATCH_NORM, node.args[0], mean, variance, *parameters, False, 0.0, _NOTHING)
 
 
 def _eltwise(gm: fx.GraphModule, node: fx.Node) -> None:

@@ -53,7 +53,8 @@ class BatchNorm(nn.Module):
         if self.of_batch:
             return self._of_batch(x)
         mean, variance = self.statistics()
-        return F.batch_norm(x, mean, variance, None, None, False, 0.0, self.eps)
+        # F.batch_norm may refuse eps = 0, which Caffe takes.
+        return torch.batch_norm(x, None, None, mean, variance, False, 0.0, self.eps, torch.backends.cudnn.enabled)
 
     def _of_batch(self, x: Tensor) -> Tensor:
         if not x.numel():

@@ -97,7 +97,7 @@ def plain(problem: Problem, tensors: dict[str, Tensor], precision: str) -> Tenso
     if precision == "tf32":
         x, weight = rounded_to_tf32(x), rounded_to_tf32(weight)
     y = conv(problem, x, weight)
-    y = nn.functional.batch_norm(y, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, False, 0.0, 0.0)
+    y = nn.functional.batch_norm(y, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, False, 0.0, 1e-30)
     y = y.permute(0, 2, 3, 1)
     if problem.residual == "before":
         y = y + residual

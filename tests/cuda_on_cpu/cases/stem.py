@@ -101,7 +101,7 @@ def kernel_weight(weight: Tensor) -> Tensor:
 def plain(problem: Problem, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """The layers of torch in x's dtype; [N, P, Q, K]."""
     y = nn.functional.conv2d(x, weight, None, 2, 3)
-    y = nn.functional.batch_norm(y, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, False, 0.0, 0.0)
+    y = nn.functional.batch_norm(y, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, False, 0.0, 1e-30)
     y = nn.functional.max_pool2d(y.relu(), 3, 2, 0 if problem.ceil_mode else 1, ceil_mode=problem.ceil_mode)
     return y.permute(0, 2, 3, 1).contiguous()
 
