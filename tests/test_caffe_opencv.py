@@ -272,7 +272,10 @@ def opencv_differs(p: d.Pooling, size: tuple[int, int]) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _level() -> None:
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    if hasattr(cv2, "setLogLevel"):  # OpenCV before 4.13
+        cv2.setLogLevel(0)
+    else:
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def opencv_pool(p: d.Pooling, x: Tensor) -> Tensor:
