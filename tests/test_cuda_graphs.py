@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import resnet_fast as rf
-from resnet_fast.graph.cuda_graphs import SHAPES_KEPT, Recorder, RecordingFailed, why_not_recordable
+from resnet_fast.graph.cuda_graphs import SHAPES_KEPT, Recorder, RecordingFailed, recording, why_not_recordable
 
 from .networks import small
 from .triton_device import DEVICE, needs_triton
@@ -46,7 +47,7 @@ def test_the_first_image_of_a_shape_runs_and_the_second_is_recorded() -> None:
     recorder = Recorder(run, gpu)
     for count, x in enumerate(torch.randn(4, 2, 3)):
         assert torch.equal(recorder(x), x * 2)
-        assert (gpu.recorded, gpu.replayed) == (min(count, 1), count)
+        assert (gpu.recorded, gpu.replayed) == (min(count, 1), count and count + 1)  # one more: it is tried first
     other = torch.randn(3, 2)
     assert torch.equal(recorder(other), other * 2) and gpu.recorded == 1
     assert torch.equal(recorder(other.t()), other.t() * 2) and gpu.recorded == 1  # another layout: another recording
@@ -122,6 +123,106 @@ def test_loading_constants_anywhere_in_the_module_makes_recordings_void() -> Non
     assert torch.equal(fused._recorded(x), fused(x)) and gpu.recorded == 2
 
 
+class Cuda:
+    """As much of torch.cuda as recording asks for: two devices, of which a stream captures its own alone."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device = self.streams = 0
+        self.captured: list[tuple[int, Any, object]] = []
+        for name in ("current_device", "Stream", "graph_pool_handle", "CUDAGraph", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def current_device(self) -> int:
+        return self.device
+
+    def Stream(self, device: int) -> tuple[str, int, int]:
+        self.streams += 1
+        return "stream", device, self.streams
+
+    def graph_pool_handle(self) -> object:
+        return object()
+
+    def CUDAGraph(self) -> Any:
+        class Graph:
+            replay = staticmethod(lambda: None)  # as of one that captured nothing
+
+        return Graph()
+
+    @contextmanager
+    def graph(self, graph: Any, pool: object, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        self.captured.append((self.device, stream, pool))
+        yield
+
+
+def test_each_device_captures_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus, record = Cuda(monkeypatch), recording()
+    for gpus.device in (0, 1, 0, 1):
+        assert record(lambda: 7)[0] == 7
+    (_, first, pool), (_, second, other), *again = gpus.captured
+    assert first[:2] == ("stream", 0) and second[:2] == ("stream", 1) and pool is not other
+    assert [device for device, *_ in again] == [0, 1]
+    assert again[0][1:] == (first, pool) and again[1][1:] == (second, other)  # whose memory belongs to that stream
+
+
+def test_a_graph_that_captured_nothing_is_never_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    Cuda(monkeypatch)
+    recorder = Recorder(lambda x: {"double": [x * 2]})
+    recorder(torch.ones(2))
+    for _ in range(2):
+        with pytest.raises(RecordingFailed, match="a replay for another image gives other values"):
+            recorder(torch.ones(2))
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_constant_network_can_be_recorded(value: float) -> None:
+    gpu = Replayed()
+    recorder = Recorder(lambda x: x * 0 + value, gpu)
+    for _ in range(3):
+        torch.testing.assert_close(recorder(torch.ones(2)), torch.full((2,), value), equal_nan=True)
+    assert gpu.recorded == 1
+
+
+def test_half_captured_is_seen() -> None:
+    """What ran beside the capture keeps the first image's values."""
+
+    def record(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        result = function()
+        return result, lambda: result[1].copy_(function()[1])
+
+    recorder = Recorder(lambda x: (x * 2, x * 3), record)
+    recorder(torch.ones(2))
+    with pytest.raises(RecordingFailed, match="other values"):
+        recorder(torch.ones(2))
+
+
+class OnGPU(Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_memory_is_kept_for_every_stream_that_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    streams: list[Any] = []
+
+    class Stream:
+        def wait_event(self, event: object) -> None: ...
+
+    class Event:
+        def record(self, stream: object) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[-1])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    kept: list[object] = []
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: kept.append(stream))
+    recorder, x = Recorder(lambda x: x + 1, Replayed()), torch.ones(2).as_subclass(OnGPU)
+    for _ in range(4):
+        streams.append(Stream())
+        assert torch.equal(recorder(x).as_subclass(Tensor), torch.full((2,), 2.0))
+    assert kept == streams[1:]  # the first call only ran
+
+
 def test_a_refused_recording_is_reported_and_the_run_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         raise RuntimeError("CUDA out of memory")
@@ -136,13 +237,10 @@ def test_a_refused_recording_is_reported_and_the_run_goes_on_without(monkeypatch
     x = torch.randn(1, 3, 64, 64)
     want = fused(x)
 
-    class Cuda(Tensor):  # what forward asks an image before it records
-        is_cuda = True
-
     monkeypatch.setattr(fused, "_recorded", recorder_that_refuses := Refused())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with pytest.warns(rf.backends.FallbackWarning, match="no longer recorded as CUDA graphs: out of memory"):
-        got = fused(x.as_subclass(Cuda))
+        got = fused(x.as_subclass(OnGPU))
     assert torch.equal(got.as_subclass(Tensor), want) and recorder_that_refuses.asked == 1
     assert fused.cuda_graphs is False
 

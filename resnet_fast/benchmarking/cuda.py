@@ -47,7 +47,7 @@ def capture(run: Callable[[], Tensor]) -> Captured:
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         output = run()
     torch.cuda.synchronize()
     return graph.replay, output

@@ -58,18 +58,21 @@ def _selects(node: fx.Node) -> bool:
 
 
 def recording() -> Record:
-    """Captures functions in CUDA graphs on the current device, which all work in the same memory.
+    """Captures functions in CUDA graphs on the current device, of which all on one device work in the same memory.
 
     They may share it since no two run at once and nothing in it is read after its graph's replay and the copies of
-    the results behind it.
+    the results behind it. Each device has a stream of its own: torch's default one belongs to the first device of the
+    process, and what then runs on another is not captured.
     """
-    pool: list[Any] = []
+    places: dict[int, tuple[torch.cuda.Stream, Any]] = {}
 
     def record(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        if not pool:
-            pool.append(torch.cuda.graph_pool_handle())
+        device = torch.cuda.current_device()
+        if device not in places:
+            places[device] = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        stream, pool = places[device]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool[0], capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             result = function()
         return result, graph.replay
 
@@ -85,8 +88,24 @@ def _same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
     return len(a) == len(b) and all(one is other for one, other in zip(a, b, strict=True))
 
 
+def _other(image: Tensor) -> Tensor:
+    """An image that nobody's is: all values from -1 to 1."""
+    return torch.linspace(-1, 1, image.numel(), device=image.device).view(image.shape).to(image.dtype)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two results are the same in every bit but NaN's."""
+    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
+    return all(
+        torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
+        if isinstance(one, Tensor)
+        else one == other
+        for one, other in pairs
+    )
+
+
 class RecordingFailed(RuntimeError):
-    """The GPU or its driver refused to record a run; the message is its own."""
+    """The GPU or its driver refused to record a run, in its own words, or replays something else than the run."""
 
 
 @dataclass
@@ -106,7 +125,8 @@ class Recorder:
     objects than at the recording make all recordings void.
 
     Raises:
-        RecordingFailed: a run could not be recorded. Nothing is lost, it can run as usual.
+        RecordingFailed: a run could not be recorded, or the first replay, of another image, did not give what running
+            gives. Nothing is lost, it can run as usual.
     """
 
     def __init__(
@@ -144,6 +164,8 @@ class Recorder:
             if recorded is None:
                 recorded = self._seen[key] = self._recorded(x, constants)
             recorded.image.copy_(x)
+            if x.is_cuda:  # when it is forgotten, nobody gets its memory before the replays on all streams are over
+                recorded.image.record_stream(torch.cuda.current_stream(x.device))
             recorded.replay()
             result = pytree.tree_map_only(Tensor, torch.clone, recorded.result)
             self._done(x)
@@ -161,8 +183,14 @@ class Recorder:
             try:
                 self._run(image)  # compiles what this image's own layout and address need, which capture may not do
                 result, replay = self._record(lambda: self._run(image))
+                image.copy_(_other(image))
+                expected = self._run(image)
+                replay()
+                same = _equal(result, expected)
             except Exception as error:  # out of memory, for one: a recording keeps what it works in
                 raise RecordingFailed(str(error)) from error
+            if not same:
+                raise RecordingFailed("a replay for another image gives other values than the run it was recorded from")
         return _Recorded(image, result, replay, constants)
 
     def _wait(self, x: Tensor) -> None:

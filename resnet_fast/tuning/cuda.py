@@ -172,7 +172,7 @@ class CudaRunner:
             once = 1e-3 * begin.elapsed_time(end) / len(launches)
             rounds = math.ceil(min(_MOST_LAUNCHES, _SECONDS / max(once, 1e-7)) / len(launches))
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):
                 for _ in range(rounds):
                     for launch in launches:
                         launch()
