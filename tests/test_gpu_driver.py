@@ -57,6 +57,7 @@ def model() -> nn.Module:
 # --- the whole thing
 
 
+@pytest.mark.slow
 def test_dry_run_does_everything_up_to_the_first_launch(tmp_path: Path) -> None:
     """As on a machine where nothing is installed: the package comes from the overlay alone."""
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RESNET_FAST_COMMIT")}

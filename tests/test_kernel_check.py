@@ -392,6 +392,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_the_command_fails_on_a_planted_spill_and_on_a_changed_row(tmp_path: Path) -> None:
     """One launch in place of the networks', once absurdly large."""
     script = tmp_path / "planted.py"

@@ -307,6 +307,7 @@ def test_reduced_precision_keeps_float32_parameters(data: Path, precision: str) 
 # --- one process
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_is_the_whole_run_bit_for_bit(data: Path, tmp_path: Path) -> None:
     whole = options(data, tmp_path / "whole", checkpoint_every=100)
     lines: list[str] = []
@@ -471,6 +472,7 @@ def together(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return out, done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_with_joint_statistics_are_one_with_the_joint_batch(together: tuple[Path, str]) -> None:
     folder, _ = together
     batches = load_file(folder / "batches")
@@ -500,6 +502,7 @@ def test_two_processes_with_joint_statistics_are_one_with_the_joint_batch(togeth
         assert_obeys_error_rule(joined(ours, kind), joined(single, kind), joined(exact, kind), kind)
 
 
+@pytest.mark.slow
 def test_two_processes_resume_bit_for_bit(together: tuple[Path, str]) -> None:
     folder, printed = together
     lines = printed.splitlines()  # of process 0 alone
@@ -512,6 +515,7 @@ def test_two_processes_resume_bit_for_bit(together: tuple[Path, str]) -> None:
     same_rows(folder / "whole", folder / "cut")
 
 
+@pytest.mark.slow
 def test_two_processes_count_each_validation_image_once(together: tuple[Path, str], data: Path) -> None:
     folder, _ = together
     row = metrics.read(folder / "whole" / imagenet.METRICS)[-1]

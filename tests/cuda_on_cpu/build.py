@@ -105,6 +105,8 @@ def build(sanitize: bool = True, selftest: bool = False) -> Path:
     """
     if unavailable(sanitize):
         raise RuntimeError(unavailable(sanitize))
+    import fcntl  # Windows has none, and no emulator
+
     sources = [HERE / "emulator.cpp"]
     if selftest:
         sources.append(HERE / "selftest.cu")
@@ -112,7 +114,9 @@ def build(sanitize: bool = True, selftest: bool = False) -> Path:
         sources.append(ROOT / "csrc" / "binding.cpp")
         sources += [path for path in kernel_sources() if path.suffix != ".cuh"]
     _staged()  # before the threads, which would make the links at once
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    # Another process that wants the same waits for it instead of compiling it, too.
+    with (cache() / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         objects = list(pool.map(lambda source: _object(source, sanitize), sources))
     flags = [*(_SANITIZE if sanitize else ()), "-shared"]
     key = _hash(*(path.name for path in objects), *flags)
