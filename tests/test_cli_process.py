@@ -53,6 +53,16 @@ def test_help_and_mistyped_arguments_need_no_torch(arguments: tuple[str, ...]) -
     assert (done.stdout or done.stderr).strip()
 
 
+def test_completion() -> None:
+    code = "import resnet_fast_cli; resnet_fast_cli.main()"
+    asked = {
+        "_RESNET_FAST_COMPLETE": "complete_bash",
+        "COMP_WORDS": "resnet-fast train imagenet --pre",
+        "COMP_CWORD": "3",
+    }
+    assert python("-c", code, env={**os.environ, **asked}).stdout.split() == ["--precision"]
+
+
 @pytest.mark.parametrize("module", ["resnet_fast", "resnet_fast.cli"])
 @pytest.mark.parametrize(
     ("arguments", "says"), [("--version", "resnet-fast 0."), ("tune -h", "resnet-fast tune [OPTIONS]")]

@@ -69,7 +69,6 @@ app = typer.Typer(
     name="resnet-fast",
     cls=_OneLineErrors,
     help="ResNet made of fused kernels: classify images, measure this machine, see what is used and why.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
