@@ -7,14 +7,19 @@ import io
 import multiprocessing
 import pickle
 import threading
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import tv_tensors
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -490,3 +495,275 @@ def test_batch_norm_variants_fold_exactly() -> None:
         module.eval()
         x = torch.randn(2, 4, 9, 9)
         assert close(module(x), torch.relu(module.bn(module.conv(x)))), kwargs
+
+
+# --- whatever else somebody does to torch's layers
+
+
+def small_twins(**kwargs: Any) -> tuple[nn.Module, nn.Module]:
+    """A small ResNet of ours and torchvision's with the same parameters, in eval mode."""
+    theirs = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5, **kwargs)
+    ours = rf.models.ResNet(rf.models.BasicBlock, [1, 1, 1, 1], num_classes=5, **kwargs)
+    ours.load_state_dict(randomise(theirs).state_dict())
+    return ours.eval(), theirs.eval()
+
+
+def _scaled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: function(*args, **kwargs) * 0.9
+
+
+REPLACED = [
+    (nn.BatchNorm2d, "forward"), (nn.modules.batchnorm._BatchNorm, "forward"), (nn.BatchNorm2d, "_call_impl"),
+    (nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"), (nn.Conv2d, "__call__"), (nn.ReLU, "forward"),
+    (nn.MaxPool2d, "forward"), (nn.AdaptiveAvgPool2d, "forward"), (nn.Linear, "forward"), (nn.Sequential, "forward"),
+    (F, "conv2d"), (F, "batch_norm"), (F, "relu"), (F, "max_pool2d"), (F, "adaptive_avg_pool2d"), (F, "linear"),
+    (torch, "batch_norm"), (torch, "relu_"), (torch, "max_pool2d"), (torch._C._nn, "adaptive_avg_pool2d"),
+    (torch, "flatten"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("owner", "name"), REPLACED, ids=lambda v: v if isinstance(v, str) else v.__name__)
+def test_functions_of_torchs_that_were_replaced(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Live models and snapshots call what stands there now, and are fused again when it is put back."""
+    ours, theirs = small_twins()
+    x = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        before = theirs(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, _scaled(getattr(owner, name)))
+            want = theirs(x)
+            assert not close(before, want, 1e-2), "the replacement changes nothing"
+            assert close(ours(x), want)
+            if (owner, name) != (torch, "flatten"):  # it is in the model's own forward, which is traced
+                assert close(rf.optimize(theirs)(x), want)
+        assert close(ours(x), before)
+
+
+INSTANCES: dict[str, Edit] = {
+    "_conv_forward": lambda m: setattr(m.conv1, "_conv_forward", _scaled(m.conv1._conv_forward)),
+    "the stem's forward": lambda m: setattr(m.bn1, "forward", _scaled(m.bn1.forward)),
+    "_call_impl": lambda m: setattr(m.layer1[0].bn1, "_call_impl", _scaled(m.layer1[0].bn1._call_impl)),
+    "_check_input_dim": lambda m: setattr(m.layer2[0].bn1, "_check_input_dim", lambda x: x.mul_(0.9)),
+    "a shortcut's norm": lambda m: setattr(m.layer2[0].downsample, "forward", _scaled(m.layer2[0].downsample.forward)),
+    "compile": lambda m: setattr(m.layer1[0].conv2, "_compiled_call_impl", _scaled(m.layer1[0].conv2._call_impl)),
+    "the classifier": lambda m: setattr(m.fc, "forward", _scaled(m.fc.forward)),
+    "the pool": lambda m: setattr(m.avgpool, "_slow_forward", None) or setattr(m.avgpool, "forward", _half_pool),
+}
+
+
+def _half_pool(x: Tensor) -> Tensor:
+    return x.mean((2, 3), keepdim=True) / 2
+
+
+@pytest.mark.parametrize("change", INSTANCES)
+def test_methods_of_one_layer_that_were_replaced(change: str) -> None:
+    ours, theirs = small_twins()
+    x = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        before = theirs(x)
+        for model in (ours, theirs):
+            INSTANCES[change](model)
+        want = theirs(x)
+        assert not close(before, want, 1e-3), "the replacement changes nothing"
+        assert close(ours(x), want)
+
+
+def test_a_replaced_module_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As profilers do it for every module of the process."""
+    ours, theirs = small_twins()
+    x = torch.randn(1, 3, 40, 40)
+    seen: list[str] = []
+    call = nn.Module.__call__
+
+    def noted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen.append(type(self).__name__)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "__call__", noted)
+    counts = []
+    for model in (ours, theirs):
+        seen.clear()
+        model(x)
+        counts.append(sorted(seen))
+    assert counts[0] == counts[1] and counts[0].count("Conv2d") == 12
+
+
+class _Counting(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[getattr(func, "__name__", str(func))] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_modes_see_torchs_own_calls(training: bool) -> None:
+    """A function mode sees every layer, a FlopCounterMode counts what it counts for torchvision's model."""
+    x = torch.randn(2, 3, 40, 40)
+    called, flops = [], []
+    for model in small_twins():
+        model.train(training)
+        with _Counting() as mode:
+            model(x)
+        called.append({name: n for name, n in mode.calls.items() if name in ("conv2d", "batch_norm", "relu", "linear")})
+        with FlopCounterMode(display=False) as counter:
+            model(x).sum().backward()
+        flops.append(counter.get_total_flops())
+    assert called[0] == called[1] and called[0]["conv2d"] == 12
+    assert flops[0] == flops[1] > 0
+
+
+def test_a_mode_that_changes_results_counts() -> None:
+    class Doubling(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            return out * 2 if func is torch.conv2d else out
+
+    ours, theirs = small_twins()
+    x = torch.randn(1, 3, 40, 40)
+    with torch.no_grad():
+        before = theirs(x)
+        with Doubling():
+            want = theirs(x)
+            assert close(ours(x), want) and not close(want, before, 1e-2)
+        assert close(ours(x), before)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_default_device_changes_nothing(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a function mode too, but only of calls that make tensors: the models stay fused."""
+    ours, theirs = (model.double() for model in small_twins())
+    x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    calls: list[int] = []
+    for name in ("conv_bn_act", "head"):
+        op = getattr(rf.ops, name)
+        monkeypatch.setattr(rf.ops, name, lambda *a, op=op, **k: calls.append(1) or op(*a, **k))
+    with torch.device("meta"):
+        got, want = (model.train(training)(x) for model in (ours, theirs))
+        assert got.device.type == "cpu" and close(got, want) and len(calls) == (1 if training else 12)
+        for out in (got, want):
+            out.square().sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert close(p.grad, q.grad, 1e-10), name
+
+
+class _Scaled(Tensor):
+    """A weight stored as a tensor and a factor, as quantised ones are; it knows how torch's layers compute with it."""
+
+    factor: float
+
+    @staticmethod
+    def __new__(cls, stored: Tensor, factor: float) -> Any:
+        made = Tensor._make_wrapper_subclass(cls, stored.shape, dtype=stored.dtype, device=stored.device)  # type: ignore[attr-defined]
+        made.stored, made.factor = stored, factor
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].stored, args[0].factor)
+        plain = [a.stored * a.factor if isinstance(a, cls) else a for a in args]
+        return func(*plain, **(kwargs or {}))
+
+
+SUBCLASSED = ["fc.weight", "fc.bias", "conv1.weight", "layer1.0.conv2.weight", "layer2.0.downsample.0.weight",
+              "layer2.0.bn1.weight", "bn1.running_var", "layer3.0.bn2.running_mean"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SUBCLASSED)
+def test_weights_that_are_tensor_subclasses(name: str) -> None:
+    ours, theirs = small_twins()
+    x = torch.randn(2, 3, 40, 40)
+    for model in (ours, theirs):
+        layer = model.get_submodule(name.rpartition(".")[0])
+        last = name.rpartition(".")[2]
+        value = _Scaled(getattr(layer, last).detach(), 0.5)
+        setattr(layer, last, nn.Parameter(value, requires_grad=False) if last in ("weight", "bias") else value)
+    with torch.no_grad():
+        assert close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_images_that_are_tensor_subclasses(training: bool) -> None:
+    """torchvision's images, and a subclass of somebody's that watches every call."""
+
+    class Logged(Tensor):
+        seen: ClassVar[list[str]] = []
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            cls.seen.append(getattr(func, "__name__", ""))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    ours, theirs = (model.train(training) for model in small_twins())
+    x = torch.randn(2, 3, 40, 40)
+    assert close(ours(tv_tensors.Image(x)), theirs(tv_tensors.Image(x)))
+    counts = []
+    for model in (ours, theirs):
+        Logged.seen.clear()
+        out = model(x.as_subclass(Logged))
+        assert type(out) is Logged
+        counts.append(Counter(name for name in Logged.seen if name in ("conv2d", "batch_norm", "linear", "relu_")))
+    assert counts[0] == counts[1] and counts[0]["conv2d"] == 12
+
+
+def test_why_a_layer_runs_plain_is_recorded() -> None:
+    ours, _ = small_twins()
+    ours.layer1[0].conv1._conv_forward = ours.layer1[0].conv1._conv_forward
+    before = Counter(rf.backends.fallbacks())
+    ours(torch.randn(1, 3, 33, 33))
+    new = Counter(rf.backends.fallbacks()) - before
+    assert any("_conv_forward of a Conv2d" in reason for _, reason in new)
+
+
+class _Frozen(nn.Module):
+    """A frozen norm of somebody's own, whose eps is for show: the statistics contain it already."""
+
+    def __init__(self, channels: int, eps: float = 0.5) -> None:
+        super().__init__()
+        self.eps = eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * self.running_var.rsqrt()
+        return x * scale.view(1, -1, 1, 1) + (self.bias - self.running_mean * scale).view(1, -1, 1, 1)
+
+
+class _FrozenOurs(rf.nn.FrozenBatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class _FrozenTheirs(FrozenBatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [_Frozen, _FrozenOurs, _FrozenTheirs])
+@pytest.mark.parametrize("training", [False, True])
+def test_frozen_norms_of_others_run_by_their_own_forward(kind: type[nn.Module], training: bool) -> None:
+    """Whatever they are called: nothing is decided by a name."""
+    kind = type("FrozenBatchNorm2d", (kind,), {})
+    ours, theirs = (model.train(training) for model in small_twins(norm_layer=kind))
+    x = torch.randn(2, 3, 40, 40)
+    before = Counter(rf.backends.fallbacks())
+    with torch.no_grad():
+        want = theirs(x)
+        assert close(ours(x), want)
+        assert close(rf.optimize(theirs.eval())(x), want)
+    assert any("FrozenBatchNorm2d" in reason for _, reason in Counter(rf.backends.fallbacks()) - before)
+
+
+@pytest.mark.parametrize("kind", [rf.nn.FrozenBatchNorm2d, FrozenBatchNorm2d])
+def test_known_frozen_norms_with_another_forward(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = small_twins(norm_layer=kind)
+    x = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        assert close(ours(x), theirs(x))
+        monkeypatch.setattr(kind, "forward", _scaled(kind.forward))
+        want = theirs(x)
+        assert close(ours(x), want)
+        assert close(rf.optimize(theirs)(x), want)

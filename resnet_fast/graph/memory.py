@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from resnet_fast.nn.fused import is_frozen_batch_norm
+from resnet_fast.nn.pristine import changed, is_frozen_batch_norm
 
 from .ir import ADD_ACT, BOTTLENECK_TAIL, CONV_BN_ACT, HEAD, STEM, nodes_in
 
@@ -112,9 +112,7 @@ def fresh(gm: fx.GraphModule, node: fx.Node) -> bool:
         return node.target in _FRESH_METHODS
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        if "forward" in vars(module):  # replaced by somebody
-            return False
-        return type(module) in _FRESH_MODULES or is_frozen_batch_norm(module)
+        return (type(module) in _FRESH_MODULES or is_frozen_batch_norm(module)) and not changed(module)
     return False
 
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resnet_fast.nn.fused import is_frozen_batch_norm
+from resnet_fast.nn import pristine
+from resnet_fast.nn.pristine import is_frozen_batch_norm
 
 from . import ir, memory
 
@@ -51,12 +52,12 @@ def normalize(gm: fx.GraphModule, notes: ir.Notes) -> None:
         handler: Callable[[fx.GraphModule, fx.Node], None] | None = None
         if node.op == "call_module":
             module = gm.get_submodule(str(node.target))
-            if "forward" in vars(module):
-                ir.reject(node, "somebody replaced its forward")
-                continue
             handler = _MODULES.get(type(module))
             if handler is None and is_frozen_batch_norm(module):
                 handler = _batch_norm_module
+            if handler is not None and (reason := pristine.changed(module)):
+                ir.reject(node, reason)
+                continue
         elif node.op == "call_function":
             handler = _FUNCTIONS.get(node.target)
         elif node.op == "call_method":
@@ -82,8 +83,8 @@ def _remove_in_place(gm: fx.GraphModule, notes: ir.Notes) -> None:
         overwritten = memory.written(gm, node)
         if not overwritten:
             continue
-        if node.op == "call_module":
-            modules.append(gm.get_submodule(str(node.target)))
+        if node.op == "call_module" and not pristine.changed(module := gm.get_submodule(str(node.target))):
+            modules.append(module)
         order = ir.positions(gm.graph)
         now = order[node]
         for x in overwritten:
@@ -105,8 +106,10 @@ def _remove_in_place(gm: fx.GraphModule, notes: ir.Notes) -> None:
 
 def _make_functional(gm: fx.GraphModule, node: fx.Node, x: fx.Node) -> bool:
     """Turn ``node``, which writes into ``x``, into its out-of-place form; False if it has none that is surely equal."""
-    if node.op == "call_module":
-        return True  # the flag is cleared at the end, since other calls of the module still have to be looked at
+    if node.op == "call_module":  # a layer that somebody changed may do without the flag what it does not do with it
+        return not pristine.changed(
+            gm.get_submodule(str(node.target))
+        )  # the flag is cleared at the end, since other calls of the module still have to be looked at
     target: Any = node.target
     if node.op == "call_method" and target in _OUT_OF_PLACE_METHODS:
         replacement: Any = _OUT_OF_PLACE_METHODS[target]
@@ -164,6 +167,7 @@ def register(kind: type[nn.Module], handler: Handler, *, norm: bool = False) -> 
         handler: called with the graph and the ``call_module`` node; replaces it by :func:`put`, or leaves it.
         norm: whether its tensors may be wider than the model computes in, as a batch norm's statistics are.
     """
+    pristine.know(kind)
     _MODULES[kind] = handler
     if norm:
         _NORMS.add(kind)

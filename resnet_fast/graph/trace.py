@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from resnet_fast.nn.fused import is_frozen_batch_norm
+from resnet_fast.nn.pristine import is_frozen_batch_norm
 
 from .normalize import is_layer
 from .shapes import first_line

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .fused import must_be_plain, untouched
+from .pristine import ordinary
 
 __all__ = ["conv_act", "same_padding"]
 
@@ -45,7 +46,11 @@ def conv_act(x: Tensor, conv: Any, act: nn.Module | None = None, residual: Tenso
     Returns:
         [N, K, P, Q] in x's dtype.
     """
-    if not must_be_plain(x) and _fusable(conv, act) and not _wants_gradients(x, conv.weight, conv.bias, residual):
+    if (
+        not must_be_plain(x, residual)
+        and _fusable(conv, act)
+        and not _wants_gradients(x, conv.weight, conv.bias, residual)
+    ):
         weight, bias = conv.weight, conv.bias
         dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
         scale = torch.ones(weight.shape[0], dtype=dtype, device=weight.device)
@@ -60,13 +65,14 @@ def conv_act(x: Tensor, conv: Any, act: nn.Module | None = None, residual: Tenso
     return out if residual is None else out + residual
 
 
-def _fusable(conv: nn.Module, act: nn.Module | None) -> bool:
+def _fusable(conv: Any, act: nn.Module | None) -> bool:
     return (
         type(conv) is nn.Conv2d
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
         and (act is None or type(act) is nn.ReLU)
         and untouched(conv, act)
+        and ordinary(conv.weight, conv.bias)
     )
 
 

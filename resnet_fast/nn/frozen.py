@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import fused
+from . import fused, pristine
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -71,3 +71,6 @@ class FrozenBatchNorm2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+pristine.know_frozen(FrozenBatchNorm2d)

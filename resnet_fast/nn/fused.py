@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends, ops
 from ..ops import conv_statistics as statistics_of_conv
@@ -18,42 +17,31 @@ from ..ops import recompute
 from ..ops._common import nchw, spoils_memory, transformed
 from ..ops.batch_norm_act import constant_statistics, from_moments, statistics
 from ..ops.recompute import Norm
+from .pristine import is_frozen_batch_norm, ordinary, watched, why_called
 
 __all__ = [
     "Normalised", "bn_act", "conv_bn_act", "frozen", "head", "inner", "last", "scale_and_shift", "shortcut", "stem",
 ]  # fmt: skip
 
 
-def is_frozen_batch_norm(module: nn.Module) -> bool:
-    """torchvision's FrozenBatchNorm2d, or anybody's of that name with the same four buffers and eps."""
-    names = ("weight", "bias", "running_mean", "running_var")
-    return (
-        type(module).__name__ == "FrozenBatchNorm2d"
-        and all(isinstance(getattr(module, name, None), Tensor) for name in names)
-        and isinstance(getattr(module, "eps", None), float)
-    )
-
-
-def _touched(module: nn.Module) -> bool:
-    """Whether somebody watches or replaced this module's forward: then it must really be called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def must_be_plain(x: object) -> bool:
-    """Symbolic tracing, jit tracing, ONNX export and torch.func get the plain layers, which all of them understand."""
-    return (
+def must_be_plain(x: object, *others: Tensor | None) -> bool:
+    """Whether the plain layers must run on ``x``: symbolic and jit tracing, ONNX export and torch.func understand them
+    all, and tensor subclasses and modes of somebody's see every call."""
+    if (
         transformed()
         or not isinstance(x, Tensor)
         or x.dim() != 4
         or torch._C._get_tracing_state() is not None
         or torch.onnx.is_in_onnx_export()
-    )
+    ):
+        return True
+    if not ordinary(x, *others):
+        _note("a tensor subclass is computed on, so the plain layers run")
+        return True
+    reason = watched()
+    if reason:
+        _note(reason)
+    return bool(reason)
 
 
 def _note(reason: str) -> None:
@@ -63,14 +51,10 @@ def _note(reason: str) -> None:
 
 def untouched(*modules: nn.Module | None) -> bool:
     """Whether nobody would notice that these modules are not called; what is noticed is recorded as a fallback."""
-    if _has_any_global_hook():
-        _note("a global module hook is registered, so the plain layers run and it fires")
-        return False
-    for module in modules:
-        if module is not None and _touched(module):
-            _note(f"a hook or a replaced forward on a {type(module).__name__}: its block runs unfused so that it fires")
-            return False
-    return True
+    reason = why_called(*modules)
+    if reason:
+        _note(reason)
+    return not reason
 
 
 def _constant_statistics(bn: nn.Module) -> bool:
@@ -85,15 +69,28 @@ def _batch_statistics(bn: nn.Module) -> bool:
     return type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm) and (bn.training or bn.running_mean is None)
 
 
-def _fusable(conv: nn.Module, bn: nn.Module, act: nn.Module | None) -> bool:
+def _fusable(conv: Any, bn: Any, act: nn.Module | None) -> bool:
+    """Whether the three are what fused ops compute, with constant statistics or the batch's."""
     return (
         type(conv) is nn.Conv2d
+        and (act is None or type(act) is nn.ReLU)
+        and untouched(conv, bn, act)
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
         and (_constant_statistics(bn) or _batch_statistics(bn))
-        and (act is None or type(act) is nn.ReLU)
-        and untouched(conv, bn, act)
+        and _ordinary(conv.weight, conv.bias, *_vectors(bn))
     )
+
+
+def _vectors(bn: Any) -> tuple[Tensor | None, ...]:
+    return bn.weight, bn.bias, bn.running_mean, bn.running_var
+
+
+def _ordinary(*tensors: Tensor | None) -> bool:
+    if ordinary(*tensors):
+        return True
+    _note("a weight is a tensor subclass: its block runs unfused")
+    return False
 
 
 def scale_and_shift(conv: Any, bn: Any) -> tuple[Tensor, Tensor]:
@@ -163,7 +160,8 @@ def bn_act(x: Tensor, bn: nn.Module, act: nn.Module | None = None, residual: Ten
         bn, act: the layers, called as they are wherever fusing could be noticed.
     """
     known = _batch_statistics(bn) or _constant_statistics(bn)
-    if not must_be_plain(x) and known and (act is None or type(act) is nn.ReLU) and untouched(bn, act):
+    usual = known and (act is None or type(act) is nn.ReLU) and not must_be_plain(x, residual)
+    if usual and untouched(bn, act) and _ordinary(*_vectors(bn)):
         return _normalise(x, _norm(x, bn), act, residual)
     out: Tensor = bn(x)
     if residual is not None:
@@ -173,7 +171,7 @@ def bn_act(x: Tensor, bn: nn.Module, act: nn.Module | None = None, residual: Ten
 
 def frozen(x: Tensor, bn: Any) -> Tensor:
     """A FrozenBatchNorm2d by itself: ``(x - running_mean) / sqrt(running_var + eps) * weight + bias``."""
-    if not must_be_plain(x):
+    if not must_be_plain(x, *_vectors(bn)):
         return _normalise(x, _norm(x, bn), None, None)
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
     shift = bn.bias - bn.running_mean * scale
@@ -189,7 +187,7 @@ def conv_bn_act(
         x: [N, C, H, W]. residual: as the output, or None.
         conv, bn, act: the layers, called as they are wherever fusing could be noticed.
     """
-    if not must_be_plain(x) and _fusable(conv, bn, act):
+    if not must_be_plain(x, residual) and _fusable(conv, bn, act):
         if _batch_statistics(bn):
             return _normalise(*_convolved(x, conv, bn), act, residual)
         scale, shift = scale_and_shift(conv, bn)
@@ -255,7 +253,7 @@ def last(
 
     lean: keep x for the backward instead of the convolution's output, which the backward computes again.
     """
-    if not lean or not _is_lean(x, conv, bn, act):
+    if not lean or not ordinary(residual) or not _is_lean(x, conv, bn, act):
         return conv_bn_act(_finished(x), conv, bn, act, residual)
     source, before = x if isinstance(x, Normalised) else (x, None)
     with torch.no_grad():
@@ -326,6 +324,6 @@ def stem(x: Tensor, conv: Any, bn: nn.Module, act: nn.Module, pool: nn.Module, l
 def head(x: Tensor, avgpool: nn.Module, fc: Any) -> Tensor:
     """``fc(flatten(avgpool(x), 1))``, fused into one op for a global average pool and a linear layer."""
     usual = type(avgpool) is nn.AdaptiveAvgPool2d and avgpool.output_size in (1, (1, 1)) and type(fc) is nn.Linear
-    if usual and not must_be_plain(x) and untouched(avgpool, fc):
+    if usual and not must_be_plain(x) and untouched(avgpool, fc) and _ordinary(fc.weight, fc.bias):
         return ops.head(x, fc.weight, fc.bias)
     return fc(torch.flatten(avgpool(x), 1))
