@@ -767,3 +767,48 @@ def test_known_frozen_norms_with_another_forward(kind: type[nn.Module], monkeypa
         want = theirs(x)
         assert close(ours(x), want)
         assert close(rf.optimize(theirs)(x), want)
+
+
+def _set(layer: Any, **values: Any) -> None:
+    for name, value in values.items():
+        setattr(layer, name, value)
+
+
+GEOMETRIES: dict[str, Edit] = {
+    "stride 1": lambda m: (_set(m.layer4[0].conv1, stride=1), _set(m.layer4[0].downsample[0], stride=1)),
+    "stride (1,)": lambda m: (_set(m.layer4[0].conv1, stride=(1,)), _set(m.layer4[0].downsample[0], stride=[1])),
+    "a list": lambda m: _set(m.conv1, stride=[2, 2], padding=[3, 3]),
+    "padding 1": lambda m: _set(m.layer1[0].conv1, padding=1),
+    "same": lambda m: _set(m.layer1[0].conv2, padding="same"),
+    "same, dilated": lambda m: _set(m.layer1[0].conv2, padding="same", dilation=2),
+    "valid": lambda m: _set(m.conv1, padding="valid"),
+    "no padding at the stem": lambda m: _set(m.conv1, padding=0),
+    "dilation 2": lambda m: _set(m.layer3[0].conv2, padding=2, dilation=2),
+    "same, uneven": lambda m: _set(m.conv1, stride=1, padding="same", weight=nn.Parameter(m.conv1.weight[..., 1:])),
+    "a 5x5 stem": lambda m: _set(m.conv1, weight=nn.Parameter(m.conv1.weight[..., 1:-1, 1:-1].detach().clone())),
+    "kernel_size of no meaning": lambda m: _set(m.conv1, kernel_size=3),
+    "circular": lambda m: _set(m.layer1[0].conv1, padding_mode="circular"),
+    "pairs for the pool": lambda m: _set(m.maxpool, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1)),
+    "an uneven pool": lambda m: _set(m.maxpool, kernel_size=(3, 2), stride=[2, 1], padding=(1, 0), dilation=(1, 2)),
+    "the pool's own stride": lambda m: _set(m.maxpool, stride=None),
+    "a list of outputs": lambda m: _set(m.avgpool, output_size=[1, 1]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_geometry_in_any_form(name: str) -> None:
+    """Ints, one int for both directions, lists and strings, as torch's layers take them; also for optimize()."""
+    ours, theirs = (model.double() for model in small_twins())
+    x = torch.randn(2, 3, 48, 40, dtype=torch.float64)
+    for model in (ours, theirs):
+        GEOMETRIES[name](model)
+    with torch.no_grad():
+        want = theirs(x)
+        assert close(ours(x), want, 1e-12)
+        assert close(rf.optimize(theirs)(x), want, 1e-12) and close(rf.optimize(ours)(x), want, 1e-12)
+    for lean in (False, True):
+        ours.memory_efficient = lean
+        ours.train(), theirs.train()
+        ours.zero_grad(), theirs.zero_grad()
+        same_gradients(ours, theirs, x)

@@ -190,15 +190,6 @@ def positions(graph: fx.Graph) -> dict[fx.Node, int]:
     return {node: index for index, node in enumerate(graph.nodes)}
 
 
-def pair(value: Any) -> tuple[int, int] | None:
-    """An int or two ints as two ints; None for what is neither (a node, a string)."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (value, value)
-    if isinstance(value, tuple | list) and len(value) in (1, 2) and all(isinstance(item, int) for item in value):
-        return (value[0], value[-1])
-    return None
-
-
 def nodes_in(value: Any) -> list[fx.Node]:
     """All nodes in a nest of tuples, lists, dicts and slices."""
     found: list[fx.Node] = []

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_fast.nn import pristine
 from resnet_fast.nn.pristine import is_frozen_batch_norm
+from resnet_fast.ops._common import as_pair, conv_geometry
 
 from . import ir, memory
 
@@ -204,26 +205,16 @@ def _attribute(gm: fx.GraphModule, node: fx.Node, name: str) -> fx.Node | None:
     return new
 
 
-def _padding(padding: Any, kernel: tuple[int, ...], stride: Any, dilation: Any) -> tuple[int, int] | None:
-    """Padding as two ints, also for "valid" and for a "same" that is symmetric."""
-    if padding == "valid":
-        return (0, 0)
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        return (total[0] // 2, total[1] // 2) if stride == (1, 1) and not any(t % 2 for t in total) else None
-    return ir.pair(padding)
-
-
 def _conv(gm: fx.GraphModule, node: fx.Node, x: Any, weight: Any, bias: Any, *geometry: Any) -> None:
     stride, padding, dilation, groups = geometry
     value = weight.meta.get("value") if isinstance(weight, fx.Node) else None
-    stride, dilation = ir.pair(stride), ir.pair(dilation)
-    if not isinstance(value, Tensor) or stride is None or dilation is None or not isinstance(groups, int):
+    if not isinstance(value, Tensor) or not isinstance(groups, int):
         return ir.reject(node, "its weight or geometry is not constant")
-    pads = _padding(padding, tuple(value.shape[2:]), stride, dilation)
-    if pads is None:
-        return ir.reject(node, f"padding={padding!r} is not the same on both sides")
-    put(gm, node, ir.CONV, x, weight, bias, stride, pads, dilation, groups)
+    pairs = conv_geometry(stride, padding, dilation, value.shape[2:])
+    if pairs is None:
+        same = f"padding={padding!r} is not the same on both sides"
+        return ir.reject(node, same if isinstance(padding, str) else "its weight or geometry is not constant")
+    put(gm, node, ir.CONV, x, weight, bias, *pairs, groups)
 
 
 def _conv_module(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -304,7 +295,7 @@ def _max_pool_function(gm: fx.GraphModule, node: fx.Node) -> None:
 def _max_pool(gm: fx.GraphModule, node: fx.Node, kernel: Any, stride: Any, *rest: Any) -> None:
     padding, dilation, ceil_mode = rest
     stride = kernel if stride is None or stride == () or stride == [] else stride
-    pairs = [ir.pair(value) for value in (kernel, stride, padding, dilation)]
+    pairs = [as_pair(value) for value in (kernel, stride, padding, dilation)]
     x = node.args[0] if node.args else node.kwargs.get("input")
     if all(value is not None for value in pairs) and isinstance(ceil_mode, bool) and isinstance(x, fx.Node):
         put(gm, node, ir.MAX_POOL, x, *pairs, ceil_mode)
@@ -328,7 +319,7 @@ def _avg_pool_function(gm: fx.GraphModule, node: fx.Node) -> None:
 def _avg_pool(gm: fx.GraphModule, node: fx.Node, x: Any, kernel: Any, stride: Any, padding: Any, *rest: Any) -> None:
     ceil_mode, counts_padding, divisor = rest
     stride = kernel if stride is None or stride == () or stride == [] else stride
-    pairs = [ir.pair(value) for value in (kernel, stride, padding)]
+    pairs = [as_pair(value) for value in (kernel, stride, padding)]
     flags = isinstance(ceil_mode, bool) and isinstance(counts_padding, bool)
     if all(value is not None for value in pairs) and flags and divisor is None and isinstance(x, fx.Node):
         put(gm, node, ir.AVG_POOL, x, *pairs, ceil_mode, counts_padding)
@@ -347,7 +338,7 @@ def _adaptive_function(gm: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _adaptive(gm: fx.GraphModule, node: fx.Node, x: Any, size: Any) -> None:
-    pair = ir.pair(size)
+    pair = as_pair(size)
     if pair is not None and isinstance(x, fx.Node):
         put(gm, node, ir.ADAPTIVE_AVG_POOL, x, pair)
 

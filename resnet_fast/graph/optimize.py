@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from resnet_fast import backends
 from resnet_fast.backends import cuda, triton
 from resnet_fast.kernels import gpus
-from resnet_fast.ops._common import backend_for
+from resnet_fast.ops._common import as_pair, backend_for
 from resnet_fast.roofline import cost
 
 from . import batching, finite, ir, memory, plan, shapes
@@ -470,15 +470,15 @@ def _skipped(gm: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -
     """Bytes of its input that a convolution module steps over: pixels between those of a 1x1 with a stride."""
     module: Any = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
     if isinstance(module, nn.Conv2d | plan.FusedConvBNAct):
-        position, weight, stride = 0, cast(Tensor, module.weight), cast(Any, module.stride)
+        position, weight, stride = 0, cast(Tensor, module.weight), as_pair(module.stride)
     elif isinstance(module, plan.FusedBottleneckTail) and module.weight_shortcut is not None:
-        position, weight, stride = 1, cast(Tensor, module.weight_shortcut), module.shortcut_stride
+        position, weight, stride = 1, cast(Tensor, module.weight_shortcut), as_pair(module.shortcut_stride)
     else:
         return 0
     source = node.args[position] if len(node.args) > position else None
     x, result = values.get(source) if isinstance(source, fx.Node) else None, values.get(node)
     y = result[0] if isinstance(result, tuple) else result
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.dim() != 4 or y.dim() != 4:
+    if stride is None or not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.dim() != 4 or y.dim() != 4:
         return 0
     pixels = x.shape[2] * x.shape[3] - cost.pixels_read(x.shape[2:], weight.shape[2:], stride, y.shape[2:])
     return x.shape[0] * x.shape[1] * pixels * x.element_size()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .fused import must_be_plain, untouched
+from .fused import geometry, must_be_plain, untouched
 from .pristine import ordinary
 
 __all__ = ["conv_act", "same_padding"]
@@ -55,9 +55,11 @@ def conv_act(x: Tensor, conv: Any, act: nn.Module | None = None, residual: Tenso
         dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
         scale = torch.ones(weight.shape[0], dtype=dtype, device=weight.device)
         shift = torch.zeros_like(scale) if bias is None else bias.to(dtype)
+        stride, padding, dilation = geometry(conv)  # type: ignore[misc]
+        activation = "none" if act is None else "relu"
         return ops.conv_bn_act(
-            x, weight, scale, shift, residual, conv.stride, conv.padding, conv.dilation, conv.groups,
-            "none" if act is None else "relu", residual_after_activation=True,
+            x, weight, scale, shift, residual, stride, padding, dilation, conv.groups, activation,
+            residual_after_activation=True,
         )  # fmt: skip
     out: Tensor = conv(x)
     if act is not None:
@@ -68,8 +70,7 @@ def conv_act(x: Tensor, conv: Any, act: nn.Module | None = None, residual: Tenso
 def _fusable(conv: Any, act: nn.Module | None) -> bool:
     return (
         type(conv) is nn.Conv2d
-        and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
+        and geometry(conv) is not None
         and (act is None or type(act) is nn.ReLU)
         and untouched(conv, act)
         and ordinary(conv.weight, conv.bias)

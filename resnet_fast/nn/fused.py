@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from .. import backends, ops
 from ..ops import conv_statistics as statistics_of_conv
 from ..ops import recompute
-from ..ops._common import nchw, spoils_memory, transformed
+from ..ops._common import Geometry, as_pair, conv_geometry, nchw, spoils_memory, transformed
 from ..ops.batch_norm_act import constant_statistics, from_moments, statistics
 from ..ops.recompute import Norm
 from .pristine import is_frozen_batch_norm, ordinary, watched, why_called
 
 __all__ = [
-    "Normalised", "bn_act", "conv_bn_act", "frozen", "head", "inner", "last", "scale_and_shift", "shortcut", "stem",
+    "Normalised", "bn_act", "conv_bn_act", "frozen", "geometry", "head", "inner", "last", "scale_and_shift", "shortcut",
+    "stem",
 ]  # fmt: skip
 
 
@@ -75,8 +76,7 @@ def _fusable(conv: Any, bn: Any, act: nn.Module | None) -> bool:
         type(conv) is nn.Conv2d
         and (act is None or type(act) is nn.ReLU)
         and untouched(conv, bn, act)
-        and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
+        and geometry(conv) is not None
         and (_constant_statistics(bn) or _batch_statistics(bn))
         and _ordinary(conv.weight, conv.bias, *_vectors(bn))
     )
@@ -191,10 +191,9 @@ def conv_bn_act(
         if _batch_statistics(bn):
             return _normalise(*_convolved(x, conv, bn), act, residual)
         scale, shift = scale_and_shift(conv, bn)
-        return ops.conv_bn_act(
-            x, conv.weight, scale, shift, residual, conv.stride, conv.padding, conv.dilation, conv.groups,
-            "none" if act is None else "relu",
-        )  # fmt: skip
+        weight, _, stride, padding, dilation, groups = _conv(conv)
+        activation = "none" if act is None else "relu"
+        return ops.conv_bn_act(x, weight, scale, shift, residual, stride, padding, dilation, groups, activation)
     out: Tensor = bn(conv(x))
     if residual is not None:
         out += residual
@@ -204,7 +203,7 @@ def conv_bn_act(
 def _convolve(x: Tensor, conv: Any) -> Tensor:
     """torch's convolution (cuDNN, oneDNN) on channels_last images, which the ops behind it read without a copy."""
     weight, *rest = _conv(conv)
-    if spoils_memory(x, weight, conv.stride):
+    if spoils_memory(x, weight, rest[1]):
         return nn.functional.conv2d(nchw(x), nchw(weight), *rest)
     return nn.functional.conv2d(x.contiguous(memory_format=torch.channels_last), weight, *rest)
 
@@ -278,8 +277,17 @@ def _finished(x: Tensor | Normalised) -> Tensor:
     return recompute.apply_norm(x.x, x.norm) if isinstance(x, Normalised) else x
 
 
+def geometry(conv: Any) -> Geometry | None:
+    """Stride, padding and dilation of a Conv2d as pairs, in whatever form they were set; None if no op takes them."""
+    if conv.padding_mode != "zeros":
+        return None
+    return conv_geometry(conv.stride, conv.padding, conv.dilation, conv.weight.shape[2:])
+
+
 def _conv(conv: Any) -> tuple[Tensor, Tensor | None, Any, Any, Any, int]:
-    return conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+    """What a convolution that :func:`_fusable` accepted hands to an op."""
+    stride, padding, dilation = geometry(conv)  # type: ignore[misc]
+    return conv.weight, conv.bias, stride, padding, dilation, conv.groups
 
 
 def shortcut(x: Tensor, downsample: nn.Module | None, lean: bool = False) -> Tensor:
@@ -303,27 +311,26 @@ def stem(x: Tensor, conv: Any, bn: nn.Module, act: nn.Module, pool: nn.Module, l
     # Padded by 1, or Caffe's pool: unpadded, the size rounded up.
     usual_pool = (
         type(pool) is nn.MaxPool2d
-        and (pool.kernel_size, pool.stride, pool.dilation) == (3, 2, 1)
-        and pool.padding == (0 if ceil_mode else 1)
+        and [as_pair(value) for value in (pool.kernel_size, pool.stride, pool.dilation)] == [(3, 3), (2, 2), (1, 1)]
+        and as_pair(pool.padding) == ((0, 0) if ceil_mode else (1, 1))
         and not pool.return_indices
-    )
-    usual_conv = (
-        type(conv) is nn.Conv2d
-        and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((7, 7), (2, 2), (3, 3), (1, 1))
-        and conv.groups == 1
     )
     if not usual_pool or must_be_plain(x) or not untouched(pool):
         return pool(conv_bn_act(x, conv, bn, act))
     if lean and _is_lean(x, conv, bn, act):
         return recompute.norm_act_pool(*_convolved(x, conv, bn), ceil_mode)
-    if usual_conv and _fusable(conv, bn, act) and not _batch_statistics(bn):
+    if (
+        _fusable(conv, bn, act)
+        and not _batch_statistics(bn)
+        and (conv.weight.shape[2:], conv.groups, geometry(conv)) == ((7, 7), 1, ((2, 2), (3, 3), (1, 1)))
+    ):
         return ops.stem(x, conv.weight, *scale_and_shift(conv, bn), ceil_mode=ceil_mode)
     return pool(conv_bn_act(x, conv, bn, act))
 
 
 def head(x: Tensor, avgpool: nn.Module, fc: Any) -> Tensor:
     """``fc(flatten(avgpool(x), 1))``, fused into one op for a global average pool and a linear layer."""
-    usual = type(avgpool) is nn.AdaptiveAvgPool2d and avgpool.output_size in (1, (1, 1)) and type(fc) is nn.Linear
+    usual = type(avgpool) is nn.AdaptiveAvgPool2d and as_pair(avgpool.output_size) == (1, 1) and type(fc) is nn.Linear
     if usual and not must_be_plain(x) and untouched(avgpool, fc) and _ordinary(fc.weight, fc.bias):
         return ops.head(x, fc.weight, fc.bias)
     return fc(torch.flatten(avgpool(x), 1))

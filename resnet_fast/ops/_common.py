@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,6 +28,38 @@ def pair(value: int | Sequence[int], name: str) -> list[int]:
     if len(items) != 2:
         raise ValueError(f"{name} must be an int or two ints, got {value!r}")
     return items
+
+
+def as_pair(value: object) -> tuple[int, int] | None:
+    """An int or one or two ints, as torch's layers take them, as (vertical, horizontal); None for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value, value)
+    if isinstance(value, tuple | list) and len(value) in (1, 2) and all(isinstance(item, int) for item in value):
+        return (value[0], value[-1])
+    return None
+
+
+Geometry: TypeAlias = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+
+
+def conv_geometry(stride: object, padding: object, dilation: object, window: Sequence[int]) -> Geometry | None:
+    """A 2-D convolution's stride, padding and dilation, given as ``torch.nn.functional.conv2d`` takes them, as pairs.
+
+    None for what an op cannot be given: a padding "same" that is not the same on both sides, and what torch refuses.
+
+    Args:
+        window: of the weight, [R, S].
+    """
+    strides, dilations = as_pair(stride), as_pair(dilation)
+    if strides is None or dilations is None:
+        return None
+    paddings = as_pair(padding)
+    if padding == "valid":
+        paddings = (0, 0)
+    elif padding == "same" and strides == (1, 1):
+        total = [dilations[i] * (window[i] - 1) for i in (0, 1)]
+        paddings = None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
+    return None if paddings is None else (strides, paddings, dilations)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
