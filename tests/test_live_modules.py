@@ -812,3 +812,94 @@ def test_geometry_in_any_form(name: str) -> None:
         ours.train(), theirs.train()
         ours.zero_grad(), theirs.zero_grad()
         same_gradients(ours, theirs, x)
+
+
+class _First(nn.Module):
+    """A first layer that prepares what it is given and calls the convolution on it."""
+
+    def __init__(self, conv: nn.Module, prepare: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.prepare = conv, prepare
+
+    def forward(self, x: Any) -> Tensor:
+        return self.conv(self.prepare(x))
+
+
+class _Reading(nn.Conv2d):
+    """A subclass of Conv2d that reads bytes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float() / 255)
+
+
+def _reading(conv: Any) -> nn.Module:
+    made = _Reading(3, 64, 7, 2, 3, bias=False)
+    made.load_state_dict(conv.state_dict())
+    return made
+
+
+def _bytes_before(conv: Any) -> nn.Module:
+    conv.register_forward_pre_hook(lambda module, args: (args[0].float() / 255,))
+    return conv
+
+
+def _bytes_inside(conv: Any) -> nn.Module:
+    forward = conv._conv_forward
+    conv._conv_forward = lambda x, weight, bias: forward(x.float() / 255, weight, bias)
+    return conv
+
+
+_BYTES = torch.arange(2 * 3 * 40 * 40).remainder(251).byte().view(2, 3, 40, 40)
+_FLOATS = _BYTES / 255 - 0.5
+
+FIRST: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
+    "4 channels": (lambda conv: nn.Sequential(nn.Conv2d(4, 3, 1), conv), torch.randn(2, 4, 40, 40)),
+    "bytes": (lambda conv: _First(conv, lambda x: x.float() / 255), _BYTES),
+    "bytes, a subclass": (_reading, _BYTES),
+    "bytes, a hook": (_bytes_before, _BYTES),
+    "bytes, a replaced method": (_bytes_inside, _BYTES),
+    "features": (lambda conv: nn.Identity(), torch.randn(2, 64, 20, 20)),
+    "video": (lambda conv: _First(conv, lambda x: x.flatten(0, 1)), _FLOATS[None]),
+    "one image": (lambda conv: _First(conv, lambda x: x[None]), _FLOATS[0]),
+    "flat": (lambda conv: _First(conv, lambda x: x.unflatten(1, (3, 40, 40))), _FLOATS.flatten(1)),
+    "NHWC": (lambda conv: _First(conv, lambda x: x.permute(0, 3, 1, 2)), _FLOATS.permute(0, 2, 3, 1).contiguous()),
+    "a dict": (lambda conv: _First(conv, lambda x: x["pixel_values"]), {"pixel_values": _FLOATS}),
+    "a list": (lambda conv: _First(conv, torch.stack), list(_FLOATS)),
+    "float64": (lambda conv: _First(conv, lambda x: x.float()), _FLOATS.double()),
+    "complex": (lambda conv: _First(conv, lambda x: x.abs()), torch.complex(_FLOATS, _FLOATS)),
+    "labels": (lambda conv: nn.Sequential(nn.Embedding(7, 64), nn.Unflatten(2, (64, 1)), _Last()), _BYTES[:, 0, 0] % 7),
+    "padded by hand": (lambda conv: nn.Sequential(nn.ZeroPad2d(3), _set(conv, padding=0) or conv), _FLOATS),
+    "a larger window": (lambda conv: nn.Conv2d(6, 64, 3), torch.randn(2, 6, 40, 40)),
+    "grouped": (lambda conv: nn.Conv2d(4, 64, 3, groups=2), torch.randn(2, 4, 40, 40)),
+    "in_channels of no meaning": (lambda conv: _set(conv, in_channels=1) or conv, _FLOATS),
+}  # fmt: skip
+
+
+class _Last(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).expand(-1, -1, -1, 40)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_another_first_layer_takes_what_it_takes(name: str) -> None:
+    ours, theirs = small_twins()
+    change, x = FIRST[name]
+    if name == "labels":
+        x = x.long()
+    for model in (ours, theirs):
+        torch.manual_seed(1)
+        model.conv1 = change(model.conv1).eval()
+    ours.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        assert close(ours(x), theirs(x))
+
+
+def test_a_convolution_in_front_still_says_what_it_takes() -> None:
+    model, _ = small_twins()
+    for x, said in ((_BYTES, "x.float\\(\\) / 255"), (_FLOATS[0], "x.unsqueeze"), (_FLOATS[:, :2], "\\[N, 3, H, W\\]"),
+                    (_FLOATS.permute(0, 2, 3, 1), "NHWC"), ("cat.jpg", "got str")):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=said):
+            model(x)
+    model.conv1 = nn.Conv2d(4, 64, 3, groups=2)
+    with pytest.raises(ValueError, match="\\[N, 4, H, W\\]"):
+        model(_FLOATS)

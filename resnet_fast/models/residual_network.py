@@ -131,7 +131,7 @@ class ResidualNetwork(nn.Module):
 
 def _as_images(x: Tensor, first: nn.Module) -> Tensor:
     if isinstance(x, Tensor) and x.dim() == 2:
-        channels, length = getattr(first, "in_channels", 1), x.shape[1]
+        channels, length = first.in_channels if type(first) is nn.Conv2d else 1, x.shape[1]
         if channels != 1:
             raise ValueError(
                 f"a flat batch {list(x.shape)} has one channel, this network has {channels}: "
@@ -142,7 +142,7 @@ def _as_images(x: Tensor, first: nn.Module) -> Tensor:
             raise ValueError(f"a flat image must be a square, [N, D * D]; got {list(x.shape)}, {length} is no square")
         x = x.reshape(-1 if x.shape[0] else 0, 1, side, side)
     _check_images(x, first)
-    if 0 in x.shape[2:]:
+    if isinstance(x, Tensor) and 0 in x.shape[2:]:
         raise ValueError(f"expected an image of at least 1x1, got shape {list(x.shape)}")
     return x
 

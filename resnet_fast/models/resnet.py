@@ -20,6 +20,7 @@ from torch.fx import Proxy
 from resnet_fast.models import weights as _weights
 from resnet_fast.models.checkpoint import WeightsError, load_into, read_checkpoint, read_with_metadata
 from resnet_fast.nn import fused
+from resnet_fast.nn.pristine import ordinary, watched, why_called
 
 __all__ = [
     "BasicBlock",
@@ -282,6 +283,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Scores [N, num_classes] of a floating point batch [N, 3, H, W], in any memory format.
 
+        What another first layer in place of `conv1` takes is its affair.
+
         Raises:
             TypeError: if `x` is no tensor, not floating point or, outside autocast, not of the parameters' dtype.
             ValueError: if `x` is not 4-D or has another number of channels than `conv1` takes.
@@ -290,18 +293,24 @@ class ResNet(nn.Module):
         return self._forward_impl(x)
 
 
-def _check_images(x: Tensor, first: nn.Module) -> None:
-    """Refuses what cannot be a batch of images. Reads no symbolic size other than the channel count."""
-    if isinstance(x, Proxy):
+def _check_images(x: Tensor, first: Any) -> None:
+    """Refuses what a convolution in front cannot take; any other first layer, or one that was changed, is asked itself.
+
+    Reads no symbolic size other than the channel count.
+    """
+    if isinstance(x, Proxy) or type(first) is not nn.Conv2d or why_called(first) or watched():
         return
-    channels, weight = getattr(first, "in_channels", 3), getattr(first, "weight", None)
+    weight = first.weight
+    if not ordinary(weight) or weight.dim() != 4 or (isinstance(x, Tensor) and not ordinary(x)):
+        return
+    channels = weight.shape[1] * first.groups
     expected = f"expected a floating point NCHW tensor of shape [N, {channels}, H, W]"
     if not isinstance(x, Tensor):
         raise TypeError(f"{expected}, got {type(x).__name__}")
     if not x.is_floating_point():
         advice = "; convert it with x.float() / 255, then normalise" if x.dtype == torch.uint8 else ""
         raise TypeError(f"{expected}, got {x.dtype} of shape {list(x.shape)}{advice}")
-    if weight is not None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
             f"the image is {x.dtype}, the model's parameters are {weight.dtype}; convert one with "
             f"x.to({weight.dtype}) or model.to({x.dtype}), or use torch.autocast"
