@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
@@ -903,3 +904,60 @@ def test_a_convolution_in_front_still_says_what_it_takes() -> None:
     model.conv1 = nn.Conv2d(4, 64, 3, groups=2)
     with pytest.raises(ValueError, match="\\[N, 4, H, W\\]"):
         model(_FLOATS)
+
+
+class _Act(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+UNFREEZABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a subclass": (lambda: _Act(8), "_Act"),
+    "no statistics": (lambda: nn.BatchNorm2d(8, track_running_stats=False), "no running statistics"),
+    "a hook": (lambda: _hooked(nn.BatchNorm2d(8), "register_forward_hook"), "_forward_hooks"),
+    "a hook in front": (lambda: _hooked(nn.BatchNorm2d(8), "register_forward_pre_hook"), "_forward_pre_hooks"),
+    "a hook of the gradient": (lambda: _hooked(nn.SyncBatchNorm(8), "register_full_backward_hook"), "_backward_hooks"),
+    "a hook of loading": (lambda: _hooked(nn.BatchNorm2d(8), "register_load_state_dict_pre_hook"), "load_state_dict"),
+    "pruned": (lambda: prune.l1_unstructured(nn.BatchNorm2d(8), "weight", 2), "_forward_pre_hooks"),
+    "parametrized": (
+        lambda: torch.nn.utils.parametrize.register_parametrization(nn.BatchNorm2d(8), "weight", nn.Tanh()),
+        "ParametrizedBatchNorm2d",
+    ),
+    "another forward": (lambda: _set(bn := nn.BatchNorm2d(8), forward=bn.forward) or bn, "forward"),
+    "lazy": (nn.LazyBatchNorm2d, "LazyBatchNorm2d"),
+}
+
+
+def _hooked(module: nn.Module, register: str) -> nn.Module:
+    getattr(module, register)(lambda *args: None)
+    return module
+
+
+@pytest.mark.parametrize("name", UNFREEZABLE)
+def test_a_norm_that_cannot_be_frozen_is_an_error(name: str) -> None:
+    make, said = UNFREEZABLE[name]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Sequential(make()))
+    before = list(net.modules())
+    with pytest.raises(ValueError, match=f"2.0 cannot be frozen: .*{said}"):
+        rf.nn.FrozenBatchNorm2d.convert(net)
+    assert list(net.modules()) == before
+    with pytest.raises(ValueError, match="the module itself"):
+        rf.nn.FrozenBatchNorm2d.convert(make())
+
+
+def test_a_shared_norm_is_frozen_once() -> None:
+    """Under two names of one module, in two modules, and beside others."""
+    shared, other = nn.BatchNorm2d(3, eps=0.1), nn.SyncBatchNorm(3, affine=False)
+    net = nn.Sequential(shared, nn.Sequential(other, shared), shared, nn.BatchNorm1d(3)).eval()
+    net.alias = net[1]
+    for norm in (shared, other):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 3, 5, 4)
+    want = shared(net[1](shared(x)))
+    assert rf.nn.FrozenBatchNorm2d.convert(net) is net
+    assert close(net[:3](x), want)
+    assert net[0] is net[2] is net[1][1] is net.alias[1] and type(net[0]) is rf.nn.FrozenBatchNorm2d
+    assert type(net[1][0]) is rf.nn.FrozenBatchNorm2d and type(net[3]) is nn.BatchNorm1d
+    with pytest.raises(ValueError, match="4D input"):
+        net[0](x[0])

@@ -173,6 +173,8 @@ def frozen(x: Tensor, bn: Any) -> Tensor:
     """A FrozenBatchNorm2d by itself: ``(x - running_mean) / sqrt(running_var + eps) * weight + bias``."""
     if not must_be_plain(x, *_vectors(bn)):
         return _normalise(x, _norm(x, bn), None, None)
+    if isinstance(x, Tensor) and x.dim() != 4:
+        raise ValueError(f"expected 4D input (got {x.dim()}D input)")
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
     shift = bn.bias - bn.running_mean * scale
     return (x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(x.dtype)
