@@ -961,3 +961,27 @@ def test_a_shared_norm_is_frozen_once() -> None:
     assert type(net[1][0]) is rf.nn.FrozenBatchNorm2d and type(net[3]) is nn.BatchNorm1d
     with pytest.raises(ValueError, match="4D input"):
         net[0](x[0])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("kind", "images"),
+    [("train", torch.contiguous_format), ("train", torch.channels_last), ("lean", torch.contiguous_format),
+     ("eval", torch.contiguous_format), ("frozen", torch.channels_last)],
+)  # fmt: skip
+def test_gradients_have_the_strides_of_their_weights(
+    kind: str, layout: torch.memory_format, images: torch.memory_format
+) -> None:
+    """Exactly, as DistributedDataParallel wants them; 1x1 and one-channel weights too, whose layout is ambiguous."""
+    norm = rf.nn.FrozenBatchNorm2d if kind == "frozen" else nn.BatchNorm2d
+    model = rf.models.ResNet(rf.models.Bottleneck, [1, 1, 1, 1], num_classes=5, norm_layer=norm)
+    model.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+    model.layer3[0].conv2 = nn.Conv2d(256, 256, 3, 2, 1, groups=256, bias=False)
+    model.memory_efficient = kind == "lean"
+    model.train(kind != "eval").to(memory_format=layout)
+    x = torch.randn(2, 1, 48, 48).contiguous(memory_format=images)
+    model(x).square().sum().backward()
+    wrong = {
+        name: (p.stride(), p.grad.stride()) for name, p in model.named_parameters() if p.grad.stride() != p.stride()
+    }
+    assert not wrong

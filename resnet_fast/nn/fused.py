@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import backends, ops
 from ..ops import conv_statistics as statistics_of_conv
 from ..ops import recompute
-from ..ops._common import Geometry, as_pair, conv_geometry, nchw, spoils_memory, transformed
+from ..ops._common import Geometry, as_pair, conv_geometry, looks_channels_last, nchw, spoils_memory, transformed
 from ..ops.batch_norm_act import constant_statistics, from_moments, statistics
 from ..ops.recompute import Norm
 from .pristine import is_frozen_batch_norm, ordinary, watched, why_called
@@ -207,6 +207,8 @@ def _convolve(x: Tensor, conv: Any) -> Tensor:
     weight, *rest = _conv(conv)
     if spoils_memory(x, weight, rest[1]):
         return nn.functional.conv2d(nchw(x), nchw(weight), *rest)
+    if weight.requires_grad and looks_channels_last(weight):
+        weight = nchw(weight)  # the same memory, and its gradient gets the weight's own strides
     return nn.functional.conv2d(x.contiguous(memory_format=torch.channels_last), weight, *rest)
 
 

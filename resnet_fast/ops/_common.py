@@ -241,6 +241,23 @@ def nchw(x: Tensor) -> Tensor:
     return x.contiguous().flatten().view(x.shape)
 
 
+def looks_channels_last(weight: Tensor) -> bool:
+    """Whether torch may take a weight with NCHW strides for channels_last, as it does 1x1 ones beside such images."""
+    _, c, r, s = weight.shape
+    return weight.stride() == (c * r * s, r * s, s, 1) and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def with_strides_of(weight: Tensor, grad: Tensor) -> Tensor:
+    """A gradient with its weight's strides where only those of dimensions of size 1 differ; it is the same memory.
+
+    torch's rule for ``.grad``, which autograd does not enforce there, and DistributedDataParallel's buckets.
+    """
+    strides = zip(weight.shape, weight.stride(), grad.stride(), strict=True)
+    if grad.stride() == weight.stride() or any(size != 1 and ours != theirs for size, ours, theirs in strides):
+        return grad
+    return grad.as_strided(weight.shape, weight.stride())
+
+
 def convolution_backward(
     grad: Tensor,
     x: Tensor,
@@ -253,11 +270,13 @@ def convolution_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch's gradients of a convolution for x, weight and bias, as far as ``wanted``."""
+    given = weight
     if spoils_memory(x, weight, stride):
         grad, x, weight = nchw(grad), nchw(x), nchw(weight)
-    return torch.ops.aten.convolution_backward.default(
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
         grad, x, weight, bias_sizes, stride, padding, dilation, False, [0, 0], groups, list(wanted)
     )
+    return grad_x, with_strides_of(given, grad_weight) if wanted[1] else grad_weight, grad_bias
 
 
 def convolution_gradients(
@@ -286,7 +305,7 @@ def convolution_gradients(
         wanted = [need_x, need_weight or need_scale, False]
         grad_x, unscaled, _ = convolution_backward(grad, x, scaled, None, stride, padding, dilation, groups, wanted)
         if need_weight:
-            grad_weight = (unscaled.to(scale.dtype) * per_channel).to(weight.dtype)
+            grad_weight = with_strides_of(weight, (unscaled.to(scale.dtype) * per_channel).to(weight.dtype))
         if need_scale:
             grad_scale = (unscaled.to(scale.dtype) * weight.to(scale.dtype)).sum((1, 2, 3))
     if need_shift:
