@@ -985,3 +985,39 @@ def test_gradients_have_the_strides_of_their_weights(
         name: (p.stride(), p.grad.stride()) for name, p in model.named_parameters() if p.grad.stride() != p.stride()
     }
     assert not wrong
+
+
+def test_feature_extractors_are_saved_and_scripted() -> None:
+    ours, _ = small_twins()
+    x = torch.randn(1, 3, 40, 40)
+    extractor = create_feature_extractor(ours, ["layer2", "flatten"])
+    want = extractor(x)
+    buffer = io.BytesIO()
+    torch.save(extractor, buffer)
+    buffer.seek(0)
+    for other in (
+        pickle.loads(pickle.dumps(extractor)),
+        torch.load(buffer, weights_only=False),
+        torch.jit.script(extractor),
+    ):
+        got = other(x)
+        assert list(got) == ["layer2", "flatten"] and all(close(got[name], want[name]) for name in got)
+
+
+PUBLIC: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "BasicBlock": (lambda: rf.models.BasicBlock(8, 8), (2, 8, 6, 6)),
+    "Bottleneck": (lambda: rf.models.Bottleneck(16, 4), (2, 16, 6, 6)),
+    "ResidualNetwork": (rf.residual_network, (2, 1, 20, 20)),
+    "FrozenBatchNorm2d": (lambda: rf.nn.FrozenBatchNorm2d(3), (2, 3, 4, 4)),
+    "ConvBNAct2d": (lambda: nn.Sequential(rf.nn.ConvBNAct2d(3, 4, 3)), (2, 3, 4, 4)),
+    "BNAct2d": (lambda: nn.Sequential(rf.nn.BNAct2d(3)), (2, 3, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_traced_modules_are_saved_and_scripted(name: str) -> None:
+    make, shape = PUBLIC[name]
+    traced = torch.fx.symbolic_trace(make().eval())
+    x = torch.randn(shape)
+    assert torch.equal(pickle.loads(pickle.dumps(traced))(x), traced(x))
+    assert torch.equal(torch.jit.script(traced)(x), traced(x))

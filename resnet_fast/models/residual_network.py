@@ -4,8 +4,6 @@ Only the wiring and the initial values are here: how a layer is computed is deci
 trained by `resnet_fast.training.residual`.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy

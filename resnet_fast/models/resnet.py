@@ -4,8 +4,6 @@ Only the wiring is here: how a layer is computed is decided by `resnet_fast.nn.f
 `resnet_fast.models.weights`. There is no kernel and no choice of backend in this file.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import warnings

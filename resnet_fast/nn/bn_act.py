@@ -1,7 +1,5 @@
 """``BNAct2d``: BatchNorm + ReLU as one module. Parameters only; what runs is decided in ``fused``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor, nn
