@@ -7,9 +7,11 @@ BatchNorm statistics and affine parameters are randomised, because fresh ones hi
 from __future__ import annotations
 
 import inspect
+import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -390,3 +392,28 @@ def test_wrong_images(small: Pair, x: object, error: type[Exception], message: s
     finally:
         small.ours.eval()
     assert "\n" not in str(caught.value)
+
+
+# torchvision's registry
+
+
+@pytest.mark.parametrize("name", STATE_DICT_ENTRIES)
+def test_torchvisions_registry_takes_the_functions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = torchvision_models._api
+    builder = getattr(models, name)
+    theirs = api.get_model_weights(name)
+    assert api.get_model_weights(builder) is theirs is models.get_model_weights(builder)
+    monkeypatch.setattr(api, "BUILTIN_MODELS", {})
+    assert api.register_model()(builder) is builder
+    assert api.list_models() == [name] and api.get_model_builder(name) is builder
+    assert api.get_model_weights(name) is theirs
+
+
+def test_the_weights_of_a_function_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models.weights, "_torchvision_models", lambda: None)
+    annotation = inspect.signature(models.resnet34).parameters["weights"].annotation
+    assert get_args(annotation)[0] is models.get_model_weights("resnet34")
+    assert issubclass(get_args(annotation)[0], models.weights.WeightsEnum)
+    assert repr(annotation).startswith("ResNet34_Weights | str | ")
+    assert pickle.loads(pickle.dumps(models.resnet34)) is models.resnet34
+    assert get_type_hints(models.resnet34)["return"] is models.ResNet

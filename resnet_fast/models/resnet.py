@@ -9,7 +9,8 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Any, TypeAlias
+from types import GenericAlias
+from typing import Any, ParamSpec, TypeAlias, Union
 
 import torch
 from torch import Tensor, nn
@@ -373,9 +374,34 @@ def _check_wiring(path: os.PathLike[str], metadata: Mapping[str, str], kwargs: d
         )
 
 
-def _accept_legacy_arguments(builder: Callable[..., ResNet]) -> Callable[..., ResNet]:
-    """Lets `builder(True)`, `builder(None, False)` and `builder(pretrained=True)` work as torchvision does, warning."""
+class _WeightsOf(GenericAlias):
+    """``WeightsArgument`` of one model, in which its enum is found: torchvision's registry reads it there.
+
+    The enum is looked up when somebody asks for the arguments, since torchvision is not imported before that.
+    """
+
+    def __new__(cls, model: str) -> "_WeightsOf":
+        return super().__new__(cls, Union, (model,))  # type: ignore[arg-type]
+
+    @property
+    def __args__(self) -> tuple[Any, ...]:
+        (model,) = super().__args__
+        return (_weights.get_model_weights(model), str, os.PathLike[str], type(None))
+
+    def __repr__(self) -> str:
+        return " | ".join(getattr(kind, "__name__", str(kind)) for kind in self.__args__)
+
+
+_P = ParamSpec("_P")
+
+
+def _builder(builder: Callable[_P, ResNet]) -> Callable[_P, ResNet]:
+    """Makes a model's function what torchvision's are: registrable, and callable in the old ways.
+
+    `builder(True)`, `builder(None, False)` and `builder(pretrained=True)` work with torchvision's warnings.
+    """
     name = builder.__name__
+    builder.__annotations__["weights"] = _WeightsOf(name)
 
     @functools.wraps(builder)
     def wrapper(*args: Any, **kwargs: Any) -> ResNet:
@@ -414,12 +440,12 @@ def _accept_legacy_arguments(builder: Callable[..., ResNet]) -> Callable[..., Re
                 f"means weights={kwargs['weights']}{better}",
                 stacklevel=2,
             )
-        return builder(**kwargs)
+        return builder(**kwargs)  # type: ignore[call-arg]
 
     return wrapper
 
 
-@_accept_legacy_arguments
+@_builder
 def resnet18(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-18 (arXiv:1512.03385).
 
@@ -432,31 +458,31 @@ def resnet18(*, weights: WeightsArgument = None, progress: bool = True, **kwargs
     return _resnet("resnet18", BasicBlock, (2, 2, 2, 2), weights, progress, kwargs)
 
 
-@_accept_legacy_arguments
+@_builder
 def resnet34(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-34 (arXiv:1512.03385). Arguments as for `resnet18`."""
     return _resnet("resnet34", BasicBlock, (3, 4, 6, 3), weights, progress, kwargs)
 
 
-@_accept_legacy_arguments
+@_builder
 def resnet50(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-50 (arXiv:1512.03385), stride in the 3x3 convolutions. Arguments as for `resnet18`."""
     return _resnet("resnet50", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs)
 
 
-@_accept_legacy_arguments
+@_builder
 def resnet101(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-101 (arXiv:1512.03385), stride in the 3x3 convolutions. Arguments as for `resnet18`."""
     return _resnet("resnet101", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
 
 
-@_accept_legacy_arguments
+@_builder
 def resnet152(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-152 (arXiv:1512.03385), stride in the 3x3 convolutions. Arguments as for `resnet18`."""
     return _resnet("resnet152", Bottleneck, (3, 8, 36, 3), weights, progress, kwargs)
 
 
-@_accept_legacy_arguments
+@_builder
 def resnext50_32x4d(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNeXt-50 32x4d (arXiv:1611.05431). Arguments as for `resnet18`."""
     _fix(kwargs, "groups", 32)
@@ -464,7 +490,7 @@ def resnext50_32x4d(*, weights: WeightsArgument = None, progress: bool = True, *
     return _resnet("resnext50_32x4d", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs)
 
 
-@_accept_legacy_arguments
+@_builder
 def resnext101_32x8d(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNeXt-101 32x8d (arXiv:1611.05431). Arguments as for `resnet18`."""
     _fix(kwargs, "groups", 32)
@@ -472,7 +498,7 @@ def resnext101_32x8d(*, weights: WeightsArgument = None, progress: bool = True, 
     return _resnet("resnext101_32x8d", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
 
 
-@_accept_legacy_arguments
+@_builder
 def resnext101_64x4d(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNeXt-101 64x4d (arXiv:1611.05431). Arguments as for `resnet18`."""
     _fix(kwargs, "groups", 64)
@@ -480,14 +506,14 @@ def resnext101_64x4d(*, weights: WeightsArgument = None, progress: bool = True, 
     return _resnet("resnext101_64x4d", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
 
 
-@_accept_legacy_arguments
+@_builder
 def wide_resnet50_2(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Wide ResNet-50-2 (arXiv:1605.07146), 3x3 convolutions twice as wide. Arguments as for `resnet18`."""
     _fix(kwargs, "width_per_group", 128)
     return _resnet("wide_resnet50_2", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs)
 
 
-@_accept_legacy_arguments
+@_builder
 def wide_resnet101_2(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Wide ResNet-101-2 (arXiv:1605.07146), 3x3 convolutions twice as wide. Arguments as for `resnet18`."""
     _fix(kwargs, "width_per_group", 128)
