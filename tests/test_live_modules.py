@@ -1021,3 +1021,91 @@ def test_traced_modules_are_saved_and_scripted(name: str) -> None:
     x = torch.randn(shape)
     assert torch.equal(pickle.loads(pickle.dumps(traced))(x), traced(x))
     assert torch.equal(torch.jit.script(traced)(x), traced(x))
+
+
+# --- the memory format of feature maps
+
+
+def _cut(model: nn.Module) -> nn.Module:
+    return nn.Sequential(*list(model.children())[:-2]).train(model.training)
+
+
+class _Viewing(nn.Module):
+    """Old code that takes its input for NCHW."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], x.shape[1], -1).mean(2)[..., None, None]
+
+
+def _maps_of_a_getter(model: nn.Module, x: Tensor) -> list[Tensor]:
+    return list(IntermediateLayerGetter(model, {"layer1": "a", "layer3": "b"})(x).values())
+
+
+def _maps_of_hooks(model: nn.Module, x: Tensor) -> list[Tensor]:
+    found: list[Tensor] = []
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda module, args, out: found.append(out))
+        for name in ("layer2", "layer3.0", "avgpool")
+    ]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+MAPS: dict[str, Callable[[nn.Module, Tensor], list[Tensor]]] = {
+    "cut off": lambda model, x: [_cut(model)(x)],
+    "a block": lambda model, x: [model.layer2[0](model.maxpool(model.conv1(x)))],
+    "a getter": _maps_of_a_getter,
+    "hooks": _maps_of_hooks,
+    "an extractor": lambda model, x: list(create_feature_extractor(model, ["layer1", "layer4"])(x).values()),
+    "no head": lambda model, x: [_set(model, avgpool=nn.Identity(), fc=nn.Unflatten(1, (512, 2, 3))) or model(x)],
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", MAPS)
+def test_feature_maps_have_torchvisions_strides(name: str, training: bool) -> None:
+    """NCHW from NCHW images, channels_last from channels_last ones and from models converted to it."""
+    for weights in (torch.contiguous_format, torch.channels_last):
+        for images in (torch.contiguous_format, torch.channels_last):
+            ours, theirs = (model.train(training).to(memory_format=weights) for model in small_twins())
+            x = torch.randn(2, 3, 64, 96).contiguous(memory_format=images)
+            for a, b in zip(MAPS[name](ours, x), MAPS[name](theirs, x), strict=True):
+                assert a.stride() == b.stride() and close(a, b, 1e-4)
+                if not training and name == "cut off":
+                    assert rf.optimize(_cut(theirs))(x).stride() == b.stride()
+
+
+@pytest.mark.parametrize("name", ["layer2", "layer4", "avgpool"])
+def test_layers_that_view_their_input(name: str) -> None:
+    """A layer of somebody's in the middle of a model is given what torch's layers would give it."""
+    ours, theirs = small_twins()
+    x = torch.randn(2, 3, 64, 96)
+    for model in (ours, theirs):
+        before = {"layer2": nn.Conv2d(64, 128, 1), "layer4": nn.Conv2d(256, 512, 1), "avgpool": nn.Identity()}[name]
+        nn.init.ones_(before.weight) if name != "avgpool" else None
+        setattr(model, name, nn.Sequential(_Viewing(), before) if name != "avgpool" else _Viewing())
+        if name != "avgpool":
+            nn.init.zeros_(before.bias)
+    with torch.no_grad():
+        assert close(ours(x), theirs(x))
+
+
+def test_modules_of_ours_answer_in_the_format_of_their_input() -> None:
+    norm = nn.BatchNorm2d(8)
+    modules = [
+        (rf.nn.ConvBNAct2d(8, 8, 3), lambda m, x: m.act(m.bn(m.conv(x)))),
+        (rf.nn.ConvBNAct2d(8, 8, 1), lambda m, x: m.act(m.bn(m.conv(x)))),
+        (rf.nn.BNAct2d(8), lambda m, x: m.act(m.bn(x))),
+        (rf.nn.FrozenBatchNorm2d.convert(norm), lambda m, x: norm.eval()(x)),
+    ]
+    x = torch.randn(2, 8, 6, 5)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for module, plain in modules:
+            module.to(memory_format=layout).eval()
+            nhwc, expanded = x.contiguous(memory_format=torch.channels_last), x[:, :1].expand(-1, 8, -1, -1)
+            for given in (x, nhwc, x[:, :, ::2], expanded, x.transpose(2, 3), torch.randn(2, 8, 1, 1)):
+                got, want = module(given), plain(module, given)
+                assert close(got, want)
+                assert want.is_contiguous() <= got.is_contiguous(), type(module)

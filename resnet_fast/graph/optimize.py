@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from resnet_fast import backends
 from resnet_fast.backends import cuda, triton
 from resnet_fast.kernels import gpus
-from resnet_fast.ops._common import as_pair, backend_for
+from resnet_fast.ops._common import as_pair, backend_for, suggests_channels_last
 from resnet_fast.roofline import cost
 
 from . import batching, finite, ir, memory, plan, shapes
@@ -55,7 +55,11 @@ class OptimizedModule(nn.Module):
         graph_module: the fused graph, an ``fx.GraphModule``.
         dtype: what it computes in.
         output_dtype: of its floating point results: the original model's.
+        channels_last: whether feature maps that it returns are channels_last for NCHW images too, as those of a model
+            with channels_last weights are.
     """
+
+    channels_last = False
 
     def __init__(
         self,
@@ -118,7 +122,19 @@ class OptimizedModule(nn.Module):
                 backends.fallback("optimize", "NaN, infinity or huge activations: such a batch runs again, exactly")
                 stack.enter_context(with_separate_relus())
                 result = self.graph_module(*args, **kwargs)
-        return _cast(result, self.dtype, self.output_dtype)
+        return self._laid_out(_cast(result, self.dtype, self.output_dtype), (args, kwargs))
+
+    def _laid_out(self, result: Any, given: Any) -> Any:
+        """Feature maps as the original gives them: NCHW unless an image or a weight of it is channels_last."""
+        images = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.dim() == 4]
+        if self.channels_last or any(suggests_channels_last(image) for image in images):
+            return result
+
+        def one(leaf: Any) -> Any:
+            nhwc = isinstance(leaf, Tensor) and leaf.dim() == 4 and suggests_channels_last(leaf)
+            return leaf.contiguous() if nhwc else leaf
+
+        return pytree.tree_map(one, result)
 
     def _recorded(self, x: Tensor) -> Any:
         if self._recorder is None:
@@ -310,6 +326,7 @@ def optimize(
     result = OptimizedModule(
         gm, report, target, original, None if image is None else ImageInput(str(image[0].target), image[1]), recorded
     )
+    result.channels_last = any(suggests_channels_last(p) for p in model.parameters() if p.dim() == 4)
     for node in gm.graph.nodes:
         node.meta = {}
     return result

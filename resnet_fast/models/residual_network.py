@@ -56,7 +56,8 @@ class ResidualRepeat(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = conv_act(x, self.conv_in, self.relu)
         out = conv_act(out, self.conv_bottleneck, self.relu)
-        return conv_act(out, self.conv_out, self.relu, residual=x)
+        out = conv_act(out, self.conv_out, self.relu, residual=x)
+        return fused.laid_out(out, x, self.conv_in, self.conv_bottleneck, self.conv_out)
 
 
 class ResidualBlock(nn.Module):
@@ -69,7 +70,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.repeat_2(self.repeat_1(self.repeat_0(x)))
-        return x if self.conv_upscale is None else conv_act(x, self.conv_upscale)
+        if self.conv_upscale is None:
+            return x
+        return fused.laid_out(conv_act(x, self.conv_upscale), x, self.conv_upscale)
 
 
 class ResidualNetwork(nn.Module):

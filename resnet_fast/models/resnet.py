@@ -15,11 +15,12 @@ from typing import Any, ParamSpec, TypeAlias, Union
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.modules.module import _has_any_global_hook
 
 from resnet_fast.models import weights as _weights
 from resnet_fast.models.checkpoint import WeightsError, load_into, read_checkpoint, read_with_metadata
 from resnet_fast.nn import fused
-from resnet_fast.nn.pristine import ordinary, watched, why_called
+from resnet_fast.nn.pristine import hooked, ordinary, watched, why_called
 
 __all__ = [
     "BasicBlock",
@@ -91,7 +92,8 @@ class BasicBlock(nn.Module):
         lean = self.memory_efficient
         out = fused.inner(x, self.conv1, self.bn1, self.relu, lean)
         identity = fused.shortcut(x, self.downsample, lean)
-        return fused.last(out, self.conv2, self.bn2, self.relu, identity, lean)
+        out = fused.last(out, self.conv2, self.bn2, self.relu, identity, lean)
+        return fused.laid_out(out, x, self.conv1, self.conv2)
 
 
 class Bottleneck(nn.Module):
@@ -136,7 +138,8 @@ class Bottleneck(nn.Module):
         out = fused.inner(x, self.conv1, self.bn1, self.relu, lean)
         out = fused.inner(out, self.conv2, self.bn2, self.relu, lean)
         identity = fused.shortcut(x, self.downsample, lean)
-        return fused.last(out, self.conv3, self.bn3, self.relu, identity, lean)
+        out = fused.last(out, self.conv3, self.bn3, self.relu, identity, lean)
+        return fused.laid_out(out, x, self.conv1, self.conv2, self.conv3)
 
 
 class ResNet(nn.Module):
@@ -272,12 +275,14 @@ class ResNet(nn.Module):
         return nn.Sequential(first, *rest)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
+        images = x
         x = fused.stem(x, self.conv1, self.bn1, self.relu, self.maxpool, self.memory_efficient)
-        x = self.layer1(x)
-        x = self.layer2(x)
-        x = self.layer3(x)
-        x = self.layer4(x)
-        return fused.head(x, self.avgpool, self.fc)
+        nchw = fused.torch_gives_nchw(images if type(self.conv1) is nn.Conv2d else x, self.conv1)
+        x = self.layer1(_inside(x, self.layer1, nchw))
+        x = self.layer2(_inside(x, self.layer2, nchw))
+        x = self.layer3(_inside(x, self.layer3, nchw))
+        x = self.layer4(_inside(x, self.layer4, nchw))
+        return fused.head(_inside(x, self.avgpool, nchw), self.avgpool, self.fc)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores [N, num_classes] of a floating point batch [N, 3, H, W], in any memory format.
@@ -290,6 +295,20 @@ class ResNet(nn.Module):
         """
         _check_images(x, self.conv1)
         return self._forward_impl(x)
+
+
+def _inside(x: Tensor, layer: nn.Module, nchw: bool) -> Tensor:
+    """What a layer of the network is given: channels_last, which fused ops read without a copy.
+
+    nchw: whether torch's layers would give it NCHW; then it gets that if it, or a hook, could tell the difference.
+    """
+    if not nchw:
+        return x
+    own = (nn.Sequential, BasicBlock, Bottleneck, nn.AdaptiveAvgPool2d)
+    seen = _has_any_global_hook() or any(
+        type(part) not in own or hooked(part) or "forward" in vars(part) for part in (layer, *layer.children())
+    )
+    return x.contiguous() if seen else x.contiguous(memory_format=torch.channels_last)
 
 
 def _check_images(x: Tensor, first: Any) -> None:

@@ -41,5 +41,5 @@ class BNAct2d(nn.Module):
         self.act = nn.ReLU(inplace=True) if activation else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``x`` [N, C, H, W], ``residual`` likewise or None; returns [N, C, H, W], stored channels_last."""
-        return fused.bn_act(x, self.bn, self.act, residual)
+        """``x`` [N, C, H, W], ``residual`` likewise or None; returns [N, C, H, W] in x's memory format."""
+        return fused.laid_out(fused.bn_act(x, self.bn, self.act, residual), x)

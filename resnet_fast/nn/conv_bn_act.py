@@ -47,5 +47,9 @@ class ConvBNAct2d(nn.Module):
         self.act = nn.ReLU(inplace=True) if activation else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``x`` [N, C, H, W], ``residual`` [N, K, P, Q] or None; returns [N, K, P, Q]."""
-        return fused.conv_bn_act(x, self.conv, self.bn, self.act, residual)
+        """Compute ``relu(bn(conv(x)) + residual)``.
+
+        ``x`` [N, C, H, W], ``residual`` [N, K, P, Q] or None; returns [N, K, P, Q], channels_last if ``x`` or the
+        convolution's weight is, as torch's layers do.
+        """
+        return fused.laid_out(fused.conv_bn_act(x, self.conv, self.bn, self.act, residual), x, self.conv)

@@ -14,14 +14,23 @@ from torch import Tensor, nn
 from .. import backends, ops
 from ..ops import conv_statistics as statistics_of_conv
 from ..ops import recompute
-from ..ops._common import Geometry, as_pair, conv_geometry, looks_channels_last, nchw, spoils_memory, transformed
+from ..ops._common import (
+    Geometry,
+    as_pair,
+    conv_geometry,
+    looks_channels_last,
+    nchw,
+    spoils_memory,
+    suggests_channels_last,
+    transformed,
+)
 from ..ops.batch_norm_act import constant_statistics, from_moments, statistics
 from ..ops.recompute import Norm
 from .pristine import is_frozen_batch_norm, ordinary, watched, why_called
 
 __all__ = [
-    "Normalised", "bn_act", "conv_bn_act", "frozen", "geometry", "head", "inner", "last", "scale_and_shift", "shortcut",
-    "stem",
+    "Normalised", "bn_act", "conv_bn_act", "frozen", "geometry", "head", "inner", "laid_out", "last", "scale_and_shift",
+    "shortcut", "stem", "torch_gives_nchw",
 ]  # fmt: skip
 
 
@@ -172,7 +181,7 @@ def bn_act(x: Tensor, bn: nn.Module, act: nn.Module | None = None, residual: Ten
 def frozen(x: Tensor, bn: Any) -> Tensor:
     """A FrozenBatchNorm2d by itself: ``(x - running_mean) / sqrt(running_var + eps) * weight + bias``."""
     if not must_be_plain(x, *_vectors(bn)):
-        return _normalise(x, _norm(x, bn), None, None)
+        return laid_out(_normalise(x, _norm(x, bn), None, None), x)
     if isinstance(x, Tensor) and x.dim() != 4:
         raise ValueError(f"expected 4D input (got {x.dim()}D input)")
     scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
@@ -292,6 +301,27 @@ def _conv(conv: Any) -> tuple[Tensor, Tensor | None, Any, Any, Any, int]:
     """What a convolution that :func:`_fusable` accepted hands to an op."""
     stride, padding, dilation = geometry(conv)  # type: ignore[misc]
     return conv.weight, conv.bias, stride, padding, dilation, conv.groups
+
+
+def torch_gives_nchw(x: Tensor, *convs: Any) -> bool:
+    """Whether torch's own layers answer NCHW to ``x``, which is computed on fused.
+
+    They do unless it or a convolution's weight is channels_last.
+    """
+    if must_be_plain(x) or suggests_channels_last(x):
+        return False
+    return not any(type(conv) is nn.Conv2d and suggests_channels_last(conv.weight) for conv in convs)
+
+
+def laid_out(y: Tensor, x: Tensor, *convs: Any) -> Tensor:
+    """``y``, which fused ops made channels_last, as torch's own layers lay out their answer to ``x``.
+
+    Args:
+        convs: the convolutions between the two.
+    """
+    if not isinstance(y, Tensor) or y.dim() != 4 or transformed() or y.is_contiguous():
+        return y
+    return y.contiguous() if torch_gives_nchw(x, *convs) else y
 
 
 def shortcut(x: Tensor, downsample: nn.Module | None, lean: bool = False) -> Tensor:

@@ -20,7 +20,17 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["changed", "is_frozen_batch_norm", "know", "know_frozen", "ordinary", "own", "watched", "why_called"]
+__all__ = [
+    "changed",
+    "hooked",
+    "is_frozen_batch_norm",
+    "know",
+    "know_frozen",
+    "ordinary",
+    "own",
+    "watched",
+    "why_called",
+]
 
 #: What is looked up on the class each time, and what it was when the class became known; None if it was replaced then.
 _Path = tuple[tuple[Callable[[Any], Any], Any, Any], ...]
@@ -129,6 +139,13 @@ def changed(module: nn.Module) -> str:
     return ""
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether this module's own hooks run when it is called, or when the gradient passes it."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def why_called(*modules: nn.Module | None) -> str:
     """Why one of these modules must be called rather than computed by a fused op; "" if nobody would notice."""
     if _has_any_global_hook():
@@ -138,7 +155,7 @@ def why_called(*modules: nn.Module | None) -> str:
     for module in modules:
         if module is None:
             continue
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if hooked(module):
             return f"a hook on a {type(module).__name__}: its block runs unfused so that it fires"
         reason = changed(module)
         if reason:

@@ -133,6 +133,21 @@ def channels_last(x: Tensor) -> Tensor:
     return x if x.stride() == wanted else x.as_strided((n, c, h, w), wanted)
 
 
+def suggests_channels_last(x: Tensor) -> bool:
+    """Whether torch takes a 4-D tensor for channels_last and answers in it: its strides are ordered C, W, H, N.
+
+    As torch's own ``suggest_memory_format``: tensors of both layouts, as of one channel, count as NCHW.
+    """
+    shape, strides, least = x.shape, x.stride(), 0
+    if strides[1] == 0:
+        return False
+    for axis in (1, 3, 2, 0):
+        if shape[axis] == 0 or strides[axis] < least or (axis == 0 and least == strides[1]):
+            return False
+        least = strides[axis] * (shape[axis] if shape[axis] > 1 else 1)
+    return True
+
+
 def result(y: Tensor) -> Tensor:
     """``y``, made by the op itself, as an op returns it: :func:`channels_last`, and not a view.
 
