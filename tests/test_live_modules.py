@@ -6,6 +6,8 @@ import copy
 import io
 import multiprocessing
 import pickle
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -1109,3 +1111,29 @@ def test_modules_of_ours_answer_in_the_format_of_their_input() -> None:
                 got, want = module(given), plain(module, given)
                 assert close(got, want)
                 assert want.is_contiguous() <= got.is_contiguous(), type(module)
+
+
+_BEFORE_THE_IMPORT = """
+import functools, torch
+from torch import nn
+forward, relu = nn.BatchNorm2d.forward, nn.functional.relu
+nn.BatchNorm2d.forward = lambda self, x: forward(self, x) * 0.9
+nn.functional.relu = functools.wraps(relu)(lambda x, inplace=False: relu(x, inplace) * 0.9)
+import resnet_fast as rf
+model = rf.models.BasicBlock(8, 8).eval()
+x = torch.randn(2, 8, 6, 6)
+plain = model.relu(model.bn2(model.conv2(model.relu(model.bn1(model.conv1(x))))) + x)
+class Functional(nn.Module):
+    def forward(self, x):
+        return nn.functional.relu(x)
+
+assert torch.equal(rf.optimize(Functional().eval())(x), Functional()(x))
+for got in (model(x), rf.optimize(model)(x)):
+    assert torch.allclose(got, plain, atol=1e-6), (got - plain).abs().max()
+print("well")
+"""
+
+
+def test_functions_replaced_before_the_import() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", _BEFORE_THE_IMPORT], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "well"), done.stderr[-500:]

@@ -468,6 +468,8 @@ _FUNCTIONS: dict[Any, Handler] = {
     F.dropout: _dropout_function,
     F.dropout2d: _dropout_function,
 }
+# What was put in the place of torch's functions before this package was imported is somebody's own.
+_FUNCTIONS = {function: handler for function, handler in _FUNCTIONS.items() if pristine.own(function)}
 _METHODS: dict[str, Handler] = {
     "relu": _relu,
     "add": _add,

@@ -78,8 +78,10 @@ def know(kind: type[nn.Module], *methods: str, functions: tuple[tuple[Any, str],
     # The last name twice: attrgetter gives a tuple for two names and more.
     getters = [(attrgetter(*found, found[-1]), owner) for owner, found in ((kind, list(names)), *owners.values())]
     path = tuple((get, owner, get(owner)) for get, owner in getters)
-    sources = {package, "torch"}
-    original = all(any(own(value, source) for source in sources) for _, _, values in path for value in values)
+    # Before this package was imported somebody may have replaced what others define; the rest is known by its author.
+    original = package not in ("torch", "torchvision") or all(
+        own(value) or own(value, package) for _, _, values in path for value in values
+    )
     _known[kind] = path if original else None
 
 
