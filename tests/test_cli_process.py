@@ -157,6 +157,23 @@ def test_an_interrupt_that_was_dropped_comes_back(monkeypatch: pytest.MonkeyPatc
     assert stopped("bench") == "stopped; the same command starts again"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 7), ("SIGTERM", -15)])
+def test_a_forked_process_leaves_ctrl_c_to_its_parent(number: str, status: int) -> None:
+    """A terminal sends it to all of them, and each would show a traceback."""
+    code = f"""
+import resnet_fast_cli, resnet_fast.cli, os, signal
+resnet_fast.cli.handle_signals()
+child = os.fork()
+if child == 0:
+    os.kill(os.getpid(), signal.{number})
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = python("-c", code)
+    assert (done.stdout, done.stderr) == (f"{status}\n", "")
+
+
 class Training:
     """``train imagenet`` in a process group of its own, as a terminal starts it."""
 

@@ -103,11 +103,16 @@ app.add_typer(train.app, name="train")
 def main() -> None:
     """The entry point of the console script."""
     warnings.formatwarning = lambda message, *_rest, **_more: f"resnet-fast: note: {one_line(message)}\n"
+    handle_signals()
+    app(prog_name="resnet-fast")
+
+
+def handle_signals() -> None:
+    """Lets Ctrl-C and SIGTERM end this process as ``stoppable`` says, and children as their parent wants it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_leave_signals_to_the_parent)
-    app(prog_name="resnet-fast")
 
 
 def _leave_signals_to_the_parent() -> None:
