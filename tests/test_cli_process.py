@@ -174,6 +174,17 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert (done.stdout, done.stderr) == (f"{status}\n", "")
 
 
+def test_what_a_shell_ignores_stays_ignored() -> None:
+    code = """
+import resnet_fast_cli, resnet_fast.cli, os, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+resnet_fast.cli.handle_signals()
+os.kill(os.getpid(), signal.SIGINT)
+print("here")
+"""
+    assert python("-c", code).stdout == "here\n"
+
+
 class Training:
     """``train imagenet`` in a process group of its own, as a terminal starts it."""
 

@@ -110,7 +110,8 @@ def main() -> None:
 def handle_signals() -> None:
     """Lets Ctrl-C and SIGTERM end this process as ``stoppable`` says, and children as their parent wants it."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell wants it of what it starts in the background
+            signal.signal(number, interrupt)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_leave_signals_to_the_parent)
 
