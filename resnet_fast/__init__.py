@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 # The command line shows its help without torch. Everywhere else `import resnet_fast` imports all of it, since that also
 # registers torch.ops.resnet_fast, which exported programs need. `python -m` has "-m" in place of the name meanwhile.
 _COMMAND_LINE = "resnet_fast_cli" in sys.modules or (
-    sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] in ("resnet_fast", "resnet_fast.cli")
+    sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv) :][:1] in (["resnet_fast"], ["resnet_fast.cli"])
 )
 
 if _COMMAND_LINE and not TYPE_CHECKING:
