@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 try:
     from benchmarks import environment
@@ -36,6 +40,10 @@ CUT_OFF = 3
 """Exit status of a stage that ended by itself with nothing wrong so far and something left out for its time."""
 WITHOUT_CUDA = "RESNET_FAST_GPU_WITHOUT_CUDA"
 """The variable that tells a stage why it must not launch the CUDA kernels."""
+PRECISIONS = "RESNET_FAST_GPU_PRECISIONS"
+"""The variable that tells a timed stage the precisions smoke found right, comma-separated; unset: time them all."""
+PACKED_EVERY = 20.0
+"""Seconds between archives of the results while a stage runs."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +136,14 @@ class Process:
             command, cwd=cwd, env=dict(env), stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True
         )
 
-    def wait(self, seconds: float) -> int | None:
+    def wait(self, seconds: float, meanwhile: Callable[[], object] = lambda: None) -> int | None:
         """The exit status; None if the command was still running after ``seconds`` and had to be ended."""
-        end = time.monotonic() + seconds
+        end, called = time.monotonic() + seconds, time.monotonic()
         try:
             while time.monotonic() < end:
+                if time.monotonic() - called >= PACKED_EVERY:
+                    meanwhile()
+                    called = time.monotonic()
                 status = self._process.poll()
                 self._show()
                 if status is not None:
@@ -199,16 +210,49 @@ class Run:
             "schema": 1, "kind": "gpu-environment", "environment": self.found, "budget": self.budget,
             "seconds": self.budget - self.left, "stages": stages,
         })  # fmt: skip
+        self.pack()
+
+    def pack(self) -> None:
+        try:
+            pack(self.results, table(self.results, self.outcomes))
+        except OSError as error:  # such as a full disk: what is measured counts more
+            print(f"  no archive: {error}", flush=True)
+
+
+def archive(results: Path) -> Path:
+    return results.with_name(f"{results.name}.tar.gz")
+
+
+def pack(results: Path, summary: str) -> None:
+    """Every result file in one archive beside their folder, a summary first."""
+    with _replacing(archive(results)) as file, tarfile.open(fileobj=file, mode="w:gz") as tar:
+
+        def add(name: str, content: bytes) -> None:
+            member = tarfile.TarInfo(f"{results.name}/{name}")
+            member.size, member.mtime = len(content), int(time.time())
+            tar.addfile(member, io.BytesIO(content))
+
+        add("summary.txt", f"{summary}\n".encode())
+        for path in sorted(results.rglob("[!.]*")):
+            with suppress(FileNotFoundError):  # a stage may be replacing it
+                if path.is_file():
+                    add(path.relative_to(results).as_posix(), path.read_bytes())
 
 
 def write(path: Path, data: Any) -> None:
     """``data`` as JSON, whole or not at all."""
+    with _replacing(path) as file:
+        file.write(f"{json.dumps(data, indent=1, default=str)}\n".encode())
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of ``path`` when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1, default=str)
-            file.write("\n")
+        with os.fdopen(handle, "wb") as file:
+            yield file
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
@@ -231,11 +275,14 @@ def slug(found: dict[str, Any]) -> str:
 def perform(run: Run, stages: tuple[Stage, ...], cwd: Path, env: Mapping[str, str]) -> int:
     """The stages in their order within the budget; exit status 1 if an answer was wrong or a stage failed."""
     background: Process | None = None
-    right = True
+    right: tuple[str, ...] | None = None
+    reason = ""
     for position, stage in enumerate(stages):
         given = {**env, **_without_cuda(run.outcomes)}
-        if stage.timed and not right:
-            run.note(stage.name, Outcome("skipped", "some answers are wrong: see smoke"))
+        if stage.timed and right is not None:
+            given[PRECISIONS] = ",".join(right)
+        if stage.timed and right == ():
+            run.note(stage.name, Outcome("skipped", reason))
             continue
         if stage.timed and background is not None:
             _finish(run, background)
@@ -245,14 +292,38 @@ def perform(run: Run, stages: tuple[Stage, ...], cwd: Path, env: Mapping[str, st
             run.note(stage.name, Outcome("skipped", "no time left"))
             continue
         print(f"== {stage.name}: {stage.what} (at most {seconds:.0f} s, {run.left:.0f} s left)", flush=True)
-        run.note(stage.name, _one(stage, seconds, run, cwd, given))
+        began = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        outcome = _one(stage, seconds, run, cwd, given)
+        run.note(stage.name, replace(outcome, reason=outcome.reason or reason) if stage.timed else outcome)
         if stage.name == "smoke":
-            right = run.outcomes["smoke"].status != "failed"
-            if right and any(other.timed for other in stages[position:]):
-                background = Process(command(WARM.name, run.results, WARM.most * run.budget), cwd, env)
+            right, reason = _judged(run, began)
+            if right != () and any(other.timed for other in stages[position:]):
+                told = {} if right is None else {PRECISIONS: ",".join(right)}
+                background = Process(command(WARM.name, run.results, WARM.most * run.budget), cwd, {**env, **told})
     if background is not None:
         _finish(run, background)
     return int(any(outcome.status == "failed" for outcome in run.outcomes.values()))
+
+
+def _judged(run: Run, began: str) -> tuple[tuple[str, ...] | None, str]:
+    """The precisions that smoke, begun at that time, found right, and why the others are not timed; None: all of them.
+
+    Right is a precision of which something was judged and nothing is wrong, and of which nothing is missing unless the
+    time was too short for it.
+    """
+    outcome = run.outcomes["smoke"]
+    if outcome.status == "done":
+        return None, ""
+    found = _read(run.results / "correctness.json")
+    rows = [row for row in found.get("ops", {}).values() if row["time"] >= began]
+    right, without = [], []
+    for precision, count in found.get("asked", {}).items():
+        passed = [row["passed"] for row in rows if row.get("precision") == precision]
+        if passed and all(passed) and (len(passed) == count or outcome.status == "out of time"):
+            right.append(precision)
+        else:
+            without.append(f"{precision} ({sum(passed)} of {count} right)")
+    return tuple(right), f"not timed after smoke: {', '.join(without) or 'everything'}"
 
 
 def _without_cuda(outcomes: Mapping[str, Outcome]) -> dict[str, str]:
@@ -268,7 +339,7 @@ def _one(stage: Stage, seconds: float, run: Run, cwd: Path, env: Mapping[str, st
     before = time.monotonic()
     with environment.Clocks() as clocks:
         process = Process(command(stage.name, run.results, max(1.0, seconds - 3)), cwd, env)
-        status = process.wait(seconds)
+        status = process.wait(seconds, run.pack)
     took = time.monotonic() - before
     if status not in (0, None):
         print(process.tail(1500), flush=True)
@@ -327,7 +398,7 @@ def rehearsal(run: Run, cwd: Path, env: Mapping[str, str]) -> int:
 
 def table(results: Path, outcomes: Mapping[str, Outcome]) -> str:
     """The short summary printed last, from the result files."""
-    lines = ["", f"results in {results}"]
+    lines = ["", f"results in {results}, all of them in {archive(results).name} beside it"]
     lines += [f"  {name:10s} {o.status:12s} {o.seconds:6.1f} s  {o.reason}".rstrip() for name, o in outcomes.items()]
     for name, row in _read(results / "native.json").get("build", {}).items():
         lines.append(f"{name}: {row['line']}")

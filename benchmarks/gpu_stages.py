@@ -17,15 +17,18 @@ import importlib
 import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
+import queue
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import bench_training, environment, gpu_layers, ops
 from benchmarks.gpu import CUT_OFF, WITHOUT_CUDA, training_line
+from benchmarks.gpu import PRECISIONS as PERMITTED
 from resnet_fast import backends
 from resnet_fast.benchmarking import cuda, results
 from resnet_fast.benchmarking.compare import fresh_model
@@ -194,7 +198,10 @@ def smoke(
         for index, make in enumerate(ops.small(precision, device))
         if backend == "auto" or _cuda_computes(make.func, precision)  # type: ignore[attr-defined]
     ]
-    with _mapped(_smoke_one, items, workers or _workers(len(items))) as rows:
+    if backend == "auto":
+        book.data["asked"] = {precision: sum(item[0] == precision for item in items) for precision in PRECISIONS}
+        book.save()
+    with _mapped(_smoke_one, items, workers or _workers(len(items)), _smoke_lost) as rows:
         for done, (title, row) in enumerate(rows, 1):
             wrong += not row["passed"]
             book.add("ops", title, row)
@@ -241,6 +248,7 @@ def _smoke_one(item: tuple[str, int, str, str]) -> tuple[str, dict[str, Any]]:
             except Exception as failure:  # one kernel's failure must not hide the others' results
                 error, allowed, reason = float("inf"), 0.0, _one_line(failure)
         return case.title if backend == "auto" else f"{case.title} by {backend}", {
+            "precision": precision,
             "error": error,
             "allowed": allowed,
             "passed": not reason,
@@ -250,20 +258,89 @@ def _smoke_one(item: tuple[str, int, str, str]) -> tuple[str, dict[str, Any]]:
         torch.use_deterministic_algorithms(False)
 
 
+def _smoke_lost(item: tuple[str, int, str, str], reason: str) -> tuple[str, dict[str, Any]]:
+    precision, index, _, _ = item
+    with torch.no_grad():
+        title = ops.small(precision, "meta")[index]().title
+    return title, {"precision": precision, "error": float("inf"), "allowed": 0.0, "passed": False, "reason": reason}
+
+
+def permitted(cases: Iterable[Any]) -> list[Any]:
+    """The cases whose precision may be timed: all of them, or those of the precisions that smoke found right."""
+    names = os.environ.get(PERMITTED)
+    return [case for case in cases if names is None or case.precision in names.split(",")]
+
+
 def _workers(items: int) -> int:
     return max(1, min(8, (os.cpu_count() or 2) // 2, items))
 
 
 @contextmanager
-def _mapped(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Iterator[Any]]:
-    """What ``function`` makes of the items, in any order as they are done, by that many processes."""
+def _mapped(
+    function: Callable[[Any], Any], items: Sequence[Any], workers: int, lost: Callable[[Any, str], Any]
+) -> Iterator[Iterator[Any]]:
+    """What ``function`` makes of the items, in any order as they are done, by that many processes.
+
+    A process that dies gives ``lost(item, reason)``; it is replaced, as is one that a faulting kernel has cost its GPU.
+    """
     if workers == 1:
         yield map(function, items)
         return
-    import multiprocessing
+    context = multiprocessing.get_context("spawn")
+    waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    running: dict[int, Any] = {}
+    for item in items:
+        waiting.put(item)
 
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield pool.imap_unordered(function, items)
+    def serve(number: int) -> None:
+        usable, connection = False, None
+        with suppress(queue.Empty):
+            while True:
+                item = waiting.get_nowait()
+                if not usable:
+                    connection, theirs = context.Pipe()
+                    running[number] = context.Process(target=_serve, args=(function, theirs), daemon=True)
+                    running[number].start()
+                    theirs.close()
+                assert connection is not None
+                try:
+                    connection.send(item)
+                    result, usable = connection.recv()
+                except (EOFError, OSError):
+                    running[number].join()
+                    usable, status = False, running[number].exitcode
+                    result = lost(item, f"its process ended with exit status {status}")
+                done.put(result)
+
+    threads = [threading.Thread(target=serve, args=(number,), daemon=True) for number in range(workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield (done.get() for _ in items)
+    finally:
+        with suppress(queue.Empty):
+            while True:
+                waiting.get_nowait()
+        for process in list(running.values()):
+            process.terminate()
+
+
+def _serve(function: Callable[[Any], Any], connection: Any) -> None:
+    """Items in, results out, and whether this process still has its GPU; until it has not."""
+    usable = True
+    while usable:
+        try:
+            item = connection.recv()
+        except EOFError:
+            return
+        result = function(item)
+        try:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+        except RuntimeError:
+            usable = False
+        connection.send((result, usable))
 
 
 def accuracy(folder: Path, deadline: Deadline, device: str = "cuda", image_size: int = 224, batch: int = 128) -> int:
@@ -427,8 +504,8 @@ def sanitizer(folder: Path, deadline: Deadline) -> int:
 def warm(folder: Path, deadline: Deadline) -> int:
     """Compiles in parallel what the later stages will run, by running each network once; nothing is kept but caches."""
     others = [Case(arch, precision, 128) for arch, precision in ACCURACY]
-    cases = [*FIRST, *(case for case in others if case not in FIRST)]
-    with _mapped(_warm_one, cases, _workers(len(cases))) as done:
+    cases = permitted([*FIRST, *(case for case in others if case not in FIRST)])
+    with _mapped(_warm_one, cases, _workers(len(cases)), lambda case, reason: (case.name, reason)) as done:
         for name, reason in done:
             print(f"  {name} {reason or 'compiled'}", flush=True)
     return 0
@@ -482,7 +559,7 @@ def _models(folder: Path, deadline: Deadline, cases: Iterable[Case], names: tupl
         print(f"  nothing to compare with: {'; '.join(missing)}", flush=True)
         return 0
     wrong = 0
-    for case in deadline.each(cases):
+    for case in deadline.each(permitted(cases)):
         wrong += not measure_case(folder, case, names)
     return int(wrong > 0)
 
@@ -557,8 +634,8 @@ def kernels(folder: Path, deadline: Deadline, device: Device | None = None) -> i
         flops={precision: ceilings[precision]["per_second"] for precision in PRECISIONS},
     )  # fmt: skip
     wanted = [(p, 128) for p in PRECISIONS[:1]] + [("fp16", 1), ("fp16", 32)] + [(p, 128) for p in PRECISIONS[1:]]
-    wrong = 0
-    cases = ((make, precision) for precision, batch in wanted for make in ops.full(precision, batch, place.name))
+    wrong, wanted = 0, permitted(Case("resnet50", *pair) for pair in wanted)
+    cases = ((make, case.precision) for case in wanted for make in ops.full(case.precision, case.batch, place.name))
     for make, precision in deadline.each(cases):
         with tf32(precision == "tf32"), torch.no_grad():
             wrong += not measure_op(book, make(), limits, place)
@@ -661,7 +738,8 @@ def tune(folder: Path, deadline: Deadline) -> int:
 
     def batches(time: Deadline, native: bool) -> None:
         inference = Deadline((1 - TRAININGS_SHARE) * time.left)
-        for case, training in (*((case, False) for case in FIRST), (TRAINED[0], True)):
+        training_too = [(case, True) for case in permitted(TRAINED[:1])]
+        for case, training in (*((case, False) for case in permitted(FIRST)), *training_too):
             left = time.left if training else inference.left
             wanted = [found for found in tunable(case, gpu, training) if adapters.is_cuda(found) == native]
             if wanted and left >= 10:
@@ -719,8 +797,9 @@ def _tuned(outcome: Any) -> None:
 def training(folder: Path, deadline: Deadline) -> int:
     """Training steps of ResNet-50 in bf16: images a second and peak memory. What is compiled comes last, for its time:
     a case that is cut off loses what it has measured."""
-    rounds = [(case, ("eager", "ours", "lean")) for case in TRAINED]
-    rounds += [(case, ("eager", "ours", name)) for name in ("compile", "ours_compile") for case in TRAINED]
+    cases = permitted(TRAINED)
+    rounds = [(case, ("eager", "ours", "lean")) for case in cases]
+    rounds += [(case, ("eager", "ours", name)) for name in ("compile", "ours_compile") for case in cases]
     wrong = 0
     for case, names in deadline.each(rounds):
         wrong += not measure_training(folder, case, names)
@@ -795,12 +874,13 @@ def layers(folder: Path, deadline: Deadline) -> int:
             return shapes.problems([case.arch], [case.batch], [case.precision], training=training)
 
         problems: Iterator[tuple[int | str, Any]] = itertools.chain(
-            ((FIRST[0].batch, problem) for problem in gpu_layers.contested(found(FIRST[0]))),
+            ((case.batch, problem) for case in permitted(FIRST[:1]) for problem in gpu_layers.contested(found(case))),
             (
-                (f"{TRAINED[0].batch}, training", pair)
-                for pair in gpu_layers.pairs(found(TRAINED[0], True), TRAINED[0].batch)
+                (f"{case.batch}, training", pair)
+                for case in permitted(TRAINED[:1])
+                for pair in gpu_layers.pairs(found(case, True), case.batch)
             ),
-            ((case.batch, problem) for case in FIRST[1:] for problem in gpu_layers.contested(found(case))),
+            ((case.batch, problem) for case in permitted(FIRST[1:]) for problem in gpu_layers.contested(found(case))),
         )
         first = deadline if without else Deadline(2 / 3 * deadline.left)
         for batch, problem in first.each(problems):

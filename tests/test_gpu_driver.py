@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -161,6 +162,116 @@ def test_wrong_answers_are_never_timed(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert fake.perform(SMOKE, TIMED, Stage("sanitizer", "", 0.5, 0.0)) == 1
     assert fake.statuses() == {"smoke": "failed", "models": "skipped", "sanitizer": "done"}
     assert not (tmp_path / "timed").exists()
+
+
+def judged(asked: dict[str, int], ended: str, *, time: str = "9", **passed: list[bool]) -> str:
+    """Code of a stage smoke that leaves these verdicts."""
+    rows = {
+        f"{precision} {index}": {"precision": precision, "passed": one, "time": time}
+        for precision, every in passed.items()
+        for index, one in enumerate(every)
+    }
+    data = {"schema": results.SCHEMA, "kind": "gpu-correctness", "asked": asked, "ops": rows, "models": {}}
+    return f"open('correctness.json', 'w').write({json.dumps(data)!r}); {ended}"
+
+
+@pytest.mark.parametrize(
+    ("code", "told", "reason"),
+    [
+        (judged({"fp16": 2, "tf32": 2}, "exit(1)", fp16=[True] * 2, tf32=[True, False]), "fp16", "tf32 (1 of 2 right)"),
+        (judged({"fp16": 2, "bf16": 1}, "exit(1)", fp16=[False, True], bf16=[True]), "bf16", "fp16 (1 of 2 right)"),
+        # It broke off: what it has not judged is not right. Out of time it has judged the most important.
+        (judged({"fp16": 2, "bf16": 2, "tf32": 1}, "exit(2)", fp16=[True] * 2, bf16=[True]), "fp16",
+         "bf16 (1 of 2 right), tf32 (0 of 1 right)"),
+        (judged({"fp16": 2, "bf16": 2, "tf32": 1}, f"exit({gpu.CUT_OFF})", fp16=[True] * 2, bf16=[True]), "fp16,bf16",
+         "tf32 (0 of 1 right)"),
+        (judged({"fp16": 1}, "exit(1)", fp16=[False]), None, "fp16 (0 of 1 right)"),
+        (judged({"fp16": 1}, "exit(1)", time="2", fp16=[True]), None, "fp16 (0 of 1 right)"),  # an earlier run's
+        ("exit(0)", "unset", ""),
+    ],
+)  # fmt: skip
+def test_a_wrong_precision_costs_no_other_its_times(
+    code: str, told: str | None, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    show = f"import os; open('told', 'w').write(os.environ.get({gpu.PRECISIONS!r}, 'unset'))"
+    fake = Fake(monkeypatch, tmp_path, smoke=code, models=show, warm="")
+    assert fake.perform(SMOKE, TIMED) == int("exit(1)" in code or "exit(2)" in code)
+    assert (tmp_path / "told").exists() == (told is not None)
+    assert fake.statuses()["models"] == ("skipped" if told is None else "done")
+    assert told is None or (tmp_path / "told").read_text() == told
+    assert fake.run.outcomes["models"].reason == (f"not timed after smoke: {reason}" if reason else "")
+
+
+def test_a_stage_times_the_precisions_it_may(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    timed: list[str] = []
+    monkeypatch.setattr(gpu_stages, "measure_case", lambda folder, case, names: timed.append(case.precision) or True)
+    monkeypatch.setattr(
+        gpu_stages, "measure_training", lambda folder, case, names: timed.append(case.precision) or True
+    )
+    stages = (gpu_stages.models, gpu_stages.networks, gpu_stages.training)
+    for told, left in (("fp16,fp32", {"fp16", "fp32"}), ("bf16", {"bf16"}), ("tf32", {"tf32"})):
+        monkeypatch.setenv(gpu.PRECISIONS, told)
+        timed.clear()
+        for stage in stages:
+            assert stage(tmp_path, gpu_stages.Deadline(100)) == 0
+        assert set(timed) == left
+    monkeypatch.delenv(gpu.PRECISIONS)
+    assert gpu_stages.permitted(gpu_stages.OTHERS) == list(gpu_stages.OTHERS)
+
+
+def archived(path: Path) -> dict[str, str]:
+    with tarfile.open(path) as tar:
+        members = {member.name: tar.extractfile(member) for member in tar.getmembers()}
+        return {name: file.read().decode() for name, file in members.items() if file is not None}
+
+
+def test_results_are_in_one_archive_after_every_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "h200"
+    look = "import pathlib, shutil; shutil.copy('h200.tar.gz', 'seen.tar.gz'); pathlib.Path('h200/tuned').mkdir(); "
+    fake = Fake(monkeypatch, tmp_path, smoke="", models=f"{look}open('h200/tuned/h200.json', 'w').write('1'); exit(1)")
+    fake.run = Run(folder, 30.0, NO_GPU)
+    assert fake.perform(SMOKE, TIMED) == 1
+    assert "smoke      done" in archived(tmp_path / "seen.tar.gz")["h200/summary.txt"]
+    files = archived(tmp_path / "h200.tar.gz")
+    assert next(iter(files)) == "h200/summary.txt" and "models     failed" in files["h200/summary.txt"]
+    assert set(files) == {"h200/summary.txt", "h200/environment.json", "h200/tuned/h200.json"}
+    assert not list(tmp_path.glob(".*"))
+    before = (tmp_path / "h200.tar.gz").read_bytes()
+    monkeypatch.setattr(tarfile, "open", lambda **given: (_ for _ in ()).throw(OSError("disk full")))
+    fake.run.save()  # says so and goes on
+    assert (tmp_path / "h200.tar.gz").read_bytes() == before and not list(tmp_path.glob(".*"))
+
+
+def test_results_are_archived_while_a_stage_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu, "PACKED_EVERY", 0.2)
+    (tmp_path / "h200").mkdir()
+    wait = "import os, time; open('h200/models.json', 'w').write('{}')\nwhile not os.path.exists('h200/go'): pass"
+    fake = Fake(monkeypatch, tmp_path, models=wait)
+    fake.run = Run(tmp_path / "h200", 30.0, NO_GPU)
+    pack, seen = gpu.pack, list[set[str]]()
+
+    def packed(results: Path, summary: str) -> None:
+        pack(results, summary)
+        seen.append(set(archived(gpu.archive(results))))
+        if "h200/models.json" in seen[-1]:
+            (results / "go").touch()
+
+    monkeypatch.setattr(gpu, "pack", packed)
+    assert fake.perform(Stage("models", "", 0.5, 0.0)) == 0  # which waits for the archive
+    assert any("h200/go" not in names and "h200/models.json" in names for names in seen)
+
+
+def falls(item: int) -> tuple[int, str]:
+    """For processes of their own: one item ends its process."""
+    if item == 2:
+        os._exit(7)
+    return item, "done"
+
+
+def test_a_process_that_dies_costs_only_its_item() -> None:
+    with gpu_stages._mapped(falls, range(5), 2, lambda item, reason: (item, reason)) as found:
+        assert dict(found) == dict.fromkeys((0, 1, 3, 4), "done") | {2: "its process ended with exit status 7"}
+    assert gpu_stages._smoke_lost(("tf32", 7, "cuda", "auto"), "gone")[0] == "add_act 17-9px tf32 batch 3"
 
 
 @pytest.mark.parametrize(
