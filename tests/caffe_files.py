@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,11 @@ def randomize(net: caffe.Net, seed: int = 0) -> caffe.Net:
 
     with torch.no_grad():
         for layer in net.definition.layers:
-            if layer.type == "Split":
-                continue
-            module = net.layer(layer.name)
-            if isinstance(module, nn.Conv2d | layers.InnerProduct):
+            module = net.find(layer.name)
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | layers.InnerProduct):
                 fan_in = module.weight[0].numel()
+                if isinstance(module, nn.ConvTranspose2d):  # of the pixels that meet in one
+                    fan_in = max(module.weight[:, 0].numel() // module.groups // math.prod(module.stride), 1)
                 if isinstance(module, layers.InnerProduct) and module.transpose:
                     fan_in = module.weight.shape[0]
                 bound = (3 * (2 if layer.tops[0] in rectified else 1) / max(fan_in, 1)) ** 0.5
@@ -50,6 +51,11 @@ def randomize(net: caffe.Net, seed: int = 0) -> caffe.Net:
                 module.factor.fill_(FACTOR)
                 module.mean.copy_(uniform(module.mean, -0.2, 0.2) * FACTOR)
                 module.variance.copy_(uniform(module.variance, 0.7, 1.4) * FACTOR)
+                if module.weight is not None and module.bias is not None:
+                    module.weight.copy_(uniform(module.weight, 0.7, 1.3) * FACTOR**0.5)
+                    module.bias.copy_(uniform(module.bias, 3.0, 9.0))
+            elif isinstance(module, layers.PReLU):
+                module.weight.copy_(uniform(module.weight, -0.5, 0.5))
             elif isinstance(module, layers.Scale):
                 gain = BRANCH_GAIN if layer.name.endswith("branch2c") else 1.0
                 if module.weight is not None:
@@ -133,9 +139,9 @@ def windows() -> st.SearchStrategy[tuple[d.Pooling, tuple[int, int]]]:
     return draw_one()
 
 
-def writer(definition: d.Definition, blob: str) -> str:
-    """The name of the layer that writes ``blob`` last, by which OpenCV knows the blob."""
-    return [layer.name for layer in definition.layers if blob in layer.tops][-1]
+def writer(definition: d.Definition, blob: str) -> d.Layer:
+    """The layer that writes ``blob`` last, by whose name OpenCV knows the blob."""
+    return [layer for layer in definition.layers if blob in layer.tops][-1]
 
 
 # ---------------------------------------------------------------------------------------------------------- references
@@ -146,8 +152,11 @@ def reference(net: caffe.Net, inputs: dict[str, Tensor], dtype: type = np.float6
     blobs = {name: value.detach().numpy().astype(dtype) for name, value in inputs.items()}
     for layer in net.definition.layers:
         bottoms = [blobs[name] for name in layer.bottoms]
-        own = [] if layer.type == "Split" else list(layers.blobs(net.layer(layer.name)).values())
+        own = [] if (module := net.find(layer.name)) is None else list(layers.blobs(module).values())
         values = [tensor.detach().double().numpy().astype(dtype) for tensor in own]
+        if isinstance(layer.parameters, d.Slice):
+            blobs.update(zip(layer.tops, _sliced(layer.parameters, bottoms[0], len(layer.tops)), strict=True))
+            continue
         top = _computed(layer.parameters, bottoms, values)
         assert top.dtype == dtype
         blobs.update(dict.fromkeys(layer.tops, top))
@@ -159,9 +168,12 @@ def _computed(p: d.Parameters, bottoms: list[np.ndarray], own: list[np.ndarray])
     if isinstance(p, d.Convolution):
         return _convolved(p, x, *own)
     if isinstance(p, d.BatchNorm):
-        mean, variance, factor = own
+        mean, variance, factor, *affine = own
         inverse = 0 if factor[0] == 0 else 1 / factor[0]
         shape = (1, -1, *(1,) * (x.ndim - 2))
+        if affine:  # NVIDIA's: the third blob is not used
+            spread = np.sqrt(variance + x.dtype.type(max(p.eps, np.float32(1e-5)))).reshape(shape)
+            return (x - mean.reshape(shape)) / spread * affine[0].reshape(shape) + affine[1].reshape(shape)
         spread = np.sqrt(variance * inverse + x.dtype.type(p.eps))
         return (x - (mean * inverse).reshape(shape)) / spread.reshape(shape)
     if isinstance(p, d.Scale):
@@ -188,8 +200,99 @@ def _computed(p: d.Parameters, bottoms: list[np.ndarray], own: list[np.ndarray])
         return raised / raised.sum(p.axis, keepdims=True)
     if isinstance(p, d.Concat):
         return np.concatenate(bottoms, p.axis)
+    if isinstance(p, d.Deconvolution):
+        return _deconvolved(p, x, *own)
+    if isinstance(p, d.LRN):
+        return _normalised(p, x)
+    if isinstance(p, d.PReLU):
+        slope = own[0] if p.channel_shared else own[0].reshape(-1, *(1,) * (x.ndim - 2))
+        return np.maximum(x, 0) + slope * np.minimum(x, 0)
+    if isinstance(p, d.ELU):
+        return np.maximum(x, 0) + x.dtype.type(p.alpha) * np.expm1(np.minimum(x, 0))
+    if isinstance(p, d.Sigmoid):
+        return 1 / (1 + np.exp(-x))
+    if isinstance(p, d.TanH):
+        return np.tanh(x)
+    if isinstance(p, d.Power):
+        power, scale, shift = (x.dtype.type(value) for value in (p.power, p.scale, p.shift))
+        if power * scale == 0:
+            return np.full_like(x, 1 if power == 0 else shift**power)
+        return (shift + scale * x) ** power
+    if isinstance(p, d.Axpy):
+        return x.reshape(*x.shape[:2], *(1,) * (bottoms[1].ndim - 2)) * bottoms[1] + bottoms[2]
+    if isinstance(p, d.Crop):
+        return _cropped(p, x, bottoms[1])
+    if isinstance(p, d.Flatten | d.Reshape):
+        return x.reshape(reshaped(p, x.shape))
     assert isinstance(p, d.Dropout | d.Split)
     return x
+
+
+def reshaped(p: d.Flatten | d.Reshape, x: d.Shape) -> list[int]:
+    """The shape that Caffe's Flatten or Reshape gives a blob of shape ``x``."""
+    if isinstance(p, d.Flatten):
+        begin, end = p.axis % len(x), p.end_axis % len(x)
+        return [*x[:begin], int(np.prod(x[begin : end + 1])), *x[end + 1 :]]
+    begin = p.axis if p.axis >= 0 else len(x) + p.axis + 1
+    end = len(x) if p.num_axes == -1 else begin + p.num_axes
+    top = [*x[:begin], *p.dims, *x[end:]]
+    for index, size in enumerate(p.dims):
+        if size == 0:
+            top[begin + index] = x[begin + index]
+    if -1 in p.dims:
+        place = begin + p.dims.index(-1)
+        top[place] = int(np.prod(x)) // int(np.prod(top[:place] + top[place + 1 :]))
+    return top
+
+
+def _cropped(p: d.Crop, x: np.ndarray, like: np.ndarray) -> np.ndarray:
+    for axis in range(p.axis % x.ndim, x.ndim):
+        begin = 0
+        if p.offset:
+            begin = p.offset[0] if len(p.offset) == 1 else p.offset[axis - p.axis % x.ndim]
+        x = np.take(x, range(begin, begin + like.shape[axis]), axis)
+    return x
+
+
+def _sliced(p: d.Slice, x: np.ndarray, tops: int) -> list[np.ndarray]:
+    return np.split(x, p.slice_point if p.slice_point else tops, p.axis)
+
+
+def _normalised(p: d.LRN, x: np.ndarray) -> np.ndarray:
+    """One window after the other, cut at the blob's edges."""
+    reach, kind = p.local_size // 2, x.dtype.type
+    square, scale = x * x, np.empty_like(x)
+    if p.norm_region == "ACROSS_CHANNELS":
+        for c in range(x.shape[1]):
+            total = square[:, max(c - reach, 0) : c + reach + 1].sum(1)
+            scale[:, c] = kind(p.k) + kind(p.alpha) / kind(p.local_size) * total
+    else:
+        for row in range(x.shape[2]):
+            for column in range(x.shape[3]):
+                window = square[
+                    :, :, max(row - reach, 0) : row + reach + 1, max(column - reach, 0) : column + reach + 1
+                ]
+                scale[:, :, row, column] = 1 + kind(p.alpha) * (window.sum((2, 3)) / kind(p.local_size**2))
+    return x * scale ** kind(-p.beta)
+
+
+def _deconvolved(p: d.Deconvolution, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """Every pixel adds its multiple of the kernel to the top, of which the padding is cut off."""
+    (top, left), (down, right), (far, wide) = p.padding, p.stride, p.dilation
+    rows = down * (x.shape[2] - 1) + far * (p.kernel[0] - 1) + 1
+    columns = right * (x.shape[3] - 1) + wide * (p.kernel[1] - 1) + 1
+    result = np.zeros((x.shape[0], p.num_output, rows, columns), x.dtype)
+    each_in, each_out = x.shape[1] // p.group, p.num_output // p.group
+    for g in range(p.group):
+        part = x[:, g * each_in : (g + 1) * each_in]
+        filters = weight[g * each_in : (g + 1) * each_in]
+        for r in range(p.kernel[0]):
+            for s in range(p.kernel[1]):
+                added = np.einsum("nchw,ck->nkhw", part, filters[:, :, r, s])
+                place = result[:, g * each_out : (g + 1) * each_out, r * far :: down, s * wide :: right]
+                place[:, :, : x.shape[2], : x.shape[3]] += added
+    result = result[:, :, top : rows - top, left : columns - left]
+    return result if bias is None else result + bias[:, None, None]
 
 
 def _convolved(p: d.Convolution, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
@@ -389,6 +492,123 @@ GRAPHS: dict[str, d.Definition] = {
     ),
     "sum behind norm": definition(
         _DATA, ("norm", d.BatchNorm(), "data"), ("relu", d.ReLU(), "norm"), ("sum", d.Eltwise(), "norm relu")
+    ),
+    "squeeze and excitation": definition(
+        _DATA,
+        ("a", _conv(6), "data"),
+        ("norm", _NORM, "a", "a"),
+        ("scale", d.Scale(bias_term=True), "a", "a"),
+        ("squeeze", d.Pooling("AVE"), "a"),
+        ("up", _conv(6, 1), "squeeze"),
+        ("gate", d.Sigmoid(), "up", "up"),
+        ("sum", d.Axpy(), "up a data"),
+        ("sum_relu", d.ReLU(), "sum", "sum"),
+    ),
+    "axpy of columns": definition(
+        {"data": (2, 3, 5, 4)}, ("gate", d.InnerProduct(3), "data"), ("sum", d.Axpy(), "gate data data")
+    ),
+    "activations": definition(
+        _DATA,
+        ("a", _conv(5), "data"),
+        ("elu", d.ELU(0.5), "a"),
+        ("b", _conv(4), "elu"),
+        ("tanh", d.TanH(), "b", "b"),
+        ("c", _conv(3), "b"),
+        ("prelu", d.PReLU(), "c", "c"),
+        ("sigmoid", d.Sigmoid(), "c"),
+    ),
+    "prelu of one slope": definition(
+        _DATA, ("a", _conv(5), "data"), ("prelu", d.PReLU(channel_shared=True), "a", "a"), ("b", _conv(3), "a")
+    ),
+    "prelu of columns": definition({"data": (2, 7)}, ("prelu", d.PReLU(), "data")),
+    "powers": definition(
+        {"data": (2, 3, 5, 4)},
+        ("square", d.Power(2.0, 0.5, -0.25), "data"),
+        ("root", d.Power(0.5, 2.0, 1.0), "square"),
+        ("inverse", d.Power(-1.0, 1.0, 0.5), "root"),
+        ("linear", d.Power(1.0, -3.0, 0.0), "inverse", "inverse"),
+        ("cube", d.Power(3.0), "inverse"),
+    ),
+    "power of nothing": definition(
+        {"data": (2, 3, 5, 4)}, ("one", d.Power(0.0, 2.0, 3.0), "data"), ("sum", d.Eltwise(), "data one")
+    ),
+    "power of a constant": definition(
+        {"data": (2, 3, 5, 4)}, ("nine", d.Power(2.0, 0.0, 3.0), "data"), ("sum", d.Eltwise(), "data nine")
+    ),
+    "responses": definition(
+        {"data": (2, 7, 6, 5)},
+        ("across", d.LRN(5, 2.0, 0.75), "data"),
+        ("few", d.LRN(3, 0.5, 0.5), "across"),
+        ("within", d.LRN(3, 3.0, 0.75, "WITHIN_CHANNEL"), "few"),
+    ),
+    "response of all channels": definition({"data": (2, 7, 6, 5)}, ("across", d.LRN(15, 0.5, 0.5, k=2.0), "data")),
+    "response of a channel": definition(
+        {"data": (2, 3, 3, 4)}, ("within", d.LRN(9, 3.0, 0.75, "WITHIN_CHANNEL", k=5.0), "data")
+    ),
+    "deconvolution": definition(
+        {"data": (2, 6, 5, 4)},
+        ("a", d.Deconvolution(4, (4, 3), (2, 3), (1, 0), group=2), "data"),
+        ("relu", d.ReLU(), "a", "a"),
+        ("b", d.Deconvolution(4, (4, 4), (2, 2), (1, 1), group=4, bias_term=False), "a"),
+        ("c", d.Deconvolution(3, (2, 3), (1, 1), (0, 2)), "b"),
+    ),
+    "deconvolution with holes": definition(
+        {"data": (2, 4, 5, 4)}, ("a", d.Deconvolution(6, (3, 2), (2, 1), (1, 2), (2, 3)), "data")
+    ),
+    "segmentation": definition(
+        {"data": (1, 3, 13, 18)},
+        ("a", d.Convolution(4, (3, 3), (2, 2), (1, 1)), "data"),
+        ("a_relu", d.ReLU(), "a", "a"),
+        ("b", d.Convolution(5, (3, 3), (2, 2), (1, 1)), "a"),
+        ("up2", d.Deconvolution(5, (4, 4), (2, 2), bias_term=False), "b"),
+        ("skip", _conv(5, 1), "a"),
+        ("up2c", d.Crop(offset=(1,)), "up2 skip"),
+        ("sum", d.Eltwise(), "up2c skip"),
+        ("up4", d.Deconvolution(5, (4, 4), (2, 2), bias_term=False), "sum"),
+        ("score", d.Crop(2, (1, 2)), "up4 data"),
+    ),
+    "crop of channels": definition(
+        {"data": (2, 7, 5, 4), "like": (2, 3, 4, 4)}, ("crop", d.Crop(-3, (2, 1, 0)), "data like")
+    ),
+    "crop of nothing": definition({"data": (2, 3, 5, 4), "like": (9, 9, 5, 2)}, ("crop", d.Crop(), "data like")),
+    "slices": definition(
+        _DATA,
+        ("a", _conv(6), "data"),
+        ("cut", d.Slice(1, (1, 3)), "a", "one two three"),
+        ("one_relu", d.ReLU(), "one", "one"),
+        ("b", _conv(2), "two"),
+        ("together", d.Concat(), "three one b"),
+    ),
+    "slices of lines": definition(
+        {"data": (2, 3, 6, 4)},
+        ("cut", d.Slice(-2), "data", "one two three"),
+        ("sum", d.Eltwise("SUM", (1.0, -2.0, 0.5)), "one two three"),
+    ),
+    "shapes": definition(
+        {"data": (2, 6, 4, 3)},
+        ("a", _conv(6), "data"),
+        ("shuffled", d.Reshape((0, 2, 3, -1)), "a"),
+        ("middle", d.Reshape((3, -1), 1, 2), "shuffled"),
+        ("flat", d.Flatten(), "middle"),
+        ("score", d.InnerProduct(5), "flat"),
+    ),
+    "shape of an image": definition({"data": (2, 3)}, ("image", d.Reshape((1, 1), -1, 0), "data")),
+    "flat in the middle": definition({"data": (2, 3, 4, 5)}, ("flat", d.Flatten(-3, 2), "data")),
+    "shape to the end": definition({"data": (2, 3, 4, 5)}, ("last", d.Reshape((5, 4), -3), "data")),
+    "norm of five blobs": definition(
+        _DATA,
+        ("a", _conv(6), "data"),
+        ("norm", d.BatchNorm(True, eps=1e-6, scale_bias=True), "a", "a"),
+        ("relu", d.ReLU(), "a", "a"),
+        ("after", d.BatchNorm(scale_bias=True), "a"),
+    ),
+    "dropout of any ratio": definition(
+        _DATA,
+        ("a", _conv(3), "data"),
+        ("none", d.Dropout(0.0), "a", "a"),
+        ("b", _conv(3), "a"),
+        ("all", d.Dropout(1.0), "b"),
+        ("more", d.Dropout(7.0), "all"),
     ),
 }
 """Small networks that are no ResNets, by what is special about them."""

@@ -237,15 +237,15 @@ HOSTILE = {
     "deep lists": ("layer { a: " + "[" * 1000, "line 1: nested deeper than 32 braces"),
     "unknown field": (HEAD + "inputdim: 3", "line 2: the network has no field 'inputdim'"),
     "unknown layer": (
-        HEAD + "\n\n" + 'layer { name: "x" type: "LRN" bottom: "data" top: "x" lrn_param { alpha: 1 } }',
-        "layer 'x' (LRN, line 4): layers of type 'LRN' are not supported; supported are Convolution, BatchNorm",
+        HEAD + "\n\n" + 'layer { name: "x" type: "MVN" bottom: "data" top: "x" mvn_param { eps: 1 } }',
+        "layer 'x' (MVN, line 4): layers of type 'MVN' are not supported; supported are Convolution, Deconvolution",
     ),
     "unknown V1 layer": (
-        HEAD + 'layers { name: "x" type: LRN bottom: "data" top: "x" }',
-        "layer 'x' (LRN, line 2): layers of type 'LRN' are not supported",
+        HEAD + 'layers { name: "x" type: MVN bottom: "data" top: "x" }',
+        "layer 'x' (MVN, line 2): layers of type 'MVN' are not supported",
     ),
     "no type": (HEAD + 'layer { name: "x" bottom: "data" top: "x" }', "it has no type"),
-    "data layer": (HEAD + 'layer { name: "x" type: "Data" top: "x" }', "a data layer; a network to run has `input:`"),
+    "data layer": (HEAD + 'layer { name: "x" type: "Data" top: "x" }', "a data layer, whose shape the prototxt does"),
     "loss": (
         HEAD + 'layer { name: "x" type: "SoftmaxWithLoss" bottom: "data" top: "x" }',
         "losses and accuracies are not part of a network here; use the deploy definition",

@@ -1,144 +1,21 @@
 """A Caffe network as data: inputs, layers, parameters, which layers a phase includes, and every blob's shape.
 
-No file format and no tensor here. Parameters and shapes follow the layers' documentation and code in BVLC/caffe.
+No file format and no tensor here. What the layers' types have and do is declared in `kinds`, which this module offers
+as its own.
 """
 
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 from .errors import CaffeError
+from .kinds import *  # noqa: F403 - every declaration, under the names that it has there
+from .kinds import KINDS, MAX_ELEMENTS, Illegal, Parameters, Shape, times
 
-Shape: TypeAlias = tuple[int, ...]
-
-MAX_AXES = 32
-"""Most axes of a blob (Caffe's kMaxBlobAxes)."""
-
-MAX_ELEMENTS = 2**31 - 1
-"""Most elements of a blob (Caffe counts them in an int)."""
-
-
-class _SinglePrecision:
-    """Floating point fields are float32 numbers, as in the files, whatever a caller wrote."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, float):
-                object.__setattr__(self, name, _float32(value))
-            elif isinstance(value, tuple):
-                object.__setattr__(self, name, tuple(_float32(v) if isinstance(v, float) else v for v in value))
-
-
-def _float32(value: float) -> float:
-    return float(struct.unpack("f", struct.pack("f", value))[0])
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """2-D cross-correlation over [N, C, H, W]; weight [num_output, C / group, kernel...]."""
-
-    num_output: int
-    kernel: tuple[int, int]
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    group: int = 1
-    bias_term: bool = True
-
-
-@dataclass(frozen=True)
-class BatchNorm(_SinglePrecision):
-    """Normalisation of axis 1 without scale and shift; blobs mean, variance, factor.
-
-    ``use_global_stats``: the stored statistics (True), those of the batch (False), or stored ones in the TEST phase and
-    the batch's in the TRAIN phase (None).
-    """
-
-    use_global_stats: bool | None = None
-    moving_average_fraction: float = 0.999
-    eps: float = 1e-5
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Product with a parameter (or a second bottom) that covers ``num_axes`` axes (-1: all) from ``axis`` on."""
-
-    axis: int = 1
-    num_axes: int = 1
-    bias_term: bool = False
-
-
-@dataclass(frozen=True)
-class ReLU(_SinglePrecision):
-    """``max(x, 0) + negative_slope * min(x, 0)``."""
-
-    negative_slope: float = 0.0
-
-
-@dataclass(frozen=True)
-class Eltwise(_SinglePrecision):
-    """SUM (with one coefficient per bottom, or none at all), PROD or MAX of bottoms of one shape."""
-
-    operation: str = "SUM"
-    coeff: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Pooling:
-    """MAX or AVE over windows; ``kernel`` None pools over the whole image."""
-
-    method: str = "MAX"
-    kernel: tuple[int, int] | None = None
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    round_mode: str = "CEIL"
-
-
-@dataclass(frozen=True)
-class InnerProduct:
-    """A linear layer over everything from ``axis`` on; weight [num_output, K], or [K, num_output] if ``transpose``."""
-
-    num_output: int
-    bias_term: bool = True
-    axis: int = 1
-    transpose: bool = False
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """Softmax along ``axis``."""
-
-    axis: int = 1
-
-
-@dataclass(frozen=True)
-class Dropout(_SinglePrecision):
-    """In training each element is 0 with probability ``ratio``, the others are divided by 1 - ratio."""
-
-    ratio: float = 0.5
-
-
-@dataclass(frozen=True)
-class Concat:
-    """Bottoms one behind the other along ``axis``."""
-
-    axis: int = 1
-
-
-@dataclass(frozen=True)
-class Split:
-    """The bottom under several names."""
-
-
-Parameters: TypeAlias = (
-    Convolution | BatchNorm | Scale | ReLU | Eltwise | Pooling | InnerProduct | Softmax | Dropout | Concat | Split
-)
-
-SUPPORTED = tuple(kind.__name__ for kind in Parameters.__args__)
+SUPPORTED = tuple(KINDS)
 
 
 @dataclass(frozen=True)
@@ -174,12 +51,14 @@ class Definition:
 
     Attributes:
         source: where it is from, for errors; does not count in comparisons.
+        left_out: names of further layers of the prototxt, which were not asked for; does not count either.
     """
 
     name: str
     inputs: tuple[Input, ...]
     layers: tuple[Layer, ...]
     source: str = field(default="", compare=False)
+    left_out: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -229,12 +108,13 @@ def check(definition: Definition) -> None:
         if layer.name in names:
             fail(f"{layer} has the name of {names[layer.name]}; names must be unique, weights are stored by name")
         names[layer.name] = layer
-        least, most, tops = _COUNTS.get(layer.type, (1, 1, 1))
-        if not least <= len(layer.bottoms) <= most:
-            wanted = str(least) if least == most else f"{least} or more" if most > 2 else f"{least} or {most}"
-            fail(f"{layer}: has {len(layer.bottoms)} bottoms, {layer.type} takes {wanted}")
-        if len(layer.tops) != tops and not (layer.type == "Split" and layer.tops):
-            fail(f"{layer}: has {len(layer.tops)} tops, {layer.type} makes {tops}")
+        for what, names_of, (least, most) in (
+            ("bottom", layer.bottoms, layer.parameters.bottoms),
+            ("top", layer.tops, layer.parameters.tops),
+        ):
+            if not least <= len(names_of) <= most:
+                wanted = str(least) if least == most else f"{least} or {'more' if most > least + 1 else most}"
+                fail(f"{layer}: has {len(names_of)} {what}s, {layer.type} {_VERBS[what]} {wanted}")
         if len(set(layer.tops)) != len(layer.tops):
             fail(f"{layer}: makes the same top twice: {', '.join(layer.tops[:5])}")
         bottoms = set(layer.bottoms)
@@ -254,9 +134,7 @@ def check(definition: Definition) -> None:
             makers[top] = str(layer)
 
 
-_MANY = 2**31
-#: Bottoms at least and at most, and tops, where they are not one each.
-_COUNTS = {"Eltwise": (2, _MANY, 1), "Concat": (1, _MANY, 1), "Scale": (1, 2, 1)}
+_VERBS = {"bottom": "takes", "top": "makes"}
 
 
 # -------------------------------------------------------------------------------------------------------------- shapes
@@ -275,11 +153,11 @@ def walk(
     for layer in definition.layers:
         bottoms = [blobs[name] for name in layer.bottoms]
         try:
-            tops = _tops(layer, bottoms)
+            tops = layer.parameters.shapes(bottoms, len(layer.tops))
             if inputs is None and any(math.prod(shape) > MAX_ELEMENTS for shape in (*tops, *bottoms)):
-                raise _Illegal(f"its blobs {', '.join(map(times, (*bottoms, *tops)))}: more than {MAX_ELEMENTS:,} "
+                raise Illegal(f"its blobs {', '.join(map(times, (*bottoms, *tops)))}: more than {MAX_ELEMENTS:,} "
                                "elements")  # fmt: skip
-        except _Illegal as error:
+        except Illegal as error:
             raise CaffeError(f"{definition.source or 'definition'}: {layer}: {error}") from None
         blobs.update(zip(layer.tops, tops, strict=True))
         yield layer, bottoms, tops
@@ -288,126 +166,6 @@ def walk(
 def shapes(definition: Definition, inputs: Mapping[str, Shape] | None = None) -> dict[str, tuple[Shape, ...]]:
     """The shapes of each layer's tops by the layer's name; arguments and errors as for :func:`walk`."""
     return {layer.name: tops for layer, _, tops in walk(definition, inputs)}
-
-
-def parameter_shapes(layer: Layer, bottoms: Sequence[Shape]) -> tuple[Shape, ...]:
-    """The shapes of a layer's blobs in the order in which Caffe stores them."""
-    parameters = layer.parameters
-    if isinstance(parameters, Convolution):
-        weight = (parameters.num_output, bottoms[0][1] // parameters.group, *parameters.kernel)
-        return (weight, (parameters.num_output,)) if parameters.bias_term else (weight,)
-    if isinstance(parameters, BatchNorm):
-        return ((bottoms[0][1],), (bottoms[0][1],), (1,))
-    if isinstance(parameters, Scale):
-        covered = bottoms[1] if len(bottoms) > 1 else scale_shape(parameters, bottoms[0])
-        scale = () if len(bottoms) > 1 else (covered,)
-        return (*scale, covered) if parameters.bias_term else scale
-    if isinstance(parameters, InnerProduct):
-        inner = math.prod(bottoms[0][axis_of(parameters.axis, bottoms[0]) :])
-        matrix = (inner, parameters.num_output) if parameters.transpose else (parameters.num_output, inner)
-        return (matrix, (parameters.num_output,)) if parameters.bias_term else (matrix,)
-    return ()
-
-
-def scale_shape(parameters: Scale, x: Shape) -> Shape:
-    """The axes of ``x`` that a Scale layer's own parameter covers."""
-    axis = axis_of(parameters.axis, x)
-    return x[axis:] if parameters.num_axes == -1 else x[axis : axis + parameters.num_axes]
-
-
-def axis_of(axis: int, shape: Shape) -> int:
-    """``axis`` counted from the front."""
-    if not -len(shape) <= axis < len(shape):
-        raise _Illegal(f"its axis {axis} is none of the {len(shape)} of its bottom {times(shape)}")
-    return axis % len(shape)
-
-
-def pooled_sizes(parameters: Pooling, height: int, width: int) -> tuple[int, int]:
-    """How many windows fit, by Caffe's rule: one that begins beyond image and padding goes only if there is padding."""
-    assert parameters.kernel is not None
-    sizes = []
-    for size, kernel, stride, pad in zip(
-        (height, width), parameters.kernel, parameters.stride, parameters.padding, strict=True
-    ):
-        steps = size + 2 * pad - kernel
-        windows = (-(-steps // stride) if parameters.round_mode == "CEIL" else steps // stride) + 1
-        if any(parameters.padding) and (windows - 1) * stride >= size + pad:
-            windows -= 1
-        sizes.append(windows)
-    return sizes[0], sizes[1]
-
-
-class _Illegal(Exception):
-    """A bottom that the layer cannot take."""
-
-
-def times(shape: Iterable[Any]) -> str:
-    """A shape as errors show it: ``1x3x224x224``."""
-    return "x".join(map(str, shape)) or "of no axes"
-
-
-def _tops(layer: Layer, bottoms: Sequence[Shape]) -> tuple[Shape, ...]:
-    parameters, x = layer.parameters, bottoms[0]
-    if isinstance(parameters, Convolution | Pooling) and len(x) != 4:
-        raise _Illegal(f"its bottom is {times(x)}, [N, C, H, W] was expected")
-    if isinstance(parameters, Convolution):
-        return (_convolved(parameters, x),)
-    if isinstance(parameters, Pooling):
-        return (_pooled(parameters, x),)
-    if isinstance(parameters, InnerProduct):
-        return ((*x[: axis_of(parameters.axis, x)], parameters.num_output),)
-    if isinstance(parameters, Concat):
-        axis = axis_of(parameters.axis, x)
-        for other in bottoms[1:]:
-            if len(other) != len(x) or any(a != b for i, (a, b) in enumerate(zip(x, other, strict=True)) if i != axis):
-                raise _Illegal(f"its bottoms {', '.join(map(times, bottoms))} differ elsewhere than along axis {axis}")
-        return ((*x[:axis], sum(shape[axis] for shape in bottoms), *x[axis + 1 :]),)
-    if isinstance(parameters, Eltwise):
-        if any(shape != x for shape in bottoms):
-            raise _Illegal(f"its bottoms {', '.join(map(times, bottoms))} are not of one shape")
-        if parameters.coeff and len(parameters.coeff) != len(bottoms):
-            raise _Illegal(f"it has {len(parameters.coeff)} coefficients for {len(bottoms)} bottoms")
-    elif isinstance(parameters, Scale):
-        _check_scale(parameters, bottoms)
-    elif isinstance(parameters, Softmax):
-        axis_of(parameters.axis, x)
-    elif isinstance(parameters, BatchNorm) and len(x) < 2:
-        raise _Illegal(f"its bottom is {times(x)}, at least [N, C] was expected")
-    return (x,) * len(layer.tops)
-
-
-def _check_scale(parameters: Scale, bottoms: Sequence[Shape]) -> None:
-    x = bottoms[0]
-    axis = axis_of(parameters.axis, x)
-    if len(bottoms) == 1:
-        if parameters.num_axes < -1 or axis + parameters.num_axes > len(x):
-            raise _Illegal(f"it covers {parameters.num_axes} axes from axis {axis} on, its bottom is {times(x)}")
-    elif x[axis : axis + len(bottoms[1])] != bottoms[1]:
-        raise _Illegal(f"its second bottom {times(bottoms[1])} does not match {times(x)} from axis {axis} on")
-
-
-def _convolved(parameters: Convolution, x: Shape) -> Shape:
-    if x[1] % parameters.group or parameters.num_output % parameters.group:
-        raise _Illegal(
-            f"{x[1]} channels and num_output {parameters.num_output} must be multiples of group {parameters.group}"
-        )
-    sides = []
-    for size, kernel, stride, pad, dilation in zip(
-        x[2:], parameters.kernel, parameters.stride, parameters.padding, parameters.dilation, strict=True
-    ):
-        sides.append((size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1)
-        if sides[-1] < 1:
-            raise _Illegal(f"its kernel {times(parameters.kernel)} does not fit into {times(x[2:])} with its padding")
-    return (x[0], parameters.num_output, *sides)
-
-
-def _pooled(parameters: Pooling, x: Shape) -> Shape:
-    if parameters.kernel is None:
-        return (*x[:2], 1, 1)
-    sides: Shape = pooled_sizes(parameters, x[2], x[3])
-    if min(sides) < 1:
-        raise _Illegal(f"its window {times(parameters.kernel)} does not fit into {times(x[2:])}")
-    return (*x[:2], *sides)
 
 
 # --------------------------------------------------------------------------------------------------------------- phase

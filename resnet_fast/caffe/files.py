@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,11 @@ def load(
     caffemodel_file: str | os.PathLike[str] | None = None,
     *,
     phase: str = "TEST",
+    level: int | None = None,
+    stages: Iterable[str] = (),
+    upto: str | None = None,
+    features: Iterable[str] | None = None,
+    inputs: Mapping[str, Sequence[int]] | None = None,
     strict: bool = True,
 ) -> Net:
     """The network that a prototxt defines, with the weights of a caffemodel, float32 on the CPU.
@@ -32,6 +38,12 @@ def load(
         prototxt_file: a deploy definition: a path.
         caffemodel_file: a binary caffemodel, V2 or V1; without it the parameters are initialised.
         phase: "TEST" for a network in eval mode, "TRAIN" for train mode; layers that its rules exclude are left out.
+        level, stages: what `include` and `exclude` rules are compared with besides the phase, as in pycaffe's
+            ``Net(file, phase, level, stages)``; None for the level that the file says.
+        upto: the last layer, by its own name or that of a blob that it writes. What stands behind it in the file is not
+            read, and may be of any type.
+        features: the blobs that a call returns. Layers that they do not need are not read, and may be of any type.
+        inputs: shapes by name of blobs that a call is given, in place of the layer or the input that makes them.
         strict: whether every layer with parameters must be in the file; otherwise such layers keep their
             initialisation, with a warning, as in Caffe when it finetunes.
 
@@ -41,13 +53,16 @@ def load(
     """
     if isinstance(prototxt_file, str) and re.search(r"[\n{]", prototxt_file):
         raise ValueError("load: prototxt_file is a text; give its path, or Net(parse_prototxt(text)) for a text")
-    definition = prototxt.read(prototxt_file, phase=phase)
+    features = None if features is None else tuple(features) if not isinstance(features, str) else features
+    definition = prototxt.read(
+        prototxt_file, phase=phase, level=level, stages=stages, upto=upto, features=features, inputs=inputs
+    )
     if caffemodel_file is None:
-        net = Net(definition)
+        net = Net(definition, features)
     else:
         stored = caffemodel.read(caffemodel_file)
         with torch.device("meta" if strict else "cpu"):
-            net = Net(definition)
+            net = Net(definition, features)
         _fill(net, stored, str(caffemodel_file), strict)
     return net.eval() if phase == "TEST" else net.train()
 
@@ -59,7 +74,7 @@ def _fill(net: Net, stored: caffemodel.StoredNet, source: str, strict: bool) -> 
     checked: list[tuple[nn.Module, str, caffemodel.Blob, tuple[int, ...]]] = []
     used: set[str] = set()
     for layer in net.definition.layers:
-        own = layers.blobs(net.layer(layer.name)) if layer.type != "Split" else {}
+        own = layers.blobs(module) if (module := net.find(layer.name)) is not None else {}
         entry = by_name.get(layer.name)
         if entry is None:
             absent += [layer.name] if own else []
@@ -78,7 +93,8 @@ def _fill(net: Net, stored: caffemodel.StoredNet, source: str, strict: bool) -> 
                     f"{where}: its {name} is {d.times(blob.shape)}, the prototxt makes it {d.times(tensor.shape)}; "
                     "caffemodel and prototxt do not belong together"
                 )
-            checked.append((net.layer(layer.name), name, blob, tuple(tensor.shape)))
+            assert module is not None
+            checked.append((module, name, blob, tuple(tensor.shape)))
     if absent and strict:
         raise CaffeError(
             f"{source}: holds no weights for {len(absent)} of the layers ({_some(absent)}); do caffemodel and prototxt "
@@ -86,7 +102,8 @@ def _fill(net: Net, stored: caffemodel.StoredNet, source: str, strict: bool) -> 
         )
     if absent:
         warnings.warn(f"{source}: no weights for {_some(absent)}: left as initialised", stacklevel=3)
-    ignored = [name for name in by_name if name not in used]
+    left_out = set(net.definition.left_out)
+    ignored = [name for name in by_name if name not in used and name not in left_out]
     if ignored:
         warnings.warn(f"{source}: weights of layers that the prototxt does not have: {_some(ignored)}", stacklevel=3)
     for module, name, blob, shape in checked:
@@ -124,12 +141,13 @@ def save(
     _check_targets(prototxt_file, caffemodel_file)
     stored: list[tuple[str, str, list[Tensor]]] = []
     for layer, bottoms, _ in d.walk(net.definition):
-        own = [] if layer.type == "Split" else list(layers.blobs(net.layer(layer.name)).values())
+        own = [] if (module := net.find(layer.name)) is None else list(layers.blobs(module).values())
         shapes = [tuple(tensor.shape) for tensor in own]
-        if shapes != list(d.parameter_shapes(layer, bottoms)):
+        defined = list(layer.parameters.blobs(bottoms).values())
+        if shapes != defined:
             raise CaffeError(
                 f"save: {layer} has blobs of {', '.join(map(d.times, shapes)) or 'nothing'}; its definition says "
-                f"{', '.join(map(d.times, d.parameter_shapes(layer, bottoms)))}; the module was changed"
+                f"{', '.join(map(d.times, defined))}; the module was changed"
             )
         if any(tensor.is_meta for tensor in own):
             raise CaffeError(f"save: {layer} has parameters without data, on the meta device")

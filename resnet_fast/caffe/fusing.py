@@ -39,15 +39,17 @@ def _batch_norm(gm: fx.GraphModule, node: fx.Node) -> None:
     module = _module(gm, node)
     if module.of_batch:
         return ir.reject(node, "it normalises with the statistics of the batch (use_global_stats: false)")
-    factor = module.factor.double()
-    inverse = torch.where(factor == 0, factor, 1 / factor)
-    dtype = module.mean.dtype
-    wide = module.variance.double() * inverse
-    if module.eps == 0 and not (wide > 0).all():
+    mean, variance = module.statistics(wide=True)
+    if module.eps == 0 and not (variance > 0).all():
         return ir.reject(node, "it divides by 0: eps is 0, and so is a variance")
-    mean = _constant(gm, node, "mean", module.mean.double() * inverse, dtype)
-    variance = _constant(gm, node, "variance", wide, dtype)
-    put(gm, node, ir.BATCH_NORM, node.args[0], mean, variance, None, None, False, 0.0, module.eps or _NOTHING)
+    statistics = (
+        _constant(gm, node, name, value, module.mean.dtype) for name, value in (("mean", mean), ("variance", variance))
+    )
+    parameters = [
+        None if value is None else _constant(gm, node, name, value.detach().double(), value.dtype)
+        for name, value in (("weight", module.weight), ("bias", module.bias))
+    ]
+    put(gm, node, ir.BATCH_NORM, node.args[0], *statistics, *parameters, False, 0.0, module.eps or _NOTHING)
 
 
 def _scale(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -117,9 +119,18 @@ def _concat(gm: fx.GraphModule, node: fx.Node) -> None:
     put(gm, node, torch.cat, tuple(node.args), _module(gm, node).axis)
 
 
+def _plain(gm: fx.GraphModule, node: fx.Node) -> None:
+    """A layer that runs as it is."""
+
+
 register(layers.BatchNorm, _batch_norm, norm=True)
 register(layers.Scale, _scale)
 register(layers.Eltwise, _eltwise)
 register(layers.InnerProduct, _inner_product)
 register(layers.Pooling, _pooling)
 register(layers.Concat, _concat)
+for _kind in (
+    layers.LRN, layers.PReLU, layers.Power, layers.TestDropout, layers.Axpy, layers.Crop, layers.Reshape,
+    layers.Flatten, layers.Slice,
+):  # fmt: skip
+    register(_kind, _plain)

@@ -1,19 +1,25 @@
 """Caffe's layers as modules, where torch.nn has none with the same arithmetic. Each computes one layer, nothing fused.
 
-Definitions are those of BVLC/caffe (src/caffe/layers). ReLU, MAX and max-pooling hand NaN on, as torch does.
+Definitions are those of BVLC/caffe (src/caffe/layers). ReLU, MAX and max-pooling hand NaN on, as torch does. `kinds`
+says which layer has which module.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import definition as d
+from .errors import CaffeError
+
+if TYPE_CHECKING:
+    from . import kinds
+
+
+_NVIDIA_EPS = torch.tensor(1e-5).item()
 
 
 class BatchNorm(nn.Module):
@@ -23,30 +29,47 @@ class BatchNorm(nn.Module):
     divides (by 0 gives 0). They stay float32 in a half precision model, since the sums may exceed its range. The
     batch's statistics normalise where ``use_global_stats`` is False, or None in train mode; in train mode they are
     added to the sums as Caffe does.
+
+    With ``scale_bias`` it is NVIDIA/caffe's layer: ``* weight + bias`` follows, parameters [C]; mean and variance are
+    not divided, eps is at least 1e-5, and train mode needs ``use_global_stats`` True, since NVIDIA's averages also
+    depend on how many batches a run has seen.
     """
 
+    blob_names = ("mean", "variance", "factor", "weight", "bias")
     mean: Tensor
     variance: Tensor
     factor: Tensor
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
-    def __init__(self, channels: int, parameters: d.BatchNorm) -> None:
+    def __init__(self, channels: int, parameters: kinds.BatchNorm) -> None:
         super().__init__()
-        self.eps = parameters.eps
+        self.scale_bias = parameters.scale_bias
+        self.eps = max(parameters.eps, _NVIDIA_EPS) if self.scale_bias else parameters.eps
         self.use_global_stats = parameters.use_global_stats
         self.moving_average_fraction = parameters.moving_average_fraction
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("variance", torch.ones(channels))
         self.register_buffer("factor", torch.ones(1))
+        self.register_parameter("weight", nn.Parameter(torch.ones(channels)) if self.scale_bias else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(channels)) if self.scale_bias else None)
 
     @property
     def of_batch(self) -> bool:
         """Whether the batch's own statistics normalise now."""
+        if self.scale_bias:
+            return self.training and not self.use_global_stats
         return self.training if self.use_global_stats is None else not self.use_global_stats
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance [C] that the blobs stand for."""
-        inverse = torch.where(self.factor == 0, self.factor, 1 / self.factor)
-        return self.mean * inverse, self.variance * inverse
+    def statistics(self, wide: bool = False) -> tuple[Tensor, Tensor]:
+        """Mean and variance [C] that the blobs stand for, in float64 if ``wide``."""
+        mean, variance, factor = self.mean, self.variance, self.factor
+        if wide:
+            mean, variance, factor = mean.double(), variance.double(), factor.double()
+        if self.scale_bias:
+            return mean, variance
+        inverse = torch.where(factor == 0, factor, 1 / factor)
+        return mean * inverse, variance * inverse
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, C, ...] of any floating point dtype."""
@@ -54,9 +77,18 @@ class BatchNorm(nn.Module):
             return self._of_batch(x)
         mean, variance = self.statistics()
         # F.batch_norm may refuse eps = 0, which Caffe takes.
-        return torch.batch_norm(x, None, None, mean, variance, False, 0.0, self.eps, torch.backends.cudnn.enabled)
+        y = torch.batch_norm(x, None, None, mean, variance, False, 0.0, self.eps, torch.backends.cudnn.enabled)
+        if self.weight is None or self.bias is None:
+            return y
+        shape = (-1, *(1,) * (x.dim() - 2))
+        return y * self.weight.reshape(shape) + self.bias.reshape(shape)
 
     def _of_batch(self, x: Tensor) -> Tensor:
+        if self.scale_bias:
+            raise CaffeError(
+                "a BatchNorm with scale_bias (NVIDIA's) has no batch statistics here; in train mode it needs "
+                "use_global_stats: true, or BatchNorm and Scale in its place"
+            )
         if not x.numel():
             return x.clone()
         others = [axis for axis in range(x.dim()) if axis != 1]
@@ -81,7 +113,8 @@ class BatchNorm(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.mean.shape[0]}, eps={self.eps:.6g}, use_global_stats={self.use_global_stats}"
+        kind = ", scale_bias=True" if self.scale_bias else ""
+        return f"{self.mean.shape[0]}, eps={self.eps:.6g}, use_global_stats={self.use_global_stats}{kind}"
 
 
 class Scale(nn.Module):
@@ -94,10 +127,11 @@ class Scale(nn.Module):
         bias: whether there is one.
     """
 
+    blob_names = ("weight", "bias")
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, shape: d.Shape, trailing: int, weight: bool, bias: bool, axis: int = 1) -> None:
+    def __init__(self, shape: kinds.Shape, trailing: int, weight: bool, bias: bool, axis: int = 1) -> None:
         super().__init__()
         self.axis = axis
         self.view = (*shape, *(1,) * trailing)
@@ -125,7 +159,7 @@ class Scale(nn.Module):
 class Eltwise(nn.Module):
     """Sum (each operand times its coefficient), product or maximum of operands of one shape."""
 
-    def __init__(self, parameters: d.Eltwise) -> None:
+    def __init__(self, parameters: kinds.Eltwise) -> None:
         super().__init__()
         self.operation, self.coeff = parameters.operation, parameters.coeff
 
@@ -148,9 +182,10 @@ class Eltwise(nn.Module):
 class InnerProduct(nn.Module):
     """A linear layer over everything from ``axis`` on: weight [outputs, features] ([features, outputs] transposed)."""
 
+    blob_names = ("weight", "bias")
     bias: nn.Parameter | None
 
-    def __init__(self, features: int, parameters: d.InnerProduct) -> None:
+    def __init__(self, features: int, parameters: kinds.InnerProduct) -> None:
         super().__init__()
         self.axis, self.transpose = parameters.axis, parameters.transpose
         shape = (features, parameters.num_output)
@@ -167,6 +202,21 @@ class InnerProduct(nn.Module):
         return f"{tuple(self.weight.shape)}, bias={self.bias is not None}, axis={self.axis}"
 
 
+def pooled_sizes(parameters: kinds.Pooling, height: int, width: int) -> tuple[int, int]:
+    """How many windows fit, by Caffe's rule: one that begins beyond image and padding goes only if there is padding."""
+    assert parameters.kernel is not None
+    sizes = []
+    for size, kernel, stride, pad in zip(
+        (height, width), parameters.kernel, parameters.stride, parameters.padding, strict=True
+    ):
+        steps = size + 2 * pad - kernel
+        windows = (-(-steps // stride) if parameters.round_mode == "CEIL" else steps // stride) + 1
+        if any(parameters.padding) and (windows - 1) * stride >= size + pad:
+            windows -= 1
+        sizes.append(windows)
+    return sizes[0], sizes[1]
+
+
 class Pooling(nn.Module):
     """Max or average pooling by Caffe's rules.
 
@@ -175,7 +225,7 @@ class Pooling(nn.Module):
     gives the lowest finite number, or 0 / 0, as in Caffe.
     """
 
-    def __init__(self, parameters: d.Pooling) -> None:
+    def __init__(self, parameters: kinds.Pooling) -> None:
         super().__init__()
         self.window = parameters
         kernel, stride, padding = parameters.kernel or (0, 0), parameters.stride, parameters.padding
@@ -199,7 +249,7 @@ class Pooling(nn.Module):
         """Rows first, then columns, so that the largest window costs no more than the image."""
         p = self.window
         assert p.kernel is not None
-        windows = d.pooled_sizes(p, x.shape[2], x.shape[3])
+        windows = pooled_sizes(p, x.shape[2], x.shape[3])
         # Sums are wide, since a float16 may hold their quotient and not them.
         y = x.to(torch.promote_types(x.dtype, torch.float32)) if p.method == "AVE" else x
         divisors: list[Tensor] = []
@@ -242,42 +292,157 @@ class Concat(nn.Module):
         return f"axis={self.axis}"
 
 
-def build(layer: d.Layer, bottoms: list[d.Shape]) -> nn.Module | None:
-    """The module that computes ``layer`` for bottoms of these shapes, any batch; None if there is none."""
-    p, x = layer.parameters, bottoms[0]
-    if isinstance(p, d.Convolution):
-        sizes = (p.kernel, p.stride, p.padding, p.dilation)
-        return nn.Conv2d(x[1], p.num_output, *sizes, groups=p.group, bias=p.bias_term)
-    if isinstance(p, d.BatchNorm):
-        return BatchNorm(x[1], p)
-    if isinstance(p, d.Scale):
-        own = len(bottoms) == 1
-        shape = d.scale_shape(p, x) if own else bottoms[1]
-        axis = d.axis_of(p.axis, x)
-        return Scale(shape, len(x) - axis - len(shape), own, p.bias_term, axis)
-    if isinstance(p, d.ReLU):
-        return nn.ReLU() if p.negative_slope == 0 else nn.LeakyReLU(p.negative_slope)
-    if isinstance(p, d.Eltwise):
-        return Eltwise(p)
-    if isinstance(p, d.Pooling):
-        return Pooling(p)
-    if isinstance(p, d.InnerProduct):
-        return InnerProduct(math.prod(x[d.axis_of(p.axis, x) :]), p)
-    if isinstance(p, d.Softmax):
-        return nn.Softmax(p.axis)
-    if isinstance(p, d.Dropout):
-        return nn.Dropout(p.ratio)
-    if isinstance(p, d.Concat):
-        return Concat(p.axis)
-    return None
+class LRN(nn.Module):
+    """Local response normalisation of [N, C, H, W]: ``x / (k + alpha * mean of squares) ** beta``.
+
+    The mean is over ``local_size`` channels, or a square of ``local_size`` pixels in one channel (then k is 1, whatever
+    the file says, as in Caffe); what is beyond the blob counts as zeros. Sums are float32 in half precision too.
+    """
+
+    def __init__(self, parameters: kinds.LRN) -> None:
+        super().__init__()
+        self.window = parameters
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, C, H, W] of any floating point dtype."""
+        p = self.window
+        if not x.numel():
+            return x.clone()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        across = p.norm_region == "ACROSS_CHANNELS"
+        sums = wide.square().unsqueeze(1)  # one channel of depth C
+        for axis in (2,) if across else (3, 4):
+            # Where the blob ends, zeros follow: a window need not reach further than the blob is wide.
+            reach = min(p.local_size // 2, sums.shape[axis] - 1)
+            padding, window = [0] * 6, [1, 1, 1]
+            padding[2 * (4 - axis) : 2 * (4 - axis) + 2] = reach, reach
+            window[axis - 2] = 2 * reach + 1
+            sums = F.avg_pool3d(F.pad(sums, padding), window, 1, divisor_override=1)
+        count = p.local_size if across else p.local_size * p.local_size
+        scale = (p.k if across else 1.0) + sums.squeeze(1) * (p.alpha / count)
+        return (wide * scale.pow(-p.beta)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        p = self.window
+        return f"{p.local_size}, alpha={p.alpha:.6g}, beta={p.beta:.6g}, k={p.k:.6g}, {p.norm_region}"
+
+
+class PReLU(nn.Module):
+    """``max(x, 0) + weight * min(x, 0)``; weight [C], or of no axes for one slope. It begins as 0.25."""
+
+    blob_names = ("weight",)
+
+    def __init__(self, shape: kinds.Shape) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full(shape, 0.25))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, C, ...]."""
+        return F.prelu(x, self.weight.reshape(-1))
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}"
+
+
+class Power(nn.Module):
+    """``(shift + scale * x) ** power``; if scale or power is 0 a constant, also where x is NaN."""
+
+    def __init__(self, parameters: kinds.Power) -> None:
+        super().__init__()
+        self.power, self.scale, self.shift = parameters.power, parameters.scale, parameters.shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: any shape."""
+        if self.power * self.scale == 0:
+            x = torch.full_like(x, self.shift)
+        else:
+            x = x if self.scale == 1 else x * self.scale
+            x = x if self.shift == 0 else x + self.shift
+        return x if self.power == 1 else x.pow(self.power)
+
+    def extra_repr(self) -> str:
+        return f"power={self.power:.6g}, scale={self.scale:.6g}, shift={self.shift:.6g}"
+
+
+class TestDropout(nn.Module):
+    """Dropout of a ratio with which nothing can be trained: x in eval mode, an error in train mode."""
+
+    def __init__(self, ratio: float) -> None:
+        super().__init__()
+        self.ratio = ratio
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: any shape."""
+        if self.training:
+            raise CaffeError(f"dropout_ratio is {self.ratio:g}; in train mode it must be 0 or more and less than 1")
+        return x
+
+    def extra_repr(self) -> str:
+        return f"ratio={self.ratio:.6g}"
+
+
+class Axpy(nn.Module):
+    """``scale * x + y``."""
+
+    def forward(self, scale: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """scale: [N, C], or with axes of size 1 behind; x, y: [N, C, ...]."""
+        return scale.reshape(*x.shape[:2], *(1,) * (x.dim() - 2)) * x + y
+
+
+class Crop(nn.Module):
+    """The part of x that has the sizes of another blob."""
+
+    def __init__(self, parameters: kinds.Crop) -> None:
+        super().__init__()
+        self.window = parameters
+
+    def forward(self, x: Tensor, like: Tensor) -> Tensor:
+        """x: any shape; like: of as many axes, within x from the layer's axis on."""
+        axis = self.window.axis % x.dim()
+        for number, begin in enumerate(self.window.begins(tuple(x.shape), tuple(like.shape)), start=axis):
+            x = x.narrow(number, begin, like.shape[number])
+        return x
+
+    def extra_repr(self) -> str:
+        return f"axis={self.window.axis}, offset={self.window.offset or 0}"
+
+
+class Reshape(nn.Module):
+    """The same elements in another shape."""
+
+    def __init__(self, parameters: kinds.Reshape | kinds.Flatten) -> None:
+        super().__init__()
+        self.rule = parameters
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: any shape that the rule takes."""
+        return x.reshape(self.rule.shape([tuple(x.shape)]))
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in vars(self.rule).items())
+
+
+class Flatten(Reshape):
+    """Several axes as one."""
+
+
+class Slice(nn.Module):
+    """x cut along one axis into several parts."""
+
+    def __init__(self, parameters: kinds.Slice, tops: int) -> None:
+        super().__init__()
+        self.rule, self.tops = parameters, tops
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x: any shape that has the parts."""
+        return torch.split(x, list(self.rule.sizes(tuple(x.shape), self.tops)), self.rule.axis)
+
+    def extra_repr(self) -> str:
+        return f"{self.tops}, axis={self.rule.axis}, slice_point={self.rule.slice_point}"
 
 
 def blobs(module: nn.Module) -> dict[str, Tensor]:
     """The module's blobs by name, in the order in which Caffe stores them: what it computes with, pruned or normed."""
-    names: tuple[str, ...] = ()
-    if isinstance(module, BatchNorm):
-        names = ("mean", "variance", "factor")
-    elif isinstance(module, nn.Conv2d | Scale | InnerProduct):
-        names = ("weight", "bias")
-    found = {name: getattr(module, name, None) for name in names}
+    plain = ("weight", "bias") if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) else ()
+    found = {name: getattr(module, name, None) for name in getattr(module, "blob_names", plain)}
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}

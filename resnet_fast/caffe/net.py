@@ -24,6 +24,9 @@ MAX_PARAMETER_BYTES = 4 * 2**30
 """Networks with more bytes of float32 parameters are refused before any is allocated. ResNet-152 has 0.24 GB."""
 
 
+_WITH_WEIGHT = (nn.Conv2d, nn.ConvTranspose2d, layers.InnerProduct)
+
+
 class _Step(NamedTuple):
     """One layer's turn in a run; ``child`` is "" for a layer that only renames."""
 
@@ -38,8 +41,9 @@ class Net(nn.Module):
 
     Each layer with something to compute is a child named as the layer (characters that a module's name cannot have are
     replaced; :meth:`layer` takes Caffe's names). Sizes of inputs are free where the layers allow it: only an
-    InnerProduct fixes what it reads. Convolutions and InnerProducts begin with Kaiming's normal initialisation
-    (arXiv:1502.01852), biases and shifts with 0, BatchNorm and Scale as identity; fillers of a prototxt are not read.
+    InnerProduct, or a Reshape to given sizes, fixes what it reads. Convolutions, Deconvolutions and InnerProducts begin
+    with Kaiming's normal initialisation (arXiv:1502.01852), biases and shifts with 0, BatchNorm and Scale as identity;
+    fillers of a prototxt are not read.
 
     Args:
         definition: what to build.
@@ -66,7 +70,7 @@ class Net(nn.Module):
         planned = [(layer, bottoms) for layer, bottoms, _ in d.walk(definition)]
         size = 0
         for layer, bottoms in planned:  # before anything is allocated
-            size += 4 * sum(math.prod(shape) for shape in d.parameter_shapes(layer, bottoms))
+            size += 4 * sum(math.prod(shape) for shape in layer.parameters.blobs(bottoms).values())
             if size > MAX_PARAMETER_BYTES:
                 raise CaffeError(
                     f"{definition.source or 'definition'}: {layer}: with its parameters the network has {size:,} bytes "
@@ -74,7 +78,7 @@ class Net(nn.Module):
                 )
         alike: collections.Counter[str] = collections.Counter()
         for layer, bottoms in planned:
-            module = layers.build(layer, bottoms)
+            module = layer.parameters.module(bottoms, len(layer.tops))
             if module is not None:
                 child = self._child_of[layer.name] = self._free_name(layer.name, alike)
                 self.add_module(child, module)
@@ -92,8 +96,9 @@ class Net(nn.Module):
 
     def _initialise(self) -> None:
         for module in self.children():
-            if isinstance(module, nn.Conv2d | layers.InnerProduct) and not module.weight.is_meta:
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if isinstance(module, _WITH_WEIGHT) and not module.weight.is_meta:
+                weight = module.weight.transpose(0, 1) if isinstance(module, nn.ConvTranspose2d) else module.weight
+                nn.init.kaiming_normal_(weight, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -173,11 +178,15 @@ class Net(nn.Module):
         names = [entry.name for entry in self.definition.inputs]
         return tuple(dict.fromkeys(names + [top for layer in self.definition.layers for top in layer.tops]))
 
+    def find(self, name: str) -> nn.Module | None:
+        """The module of the layer with this Caffe name, None if it computes nothing, as a Split."""
+        return self._modules[self._child_of[name]] if name in self._child_of else None
+
     def layer(self, name: str) -> nn.Module:
         """The module of the layer with this Caffe name.
 
         Raises:
-            KeyError: if there is none, or it is a Split, which computes nothing.
+            KeyError: if there is none, or it computes nothing, as a Split.
         """
         if name not in self._child_of:
             raise KeyError(f"{name!r} is no layer of {self.definition.name or 'the network'} that computes something")
@@ -208,7 +217,7 @@ class Net(nn.Module):
         for layer, bottoms, tops in itertools.islice(d.walk(self.definition, inputs), end + 1):
             child = self._child_of.get(layer.name)
             own = () if child is None else layers.blobs(self.get_submodule(child)).values()
-            needed = d.parameter_shapes(layer, bottoms)
+            needed = tuple(layer.parameters.blobs(bottoms).values())
             # Fewer or more where somebody put another module, or took a bias away: its own errors are right then.
             for have, need in zip(own, needed, strict=True) if len(own) == len(needed) else ():
                 if tuple(have.shape) != need:
@@ -260,10 +269,13 @@ class Net(nn.Module):
         blobs = self._inputs(x, len(plan) - 1)
         for step in plan:
             operands = [blobs[name] for name in step.bottoms]
-            if step.child:
+            if not step.child:
+                blobs.update(dict.fromkeys(step.tops, operands[0]))
+            elif len(step.tops) == 1:
                 blobs[step.tops[0]] = self._modules[step.child](*operands)  # type: ignore[misc]
             else:
-                blobs.update(dict.fromkeys(step.tops, operands[0]))
+                parts = self._modules[step.child](*operands)  # type: ignore[misc]
+                blobs.update({name: parts[index] for index, name in enumerate(step.tops)})
             del operands
             for name in step.freed:
                 del blobs[name]

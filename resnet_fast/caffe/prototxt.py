@@ -7,10 +7,10 @@ deep or unknown, and puts a space where two entries ran together because a text 
 
 from __future__ import annotations
 
-import math
+import difflib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,52 @@ _BEFORE_VALUE = re.compile(r"\s*(?:#[^\n]*\n\s*)*[:{<\[]")  # only one way to ma
 _OPEN, _CLOSE = {"{": "}", "<": ">", "[": "]"}, {"}", ">", "]"}
 
 
-def read(path: str | os.PathLike[str], *, phase: str = "TEST") -> d.Definition:
-    """The network that a prototxt file defines.
+@dataclass(frozen=True)
+class Choice:
+    """Which part of a prototxt is read.
+
+    Attributes:
+        phase: TEST or TRAIN.
+        level: None for the file's own, which is 0 if it says nothing.
+        stages: further to the file's own.
+        upto: the last layer, by its own name or that of a blob that it writes; what stands behind it is not read.
+        features: the blobs that are wanted; layers that they do not need are not read. None for all.
+        inputs: shapes by name of blobs that the caller gives, in place of the layer or input that makes them.
+
+    Raises:
+        TypeError, ValueError: for values of other kinds.
+    """
+
+    phase: str = "TEST"
+    level: int | None = None
+    stages: Iterable[str] = ()
+    upto: str | None = None
+    features: Iterable[str] | None = None
+    inputs: Mapping[str, Sequence[int]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.phase not in ("TEST", "TRAIN"):
+            raise ValueError(f"phase is {self.phase!r}; it must be 'TEST' or 'TRAIN'")
+        if not (self.level is None or isinstance(self.level, int)):
+            raise TypeError(f"level is {self.level!r}; an integer was expected")
+        if not (self.upto is None or isinstance(self.upto, str)):
+            raise TypeError(f"upto is {self.upto!r}; the name of one layer or blob was expected")
+        for name in ("stages", "features"):
+            value = getattr(self, name)
+            if value is None and name == "features":
+                continue
+            names = () if isinstance(value, str) else tuple(value)
+            if isinstance(value, str) or not all(isinstance(entry, str) for entry in names):
+                raise TypeError(f"{name} is {value!r}; a list of names was expected")
+            object.__setattr__(self, name, tuple(dict.fromkeys(names)))
+        if self.features == ():
+            raise ValueError("features is empty; at least one blob is needed")
+        if not (self.inputs is None or isinstance(self.inputs, Mapping)):
+            raise TypeError(f"inputs is a {type(self.inputs).__name__}; a dict of shapes by name was expected")
+
+
+def read(path: str | os.PathLike[str], **choice: Any) -> d.Definition:
+    """The network that a prototxt file defines; ``choice`` are fields of :class:`Choice`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -59,22 +103,23 @@ def read(path: str | os.PathLike[str], *, phase: str = "TEST") -> d.Definition:
     if len(content) > MAX_BYTES:
         raise CaffeError(f"{path}: more than {MAX_BYTES:,} bytes, too large for a prototxt; is it the caffemodel?")
     # Comments may be in any encoding, as old files' are; elsewhere what is not UTF-8 is refused with its line.
-    return parse(content.decode("utf-8-sig", "surrogateescape"), source=str(path), phase=phase)
+    return parse(content.decode("utf-8-sig", "surrogateescape"), source=str(path), **choice)
 
 
-def parse(text: str, *, source: str = "prototxt", phase: str = "TEST") -> d.Definition:
-    """The network that a prototxt's text defines.
+def parse(text: str, *, source: str = "prototxt", **choice: Any) -> d.Definition:
+    """The network that a prototxt's text defines; ``choice`` are fields of :class:`Choice`.
+
+    Layers whose include or exclude rules do not fit phase, level and stages are left out, and so are those that
+    ``upto`` and ``features`` do not need, whatever their types are.
 
     Args:
         source: named in errors.
-        phase: TEST or TRAIN; layers whose include or exclude rules do not fit it are left out.
 
     Raises:
-        ValueError: for another phase.
+        TypeError, ValueError: for a phase or another choice that is none.
         CaffeError: with the line, for what Caffe would refuse and for what is not supported.
     """
-    if phase not in ("TEST", "TRAIN"):
-        raise ValueError(f"phase is {phase!r}; it must be 'TEST' or 'TRAIN'")
+    chosen = Choice(**choice)
     net = schema.message("NetParameter")
     from google.protobuf import text_format
 
@@ -86,7 +131,7 @@ def parse(text: str, *, source: str = "prototxt", phase: str = "TEST") -> d.Defi
         raise CaffeError(f"{source}: {_one_line(error)}") from None
     except RecursionError:
         raise CaffeError(f"{source}: nested too deeply") from None
-    return _definition(net, scanned, source, phase)
+    return _definition(net, scanned, source, chosen)
 
 
 def emit(definition: d.Definition) -> str:
@@ -235,18 +280,66 @@ def _one_line(error: BaseException) -> str:
 # ---------------------------------------------------------------------------------------------- messages to definition
 
 
-def _definition(net: Any, scanned: _Scanned, source: str, phase: str) -> d.Definition:
+@dataclass(frozen=True)
+class _Entry:
+    """A layer that phase, level and stages include."""
+
+    message: Any
+    place: _Place
+    kind: str
+    where: str
+
+    def makes(self, name: str) -> bool:
+        """Whether the blob is new in this layer."""
+        return name in self.message.top and name not in self.message.bottom
+
+
+def _definition(net: Any, scanned: _Scanned, source: str, choice: Choice) -> d.Definition:
+    entries = _included(net, scanned, source, choice)
+    given = dict(choice.inputs or {})
+    inputs = [] if given.keys() >= set(net.input) else list(_header_inputs(net, source))
+    made = {*net.input, *(name for entry in entries for name in (*entry.message.top, *entry.message.bottom))}
+    for name in given:
+        if name not in made:
+            raise CaffeError(f"{source}: inputs has {name!r}, {_no_blob(name, made)}")
+    inputs = [entry for entry in inputs if entry.name not in given]
+    inputs += [_input(name, shape, f"{source}: inputs: {name!r}") for name, shape in given.items()]
+    kept = [entry for entry in entries if not any(entry.makes(name) for name in given)]
+    if choice.upto is not None:
+        kept = _up_to(kept, choice.upto, source)
+    if choice.features is not None:
+        kept = _needed(kept, choice.features, [entry.name for entry in inputs], source)
+    read = {name for entry in kept for name in entry.message.bottom}
+    layers: list[d.Layer] = []
+    shared: dict[str, d.Layer] = {}
+    for entry in kept:
+        if entry.kind in _DATA_LAYERS:
+            found = _data_inputs(entry)
+            # What nothing reads, such as labels, need not be given.
+            inputs += [e for i, e in enumerate(found) if i == 0 or e.name in read or entry.kind == "Input"]
+            continue
+        layers.append(_layer(entry, choice.phase, shared))
+    if choice.upto is not None or choice.features is not None:
+        inputs = [entry for entry in inputs if entry.name in read]
+    names = {layer.name for layer in layers}
+    left_out = tuple(message.name for message in net.layers or net.layer if message.name not in names)
+    result = d.Definition(net.name, tuple(inputs), tuple(layers), source, left_out)
+    d.check(result)
+    return result
+
+
+def _included(net: Any, scanned: _Scanned, source: str, choice: Choice) -> list[_Entry]:
+    """The layers that phase, level and stages leave."""
     if net.layer and net.layers:
         raise CaffeError(f"{source}: has both `layer` and `layers` entries; a network has one kind")
-    state = d.State(phase, net.state.level, frozenset(net.state.stage))
+    level = net.state.level if choice.level is None else choice.level
+    state = d.State(choice.phase, level, frozenset((*net.state.stage, *choice.stages)))
     places = scanned.layers["layers" if net.layers else "layer"]
     if len(places) != len(net.layers or net.layer):
         raise CaffeError(
             f"{source}: {len(net.layers or net.layer)} layers were parsed, {len(places)} found in the text"
         )
-    inputs = list(_header_inputs(net, source))
-    layers: list[d.Layer] = []
-    shared: dict[str, d.Layer] = {}
+    entries = []
     for message, place in zip(net.layers or net.layer, places, strict=True):
         kind = _type(message)
         where = f"{source}: {d.describe(message.name, kind, place.line)}"
@@ -256,30 +349,64 @@ def _definition(net: Any, scanned: _Scanned, source: str, phase: str) -> d.Defin
             continue
         if net.layers and any(name == "layer" for name, _ in place.unknown):
             raise CaffeError(f"{where}: of the V0 format; convert the file with Caffe's upgrade_net_proto_text")
-        if kind not in (*d.SUPPORTED, "Input"):
-            raise CaffeError(f"{where}: {_unsupported(kind)}")
-        if place.unknown:
-            name, line = place.unknown[0]
-            raise CaffeError(f"{where}: line {line}: unknown field {name!r}; it may change what the layer computes")
-        if kind in ("BatchNorm", "Dropout") and _phase_of(message) not in ("", phase):
-            raise CaffeError(f"{where}: has a phase of its own, other than the network's {phase}; not supported")
-        if kind == "Input":
-            inputs.extend(_input_layer(message, where))
-            continue
-        try:
-            parameters = _READ[kind](message)
-        except ValueError as error:
-            raise CaffeError(f"{where}: {error}") from None
-        layer = d.Layer(message.name, parameters, tuple(message.bottom), tuple(message.top), place.line)
-        for spec in message.param:
-            shared_name = spec if isinstance(spec, str) else spec.name
-            if shared_name and shared.setdefault(shared_name, layer) is not layer:
-                raise CaffeError(f"{where}: shares the parameter {shared_name!r} with {shared[shared_name]}; "
-                                 "shared parameters are not supported")  # fmt: skip
-        layers.append(layer)
-    result = d.Definition(net.name, tuple(inputs), tuple(layers), source)
-    d.check(result)
-    return result
+        entries.append(_Entry(message, place, kind, where))
+    return entries
+
+
+def _up_to(entries: list[_Entry], last: str, source: str) -> list[_Entry]:
+    """The layers as far as the one of this name, or the last that writes a blob of this name."""
+    for found in (lambda e: e.message.name == last, lambda e: last in e.message.top):
+        places = [index for index, entry in enumerate(entries) if found(entry)]
+        if places:
+            return entries[: places[-1] + 1]
+    known = {name for entry in entries for name in (entry.message.name, *entry.message.top)}
+    raise CaffeError(f"{source}: upto is {last!r}, {_no_blob(last, known, 'no layer or blob')}")
+
+
+def _needed(entries: list[_Entry], features: Iterable[str], inputs: Iterable[str], source: str) -> list[_Entry]:
+    """The layers that these blobs, with the values that they have at the end, are computed by."""
+    known = {*inputs, *(name for entry in entries for name in entry.message.top)}
+    for name in features:
+        if name not in known:
+            raise CaffeError(f"{source}: features has {name!r}, {_no_blob(name, known)}")
+    needed, kept = set(features), []
+    for entry in reversed(entries):
+        if not needed.isdisjoint(entry.message.top):
+            kept.append(entry)
+            needed.difference_update(entry.message.top)
+            needed.update(entry.message.bottom)
+    return kept[::-1]
+
+
+def _no_blob(name: str, known: Iterable[str], what: str = "no blob") -> str:
+    close = difflib.get_close_matches(name[:80], sorted(known)[:10_000], 3, 0.5)
+    return f"which is {what} of the network" + (f"; it has {', '.join(close)}" if close else "")
+
+
+def _layer(entry: _Entry, phase: str, shared: dict[str, d.Layer]) -> d.Layer:
+    """One layer; ``shared`` has the first of each name of a parameter."""
+    message, kind, where = entry.message, entry.kind, entry.where
+    if kind not in d.KINDS:
+        raise CaffeError(f"{where}: {_unsupported(kind)}")
+    _all_known(entry)
+    if kind in ("BatchNorm", "Dropout") and _phase_of(message) not in ("", phase):
+        raise CaffeError(f"{where}: has a phase of its own, other than the network's {phase}; not supported")
+    try:
+        parameters = d.KINDS[kind].read(message)
+    except ValueError as error:
+        raise CaffeError(f"{where}: {error}") from None
+    layer = d.Layer(message.name, parameters, tuple(message.bottom), tuple(message.top), entry.place.line)
+    for spec in message.param:
+        shared_name = spec if isinstance(spec, str) else spec.name
+        if shared_name and shared.setdefault(shared_name, layer) is not layer:
+            raise CaffeError(f"{where}: shares the parameter {shared_name!r} with {shared[shared_name]}; "
+                             "shared parameters are not supported")  # fmt: skip
+    return layer
+
+
+def _all_known(entry: _Entry) -> None:
+    for name, line in entry.place.unknown[:1]:
+        raise CaffeError(f"{entry.where}: line {line}: unknown field {name!r}; it may change what the layer computes")
 
 
 def _phase_of(message: Any) -> str:
@@ -297,7 +424,7 @@ def _type(message: Any) -> str:
 def _unsupported(kind: str) -> str:
     known = f"supported are {', '.join(d.SUPPORTED)} and Input"
     if kind.endswith("Data"):
-        return "a data layer; a network to run has `input:` with `input_shape`, or a layer of type Input, in its place"
+        return f"a data layer, {_NO_SHAPE}"
     if kind.endswith("Loss") or kind in ("Accuracy", "Silence"):
         return (
             "losses and accuracies are not part of a network here; use the deploy definition, or take such layers out, "
@@ -321,169 +448,85 @@ def _header_inputs(net: Any, source: str) -> Iterator[d.Input]:
         yield _input(name, shape, f"{source}: input {name!r}")
 
 
-def _input_layer(message: Any, where: str) -> Iterator[d.Input]:
-    given = message.input_param.shape
+_NO_SHAPE = (
+    "whose shape the prototxt does not say; put `input:` with `input_shape`, or a layer of type Input, in its place, "
+    "or load it with inputs={name: shape}"
+)
+
+
+def _data_inputs(entry: _Entry) -> list[d.Input]:
+    """The inputs that a data layer stands for, with the shapes that Caffe's layer gives its tops."""
+    message, where = entry.message, entry.where
+    _all_known(entry)
     if not message.top:
         raise CaffeError(f"{where}: has no top")
     if message.bottom:
         raise CaffeError(f"{where}: has bottoms, an input has none")
+    try:
+        shapes = _DATA_LAYERS[entry.kind](message)
+    except ValueError as error:
+        raise CaffeError(f"{where}: {error}") from None
+    return [_input(name, shape, where) for name, shape in zip(message.top, shapes, strict=True)]
+
+
+def _input_shapes(message: Any) -> list[Sequence[int]]:
+    given = message.input_param.shape
     if len(given) not in (1, len(message.top)):
-        raise CaffeError(f"{where}: {len(given)} shapes for {len(message.top)} tops; give one, or one for each")
-    for index, name in enumerate(message.top):
-        yield _input(name, list(given[index if len(given) > 1 else 0].dim), where)
+        raise ValueError(f"{len(given)} shapes for {len(message.top)} tops; give one, or one for each")
+    return [list(given[index if len(given) > 1 else 0].dim) for index in range(len(message.top))]
+
+
+def _memory_data_shapes(message: Any) -> list[Sequence[int]]:
+    p = message.memory_data_param
+    return _with_labels(message, (p.batch_size, p.channels, p.height, p.width))
+
+
+def _image_data_shapes(message: Any) -> list[Sequence[int]]:
+    p = message.image_data_param
+    crop = message.transform_param.crop_size or p.crop_size
+    size = (crop, crop) if crop else (p.new_height, p.new_width)
+    if not all(size):
+        raise ValueError(f"a data layer, {_NO_SHAPE}")
+    return _with_labels(message, (p.batch_size, 3 if p.is_color else 1, *size))
+
+
+def _database_shapes(message: Any) -> list[Sequence[int]]:
+    p, t = message.data_param, message.transform_param
+    crop = t.crop_size or p.crop_size
+    # Caffe takes the channels from the first image in the database, unless it converts all.
+    colours = len(t.mean_value) if len(t.mean_value) > 1 else 0
+    channels = 3 if t.force_color or p.force_encoded_color else 1 if t.force_gray else colours
+    if not crop or not channels:
+        raise ValueError(f"a data layer, {_NO_SHAPE}")
+    return _with_labels(message, (p.batch_size, channels, crop, crop))
+
+
+def _with_labels(message: Any, shape: Sequence[int]) -> list[Sequence[int]]:
+    if len(message.top) > 2:
+        raise ValueError(f"has {len(message.top)} tops, a data layer makes images and labels")
+    return [shape, shape[:1]][: len(message.top)]
+
+
+#: Layers whose tops the caller gives: how their shapes are read.
+_DATA_LAYERS: dict[str, Callable[[Any], list[Sequence[int]]]] = {
+    "Input": _input_shapes,
+    "MemoryData": _memory_data_shapes,
+    "ImageData": _image_data_shapes,
+    "Data": _database_shapes,
+}
 
 
 def _input(name: str, shape: Sequence[int], where: str) -> d.Input:
     if not name:
         raise CaffeError(f"{where}: an input needs a name")
+    if isinstance(shape, str) or not all(isinstance(size, int) for size in shape):
+        raise TypeError(f"{where}: {shape!r} is no shape; a tuple of integers was expected")
     if not 1 <= len(shape) <= d.MAX_AXES or min(shape) < 1:
-        raise CaffeError(f"{where}: shape {'x'.join(map(str, shape)) or 'of no axes'}; 1 to {d.MAX_AXES} sizes of at "
+        raise CaffeError(f"{where}: shape {d.times(shape[:40])}; 1 to {d.MAX_AXES} sizes of at "
                          "least 1 are needed")  # fmt: skip
     if any(size > d.MAX_ELEMENTS for size in shape):
-        raise CaffeError(f"{where}: shape {'x'.join(map(str, shape))} is too large")
+        raise CaffeError(f"{where}: shape {d.times(shape)} is too large")
     return d.Input(name, tuple(shape))
-
-
-def _at_least(name: str, least: int, *values: int) -> None:
-    if min(values) < least:
-        raise ValueError(f"{name} is {min(values)}, at least {least} is needed")
-    if max(values) > d.MAX_ELEMENTS:
-        raise ValueError(f"{name} is {max(values)}, at most {d.MAX_ELEMENTS} is possible")
-
-
-def _finite(name: str, *values: float) -> None:
-    if not all(math.isfinite(value) for value in values):
-        raise ValueError(f"{name} is {', '.join(f'{value:g}' for value in values)}; finite numbers are needed")
-
-
-def _two(parameters: Any, name: str, short: str, default: int | None) -> tuple[int, int]:
-    """A size for height and width: repeated or single under ``name``, or as ``short``_h and ``short``_w."""
-    by_side = (f"{short}_h", f"{short}_w")
-    either = [parameters.HasField(side) for side in by_side]
-    value = getattr(parameters, name)
-    values = list(value) if not isinstance(value, int) else [value] if parameters.HasField(name) else []
-    if any(either):
-        if values:
-            raise ValueError(f"has both {name} and {by_side[0]} or {by_side[1]}; Caffe takes one kind")
-        if not all(either) and default is None:
-            raise ValueError(f"has one of {by_side[0]} and {by_side[1]}, both are needed")
-        if not all(either) and default == 1:
-            raise ValueError(f"has one of {by_side[0]} and {by_side[1]}, Caffe would take the other as 0")
-        return getattr(parameters, by_side[0]), getattr(parameters, by_side[1])
-    if not values:
-        if default is None:
-            raise ValueError(f"{name} is missing")
-        return default, default
-    if len(values) > 2:
-        raise ValueError(f"{name} has {len(values)} values; one, or one each for height and width, was expected")
-    return values[0], values[-1]
-
-
-def _convolution(message: Any) -> d.Convolution:
-    p = message.convolution_param
-    kernel = _two(p, "kernel_size", "kernel", None)
-    stride = _two(p, "stride", "stride", 1)
-    padding = _two(p, "pad", "pad", 0)
-    if len(p.dilation) > 2:
-        raise ValueError(f"dilation has {len(p.dilation)} values; one, or one each for height and width, was expected")
-    dilation = (p.dilation[0], p.dilation[-1]) if p.dilation else (1, 1)
-    if p.axis not in (1, -3):
-        raise ValueError(f"axis is {p.axis}; only axis 1, the channels, is supported")
-    _at_least("num_output", 1, p.num_output)
-    _at_least("group", 1, p.group)
-    _at_least("kernel_size", 1, *kernel)
-    _at_least("stride", 1, *stride)
-    _at_least("dilation", 1, *dilation)
-    _at_least("pad", 0, *padding)
-    return d.Convolution(p.num_output, kernel, stride, padding, dilation, p.group, p.bias_term)
-
-
-def _pooling(message: Any) -> d.Pooling:
-    p = message.pooling_param
-    method = p.PoolMethod.Name(p.pool)
-    if method == "STOCHASTIC":
-        raise ValueError("pool: STOCHASTIC is not supported; MAX and AVE are")
-    stride = _two(p, "stride", "stride", 1)
-    padding = _two(p, "pad", "pad", 0)
-    _at_least("stride", 1, *stride)
-    _at_least("pad", 0, *padding)
-    if p.global_pooling:
-        if any(p.HasField(name) for name in ("kernel_size", "kernel_h", "kernel_w")):
-            raise ValueError("has global_pooling and a kernel size; Caffe takes one of them")
-        if padding != (0, 0) or stride != (1, 1):
-            raise ValueError("global_pooling takes no padding and no stride other than 1")
-        return d.Pooling(method)
-    kernel = _two(p, "kernel_size", "kernel", None)
-    _at_least("kernel_size", 1, *kernel)
-    if padding[0] >= kernel[0] or padding[1] >= kernel[1]:
-        raise ValueError(f"pad {padding[0]}x{padding[1]} must be less than the kernel {kernel[0]}x{kernel[1]}")
-    if p.HasField("ceil_mode") and p.HasField("round_mode"):
-        raise ValueError("has both round_mode and ceil_mode, which mean the same")
-    round_mode = p.RoundMode.Name(p.round_mode) if p.ceil_mode else "FLOOR"
-    return d.Pooling(method, kernel, stride, padding, round_mode)
-
-
-def _inner_product(message: Any) -> d.InnerProduct:
-    p = message.inner_product_param
-    _at_least("num_output", 1, p.num_output)
-    return d.InnerProduct(p.num_output, p.bias_term, p.axis, p.transpose)
-
-
-def _eltwise(message: Any) -> d.Eltwise:
-    p = message.eltwise_param
-    operation = p.EltwiseOp.Name(p.operation)
-    if p.coeff and operation == "PROD":
-        raise ValueError("coeff belongs to SUM, the operation is PROD")
-    if len(p.coeff) not in (0, len(message.bottom)):
-        raise ValueError(f"has {len(p.coeff)} coeff entries for {len(message.bottom)} bottoms; one each is needed")
-    _finite("coeff", *p.coeff)
-    # MAX ignores them, as in Caffe.
-    return d.Eltwise(operation, () if operation == "MAX" or all(c == 1 for c in p.coeff) else tuple(p.coeff))
-
-
-def _batch_norm(message: Any) -> d.BatchNorm:
-    p = message.batch_norm_param
-    _finite("moving_average_fraction", p.moving_average_fraction)
-    if not 0 <= p.eps < math.inf:
-        raise ValueError(f"eps is {p.eps:g}, it must be 0 or more")
-    return d.BatchNorm(p.use_global_stats if p.HasField("use_global_stats") else None, p.moving_average_fraction, p.eps)
-
-
-def _relu(message: Any) -> d.ReLU:
-    slope = message.relu_param.negative_slope
-    _finite("negative_slope", slope)
-    return d.ReLU(slope)
-
-
-def _dropout(message: Any) -> d.Dropout:
-    ratio = message.dropout_param.dropout_ratio
-    if not 0 < ratio < 1:
-        raise ValueError(f"dropout_ratio is {ratio:g}, it must be between 0 and 1")
-    return d.Dropout(ratio)
-
-
-def _concat(message: Any) -> d.Concat:
-    p = message.concat_param
-    if p.HasField("axis") and p.HasField("concat_dim"):
-        raise ValueError("has both axis and concat_dim; Caffe takes one")
-    if p.concat_dim >= d.MAX_AXES:
-        raise ValueError(f"concat_dim is {p.concat_dim}; a blob has at most {d.MAX_AXES} axes")
-    return d.Concat(p.concat_dim if p.HasField("concat_dim") else p.axis)
-
-
-_READ: dict[str, Callable[[Any], d.Parameters]] = {
-    "Convolution": _convolution,
-    "BatchNorm": _batch_norm,
-    "Scale": lambda m: d.Scale(m.scale_param.axis, m.scale_param.num_axes, m.scale_param.bias_term),
-    "ReLU": _relu,
-    "Eltwise": _eltwise,
-    "Pooling": _pooling,
-    "InnerProduct": _inner_product,
-    "Softmax": lambda m: d.Softmax(m.softmax_param.axis),
-    "Dropout": _dropout,
-    "Concat": _concat,
-    "Split": lambda m: d.Split(),
-}
 
 
 # ---------------------------------------------------------------------------------------------- definition to messages
@@ -498,85 +541,5 @@ def to_message(definition: d.Definition) -> Any:
         net.input_shape.add().dim.extend(entry.shape)
     for layer in definition.layers:
         message = net.layer.add(name=layer.name, type=layer.type, bottom=layer.bottoms, top=layer.tops)
-        _WRITE[layer.type](layer.parameters, message)
+        layer.parameters.write(message)
     return net
-
-
-def _put_two(message: Any, name: str, short: str, value: tuple[int, int], default: tuple[int, int] | None) -> None:
-    if value == default:
-        return
-    if value[0] != value[1]:
-        setattr(message, f"{short}_h", value[0])
-        setattr(message, f"{short}_w", value[1])
-    elif isinstance(getattr(message, name), int):
-        setattr(message, name, value[0])
-    else:
-        getattr(message, name).append(value[0])
-
-
-def _put_convolution(p: d.Convolution, layer: Any) -> None:
-    message = layer.convolution_param
-    message.num_output = p.num_output
-    _put_two(message, "kernel_size", "kernel", p.kernel, None)
-    _put_two(message, "stride", "stride", p.stride, (1, 1))
-    _put_two(message, "pad", "pad", p.padding, (0, 0))
-    if p.dilation != (1, 1):
-        message.dilation.extend(p.dilation if p.dilation[0] != p.dilation[1] else p.dilation[:1])
-    if p.group != 1:
-        message.group = p.group
-    if not p.bias_term:
-        message.bias_term = False
-
-
-def _put_pooling(p: d.Pooling, layer: Any) -> None:
-    message = layer.pooling_param
-    message.pool = message.PoolMethod.Value(p.method)
-    if p.kernel is None:
-        message.global_pooling = True
-        return
-    _put_two(message, "kernel_size", "kernel", p.kernel, None)
-    _put_two(message, "stride", "stride", p.stride, (1, 1))
-    _put_two(message, "pad", "pad", p.padding, (0, 0))
-    if p.round_mode != "CEIL":
-        message.round_mode = message.RoundMode.Value(p.round_mode)
-
-
-def _put_batch_norm(p: d.BatchNorm, layer: Any) -> None:
-    message = layer.batch_norm_param
-    if p.use_global_stats is not None:
-        message.use_global_stats = p.use_global_stats
-    _put(message, moving_average_fraction=p.moving_average_fraction, eps=p.eps)
-
-
-def _put_eltwise(p: d.Eltwise, layer: Any) -> None:
-    message = layer.eltwise_param
-    message.operation = message.EltwiseOp.Value(p.operation)
-    message.coeff.extend(p.coeff)
-
-
-def _put(message: Any, **values: Any) -> None:
-    """Set what differs from the default."""
-    for name, value in values.items():
-        if getattr(message, name) != value:
-            setattr(message, name, value)
-
-
-_WRITE: dict[str, Callable[[Any, Any], None]] = {
-    "Convolution": _put_convolution,
-    "BatchNorm": _put_batch_norm,
-    "Scale": lambda p, m: _put(m.scale_param, axis=p.axis, num_axes=p.num_axes, bias_term=p.bias_term),
-    "ReLU": lambda p, m: _put(m.relu_param, negative_slope=p.negative_slope),
-    "Eltwise": _put_eltwise,
-    "Pooling": _put_pooling,
-    "InnerProduct": lambda p, m: _put(
-        m.inner_product_param,
-        num_output=p.num_output,
-        bias_term=p.bias_term,
-        axis=p.axis,
-        transpose=p.transpose,
-    ),
-    "Softmax": lambda p, m: _put(m.softmax_param, axis=p.axis),
-    "Dropout": lambda p, m: _put(m.dropout_param, dropout_ratio=p.ratio),
-    "Concat": lambda p, m: _put(m.concat_param, axis=p.axis),
-    "Split": lambda p, m: None,
-}

@@ -153,9 +153,7 @@ def _state(net: Net) -> tuple[int, dict[str, Tensor]]:
     with torch.no_grad():
         for conv_key, norm_key, name in _pairs(depth):
             conv, batch_norm, scale = (_module(net, layer) for layer in (name, *_norm_names(name)))
-            factor = batch_norm.factor.double()
-            inverse = torch.where(factor == 0, factor, 1 / factor)
-            mean, variance = batch_norm.mean.double() * inverse, batch_norm.variance.double() * inverse
+            mean, variance = batch_norm.statistics(wide=True)
             if conv.bias is not None:
                 mean = mean - conv.bias.double()
             if not math.isclose(batch_norm.eps, _EPS, rel_tol=1e-6):  # float32's 1e-5 is no other
@@ -224,7 +222,7 @@ def _comparable(layer: d.Layer, definition: d.Definition, sizes: Mapping[str, tu
     if isinstance(parameters, d.BatchNorm):
         # Stored statistics are used in inference unless it says false.
         stored = parameters.use_global_stats is not False
-        return dataclasses.replace(layer, parameters=d.BatchNorm(use_global_stats=stored))
+        return dataclasses.replace(layer, parameters=d.BatchNorm(stored, scale_bias=parameters.scale_bias))
     if isinstance(parameters, d.Pooling) and parameters.method == "AVE" and parameters.padding == (0, 0):
         whole = parameters.kernel in (None, sizes[layer.bottoms[0]][2:])
         return dataclasses.replace(layer, parameters=d.Pooling("AVE")) if whole else layer

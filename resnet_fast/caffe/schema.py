@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 from .errors import CaffeError
+from .kinds import KINDS, Message
 
 _ENUMS: dict[str, dict[str, int]] = {
     "Phase": {"TRAIN": 0, "TEST": 1},
@@ -20,6 +21,8 @@ _ENUMS: dict[str, dict[str, int]] = {
     "VarianceNorm": {"FAN_IN": 0, "FAN_OUT": 1, "AVERAGE": 2},
     "DimCheckMode": {"STRICT": 0, "PERMISSIVE": 1},
     "Engine": {"DEFAULT": 0, "CAFFE": 1, "CUDNN": 2},
+    "NormRegion": {"ACROSS_CHANNELS": 0, "WITHIN_CHANNEL": 1},
+    "DB": {"LEVELDB": 0, "LMDB": 1},
     # V1LayerParameter.LayerType; V1_TYPES has the names that these types have since.
     "LayerType": {
         "NONE": 0, "ABSVAL": 35, "ACCURACY": 1, "ARGMAX": 30, "BNLL": 2, "CONCAT": 3, "CONTRASTIVE_LOSS": 37,
@@ -52,20 +55,42 @@ V1_TYPE_NUMBERS = {number: V1_TYPES[name] for name, number in _ENUMS["LayerType"
 
 _SCALARS = ("bool", "float", "int32", "int64", "uint32", "string")
 
-#: The field with a layer's own parameters: its message, and its number in LayerParameter and in V1LayerParameter.
-LAYER_PARAMETERS: dict[str, tuple[str, int, int | None]] = {
-    "concat_param": ("ConcatParameter", 104, 9),
-    "convolution_param": ("ConvolutionParameter", 106, 10),
-    "dropout_param": ("DropoutParameter", 108, 12),
-    "eltwise_param": ("EltwiseParameter", 110, 24),
-    "inner_product_param": ("InnerProductParameter", 117, 17),
-    "pooling_param": ("PoolingParameter", 121, 19),
-    "relu_param": ("ReLUParameter", 123, 30),
-    "softmax_param": ("SoftmaxParameter", 125, 39),
-    "batch_norm_param": ("BatchNormParameter", 139, None),
-    "scale_param": ("ScaleParameter", 142, None),
-    "input_param": ("InputParameter", 143, None),
-}
+#: Data layers, whose tops are inputs here, and what they and Input have; the other layers' are in `kinds`.
+_DATA = (
+    Message("input_param", "InputParameter", 143, None, "shape 1 BlobShape*"),
+    Message(
+        "transform_param", "TransformationParameter", 100, 36,
+        "scale 1 float 1; mirror 2 bool false; crop_size 3 uint32 0; mean_file 4 string; mean_value 5 float*;"
+        "force_color 6 bool false; force_gray 7 bool false",
+    ),
+    Message(
+        "memory_data_param", "MemoryDataParameter", 119, 22,
+        "batch_size 1 uint32; channels 2 uint32; height 3 uint32; width 4 uint32",
+    ),
+    Message(
+        "image_data_param", "ImageDataParameter", 115, 15,
+        "source 1 string; scale 2 float 1; mean_file 3 string; batch_size 4 uint32 1; crop_size 5 uint32 0;"
+        "mirror 6 bool false; rand_skip 7 uint32 0; shuffle 8 bool false; new_height 9 uint32 0; new_width 10 uint32 0;"
+        "is_color 11 bool true; root_folder 12 string",
+    ),
+    Message(
+        "data_param", "DataParameter", 107, 11,
+        "source 1 string; scale 2 float 1; mean_file 3 string; batch_size 4 uint32; crop_size 5 uint32 0;"
+        "mirror 6 bool false; rand_skip 7 uint32 0; backend 8 DB LEVELDB; force_encoded_color 9 bool false;"
+        "prefetch 10 uint32 4; threads 11 uint32 0",
+    ),
+    Message(
+        "hdf5_data_param", "HDF5DataParameter", 112, 13, "source 1 string; batch_size 2 uint32; shuffle 3 bool false"
+    ),
+    Message(
+        "dummy_data_param", "DummyDataParameter", 109, 26,
+        "data_filler 1 FillerParameter*; num 2 uint32*; channels 3 uint32*; height 4 uint32*; width 5 uint32*;"
+        "shape 6 BlobShape*",
+    ),
+)  # fmt: skip
+
+#: The fields with layers' own parameters.
+LAYER_PARAMETERS = {m.field: m for m in (*_DATA, *(k.message for k in KINDS.values() if k.message is not None))}
 #: Per message its fields as "name number kind [default]"; * is repeated, + repeated and packed.
 _MESSAGES: dict[str, str] = {
     "BlobShape": "dim 1 int64+",
@@ -76,32 +101,6 @@ _MESSAGES: dict[str, str] = {
     "NetState": "phase 1 Phase TEST; level 2 int32 0; stage 3 string*",
     "NetStateRule": "phase 1 Phase; min_level 2 int32; max_level 3 int32; stage 4 string*; not_stage 5 string*",
     "ParamSpec": "name 1 string; share_mode 2 DimCheckMode; lr_mult 3 float 1; decay_mult 4 float 1",
-    "ConcatParameter": "axis 2 int32 1; concat_dim 1 uint32 1",
-    "ConvolutionParameter": """
-        num_output 1 uint32; bias_term 2 bool true; pad 3 uint32*; kernel_size 4 uint32*; group 5 uint32 1;
-        stride 6 uint32*; weight_filler 7 FillerParameter; bias_filler 8 FillerParameter; pad_h 9 uint32 0;
-        pad_w 10 uint32 0; kernel_h 11 uint32; kernel_w 12 uint32; stride_h 13 uint32; stride_w 14 uint32;
-        engine 15 Engine DEFAULT; axis 16 int32 1; force_nd_im2col 17 bool false; dilation 18 uint32*
-    """,
-    "DropoutParameter": "dropout_ratio 1 float 0.5",
-    "EltwiseParameter": "operation 1 EltwiseOp SUM; coeff 2 float*; stable_prod_grad 3 bool true",
-    "InnerProductParameter": """
-        num_output 1 uint32; bias_term 2 bool true; weight_filler 3 FillerParameter; bias_filler 4 FillerParameter;
-        axis 5 int32 1; transpose 6 bool false
-    """,
-    "PoolingParameter": """
-        pool 1 PoolMethod MAX; kernel_size 2 uint32; stride 3 uint32 1; pad 4 uint32 0; kernel_h 5 uint32;
-        kernel_w 6 uint32; stride_h 7 uint32; stride_w 8 uint32; pad_h 9 uint32 0; pad_w 10 uint32 0;
-        engine 11 Engine DEFAULT; global_pooling 12 bool false; round_mode 13 RoundMode CEIL; ceil_mode 1013 bool true
-    """,  # ceil_mode is what other forks, and OpenCV, call field 13; here it is for reading texts only
-    "ReLUParameter": "negative_slope 1 float 0; engine 2 Engine DEFAULT",
-    "SoftmaxParameter": "engine 1 Engine DEFAULT; axis 2 int32 1",
-    "BatchNormParameter": "use_global_stats 1 bool; moving_average_fraction 2 float 0.999; eps 3 float 1e-5",
-    "ScaleParameter": """
-        axis 1 int32 1; num_axes 2 int32 1; filler 3 FillerParameter; bias_term 4 bool false;
-        bias_filler 5 FillerParameter
-    """,
-    "InputParameter": "shape 1 BlobShape*",
     "LayerParameter": """
         name 1 string; type 2 string; bottom 3 string*; top 4 string*; loss_weight 5 float*; param 6 ParamSpec*;
         include 8 NetStateRule*; exclude 9 NetStateRule*; phase 10 Phase; propagate_down 11 bool*
@@ -151,15 +150,16 @@ def _classes() -> dict[str, Any]:
                 field.default_value = default[0]
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(file.SerializeToString())
-    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"caffe.{name}")) for name in _MESSAGES}
+    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"caffe.{name}")) for name in _messages()}
 
 
 def _messages() -> dict[str, str]:
     """All messages, with the layers' own parameters at their numbers in either version of a layer."""
-    v2 = "".join(f"; {name} {number} {kind}" for name, (kind, number, _) in LAYER_PARAMETERS.items())
-    v1 = "".join(f"; {name} {number} {kind}" for name, (kind, _, number) in LAYER_PARAMETERS.items() if number)
-    layers = {"LayerParameter": v2, "V1LayerParameter": v1}
-    return {name: description.strip() + layers.get(name, "") for name, description in _MESSAGES.items()}
+    own = LAYER_PARAMETERS.values()
+    found = {**_MESSAGES, **{m.name: m.fields for m in own}}
+    found["LayerParameter"] += "".join(f"; {m.field} {m.number} {m.name}" for m in own)
+    found["V1LayerParameter"] += "".join(f"; {m.field} {m.v1} {m.name}" for m in own if m.v1)
+    return {name: description.strip() for name, description in found.items()}
 
 
 def message(name: str) -> Any:
