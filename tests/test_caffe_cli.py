@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -398,15 +399,17 @@ def test_a_failed_write_leaves_the_old_file(folder: Path, tmp_path: Path, monkey
 # --- classify
 
 
-def expected(folder: Path, path: Path, mean: Tensor) -> Tensor:
-    """Probabilities of a picture: resized to 37, cropped to 32, BGR, minus the mean, through the unfused network."""
+def expected(folder: Path, path: Path, mean: Tensor, scale: float = 1.0) -> Tensor:
+    """Probabilities of a picture: resized to 37, cropped to 32, BGR, minus the mean, times the scale, through the
+    unfused network."""
+    factor = scale
     image = Image.open(path)
     width, height = image.size
     scale = 37 / min(width, height)
     image = image.resize((max(37, int(width * scale)), max(37, int(height * scale))), Image.Resampling.BILINEAR)
     left, top = (round((extent - 32) / 2) for extent in image.size)
     rgb = torch.tensor(list(image.crop((left, top, left + 32, top + 32)).tobytes())).view(32, 32, 3)
-    x = torch.stack([rgb[..., 2], rgb[..., 1], rgb[..., 0]]).float() - mean
+    x = (torch.stack([rgb[..., 2], rgb[..., 1], rgb[..., 0]]).float() - mean) * factor
     with torch.no_grad():
         return caffe.load(folder / "a.prototxt", folder / "a.caffemodel").double()(x[None].double())[0]
 
@@ -438,6 +441,54 @@ def test_classify_by_hand(mean: str | None, folder: Path) -> None:
         assert [row["probability"] for row in entry["predictions"]] == pytest.approx(values.tolist(), rel=1e-4)
         answers.append(probabilities)
     assert not torch.allclose(answers[0], answers[1], rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("transform", "options", "mean", "scale"),
+    [
+        ("", ["--mean", "10,60,200", "--scale", "0.017"], (10, 60, 200), 0.017),
+        ("scale: 0.017 mean_value: 10 mean_value: 60 mean_value: 200", [], (10, 60, 200), 0.017),
+        ("scale: 0.017 mean_value: 99", [], (99, 99, 99), 0.017),
+        ("scale: 0.017", [], (0, 0, 0), 0.017),
+        ("scale: 3 mean_value: 99", ["--mean", "1,2,3", "--scale", "0.5"], (1, 2, 3), 0.5),
+        ("mean_file: 'x.binaryproto'", ["--mean", "1,2,3"], (1, 2, 3), 1.0),
+    ],
+)
+def test_classify_with_a_scale(
+    transform: str, options: list[str], mean: tuple[int, ...], scale: float, folder: Path, tmp_path: Path
+) -> None:
+    """By option, or as the definition's data layer says."""
+    text = (folder / "a.prototxt").read_text()
+    head = re.compile(r'input: "data"\s*input_shape {.*?}', re.DOTALL)
+    data = (
+        'layer { name: "in" type: "MemoryData" top: "data" top: "label" memory_data_param { batch_size: 1 channels: 3 '
+        f"height: 32 width: 32 }} transform_param {{ {transform} }} }}"
+    )
+    assert len(head.findall(text)) == 1
+    definition = tmp_path / "n.prototxt"
+    definition.write_text(head.sub(data, text) if transform else text)
+    found = run("classify", "--prototxt", definition, "--caffemodel", folder / "a.caffemodel", "--json", *options,
+                folder / "0.png")  # fmt: skip
+    rows = json.loads(found.passed())["images"][0]["predictions"]
+    assert "note" not in found.err
+    values, indices = expected(folder, folder / "0.png", torch.tensor(mean).view(3, 1, 1), scale).topk(3)
+    assert [row["index"] for row in rows] == indices.tolist()
+    assert [row["probability"] for row in rows] == pytest.approx(values.tolist(), rel=1e-4)
+
+
+def test_a_mean_image_that_the_definition_names_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    """A path in a stranger's file is not opened."""
+    text = re.sub(
+        r'input: "data"\s*input_shape {.*?}',
+        'layer { name: "in" type: "MemoryData" top: "data" memory_data_param { batch_size: 1 channels: 3 height: 32 '
+        'width: 32 } transform_param { mean_file: "/etc/passwd" } }',
+        (folder / "a.prototxt").read_text(),
+        flags=re.DOTALL,
+    )
+    (tmp_path / "n.prototxt").write_text(text)
+    found = run("classify", "--prototxt", tmp_path / "n.prototxt", "--caffemodel", folder / "a.caffemodel",
+                folder / "0.png")  # fmt: skip
+    found.failed("subtracts the mean image /etc/passwd; give it with --mean FILE")
 
 
 @pytest.mark.parametrize("ending", ["scores", "images of one pixel"])
@@ -493,6 +544,8 @@ def test_labels(folder: Path, tmp_path: Path) -> None:
         (["--prototxt", "a.prototxt"], "--caffemodel FILE"),
         (["--caffemodel", "a.caffemodel"], "--prototxt FILE"),
         (["--mean", "1,2,3"], "--mean belongs to a Caffe network"),
+        (["--scale", "0.5"], "--scale belongs to a Caffe network"),
+        (["--prototxt", "a.prototxt", "--caffemodel", "a.caffemodel", "--scale", "0"], "scale is 0; a finite number"),
         (["--prototxt", "a.prototxt", "--caffemodel", "a.caffemodel", "-a", "resnet50"], "--arch names one of the ten"),
         (["--prototxt", "a.prototxt", "--caffemodel", "a.caffemodel", "-w", "x.pth"], "--weights names one of the ten"),
         (["--prototxt", "a.prototxt", "--caffemodel", "a.caffemodel", "--mean", "1,2"], "three numbers B,G,R"),

@@ -61,6 +61,20 @@ def test_odd_margins_of_image_and_mean_agree() -> None:
     assert Preprocessing(resize_size=235, mean=mean)(image).abs().max() == 0
 
 
+def test_scale() -> None:
+    """After the mean, as in Caffe's DataTransformer; 0.017 goes with many published DenseNets and MobileNets."""
+    image, mean = picture(256, 300), (103.94, 116.78, 123.68)
+    made = Preprocessing(mean=mean, scale=0.017)(image)
+    wanted = (by_hand(image, 256, 224) - np.array(mean, np.float32).reshape(3, 1, 1)) * np.float32(0.017)
+    assert made.dtype is torch.float32
+    np.testing.assert_array_equal(made.numpy(), wanted)
+    whole = torch.rand(3, 224, 224) * 255
+    np.testing.assert_array_equal(
+        Preprocessing(mean=whole, scale=-2)(image).numpy(), (by_hand(image, 256, 224) - whole.numpy()) * np.float32(-2)
+    )
+    assert Preprocessing(mean=whole, scale=0.5).as_channel_means().scale == 0.5
+
+
 def test_the_mean_is_a_copy() -> None:
     mean = torch.zeros(3, 8, 8)
     made = Preprocessing(8, 8, mean)
@@ -85,6 +99,9 @@ def test_errors(tmp_path: Path) -> None:
         Preprocessing(mean=(1.0, 2.0))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="finite"):
         Preprocessing(mean=(1.0, 2.0, float("nan")))
+    for scale in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"scale is {scale:g}; a finite number other than 0 was expected"):
+            Preprocessing(scale=scale)
     with pytest.raises(ValueError, match="crop_size"):
         Preprocessing(crop_size=0)
     with pytest.raises(ValueError, match="interpolation"):

@@ -19,11 +19,27 @@ SUPPORTED = tuple(KINDS)
 
 
 @dataclass(frozen=True)
+class Transform:
+    """What a data layer of Caffe does to pixels: ``(x - mean) * scale``; here the caller does it, before the network.
+
+    ``mean_value`` has one value, or one for each channel; ``mean_file`` is the path of a mean image, which is not read.
+    """
+
+    scale: float = 1.0
+    mean_value: tuple[float, ...] = ()
+    mean_file: str = ""
+
+
+@dataclass(frozen=True)
 class Input:
-    """A blob that the caller gives; its shape's first number, the batch, is an example."""
+    """A blob that the caller gives; its shape's first number, the batch, is an example.
+
+    ``transform`` is what the data layer in its place says of the images; it does not count in comparisons.
+    """
 
     name: str
     shape: Shape
+    transform: Transform | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ Resizing and cropping are those of `resnet_fast.models.preprocessing`; no file b
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,8 @@ CHANNEL_MEANS = (103.063, 115.903, 123.152)
 
 @dataclass(frozen=True, eq=False)
 class Preprocessing:
-    """Turns a Pillow image of any size into a float32 tensor [3, crop_size, crop_size]: B, G, R in 0..255, minus mean.
+    """Turns a Pillow image of any size into a float32 tensor [3, crop_size, crop_size]: (B, G, R in 0..255, minus mean)
+    times scale.
 
     The published ResNets were trained so, with a mean image (:meth:`with_mean_file`); its channel means, the default
     here, come close to it. 103.939, 116.779 and 123.68 are VGG's, not ResNet's.
@@ -37,18 +39,23 @@ class Preprocessing:
         mean: three values (blue, green, red), or a mean image: a tensor [3, H, W] in the same order, of the crop's
             size, or larger, of which the centre is cropped as that of the image is.
         interpolation: Pillow's filter by name; Pillow always antialiases, Caffe's own tools do not.
+        scale: what the differences are multiplied by, as ``transform_param.scale`` and ``set_input_scale`` in Caffe.
 
     Raises:
-        ValueError: for a size below 1, an unknown filter, or a mean that is neither, not finite, or too small.
+        ValueError: for a size below 1, an unknown filter, a mean that is neither, not finite, or too small, or a scale
+            that is 0 or not finite.
     """
 
     resize_size: int = 256
     crop_size: int = 224
     mean: tuple[float, float, float] | Tensor = CHANNEL_MEANS
     interpolation: str = "bilinear"
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         self._geometry()  # checks sizes and filter
+        if not math.isfinite(self.scale) or self.scale == 0:
+            raise ValueError(f"scale is {self.scale:g}; a finite number other than 0 was expected")
         if isinstance(self.mean, Tensor):
             mean = self.mean.detach().to("cpu", torch.float32).clone()
             if mean.dim() == 4 and mean.shape[0] == 1:
@@ -97,7 +104,7 @@ class Preprocessing:
         if not isinstance(self.mean, Tensor):
             return self
         blue, green, red = self.mean.double().mean((1, 2)).tolist()
-        return Preprocessing(self.resize_size, self.crop_size, (blue, green, red), self.interpolation)
+        return replace(self, mean=(blue, green, red))
 
     def _geometry(self) -> ResizeAndCrop:
         return ResizeAndCrop(self.resize_size, self.crop_size, interpolation=self.interpolation)
@@ -115,7 +122,8 @@ class Preprocessing:
         """
         pixels = torch.frombuffer(bytearray(self.crop(image).tobytes()), dtype=torch.uint8)
         blue_first = pixels.view(self.crop_size, self.crop_size, 3).flip(2).permute(2, 0, 1).contiguous().float()
-        return blue_first - self._mean_of_crop()
+        difference = blue_first - self._mean_of_crop()
+        return difference if self.scale == 1 else difference * self.scale
 
     def _mean_of_crop(self) -> Tensor:
         if not isinstance(self.mean, Tensor):

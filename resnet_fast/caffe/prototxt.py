@@ -7,7 +7,9 @@ deep or unknown, and puts a space where two entries ran together because a text 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -379,7 +381,7 @@ def _needed(entries: list[_Entry], features: Iterable[str], inputs: Iterable[str
 
 
 def _no_blob(name: str, known: Iterable[str], what: str = "no blob") -> str:
-    close = difflib.get_close_matches(name[:80], sorted(known)[:10_000], 3, 0.5)
+    close = difflib.get_close_matches(name[:80], sorted(known)[:1000], 3, 0.5)
     return f"which is {what} of the network" + (f"; it has {', '.join(close)}" if close else "")
 
 
@@ -466,7 +468,17 @@ def _data_inputs(entry: _Entry) -> list[d.Input]:
         shapes = _DATA_LAYERS[entry.kind](message)
     except ValueError as error:
         raise CaffeError(f"{where}: {error}") from None
-    return [_input(name, shape, where) for name, shape in zip(message.top, shapes, strict=True)]
+    found = [_input(name, shape, where) for name, shape in zip(message.top, shapes, strict=True)]
+    if message.HasField("transform_param"):
+        t = message.transform_param
+        values = (t.scale, *t.mean_value)
+        if not all(map(math.isfinite, values)):
+            raise CaffeError(
+                f"{where}: transform_param has {', '.join(map(str, values[:5]))}; finite numbers are needed"
+            )
+        transform = d.Transform(t.scale, tuple(t.mean_value), t.mean_file)
+        found[0] = dataclasses.replace(found[0], transform=transform)
+    return found
 
 
 def _input_shapes(message: Any) -> list[Sequence[int]]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-    from resnet_fast.caffe import Net
+    from resnet_fast.caffe import Input, Net
     from resnet_fast.models.preprocessing import Preprocessing
 
 BATCH = 8
@@ -162,7 +162,7 @@ def read_labels(path: Path, outputs: int) -> tuple[str, ...]:
 # --------------------------------------------------------------------------------------------------------------- Caffe
 
 
-def _caffe(prototxt: Path, caffemodel: Path, mean: str | None) -> Classifier:
+def _caffe(prototxt: Path, caffemodel: Path, mean: str | None, scale: float | None) -> Classifier:
     """The network of a Caffe definition and its weights, with Caffe's preprocessing."""
     from resnet_fast import caffe
 
@@ -170,7 +170,7 @@ def _caffe(prototxt: Path, caffemodel: Path, mean: str | None) -> Classifier:
         net = caffe.load(prototxt, caffemodel)
         size = _input_size(net)
         outputs, probabilities = _classes(net, size)
-    prepare = _caffe_preprocessing(mean, size)
+    prepare = _caffe_preprocessing(mean, scale, size, net.definition.inputs[0])
     name = one_line(net.definition.name) if net.definition.name else prototxt.stem
     return Classifier(net, name, str(caffemodel), prepare, size, _labels(outputs), probabilities)
 
@@ -211,25 +211,36 @@ def _classes(net: Net, size: int) -> tuple[int, bool]:
     return shape[1], softmax is not None
 
 
-def _caffe_preprocessing(mean: str | None, size: int) -> Callable[[Image], Tensor]:
-    """The published models': the shorter side 256 for a crop of 224, and in proportion for others."""
+def _caffe_preprocessing(mean: str | None, scale: float | None, size: int, entry: Input) -> Callable[[Image], Tensor]:
+    """The published models': the shorter side 256 for a crop of 224, and in proportion for others.
+
+    Mean and scale are those of the options, or what the definition's data layer says.
+    """
     from resnet_fast.caffe.preprocessing import CHANNEL_MEANS, Preprocessing
 
     resize = 256 if 224 <= size <= 256 else round(size * 256 / 224)  # 227 goes with 256 too
-    if mean is None:
-        shown = ", ".join(map(str, CHANNEL_MEANS))
-        typer.echo(f"resnet-fast: note: no --mean given; the published ResNets' is used, B, G, R {shown}", err=True)
-        return Preprocessing(resize, size)
-    try:
-        values = [float(part) for part in mean.split(",")]
-    except ValueError:
-        values = []
+    transform = entry.transform
+    if scale is None:
+        scale = 1.0 if transform is None else transform.scale
+    if mean is None and transform is not None:
+        if transform.mean_file:
+            raise UserError(
+                f"the definition's data layer subtracts the mean image {one_line(transform.mean_file)}; give it with "
+                "--mean FILE"
+            )
+        mean = ",".join(map(str, (transform.mean_value or (0.0,)) * (1 if len(transform.mean_value) > 1 else 3)))
     with as_user_errors(ValueError, OSError):
-        if not values:
-            return Preprocessing.with_mean_file(mean, resize_size=resize, crop_size=size)
+        if mean is None:
+            shown = ", ".join(map(str, CHANNEL_MEANS))
+            typer.echo(f"resnet-fast: note: no --mean given; the published ResNets' is used, B, G, R {shown}", err=True)
+            return Preprocessing(resize, size, scale=scale)
+        try:
+            values = [float(part) for part in mean.split(",")]
+        except ValueError:
+            return Preprocessing.with_mean_file(mean, resize_size=resize, crop_size=size, scale=scale)
         if len(values) != 3:
             raise ValueError(f"--mean {mean}: a .binaryproto file, or three numbers B,G,R, was expected")
-        return Preprocessing(resize, size, (values[0], values[1], values[2]))
+        return Preprocessing(resize, size, (values[0], values[1], values[2]), scale=scale)
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -278,6 +289,14 @@ def classify(
             "green and red; by default those of the published ResNets.",
         ),
     ] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            "--scale",
+            metavar="X",
+            help="What a Caffe network's images are multiplied by after the mean; 1 unless its definition says more.",
+        ),
+    ] = None,
     labels: Annotated[
         Path | None,
         typer.Option("--labels", metavar="FILE", help="Names of the classes, one a line, as in synset_words.txt."),
@@ -293,7 +312,7 @@ def classify(
 
     Images that cannot be read are named on stderr; the others are still classified, and the exit status is 1.
     """
-    _check_options(arch, weights, prototxt, caffemodel, mean)
+    _check_options(arch, weights, prototxt, caffemodel, mean, scale)
     errors: dict[Path, str] = {}
     readable: list[Path] = []
     for path in images:  # bad files are found before anything is downloaded or built
@@ -311,7 +330,7 @@ def classify(
     network = (
         _classifier(arch or "resnet50", weights)
         if caffemodel is None or prototxt is None
-        else _caffe(prototxt, caffemodel, mean)
+        else _caffe(prototxt, caffemodel, mean, scale)
     )
     if labels is not None:
         network = replace(network, labels=read_labels(labels, len(network.labels)))
@@ -332,11 +351,16 @@ def classify(
 
 
 def _check_options(
-    arch: str | None, weights: str | None, prototxt: Path | None, caffemodel: Path | None, mean: str | None
+    arch: str | None,
+    weights: str | None,
+    prototxt: Path | None,
+    caffemodel: Path | None,
+    mean: str | None,
+    scale: float | None,
 ) -> None:
     """Which network is meant must be clear."""
     if prototxt is None:
-        for option, given in (("--caffemodel", caffemodel), ("--mean", mean)):
+        for option, given in (("--caffemodel", caffemodel), ("--mean", mean), ("--scale", scale)):
             if given is not None:
                 raise UserError(f"{option} belongs to a Caffe network; give its definition with --prototxt FILE")
         check_arch(arch or "resnet50")
