@@ -143,6 +143,7 @@ def test_optimized(name: str) -> None:
 
 
 ALONE = "no fused form of this layer"
+VIEW = "it moves no data"
 FUSIONS = {
     "convolution": {name: f"conv_bn_act {name}" for name in ("groups", "dilated", "depthwise")},
     "sum with coefficients": {
@@ -181,6 +182,30 @@ FUSIONS = {
         "norm": "the output of a is used elsewhere too",
     },
     "overwritten": {"norm": "the output of a is used elsewhere too"},
+    "squeeze and excitation": {
+        **dict.fromkeys(("a", "norm", "scale"), "conv_bn_act a"),
+        "up": "conv_bn_act up",
+        "gate": ALONE,
+        "sum": ALONE,
+    },
+    "activations": {
+        **{name: f"conv_bn_act {name}" for name in "abc"},
+        **dict.fromkeys(("elu", "tanh", "prelu", "sigmoid"), ALONE),
+    },
+    "segmentation": {
+        **dict.fromkeys(("a", "a_relu"), "conv_bn_act a"),
+        "b": "conv_bn_act b",
+        "skip": "conv_bn_act skip",
+        **dict.fromkeys(("up2", "up4"), ALONE),
+        **dict.fromkeys(("up2c", "score"), VIEW),
+    },
+    "slices": {"a": "conv_bn_act a", "b": "conv_bn_act b", "cut": VIEW, "together": ALONE},
+    "shapes": {"a": "conv_bn_act a", "shuffled": VIEW, "middle": VIEW, "flat": ALONE},
+    "norm of five blobs": {
+        **dict.fromkeys(("a", "norm", "relu"), "conv_bn_act a"),
+        "after": "it follows relu, no convolution that could take it along",
+    },
+    "dropout of any ratio": {"a": "conv_bn_act a", "none": "", "b": "conv_bn_act b", "all": VIEW, "more": VIEW},
 }
 """For some networks what each layer became part of, or why it did not."""
 
@@ -191,6 +216,19 @@ def test_report_says_what_is_fused(name: str) -> None:
     report = rf.optimize(net, example_inputs=caffe_files.feeds(net)["data"]).report()
     found = {row.name: row.fused or row.reason for row in report.rows}
     assert {layer: found[layer] for layer in FUSIONS[name]} == FUSIONS[name]
+
+
+def test_a_snapshot_keeps_what_its_parts_are_read_by() -> None:
+    """Slices, crops and other shapes show the memory of the blob that they are of, which nothing may overwrite."""
+    for name in ("slices", "slices of lines", "shapes", "segmentation", "dropout of any ratio"):
+        net = caffe_files.network(GRAPHS[name])
+        blobs = [blob for blob in net.blob_names if blob not in caffe_files.feeds(net)]
+        watched = caffe.Net(net.definition, blobs)
+        watched.load_state_dict(net.state_dict())
+        inputs = caffe_files.feeds(net)
+        ours, exact = rf.optimize(watched.eval())(inputs["data"]), caffe_files.reference(net, inputs)
+        for blob in blobs:
+            torch.testing.assert_close(ours[blob].double(), tensor(exact[blob]), rtol=1e-5, atol=1e-5, msg=blob)
 
 
 def test_several_inputs() -> None:
@@ -278,6 +316,78 @@ def _small(use_global_stats: bool | None, fraction: float = 0.999) -> d.Definiti
 
 def _blobs(net: caffe.Net) -> list[Tensor]:
     return [tensor.clone() for tensor in layers.blobs(net.layer("norm")).values()]
+
+
+def test_a_ratio_that_cannot_be_trained_with() -> None:
+    net = caffe_files.network(GRAPHS["dropout of any ratio"])
+    x = caffe_files.feeds(net)["data"]
+    assert torch.equal(net.blobs(x, ["b", "more"])["more"], net.blobs(x, ["b"])["b"])
+    with pytest.raises(caffe.CaffeError, match="dropout_ratio is 1; in train mode it must be 0 or more and less than"):
+        net.train()(x)
+
+
+def test_five_blobs_are_for_stored_statistics() -> None:
+    """In train mode too if the definition says so, as `norm` does; `after` does not."""
+    net = caffe_files.network(GRAPHS["norm of five blobs"])
+    x, before = caffe_files.feeds(net)["data"], net.blobs(caffe_files.feeds(net), ["a"])["a"]
+    net.train()
+    part = net.features(["a"])
+    assert torch.equal(part(x), before)
+    part(x).sum().backward()
+    norm = net.layer("norm")
+    assert norm.weight.grad is not None and norm.bias.grad is not None and norm.weight.grad.abs().max() > 0
+    with pytest.raises(caffe.CaffeError, match="has no batch statistics here; in train mode it needs use_global_stats"):
+        net(x)
+    d_norm = d.BatchNorm(False, scale_bias=True)
+    stored = caffe.Net(caffe_files.definition({"data": (2, 3, 4, 5)}, ("norm", d_norm, "data"))).eval()
+    assert torch.isfinite(stored(caffe_files.image(2, 3, 4, 5))).all()  # in the TEST phase NVIDIA's does not ask
+
+
+@pytest.mark.parametrize("kind", ["LRN", "LRN within", "PReLU", "PReLU shared", "Power", "Axpy", "Deconvolution"])
+def test_gradients_of_single_layers(kind: str) -> None:
+    p: d.Parameters = {
+        "LRN": d.LRN(3, 0.7),
+        "LRN within": d.LRN(3, 0.7, norm_region="WITHIN_CHANNEL"),
+        "PReLU": d.PReLU(),
+        "PReLU shared": d.PReLU(True),
+        "Power": d.Power(3.0, 0.5, 2.0),
+        "Axpy": d.Axpy(),
+        "Deconvolution": d.Deconvolution(4, (3, 2), (2, 1), group=2),
+    }[kind]
+    shapes = [(2, 4, 1, 1), (2, 4, 3, 4), (2, 4, 3, 4)] if kind == "Axpy" else [(2, 4, 3, 4)]
+    module = p.module(shapes, 1)
+    assert module is not None
+    inputs = [caffe_files.image(*shape, seed=i).double().requires_grad_() for i, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(module.double(), inputs)
+
+
+def test_responses_cost_no_more_than_the_blob_is_wide() -> None:
+    """A window of 2 billion channels or pixels is that of the blob."""
+    x = caffe_files.image(2, 3, 4, 5)
+    for region, wide in (("ACROSS_CHANNELS", 7), ("WITHIN_CHANNEL", 11)):
+        ours, exact = (
+            layers.LRN(d.LRN(size, alpha, 0.75, region))(x)
+            for size, alpha in ((2**31 - 1, float(2**31 - 1)), (wide, float(wide)))
+        )
+        if region == "ACROSS_CHANNELS":
+            torch.testing.assert_close(ours, exact)
+        assert ours.shape == x.shape
+
+
+def test_half_precision_sums_are_wide() -> None:
+    """Squares that float16 cannot hold."""
+    x = torch.full((1, 2, 3, 3), 300.0, dtype=torch.float16)
+    for region in ("ACROSS_CHANNELS", "WITHIN_CHANNEL"):
+        module = layers.LRN(d.LRN(3, 1e-4, norm_region=region))
+        torch.testing.assert_close(module(x).float(), module(x.float()), rtol=1e-3, atol=0)
+
+
+def test_a_constant_power_does_not_look_at_its_bottom() -> None:
+    x = torch.tensor([float("nan"), float("inf"), 1.0])
+    assert layers.Power(d.Power(2.0, 0.0, 3.0))(x).tolist() == [9, 9, 9]
+    assert layers.Power(d.Power(0.0, 2.0, 3.0))(x).tolist() == [1, 1, 1]
+    assert layers.Power(d.Power(-1.0, 0.0, 0.0))(x).tolist() == [float("inf")] * 3  # as pow gives it
+    assert layers.Power(d.Power(0.5))(-torch.ones(1)).isnan().all()
 
 
 def test_training_with_stored_statistics_leaves_them_alone() -> None:

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import resnet_fast as rf
 from resnet_fast import caffe
 from resnet_fast.caffe import caffemodel, layers
 
+from . import caffe_files
 from .numerics import assert_obeys_error_rule
 
 SMALL = """
@@ -496,3 +498,36 @@ def test_statistics_of_the_batch_are_not_folded() -> None:
     torch.testing.assert_close(fused(x), net(x))
     assert not torch.allclose(net(x)[:1], net(x[:1]))
     assert torch.equal(net.layer("bn_conv1").factor, torch.tensor([999.98]))
+
+
+@pytest.mark.parametrize("name", caffe_files.GRAPHS)
+def test_every_kind_is_saved_and_loaded_bit_for_bit(name: str, tmp_path: Any) -> None:
+    """As prototxt and caffemodel, and through the state_dict in a safetensors file."""
+    net = caffe_files.network(caffe_files.GRAPHS[name])
+    loaded = caffe.load(*caffe_files.write(tmp_path, net))
+    state = net.state_dict()
+    assert loaded.definition == net.definition
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    if state:
+        safetensors.torch.save_file(state, tmp_path / "net.safetensors")
+        other = caffe.Net(net.definition)
+        other.load_state_dict(safetensors.torch.load_file(tmp_path / "net.safetensors"))
+        assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
+
+
+def test_old_dimensions_of_a_shared_slope(tmp_path: Any) -> None:
+    """1x1x1x1 stands for a blob without axes."""
+    net = caffe_files.network(caffe_files.GRAPHS["prelu of one slope"])
+    prototxt, caffemodel = caffe_files.write(tmp_path, net)
+    content = Path(caffemodel).read_bytes()
+    modern = b"\x3a\x08\x3a\x00\x2a\x04"  # blobs { shape {} data: 4 bytes }
+    assert content.count(modern) == 1
+    legacy = content.replace(modern, b"\x3a\x0e\x08\x01\x10\x01\x18\x01\x20\x01\x2a\x04")
+    old, new = net.definition.layers[1], legacy.index(b"prelu")
+    assert old.name == "prelu"
+    length = legacy.rindex(b"\xa2\x06", 0, new)  # the layer's length grows by as much
+    legacy = legacy[: length + 2] + bytes([legacy[length + 2] + 6]) + legacy[length + 3 :]
+    Path(caffemodel).write_bytes(legacy)
+    loaded = caffe.load(prototxt, caffemodel).layer("prelu").weight
+    assert loaded.shape == () and torch.equal(loaded, net.layer("prelu").weight)

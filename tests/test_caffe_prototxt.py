@@ -201,6 +201,16 @@ parameters = st.one_of(
     st.builds(d.Pooling, st.sampled_from(["MAX", "AVE"]), sizes, sizes, st.just((0, 0)),
               st.sampled_from(["CEIL", "FLOOR"])),
     st.builds(d.Pooling, st.sampled_from(["MAX", "AVE"])),
+    st.builds(d.Deconvolution, st.integers(1, 9), sizes, sizes, sizes, sizes, st.integers(1, 3), st.booleans()),
+    st.builds(d.LRN, st.sampled_from([1, 3, 5]), floats, floats,
+              st.sampled_from(["ACROSS_CHANNELS", "WITHIN_CHANNEL"]), floats),
+    st.builds(d.PReLU, st.booleans()),
+    st.builds(d.ELU, floats),
+    st.builds(d.Power, floats, floats, floats),
+    st.builds(d.BatchNorm, scale_bias=st.booleans()),
+    st.builds(d.Flatten, st.integers(-4, 3), st.integers(-4, 3)),
+    st.builds(d.Reshape, st.lists(st.integers(0, 9), max_size=4).map(tuple), st.integers(-3, 3), st.integers(-1, 3)),
+    st.sampled_from([d.Sigmoid(), d.TanH()]),
 )  # fmt: skip
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8)
 
@@ -213,6 +223,11 @@ def test_written_and_read_again(kinds: list[Any], prefix: str, coeff: tuple[floa
     eltwise = data.draw(st.sampled_from([d.Eltwise("SUM", coeff), d.Eltwise("PROD"), d.Eltwise("MAX")]))
     layers.append(d.Layer(f"{prefix}-sum", eltwise, ("data", "data", tops[0]), (f"{prefix} sum",)))
     layers.append(d.Layer(f"{prefix}-cat", d.Concat(0), (*tops, "other"), (f"{prefix} cat",)))
+    slice = data.draw(st.builds(d.Slice, st.integers(-4, 3), st.sampled_from([(), (2,)])))
+    layers.append(d.Layer(f"{prefix}-slice", slice, ("data",), (f"{prefix}1/2", f"{prefix}2/2")))
+    crop = data.draw(st.builds(d.Crop, st.integers(-4, 3), st.lists(st.integers(0, 9), max_size=3).map(tuple)))
+    layers.append(d.Layer(f"{prefix}-crop", crop, ("data", "other"), (f"{prefix}crop",)))
+    layers.append(d.Layer(f"{prefix}-axpy", d.Axpy(), ("data",) * 3, (f"{prefix}axpy",)))
     layers.append(d.Layer(f"{prefix}-split", d.Split(), ("data",), (f"{prefix}<a>", f"{prefix}'b\"")))
     inputs = (d.Input("data", (1, 3, 8, 8)), d.Input("other", (7,)))
     written = d.Definition(prefix, inputs, tuple(layers))
@@ -220,6 +235,12 @@ def test_written_and_read_again(kinds: list[Any], prefix: str, coeff: tuple[floa
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def one(kind: str, rest: str = "") -> str:
+    """A layer ``x`` of this type on the input."""
+    return f'layer {{ name: "x" type: "{kind}" bottom: "data" top: "a" {rest} }}\n'
+
 
 RELU = 'layer {{ name: "{0}" type: "ReLU" bottom: "{1}" top: "{2}" }}\n'.format
 HOSTILE = {
@@ -324,6 +345,56 @@ HOSTILE = {
         HEAD + "layer { name: 'e' type: 'Eltwise' bottom: 'data' bottom: 'data' top: 'e' eltwise_param { coeff: 2 } }",
         "has 1 coeff entries for 2 bottoms",
     ),
+    "a window of even size": (HEAD + one("LRN", "lrn_param { local_size: 4 }"), "local_size is 4, it must be odd"),
+    "an endless slope": (HEAD + one("ELU", "elu_param { alpha: inf }"), "alpha is inf; finite numbers are needed"),
+    "no power": (HEAD + one("Power", "power_param { shift: nan }"), "shift is nan; finite numbers are needed"),
+    "no ratio": (HEAD + one("Dropout", "dropout_param { dropout_ratio: nan }"), "dropout_ratio is nan; finite"),
+    "cuts out of order": (
+        HEAD + one("Slice", "top: 'b' top: 'c' slice_param { slice_point: 2 slice_point: 2 }"),
+        "slice_point is 2, 2; it must increase",
+    ),
+    "a cut at 0": (HEAD + one("Slice", "top: 'b' slice_param { slice_point: 0 }"), "slice_point is 0, at least 1"),
+    "two axes": (HEAD + one("Slice", "slice_param { axis: 1 slice_dim: 1 }"), "has both axis and slice_dim"),
+    "a huge slice_dim": (HEAD + one("Slice", "slice_param { slice_dim: 4000000000 }"), "a blob has at most 32 axes"),
+    "a huge offset": (
+        HEAD + one("Crop", "bottom: 'data' crop_param { offset: 4294967295 }"),
+        "offset is 4294967295, at most 2147483647 is possible",
+    ),
+    "a size of -2": (HEAD + one("Reshape", "reshape_param { shape { dim: -2 } }"), "shape is -2, at least -1"),
+    "two sizes to find": (
+        HEAD + one("Reshape", "reshape_param { shape { dim: -1 dim: -1 } }"),
+        "shape has 2 sizes of -1, at most one",
+    ),
+    "too many sizes": (HEAD + one("Reshape", f"reshape_param {{ shape {{ {'dim: 1 ' * 33}}} }}"), "shape has 33 sizes"),
+    "a huge size": (
+        HEAD + one("Reshape", "reshape_param { shape { dim: 9000000000000000000 } }"),
+        "shape is 9000000000000000000, at most 2147483647",
+    ),
+    "num_axes of -2": (HEAD + one("Reshape", "reshape_param { num_axes: -2 }"), "num_axes is -2, at least -1"),
+    "two operands": (HEAD + one("Axpy", "bottom: 'data'"), "has 2 bottoms, Axpy takes 3"),
+    "nothing to crop to": (HEAD + one("Crop"), "has 1 bottoms, Crop takes 2"),
+    "images of no size": (
+        'layer { name: "d" type: "MemoryData" top: "data" memory_data_param { batch_size: 1 channels: 3 } }' + conv(),
+        "layer 'd' (MemoryData, line 1): shape 1x3x0x0; 1 to 32 sizes of at least 1 are needed",
+    ),
+    "images of any size": (
+        'layer { name: "d" type: "ImageData" top: "data" image_data_param { source: "list.txt" } }' + conv(),
+        "layer 'd' (ImageData, line 1): a data layer, whose shape the prototxt does not say",
+    ),
+    "a database": (
+        'layer { name: "d" type: "Data" top: "data" data_param { batch_size: 1 } transform_param { crop_size: 8 } }'
+        + conv(),
+        "layer 'd' (Data, line 1): a data layer, whose shape the prototxt does not say",
+    ),
+    "a transform that is none": (
+        'layer { name: "d" type: "MemoryData" top: "data" transform_param { scale: nan }'
+        " memory_data_param { batch_size: 1 channels: 3 height: 8 width: 8 } }" + conv(),
+        "transform_param has nan; finite numbers are needed",
+    ),
+    "three tops of images": (
+        'layer { name: "d" type: "MemoryData" top: "data" top: "b" top: "c" }' + conv(),
+        "has 3 tops, a data layer makes images and labels",
+    ),
     "shared": (
         HEAD + conv(rest="param { name: 'w' }") + conv(rest="param { name: 'w' }").replace('"c"', '"b"'),
         "shares the parameter 'w' with layer 'c'",
@@ -349,6 +420,71 @@ SHAPES = {
         "layer 'e' (Eltwise, line 3): its bottoms 1x3x8x8, 1x4x6x6 are not of one shape",
     ),
     "axis": ('layer { name: "s" type: "Softmax" bottom: "data" top: "s" softmax_param { axis: 4 } }', "its axis 4 "),
+    "nothing left": (
+        one("Deconvolution", "convolution_param { num_output: 2 kernel_size: 3 pad: 9 }"),
+        "its kernel 3x3 does not fit into 8x8 with its padding",
+    ),
+    "gigapixels": (
+        one("Deconvolution", "convolution_param { num_output: 2 kernel_size: 3 stride: 2000000000 }"),
+        "more than 2,147,483,647 elements",
+    ),
+    "groups of a Deconvolution": (
+        one("Deconvolution", "convolution_param { num_output: 4 kernel_size: 3 group: 2 }"),
+        "3 channels and num_output 4 must be multiples of group 2",
+    ),
+    "terabytes of a Deconvolution": (
+        one("Deconvolution", "convolution_param { num_output: 4 kernel_size: 2000000000 pad: 1000000000 }"),
+        "bytes of them, more than the 4,294,967,296",
+    ),
+    "a cut beyond": (
+        one("Slice", "top: 'b' slice_param { slice_point: 3 }"),
+        "its slice_point 3 is not within axis 1 of 1x3x8x8",
+    ),
+    "cuts and tops": (
+        one("Slice", "top: 'b' top: 'c' slice_param { slice_point: 1 }"),
+        "it has 1 slice_point entries for 3 tops",
+    ),
+    "uneven parts": (one("Slice", "top: 'b'"), "its 2 tops do not divide axis 1 of its bottom 1x3x8x8"),
+    "a part beyond": (
+        one("Crop", "bottom: 'data' crop_param { offset: 0 offset: 1 }"),
+        "its second bottom 1x3x8x8, at offset 0, 1 from axis 2 on, is not within 1x3x8x8",
+    ),
+    "offsets and axes": (
+        one("Crop", "bottom: 'data' crop_param { offset: 0 offset: 0 offset: 0 }"),
+        "it has 3 offsets for the axes from 2 on of its bottom 1x3x8x8",
+    ),
+    "axes in the wrong order": (
+        one("Flatten", "flatten_param { axis: 3 end_axis: 1 }"),
+        "its axis 3 is behind end_axis 1 of its bottom 1x3x8x8",
+    ),
+    "a shape that does not fit": (
+        one("Reshape", "reshape_param { shape { dim: 0 dim: 7 dim: -1 } }"),
+        "its shape 0x7x-1 does not divide the 192 elements of 1x3x8x8",
+    ),
+    "a shape of other elements": (
+        one("Reshape", "reshape_param { shape { dim: 0 dim: 7 } }"),
+        "its shape 0x7 makes 1x7 of 1x3x8x8, which has 192 elements",
+    ),
+    "a copy of no axis": (
+        one("Reshape", "reshape_param { shape { dim: 0 } axis: 4 }"),
+        "its shape 0 copies an axis that its bottom 1x3x8x8 does not have",
+    ),
+    "axes beyond": (
+        one("Reshape", "reshape_param { shape { dim: 0 } axis: 3 num_axes: 2 }"),
+        "its axis 3 and num_axes 2 are not within its bottom 1x3x8x8",
+    ),
+    "factors of another shape": (
+        one("Axpy", "bottom: 'data' bottom: 'data'"),
+        "its bottoms are 1x3x8x8, 1x3x8x8, 1x3x8x8; [N, C] or [N, C, 1, 1], and two of one shape",
+    ),
+    "a slope for each of nothing": (
+        'input: "line" input_shape { dim: 5 }\n' + one("PReLU").replace('"data"', '"line"'),
+        "its bottom is 5, at least [N, C] was expected",
+    ),
+    "responses of a line": (
+        'layer { name: "f" type: "Flatten" bottom: "data" top: "f" }' + one("LRN").replace('"data"', '"f"'),
+        "its bottom is 1x192, [N, C, H, W] was expected",
+    ),
     "terabytes": (
         'layer { name: "f" type: "InnerProduct" bottom: "data" top: "f" inner_product_param { num_output: 2000000000}}',
         "layer 'f' (InnerProduct, line 2): with its parameters the network has 1,544,000,000,000 bytes",
