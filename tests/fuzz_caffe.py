@@ -33,6 +33,14 @@ layer { name: "s" type: "Scale" bottom: "c" top: "c" scale_param { bias_term: tr
 layer { name: "p" type: "Pooling" bottom: "c" top: "p" pooling_param { kernel_size: 3 stride: 2 pad: 1 pool: AVE } }
 layer { name: "e" type: "Eltwise" bottom: "p" bottom: "p" top: "e" eltwise_param { coeff: 1 coeff: -1 } }
 layer { name: "f" type: "InnerProduct" bottom: "e" top: "f" inner_product_param { num_output: 2 } }
+layer { name: "d" type: "Deconvolution" bottom: "p" top: "d"
+        convolution_param { num_output: 2 kernel_size: 4 stride: 2 } }
+layer { name: "crop" type: "Crop" bottom: "d" bottom: "data" top: "crop" crop_param { axis: 2 offset: 0 } }
+layer { name: "cut" type: "Slice" bottom: "data" top: "x" top: "y" slice_param { axis: 1 slice_point: 1 } }
+layer { name: "l" type: "LRN" bottom: "x" top: "l" lrn_param { local_size: 3 norm_region: WITHIN_CHANNEL } }
+layer { name: "q" type: "PReLU" bottom: "y" top: "y" prelu_param { channel_shared: true } }
+layer { name: "v" type: "Reshape" bottom: "y" top: "v" reshape_param { shape { dim: 0 dim: -1 } axis: 0 num_axes: 3 } }
+layer { name: "w" type: "Flatten" bottom: "v" top: "w" flatten_param { axis: 1 end_axis: -1 } }
 """
 V1 = """
 input: "data" input_dim: 1 input_dim: 3 input_dim: 9 input_dim: 9

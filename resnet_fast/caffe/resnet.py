@@ -184,6 +184,9 @@ def _classifier(definition: d.Definition) -> d.Layer:
     return next(layer for layer in definition.layers if layer.type == "InnerProduct")
 
 
+_ONLY = "; ResNet-50, 101 and 152 as published are what can be converted"
+
+
 def _depth(net: Net) -> int:
     """Which of the three the network is.
 
@@ -204,12 +207,14 @@ def _depth(net: Net) -> int:
     for index, (ours, theirs) in enumerate(zip(expected, found, strict=False)):
         if ours != theirs:
             difference = "; ".join(_differences(theirs, ours))
-            raise CaffeError(f"{source}: {definition.layers[index]}: not as in ResNet-{depth}: {difference}")
+            raise CaffeError(f"{source}: {definition.layers[index]}: not as in ResNet-{depth}: {difference}{_ONLY}")
     if len(found) > len(expected):
-        raise CaffeError(f"{source}: {definition.layers[len(expected)]}: ResNet-{depth} has no layer behind 'prob'")
+        raise CaffeError(
+            f"{source}: {definition.layers[len(expected)]}: ResNet-{depth} has no layer behind 'prob'{_ONLY}"
+        )
     if len(found) < len(expected):
         raise CaffeError(
-            f"{source}: ends early: ResNet-{depth} has a layer {published.layers[len(found)].name!r} there"
+            f"{source}: ends early: ResNet-{depth} has a layer {published.layers[len(found)].name!r} there{_ONLY}"
         )
     return depth
 
