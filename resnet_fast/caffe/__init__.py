@@ -9,7 +9,7 @@ Caffe itself is not needed. docs/caffe.md is for someone who has a Caffe pipelin
 
 from . import fusing as _fusing  # noqa: F401 - tells optimize about these layers
 from .caffemodel import read_mean, write_mean
-from .definition import Definition, Input, Layer
+from .definition import Definition, Input, Layer, Transform
 from .errors import CaffeError
 from .files import load, save
 from .net import Net
@@ -26,6 +26,7 @@ __all__ = [
     "Layer",
     "Net",
     "Preprocessing",
+    "Transform",
     "deploy_prototxt",
     "emit_prototxt",
     "from_state_dict",
