@@ -5,18 +5,22 @@ Knows nothing of URLs or of particular weights; that is `resnet_fast.models.weig
 
 from __future__ import annotations
 
+import json
 import os
-import pickletools
+import re
 import tempfile
 import warnings
-import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from resnet_fast.models import layouts, torchfile
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -24,11 +28,14 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_CHECKPOINT_BYTES",
     "MAX_METADATA_CHARACTERS",
+    "TRAINING_FORMAT",
     "WeightsError",
+    "file_format",
     "load_into",
     "open_safetensors",
     "read_checkpoint",
     "read_with_metadata",
+    "save_torch",
     "with_metadata",
     "write_whole",
 ]
@@ -39,11 +46,14 @@ MAX_CHECKPOINT_BYTES = 4 * 2**30
 MAX_METADATA_CHARACTERS = 32 * 2**20
 """More text in a file's metadata is refused. A pickle says it shorter than it is, by naming one string many times."""
 
+TRAINING_FORMAT = "resnet_fast checkpoint"
+"""What the metadata of `resnet_fast.training.checkpoint`'s files calls their format."""
+
 _WRAPPERS = ("state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
 _METADATA = "resnet_fast"
 _SHOWN = 3
 _OPENINGS = 100
+_MAX_CONFIG_BYTES = 2**20
 
 
 class WeightsError(RuntimeError):
@@ -51,14 +61,19 @@ class WeightsError(RuntimeError):
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file or of anything `torch.save` wrote, by name, on the CPU.
+    """The tensors of a safetensors file or of anything `torch.save` wrote, by name, on the CPU.
 
-    `{"state_dict": ...}` and `{"model": ...}` are unwrapped; the prefixes `module.` (DataParallel, DDP) and
-    `_orig_mod.` (torch.compile) are removed.
+    The content decides what a file is, not its suffix. Of a ResNet's file the network is taken, under any dictionaries
+    and prefixes (`{"state_dict": {"module.conv1.weight": ...}}`), by torchvision's names, into which those of Hugging
+    Face transformers, pretrainedmodels and OpenMMLab are changed. Optimizers, arguments and whatever else a training
+    script has saved are not read. With an average of the network beside it the network itself is taken, with a warning.
+
+    Args:
+        path: of the file; `FILE:PART` names one of several networks, as `last.pth:model_ema`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        WeightsError: if it is too large, truncated, no checkpoint, or holds anything but tensors.
+        WeightsError: if it is too large, truncated, no checkpoint, holds several networks, or no tensors by name alone.
     """
     return read_with_metadata(path)[0]
 
@@ -66,13 +81,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def read_with_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What `read_checkpoint` gives, and what the file says of it.
 
-    That is the metadata of a `.safetensors` file, or what `with_metadata` gave a state_dict; empty for other files.
+    That is the metadata of a safetensors file, or what `with_metadata` gave a state_dict; empty for other files. A
+    `config.json` beside a file of transformers adds `stride_in_1x1`.
 
     Raises:
         FileNotFoundError, WeightsError: as `read_checkpoint`; also for longer metadata than
             MAX_METADATA_CHARACTERS.
     """
-    path = Path(path)
+    path, part = _file_and_part(Path(path))
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such weights file")
     if not path.is_file():
@@ -81,13 +97,25 @@ def read_with_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor],
     if size == 0:
         raise WeightsError(f"{path}: the file is empty")
     _check_size(path, size)
-    if path.suffix == ".safetensors":
-        content, metadata = _read_safetensors(path)
-    else:
-        content = _unwrapped(_read_torch(path))
-        metadata = _metadata_of(content)
-    _check_metadata(path, metadata)
-    return _state_dict(path, content), metadata
+    with _opened(path) as file:
+        entries, metadata = _chosen(path, file, part)
+        metadata |= file.metadata
+        _check_metadata(path, metadata)
+        state = {name: file.tensor(entry) for name, entry in entries.items()}
+    _check_size(path, sum(tensor.nbytes for tensor in state.values()))
+    return state, metadata
+
+
+def file_format(path: Path) -> str:
+    """By its first bytes, whatever its name: "torch" (a zip file or a pickle), "safetensors", "hdf5", or "other"."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return "torch"
+    if start.startswith(b"\x89HDF"):
+        return "hdf5"
+    # The length of a header in JSON, and its first character.
+    return "safetensors" if start[8:] == b"{" and int.from_bytes(start[:8], "little") < 2**32 else "other"
 
 
 def with_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> OrderedDict[str, Tensor]:
@@ -158,7 +186,9 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str, nam
         *_problem(dtypes, "of an unusable dtype or layout"),
     ]
     if problems:
-        raise WeightsError(f"{source} does not fit {name} with {len(own)} entries: {'; '.join(problems)}")
+        whose = layouts.whose(state)
+        hint = f"; the names are {whose}" if whose else ""
+        raise WeightsError(f"{source} does not fit {name} with {len(own)} entries: {'; '.join(problems)}{hint}")
     model.load_state_dict(dict(state), strict=False, assign=assign)
 
 
@@ -166,25 +196,50 @@ def write_whole(path: Path, write: Callable[[str], object]) -> Path:
     """Writes a file whole or not at all: `write` is given a temporary name beside `path`, which it becomes.
 
     Raises:
-        OSError: if there is no such folder, or the file cannot be written.
+        OSError: if there is no such folder, or the file cannot be written; it names `path` and the cause.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder, the name of a file was expected")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(descriptor)
+    name = ""
     try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(descriptor)
         write(name)
         os.chmod(name, 0o666 & ~_umask())
         _sync(name, os.O_RDWR)
         os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the new name itself; elsewhere a folder cannot be opened
-        _sync(path.parent, os.O_RDONLY)
+        if os.name == "posix":  # the new name itself; elsewhere a folder cannot be opened
+            _sync(path.parent, os.O_RDONLY)
+    except BaseException as error:
+        if name:
+            Path(name).unlink(missing_ok=True)
+        number = error.errno if isinstance(error, OSError) else _errno_in(error)
+        if number is None:
+            raise
+        raise OSError(number, f"{path}: cannot be written: {os.strerror(number)}") from error
     return path
+
+
+def save_torch(path: Path, content: Any) -> Path:
+    """`torch.save`, whole or not at all, and with an error that says what is wrong.
+
+    Raises:
+        OSError: as `write_whole`.
+    """
+
+    def write(name: str) -> None:
+        with open(name, "wb") as file:  # of a file that it opens itself torch says only that its size is unexpected
+            torch.save(content, file)
+
+    return write_whole(path, write)
+
+
+def _errno_in(error: BaseException) -> int | None:
+    """The system's number of an error in the text of safetensors' own, which has no other place for it."""
+    match = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(match[1]) if match else None
 
 
 def _sync(path: str | os.PathLike[str], flags: int) -> None:
@@ -225,111 +280,161 @@ def _check_size(path: Path, size: int) -> None:
         )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _file_and_part(path: Path) -> tuple[Path, str | None]:
+    head, colon, part = str(path).rpartition(":")
+    return (Path(head), part) if colon and not path.exists() and Path(head).is_file() else (path, None)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of a safetensors file."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _File:
+    """An open file of either kind: nested dictionaries, and how their leaves become tensors."""
+
+    content: Any
+    metadata: dict[str, str]
+    is_tensor: Callable[[Any], bool]
+    same: Callable[[Any, Any], bool]
+    tensor: Callable[[Any], Tensor]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_File]:
+    form = file_format(path)
+    if form == "hdf5":
+        raise WeightsError(f"{path}: an HDF5 file; safetensors, or what torch.save wrote, was expected")
+    if form == "safetensors" or (form == "other" and path.suffix == ".safetensors"):
+        try:
+            from safetensors import SafetensorError
+        except ImportError as error:
+            raise WeightsError(f"{path}: reading safetensors needs the package safetensors: {error}") from error
+        failures: tuple[type[Exception], ...] = (SafetensorError, ValueError)
+        opening, what = _safetensors(path), "truncated or not a safetensors file (%s)"
+    else:
+        failures, what = (torchfile.NotATorchFile,), "%s"
+        opening = _torch(path)
     try:
-        from safetensors import SafetensorError
-    except ImportError as error:
-        raise WeightsError(f"{path}: reading safetensors needs the package safetensors: {error}") from error
-    try:
-        with open_safetensors(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        with opening as file:
+            yield file
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror or one_line(error)})") from error
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"{path}: truncated or not a safetensors file ({one_line(error)})") from error
-
-
-def _read_torch(path: Path) -> Any:
-    with path.open("rb") as file:
-        looks_like_zip = file.read(4) == b"PK\x03\x04"
-    if looks_like_zip:
-        # The directory of a zip file is at its end.
-        if not zipfile.is_zipfile(path):
-            raise WeightsError(f"{path}: the file is truncated")
-        with zipfile.ZipFile(path) as archive:
-            _check_size(path, sum(entry.file_size for entry in archive.infolist()))
-            if any(entry.filename.endswith("/constants.pkl") for entry in archive.infolist()):
-                raise WeightsError(f"{path}: refused: contains code, not just tensors (a TorchScript archive)")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols of files that are refused anyway
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
+    except WeightsError:
         raise
-    except Exception as error:  # torch.load has no common error: KeyError for a text file, EOFError, OSError, ...
-        foreign = _foreign_globals(path, looks_like_zip)
-        if foreign:
-            shown = ", ".join(foreign[:_SHOWN])
-            raise WeightsError(
-                f"{path}: refused: contains code, not just tensors ({shown}); save the state_dict alone"
-            ) from error
-        if isinstance(error, EOFError) or "EOF" in str(error):
-            raise WeightsError(f"{path}: the file is truncated") from error
-        raise WeightsError(f"{path}: damaged, or not a PyTorch checkpoint ({type(error).__name__})") from error
+    except failures as error:
+        raise WeightsError(f"{path}: {what.replace('%s', one_line(error))}") from error
 
 
-def _foreign_globals(path: Path, is_zip: bool) -> list[str]:
-    """Names of what unpickling would import, other than torch's own tensor classes. Reads opcodes, executes none."""
-    found: dict[str, None] = {}
+@contextmanager
+def _torch(path: Path) -> Iterator[_File]:
+    with torchfile.open_torch(path, lambda size: _check_size(path, size)) as file:
+        yield _File(file.content, {}, file.is_tensor, file.same, file.tensor)
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[_File]:
+    with open_safetensors(path) as file:
+        metadata: dict[str, str] = file.metadata() or {}
+        names = {name: _Stored(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        content: dict[str, Any] = dict(names)
+        if metadata.get("format") == TRAINING_FORMAT:
+            parts = ("model", "tensors")
+            content = {
+                part: {name.removeprefix(f"{part}/"): of for name, of in names.items() if name.startswith(f"{part}/")}
+                for part in parts
+            }
+            metadata = {key: text for key, text in metadata.items() if key not in ("format", "version", "content")}
+        yield _File(
+            content,
+            metadata,
+            lambda leaf: isinstance(leaf, _Stored),
+            lambda one, other: bool(one == other),
+            lambda leaf: file.get_tensor(leaf.name),
+        )
+
+
+# A file may give a dictionary attributes with the names of methods: what follows calls the methods of dict itself.
+
+
+def _chosen(path: Path, file: _File, part: str | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """Names and leaves of the network in the file or, if there is none, of its tensors; and their metadata."""
+    found = layouts.networks(file.content, file.is_tensor)
+    if not found:
+        holder = _tensors_alone(path, file, part)
+        return _state_dict(path, file, holder), _metadata_of(holder)
+
+    def same(one: layouts.Network, other: layouts.Network) -> bool:
+        names = one.entries.keys()
+        return names == other.entries.keys() and all(file.same(one.entries[k], other.entries[k]) for k in names)
+
     try:
-        if is_zip:
-            with zipfile.ZipFile(path) as archive:
-                for entry in archive.namelist():
-                    if entry.endswith("/data.pkl"):
-                        found.update(dict.fromkeys(_globals(archive.read(entry))))
-        else:
-            with path.open("rb") as file:
-                while True:  # the old format is several pickles, one after the other
-                    found.update(dict.fromkeys(_globals(file)))
-    except Exception:  # the end of the pickles or a damaged file: what was found until here counts
-        pass
-    return [name for name in found if not _is_tensor_part(name)]
+        network, remark = layouts.choose(found, part, same)
+    except layouts.Unclear as error:
+        raise WeightsError(f"{path}: {error}") from error
+    if remark is not None:
+        warnings.warn(f"{path}: {remark}", stacklevel=2)
+    metadata = _metadata_of(network.holder)
+    if network.transformers:
+        metadata |= _wiring_beside(path)
+    return _state_dict(path, file, network.entries), metadata
 
 
-def _is_tensor_part(name: str) -> bool:
-    return name.startswith("torch._utils.") or name.endswith("Storage") or name == "collections.OrderedDict"
+def _wiring_beside(path: Path) -> dict[str, str]:
+    """What the `config.json` of transformers says of where the strides are; names and shapes do not.
 
-
-def _globals(pickle: Any) -> Iterable[str]:
-    memo: list[str] = []
-    strings: list[str] = []
-    found: list[str] = []
-    latest = "?"
+    Raises:
+        WeightsError: if it tells of a network that none of the ten is.
+    """
+    config = path.with_name("config.json")
+    if not config.is_file() or config.stat().st_size > _MAX_CONFIG_BYTES:
+        return {}
     try:
-        for opcode, argument, _ in pickletools.genops(pickle):
-            if opcode.name == "GLOBAL":
-                found.append(str(argument).replace(" ", "."))
-            elif opcode.name == "STACK_GLOBAL":
-                found.append(".".join(strings[-2:]))
-            elif opcode.name == "MEMOIZE":
-                memo.append(latest)
-            elif opcode.name in ("BINGET", "LONG_BINGET") and int(str(argument)) < len(memo):
-                strings.append(memo[int(str(argument))])
-            elif isinstance(argument, str):
-                strings.append(argument)
-            latest = argument if isinstance(argument, str) else "?"
-    except Exception:
-        if not found:
-            raise
-    return found
+        told = json.loads(config.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(told, dict) or told.get("model_type") != "resnet":
+        return {}
+    if told.get("downsample_in_first_stage") or told.get("hidden_act", "relu") != "relu":
+        raise WeightsError(
+            f"{path}: refused: {config.name} beside it tells of a stride in the first stage, or of an activation other "
+            "than ReLU, which none of the ten ResNets has"
+        )
+    return {"stride_in_1x1": "true"} if told.get("downsample_in_bottleneck") else {}
 
 
-# What follows calls the methods of dict itself: a file may give an OrderedDict attributes with the names of methods.
-
-
-def _unwrapped(content: Any) -> Any:
-    parts = [dict.get(content, key) for key in _WRAPPERS] if isinstance(content, dict) else []
-    return next((part for part in parts if isinstance(part, dict)), content)
+def _tensors_alone(path: Path, file: _File, part: str | None) -> Any:
+    """The dictionary of tensors in a file without a ResNet: the whole content, or the only one inside."""
+    content = file.content
+    holders = [
+        (place, holder)
+        for place, holder in layouts.dictionaries(content)
+        if any(file.is_tensor(value) for value in dict.values(holder))
+    ]
+    if part is not None:
+        holders = [(place, holder) for place, holder in holders if place == part]
+        if not holders:
+            raise WeightsError(f"{path}: has no tensors under {part!r}")
+    wrapped = [holder for place, holder in holders if place in _WRAPPERS]
+    if wrapped or len(holders) == 1:
+        return wrapped[0] if wrapped else holders[0][1]
+    if any(not place for place, _ in holders) or not holders:
+        return content
+    places = ", ".join(repr(place) for place, _ in holders[:_SHOWN])
+    raise WeightsError(f"{path}: holds tensors in {len(holders)} places ({places}); say which by FILE:{holders[0][0]}")
 
 
 def _metadata_of(state: Any) -> dict[str, str]:
     """What `with_metadata` noted; of a file, so that everything may be anything."""
-    found = getattr(state, "_metadata", None)
-    for key in ("", _METADATA):
+    found = state.state if isinstance(state, torchfile.Made) else None
+    for key in ("_metadata", "", _METADATA):
         found = dict.get(found, key) if isinstance(found, dict) else None
-    if type(found) is not dict or not all(isinstance(part, str) for item in found.items() for part in item):
+    if not isinstance(found, dict) or not all(isinstance(part, str) for item in dict.items(found) for part in item):
         return {}
-    return found
+    return dict(dict.items(found))
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
@@ -345,29 +450,31 @@ def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
         raise WeightsError(f"{path}: damaged: its metadata is no text ({error.reason})") from error
 
 
-def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path}: holds a {type(content).__name__}, a dictionary of tensors by name was expected")
-    state: dict[str, Tensor] = {}
+def _state_dict(path: Path, file: _File, content: Any) -> dict[str, Any]:
+    """The leaves by name, if there is nothing but tensors."""
+    if not isinstance(content, dict) or (isinstance(content, torchfile.Made) and not content.is_dictionary):
+        raise WeightsError(_not_tensors(path, content))
+    if content and all(isinstance(key, str) and key.startswith("module.") for key in dict.keys(content)):
+        content = {key.removeprefix("module."): value for key, value in dict.items(content)}
+    state: dict[str, Any] = {}
     for key, value in dict.items(content):
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise WeightsError(
-                f"{path}: entry {str(key)[:80]!r} is a {type(value).__name__}, a dictionary of tensors by name, alone "
-                f"or under {' or '.join(map(repr, _WRAPPERS))}, was expected"
-            )
-        short = _without_prefixes(key)
-        if short in state:
-            raise WeightsError(f"{path}: has {short!r} twice, with and without a prefix")
-        state[short] = value
+        if not isinstance(key, str) or not file.is_tensor(value):
+            raise WeightsError(_not_tensors(path, value, f"entry {str(key)[:80]!r}"))
+        name = layouts.without_wrappers(key)
+        if name in state:
+            raise WeightsError(f"{path}: has {name!r} twice, with and without a prefix")
+        state[name] = value
     if not state:
         raise WeightsError(f"{path}: holds no tensors")
     return state
 
 
-def _without_prefixes(key: str) -> str:
-    while key.startswith(_PREFIXES):
-        key = key.split(".", 1)[1]
-    return key
+def _not_tensors(path: Path, value: Any, where: str = "") -> str:
+    if isinstance(value, torchfile.Made) and not value.is_dictionary:
+        kind = f"{where} is a {value.maker}" if where else value.maker
+        return f"{path}: refused: contains code, not just tensors ({kind}); save the state_dict alone"
+    kind = type(value).__name__ if not isinstance(value, torchfile.Made) else "dict"
+    return f"{path}: {f'{where} is' if where else 'holds'} a {kind}, a dictionary of tensors by name was expected"
 
 
 def one_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fast.models.checkpoint import one_line, open_safetensors, write_whole
+from resnet_fast.models.checkpoint import TRAINING_FORMAT, one_line, open_safetensors, write_whole
 
 __all__ = ["MAX_BYTES", "Checkpoint", "check_folder", "load", "save", "write_model"]
 
@@ -27,7 +27,7 @@ MAX_BYTES = 16 * 2**30
 MAX_STATE_BYTES = 32 * 2**20
 """The same for everything that is no tensor, as JSON."""
 
-_FORMAT = "resnet_fast checkpoint"
+_FORMAT = TRAINING_FORMAT
 _VERSION = "1"
 _TAG = "$"
 _RIGHT = "a checkpoint written by resnet_fast.training.checkpoint.save was expected"
