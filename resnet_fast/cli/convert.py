@@ -24,6 +24,10 @@ SUFFIXES = {".caffemodel": "caffemodel", ".safetensors": "safetensors", ".pth": 
 V1 = {"stride_in_1x1": "true", "unpadded_pool": "true"}
 """Metadata of a file with torchvision's keys whose weights are a Caffe ResNet's."""
 
+_HDF5 = "HDF5 is not read or written; Caffe itself writes it again as binary, with snapshot_format: BINARYPROTO"
+_CAFFEMODEL = (b"\x0a", b"\x12", b"\x1a", b"\xa2")
+"""How a NetParameter begins: with its name, or a layer, or an input."""
+
 
 class Names(str, enum.Enum):
     """How tensors are called in a file."""
@@ -43,8 +47,17 @@ class _Tensors:
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A .caffemodel, .safetensors, .pth or .pt file.")],
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The file to write, with one of these suffixes.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A caffemodel, a safetensors file, or what torch.save wrote, whatever its suffix. FILE:PART names "
+            "one of several networks, as last.pth:model_ema.",
+        ),
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="A .caffemodel, .safetensors, .pth or .pt file to write.")
+    ],
     prototxt: Annotated[
         Path | None,
         typer.Option(
@@ -78,10 +91,13 @@ def convert(
 
     The metadata of .safetensors and .pth files keeps what the way back needs.
     """
-    kinds = [_kind(path) for path in (source, target)]
+    from resnet_fast.models.checkpoint import file_and_part
+
+    file = file_and_part(source)[0]
+    kinds = [_kind_of_source(file), _kind_of_target(target)]
     check_output(target)
     check_output(write_prototxt)
-    _check_apart(source, target, prototxt, write_prototxt)
+    _check_apart(file, target, prototxt, write_prototxt)
     if "caffemodel" not in kinds:
         _refuse(prototxt is not None, "--prototxt", "a caffemodel", kinds)
         _refuse(to is not None, "--to", "a caffemodel as SOURCE", kinds)
@@ -95,7 +111,7 @@ def convert(
     found = None if kinds[0] == "caffemodel" else _read(source)
     if found is not None and kinds[1] != "caffemodel":
         _write_tensors(target, found.state, found.metadata)
-        typer.echo(_summary(target, f"{len(found.state)} tensors as they were"))
+        typer.echo(_summary(target, f"{len(found.state)} tensors"))
         return
     net = _load(source, prototxt) if found is None else _network(found, prototxt, v1)
     if kinds[1] == "caffemodel":
@@ -104,13 +120,36 @@ def convert(
         _write_net(target, net, to or Names.caffe)
 
 
-def _kind(path: Path) -> str:
+def _kind_of_source(path: Path) -> str:
+    """By the content; a caffemodel has no mark of its own, only likely first bytes."""
+    from resnet_fast.models.checkpoint import file_format
+
+    named = SUFFIXES.get(path.suffix.lower())
+    if not path.is_file():
+        if named is None:
+            raise UserError(f"{path}: no such file")
+        return named
+    with as_user_errors(OSError):
+        form = file_format(path)
+        with path.open("rb") as file:
+            first = file.read(1)
+    if form == "hdf5" or path.name.endswith(".caffemodel.h5"):
+        raise UserError(f"{path}: {_HDF5}")
+    if form != "other":
+        return "pth" if form == "torch" else form
+    if named is None and first in _CAFFEMODEL:
+        return "caffemodel"
+    if named is None:
+        raise UserError(f"{path}: neither a caffemodel, nor safetensors, nor what torch.save wrote")
+    return named
+
+
+def _kind_of_target(path: Path) -> str:
     if path.name.endswith(".caffemodel.h5"):
-        raise UserError(f"{path}: HDF5 is not read or written; Caffe itself writes it again as binary, with "
-                        "snapshot_format: BINARYPROTO")  # fmt: skip
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: files are told apart by their suffix, which must be one of {', '.join(SUFFIXES)}")
-    return SUFFIXES[path.suffix]
+        raise UserError(f"{path}: {_HDF5}")
+    if (kind := SUFFIXES.get(path.suffix.lower())) is None:
+        raise UserError(f"{path}: its suffix says what to write, and must be one of {', '.join(SUFFIXES)}")
+    return kind
 
 
 def _check_apart(source: Path, target: Path, prototxt: Path | None, write_prototxt: Path | None) -> None:
@@ -140,15 +179,10 @@ def _load(source: Path, prototxt: Path | None) -> Net:
 
 
 def _read(source: Path) -> _Tensors:
-    import torch
-
     from resnet_fast.models import checkpoint
 
     with as_user_errors(checkpoint.WeightsError, OSError, ValueError):
         state, metadata = checkpoint.read_with_metadata(source)
-    for name, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-            raise UserError(f"{source}: {name!r} is quantized, sparse or without data; dense tensors can be converted")
     names = metadata.get("names")
     if names in (Names.caffe.value, Names.torchvision.value):
         return _Tensors(source, state, metadata, Names(names))
@@ -241,19 +275,16 @@ def _widened(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_tensors(target: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    import torch
-    from safetensors import SafetensorError
-
-    from resnet_fast.models.checkpoint import with_metadata, write_whole
+    from resnet_fast.models.checkpoint import save_torch, with_metadata
     from resnet_fast.training.checkpoint import write_model
 
-    with as_user_errors(OSError, ValueError, KeyError, RuntimeError, SafetensorError):
-        if target.suffix == ".safetensors":
+    with as_user_errors(OSError, ValueError, KeyError, RuntimeError):
+        if SUFFIXES[target.suffix.lower()] == "safetensors":
             write_model(target, state, metadata)
         else:
             # Clones: a view would bring the whole of its storage along.
             tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
-            write_whole(target, lambda name: torch.save(with_metadata(tensors, metadata), name))
+            save_torch(target, with_metadata(tensors, metadata))
 
 
 def _write_net(target: Path, net: Net, names: Names) -> None:

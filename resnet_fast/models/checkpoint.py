@@ -30,6 +30,7 @@ __all__ = [
     "MAX_METADATA_CHARACTERS",
     "TRAINING_FORMAT",
     "WeightsError",
+    "file_and_part",
     "file_format",
     "load_into",
     "open_safetensors",
@@ -88,7 +89,7 @@ def read_with_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor],
         FileNotFoundError, WeightsError: as `read_checkpoint`; also for longer metadata than
             MAX_METADATA_CHARACTERS.
     """
-    path, part = _file_and_part(Path(path))
+    path, part = file_and_part(Path(path))
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such weights file")
     if not path.is_file():
@@ -116,6 +117,12 @@ def file_format(path: Path) -> str:
         return "hdf5"
     # The length of a header in JSON, and its first character.
     return "safetensors" if start[8:] == b"{" and int.from_bytes(start[:8], "little") < 2**32 else "other"
+
+
+def file_and_part(path: Path) -> tuple[Path, str | None]:
+    """What `FILE:PART` stands for; a file may be called so, too."""
+    head, colon, part = str(path).rpartition(":")
+    return (Path(head), part) if colon and not path.exists() and Path(head).is_file() else (path, None)
 
 
 def with_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> OrderedDict[str, Tensor]:
@@ -215,10 +222,12 @@ def write_whole(path: Path, write: Callable[[str], object]) -> Path:
     except BaseException as error:
         if name:
             Path(name).unlink(missing_ok=True)
-        number = error.errno if isinstance(error, OSError) else _errno_in(error)
+        number = _system_error(error) if isinstance(error, Exception) else None
         if number is None:
             raise
-        raise OSError(number, f"{path}: cannot be written: {os.strerror(number)}") from error
+        failure = OSError(f"{path}: cannot be written: {os.strerror(number)}")
+        failure.errno = number
+        raise failure from error
     return path
 
 
@@ -230,16 +239,22 @@ def save_torch(path: Path, content: Any) -> Path:
     """
 
     def write(name: str) -> None:
-        with open(name, "wb") as file:  # of a file that it opens itself torch says only that its size is unexpected
+        with open(name, "wb") as file:  # of a file that torch opens itself it does not say what the system said
             torch.save(content, file)
 
     return write_whole(path, write)
 
 
-def _errno_in(error: BaseException) -> int | None:
-    """The system's number of an error in the text of safetensors' own, which has no other place for it."""
-    match = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
-    return int(match[1]) if match else None
+def _system_error(error: BaseException | None) -> int | None:
+    """The system's number of an error, or of that which it came of: torch.save raises another one about the position
+    in the file, safetensors one of its own with the number in the text."""
+    while error is not None:
+        match = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+        number = int(match[1]) if match else getattr(error, "errno", None)
+        if isinstance(number, int):
+            return number
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _sync(path: str | os.PathLike[str], flags: int) -> None:
@@ -278,11 +293,6 @@ def _check_size(path: Path, size: int) -> None:
             f"{path}: refused: {size:,} bytes, more than the limit of {MAX_CHECKPOINT_BYTES:,} "
             "(resnet_fast.models.checkpoint.MAX_CHECKPOINT_BYTES)"
         )
-
-
-def _file_and_part(path: Path) -> tuple[Path, str | None]:
-    head, colon, part = str(path).rpartition(":")
-    return (Path(head), part) if colon and not path.exists() and Path(head).is_file() else (path, None)
 
 
 @dataclass(frozen=True)

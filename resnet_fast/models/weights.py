@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fast.models.checkpoint import WeightsError, one_line, read_checkpoint
+from resnet_fast.models.checkpoint import WeightsError, file_and_part, one_line, read_checkpoint
 from resnet_fast.models.preprocessing import Preprocessing
 
 __all__ = [
@@ -174,7 +174,8 @@ def _member(model: str, member: str, given: str) -> Enum:
 def resolve(model: str, weights: Any) -> Enum | Path | None:
     """What the argument `weights=` of `model` stands for: a member of its enum, a local file, or nothing.
 
-    A string is a path if it has a folder or a checkpoint's suffix or such a file exists, otherwise a name.
+    A string is a path if it has a folder or a checkpoint's suffix or such a file exists, alone or before `:PART`;
+    otherwise a name.
 
     Raises:
         ValueError: for a name that the model does not have.
@@ -188,8 +189,9 @@ def resolve(model: str, weights: Any) -> Enum | Path | None:
     if isinstance(weights, str):
         if "://" in weights:
             raise ValueError(f"{model}: weights is a URL, {weights}; download the file and give its path")
-        if os.path.dirname(weights) or weights.endswith(_FILE_SUFFIXES) or os.path.isfile(weights):
-            return Path(weights).expanduser()
+        path = Path(weights).expanduser()
+        if os.path.dirname(weights) or weights.endswith(_FILE_SUFFIXES) or file_and_part(path)[0].is_file():
+            return path
         return _member(model, weights.removeprefix(f"{enum_name}."), weights)
     if isinstance(weights, Enum) and type(weights).__name__ == enum_name:
         return weights
