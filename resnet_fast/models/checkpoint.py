@@ -50,7 +50,6 @@ MAX_METADATA_CHARACTERS = 32 * 2**20
 TRAINING_FORMAT = "resnet_fast checkpoint"
 """What the metadata of `resnet_fast.training.checkpoint`'s files calls their format."""
 
-_WRAPPERS = ("state_dict", "model")
 _METADATA = "resnet_fast"
 _SHOWN = 3
 _OPENINGS = 100
@@ -111,12 +110,11 @@ def file_format(path: Path) -> str:
     """By its first bytes, whatever its name: "torch" (a zip file or a pickle), "safetensors", "hdf5", or "other"."""
     with path.open("rb") as file:
         start = file.read(9)
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < 2**32:  # the length of a header in JSON, and that
+        return "safetensors"
     if start.startswith((b"PK\x03\x04", b"\x80")):
         return "torch"
-    if start.startswith(b"\x89HDF"):
-        return "hdf5"
-    # The length of a header in JSON, and its first character.
-    return "safetensors" if start[8:] == b"{" and int.from_bytes(start[:8], "little") < 2**32 else "other"
+    return "hdf5" if start.startswith(b"\x89HDF") else "other"
 
 
 def file_and_part(path: Path) -> tuple[Path, str | None]:
@@ -372,16 +370,16 @@ def _safetensors(path: Path) -> Iterator[_File]:
 
 def _chosen(path: Path, file: _File, part: str | None) -> tuple[dict[str, Any], dict[str, str]]:
     """Names and leaves of the network in the file or, if there is none, of its tensors; and their metadata."""
-    found = layouts.networks(file.content, file.is_tensor)
-    if not found:
-        holder = _tensors_alone(path, file, part)
-        return _state_dict(path, file, holder), _metadata_of(holder)
 
     def same(one: layouts.Network, other: layouts.Network) -> bool:
         names = one.entries.keys()
         return names == other.entries.keys() and all(file.same(one.entries[k], other.entries[k]) for k in names)
 
     try:
+        found = layouts.networks(file.content, file.is_tensor)
+        if not found:
+            holder = _tensors_alone(path, file, part)
+            return _state_dict(path, file, holder), _metadata_of(holder)
         network, remark = layouts.choose(found, part, same)
     except layouts.Unclear as error:
         raise WeightsError(f"{path}: {error}") from error
@@ -418,23 +416,23 @@ def _wiring_beside(path: Path) -> dict[str, str]:
 
 def _tensors_alone(path: Path, file: _File, part: str | None) -> Any:
     """The dictionary of tensors in a file without a ResNet: the whole content, or the only one inside."""
-    content = file.content
     holders = [
-        (place, holder)
-        for place, holder in layouts.dictionaries(content)
-        if any(file.is_tensor(value) for value in dict.values(holder))
+        (keys, holder)
+        for keys, holder in layouts.dictionaries(file.content)
+        if any(file.is_tensor(value) for value in dict.values(holder)) and (part is None or ".".join(keys) == part)
     ]
-    if part is not None:
-        holders = [(place, holder) for place, holder in holders if place == part]
-        if not holders:
-            raise WeightsError(f"{path}: has no tensors under {part!r}")
-    wrapped = [holder for place, holder in holders if place in _WRAPPERS]
+    if part is not None and not holders:
+        raise WeightsError(f"{path}: has no tensors under {part!r}")
+    wrapped = [holder for keys, holder in holders if keys in (("state_dict",), ("model",))]
     if wrapped or len(holders) == 1:
-        return wrapped[0] if wrapped else holders[0][1]
-    if any(not place for place, _ in holders) or not holders:
-        return content
-    places = ", ".join(repr(place) for place, _ in holders[:_SHOWN])
-    raise WeightsError(f"{path}: holds tensors in {len(holders)} places ({places}); say which by FILE:{holders[0][0]}")
+        return (wrapped or [holders[0][1]])[0]
+    if not holders or not holders[0][0]:
+        return file.content
+    places = [".".join(keys) for keys, _ in holders[:_SHOWN]]
+    raise WeightsError(
+        f"{path}: holds tensors in {len(holders)} places ({', '.join(map(repr, places))}, ...); say which by "
+        f"FILE:{places[0]}"
+    )
 
 
 def _metadata_of(state: Any) -> dict[str, str]:

@@ -13,8 +13,9 @@ from typing import Any
 
 __all__ = ["Network", "Unclear", "choose", "dictionaries", "networks", "whose", "without_wrappers"]
 
-_DEPTH = 4
 _SHOWN = 3
+_DEPTH = 8
+_MOST = 16
 
 _ANCHORS = {
     "layer1.0.conv1.weight": "conv1.weight",
@@ -76,20 +77,30 @@ class Network:
 
 
 def networks(content: Any, is_tensor: Callable[[Any], bool]) -> list[Network]:
-    """All ResNets in nested dictionaries whose leaves `is_tensor` knows, with or without classifier."""
-    return [found for place, holder in dictionaries(content) for found in _in(place, holder, is_tensor)]
+    """All ResNets in nested dictionaries whose leaves `is_tensor` knows, with or without classifier.
+
+    Raises:
+        Unclear: if there are more than anybody can choose from.
+    """
+    found: list[Network] = []
+    for keys, holder in dictionaries(content):
+        found += _in(keys, holder, is_tensor, _MOST - len(found))
+    return found
 
 
-def dictionaries(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[Any, Any]]]:
-    """Every dictionary in nested ones, with the keys that lead to it, as `state.model`."""
-    if isinstance(content, dict) and depth <= _DEPTH:
-        yield place, content
-        for key, value in dict.items(content):
-            if isinstance(key, str):
-                yield from dictionaries(value, f"{place}.{key}" if place else key, depth + 1)
+def dictionaries(content: Any) -> Iterator[tuple[tuple[str, ...], dict[Any, Any]]]:
+    """Every dictionary in nested ones, once, the outer first, with the keys that lead to it."""
+    waiting: list[tuple[tuple[str, ...], dict[Any, Any]]] = [((), content)] if isinstance(content, dict) else []
+    seen = {id(content)}
+    for keys, holder in waiting:
+        yield keys, holder
+        for key, value in dict.items(holder):
+            if isinstance(key, str) and isinstance(value, dict) and id(value) not in seen and len(keys) < _DEPTH:
+                seen.add(id(value))
+                waiting.append(((*keys, key), value))
 
 
-def _in(place: str, holder: dict[Any, Any], is_tensor: Callable[[Any], bool]) -> list[Network]:
+def _in(keys: tuple[str, ...], holder: dict[Any, Any], is_tensor: Callable[[Any], bool], most: int) -> list[Network]:
     names: dict[str, str] = {}  # without wrappers: as it is in the file
     for key in dict.keys(holder):
         if isinstance(key, str):
@@ -100,6 +111,8 @@ def _in(place: str, holder: dict[Any, Any], is_tensor: Callable[[Any], bool]) ->
             if name == anchor or name.endswith(f".{anchor}"):
                 prefix = name.removesuffix(anchor)
                 if f"{prefix}{stem}" in names:
+                    if len(found) == most:
+                        raise Unclear(f"holds more than {_MOST} ResNets")
                     found.append((prefix, _renamed(names, prefix)))
     used = {name for _, renamed in found for name in renamed.values()}
     left = tuple(
@@ -109,7 +122,7 @@ def _in(place: str, holder: dict[Any, Any], is_tensor: Callable[[Any], bool]) ->
     )
     return [
         Network(
-            ".".join(filter(None, (place, prefix.rstrip(".")))),
+            ".".join((*keys, *filter(None, [prefix.rstrip(".")]))),
             {new: dict.get(holder, names[name]) for new, name in renamed.items()},
             holder,
             left,

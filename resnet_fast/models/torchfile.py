@@ -70,16 +70,12 @@ class Made(dict[Any, Any]):
     """What a pickle makes by calling `maker`; items that it is given are its own, as those of an OrderedDict."""
 
     __slots__ = ("arguments", "maker", "state")
-    __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __init__(self, maker: Any, arguments: Any) -> None:
         super().__init__()
         self.maker: str = maker.path if isinstance(maker, Name) else "object"
         self.arguments: tuple[Any, ...] = arguments if isinstance(arguments, tuple) else ()
         self.state: Any = None
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
     @property
     def is_dictionary(self) -> bool:
@@ -289,7 +285,7 @@ def _run(file: IO[bytes], dtypes: dict[str, torch.dtype] | None = None) -> Any:
             _step(operation, argument, stack, memo)
         except (TypeError, KeyError, IndexError, AttributeError, UnicodeDecodeError) as error:
             raise NotATorchFile("damaged, or not a PyTorch checkpoint") from error
-        if dtypes is not None and operation.name == "BINPERSID":
+        if dtypes is not None and stack and isinstance(stack[-1], _Storage):
             dtypes[stack[-1].key] = stack[-1].dtype
     raise Refused(f"refused: a pickle of more than {MAX_OPERATIONS:,} operations")
 
@@ -363,7 +359,7 @@ def _step(operation: Any, argument: Any, stack: list[Any], memo: dict[int, Any])
         if isinstance(stack[-1], Made):
             stack[-1].state = state
     elif name == "BINPERSID":
-        stack.append(_storage(stack.pop()))
+        stack.append(_persistent(stack.pop()))
     elif name in ("POP", "POP_MARK"):
         _above_mark(stack) if name == "POP_MARK" else stack.pop()
     elif name == "DUP":
@@ -390,8 +386,11 @@ def _above_mark(stack: list[Any]) -> list[Any]:
     raise IndexError("no mark")
 
 
-def _storage(identity: Any) -> _Storage:
-    """The storage that a persistent id names: ("storage", class, key, device, size), and in the old format a view."""
+def _persistent(identity: Any) -> Any:
+    """What a persistent id stands for: ("storage", class, key, device, size), in the old format with a view behind it,
+    and there also ("module", class, file, source text)."""
+    if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
+        return identity[1]
     if not isinstance(identity, tuple) or len(identity) < 5:
         raise NotATorchFile("damaged, or not a PyTorch checkpoint")
     kind, of, key, _, size, *view = identity
