@@ -192,6 +192,60 @@ def test_tensors_as_they_are(folder: Path, tmp_path: Path) -> None:
     assert metadata(tmp_path / "e.safetensors") == {"classes": "[]"}
 
 
+@pytest.mark.parametrize(
+    "name", ["model_best.pth.tar", "pytorch_model.bin", "last.ckpt", "W.PTH", "weights", "a.caffemodel"]
+)
+@pytest.mark.parametrize("form", ["torch", "safetensors"])
+def test_the_content_decides(name: str, form: str, tmp_path: Path) -> None:
+    state = {"a.weight": torch.randn(4, 3)}
+    torch.save({"params": state}, tmp_path / name) if form == "torch" else save_file(state, tmp_path / name)
+    for target in ("b.safetensors", "B.SAFETENSORS", "b.PT"):
+        run("convert", tmp_path / name, tmp_path / target).passed()
+        load = load_file if target != "b.PT" else torch.load
+        assert same_bits(load(tmp_path / target), state)
+
+
+def test_a_caffemodel_of_another_name(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes((folder / "a.caffemodel").read_bytes())
+    run("convert", tmp_path / "weights.bin", tmp_path / "b.pth").failed("a caffemodel needs its definition")
+    run("convert", tmp_path / "weights.bin", tmp_path / "b.pth", "-p", folder / "a.prototxt").passed()
+    for content, mention in ((b"hello", "neither a caffemodel, nor safetensors"), (b"\x89HDF\r\n", "HDF5 is not read")):
+        (tmp_path / "weights.bin").write_bytes(content)
+        run("convert", tmp_path / "weights.bin", tmp_path / "c.pth").failed(mention)
+    run("convert", tmp_path / "absent.bin", tmp_path / "c.pth").failed("absent.bin: no such file")
+
+
+def test_one_of_several_networks(tmp_path: Path) -> None:
+    state, path = NAMES | {"fc.weight": torch.ones(2, 2)}, tmp_path / "a.pth"
+    torch.save({"student": state, "teacher": {name: 2 * tensor for name, tensor in state.items()}}, path)
+    run("convert", path, tmp_path / "b.pth").failed("holds 2 ResNets ('student', 'teacher')")
+    run("convert", f"{path}:teacher", tmp_path / "b.pth").passed()
+    assert float(torch.load(tmp_path / "b.pth", weights_only=True)["bn1.running_mean"]) == 2
+    run("convert", f"{path}:teacher", path).failed("would be written over")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limits on the size of files")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".caffemodel"])
+def test_full_disk(suffix: str, folder: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: the system refuses to write more in the same way."""
+    import resource
+
+    state = caffe.load(folder / "a.prototxt", folder / "a.caffemodel").state_dict()
+    torch.save(state, tmp_path / "a.pth")
+    (tmp_path / f"b{suffix}").write_text("old")
+    given = [tmp_path / "a.pth", tmp_path / f"b{suffix}"]
+    given += ["--prototxt", folder / "a.prototxt"] if suffix == ".caffemodel" else []
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
+    try:
+        found = run("convert", *given)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+    found.failed(f"b{suffix}: cannot be written (File too large); what was there before is whole")
+    assert (tmp_path / f"b{suffix}").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", f"b{suffix}"]
+
+
 def test_doubles_and_halves_are_kept(folder: Path, tmp_path: Path) -> None:
     """Half precision is widened, which is exact; float64 becomes a caffemodel's double_data."""
     for dtype, stored_as in ((torch.float64, "float64"), (torch.float16, "float32")):
@@ -305,7 +359,7 @@ def test_other_resnets_are_no_caffe_models(tmp_path: Path) -> None:
 def test_torchvision_names_of_another_network(folder: Path, tmp_path: Path) -> None:
     arguments = ["--prototxt", folder / "a.prototxt", "--to", "torchvision"]
     found = run("convert", folder / "a.caffemodel", tmp_path / "a.pth", *arguments)
-    found.failed("a.prototxt", "layer 'conv1/7x7'", "ResNet-50")
+    found.failed("a.prototxt", "layer 'conv1/7x7'", "ResNet-50, 101 and 152 as published can be converted")
     assert not (tmp_path / "a.pth").exists()
 
 
@@ -391,7 +445,9 @@ def test_a_failed_write_leaves_the_old_file(folder: Path, tmp_path: Path, monkey
         with monkeypatch.context() as patched:
             patched.setattr(function, fail)
             found = run("convert", folder / "a.caffemodel", tmp_path / name, *arguments)
-            found.failed(f"{tmp_path / name}: cannot be written: No space left on device")
+            found.failed(
+                f"{tmp_path / name}: cannot be written (No space left on device); what was there before is whole"
+            )
         assert [path.name for path in tmp_path.iterdir()] == [name]
         assert (tmp_path / name).read_text() == "old"
         (tmp_path / name).unlink()

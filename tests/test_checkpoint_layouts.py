@@ -220,6 +220,23 @@ def test_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert checkpoint.file_and_part(Path(f"{path}:x")) == (Path(f"{path}:x"), None)
 
 
+def test_same_names_other_network(tmp_path: Path) -> None:
+    """timm's anti-aliased networks, and OpenMMLab's with the stride in the first 1x1."""
+    path = tmp_path / "w.pth"
+    for arch in ("resnet18", "tv_resnet50", "blurry"):
+        torch.save({"arch": arch, "state_dict": STATE}, path)
+        assert checkpoint.read_with_metadata(path)[1] == {}
+    for arch in ("resnetblur50", "resnetaa50", "seresnetaa50"):
+        torch.save({"arch": arch, "state_dict": STATE}, path)
+        with pytest.raises(models.WeightsError, match=f"weights are of '{arch}', whose anti-aliasing"):
+            checkpoint.read_checkpoint(path)
+    state = under("backbone.", TRUNK) | under("head.", CLASSIFIER)
+    for style, strides in (("caffe", {"stride_in_1x1": "true"}), ("pytorch", {})):
+        for key, text in (("cfg", f"backbone=dict(depth=50, style='{style}')"), ("config", f"{{'style': '{style}'}}")):
+            torch.save({"meta": {key: text}, "state_dict": state}, path)
+            assert checkpoint.read_with_metadata(path)[1] == strides
+
+
 @pytest.mark.parametrize(
     ("state", "whose"),
     [
@@ -234,7 +251,7 @@ def test_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_names_of_other_networks(state: State, whose: str, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(models.WeightsError, match=f"does not fit resnet18 .*; the names are {whose}"):
+    with pytest.raises(models.WeightsError, match=f"does not fit resnet18 with 122 entries; its names are {whose}.*: "):
         models.resnet18(weights=tmp_path / "w.pth")
 
 

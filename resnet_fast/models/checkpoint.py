@@ -192,8 +192,8 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str, nam
     ]
     if problems:
         whose = layouts.whose(state)
-        hint = f"; the names are {whose}" if whose else ""
-        raise WeightsError(f"{source} does not fit {name} with {len(own)} entries: {'; '.join(problems)}{hint}")
+        hint = f"; its names are {whose}" if whose else ""
+        raise WeightsError(f"{source} does not fit {name} with {len(own)} entries{hint}: {'; '.join(problems)}")
     model.load_state_dict(dict(state), strict=False, assign=assign)
 
 
@@ -223,7 +223,8 @@ def write_whole(path: Path, write: Callable[[str], object]) -> Path:
         number = _system_error(error) if isinstance(error, Exception) else None
         if number is None:
             raise
-        failure = OSError(f"{path}: cannot be written: {os.strerror(number)}")
+        there = "what was there before is whole" if path.exists() else "nothing is left of it"
+        failure = OSError(f"{path}: cannot be written ({os.strerror(number)}); {there}")
         failure.errno = number
         raise failure from error
     return path
@@ -386,32 +387,61 @@ def _chosen(path: Path, file: _File, part: str | None) -> tuple[dict[str, Any], 
     if remark is not None:
         warnings.warn(f"{path}: {remark}", stacklevel=2)
     metadata = _metadata_of(network.holder)
-    if network.transformers:
-        metadata |= _wiring_beside(path)
+    told = _Told(path, file.content)
+    metadata |= told.by_transformers() if network.transformers else told.by_others(network)
     return _state_dict(path, file, network.entries), metadata
 
 
-def _wiring_beside(path: Path) -> dict[str, str]:
-    """What the `config.json` of transformers says of where the strides are; names and shapes do not.
+@dataclass(frozen=True)
+class _Told:
+    """What a file says of the network apart from names and shapes, by which some others are as the ten."""
 
-    Raises:
-        WeightsError: if it tells of a network that none of the ten is.
-    """
-    config = path.with_name("config.json")
-    if not config.is_file() or config.stat().st_size > _MAX_CONFIG_BYTES:
-        return {}
-    try:
-        told = json.loads(config.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(told, dict) or told.get("model_type") != "resnet":
-        return {}
-    if told.get("downsample_in_first_stage") or told.get("hidden_act", "relu") != "relu":
-        raise WeightsError(
-            f"{path}: refused: {config.name} beside it tells of a stride in the first stage, or of an activation other "
-            "than ReLU, which none of the ten ResNets has"
-        )
-    return {"stride_in_1x1": "true"} if told.get("downsample_in_bottleneck") else {}
+    path: Path
+    content: Any
+
+    def by_transformers(self) -> dict[str, str]:
+        """Where the strides are, by the `config.json` beside the file.
+
+        Raises:
+            WeightsError: if it is a network that none of the ten is.
+        """
+        config = self.path.with_name("config.json")
+        if not config.is_file() or config.stat().st_size > _MAX_CONFIG_BYTES:
+            return {}
+        try:
+            told = json.loads(config.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        if not isinstance(told, dict) or told.get("model_type") != "resnet":
+            return {}
+        if told.get("downsample_in_first_stage") or told.get("hidden_act", "relu") != "relu":
+            raise WeightsError(
+                f"{self.path}: refused: {config.name} beside it tells of a stride in the first stage, or of an "
+                "activation other than ReLU, which none of the ten ResNets has"
+            )
+        return {"stride_in_1x1": "true"} if told.get("downsample_in_bottleneck") else {}
+
+    def by_others(self, network: layouts.Network) -> dict[str, str]:
+        """The same by OpenMMLab's configuration in the file.
+
+        Raises:
+            WeightsError: if timm's `arch` is one with anti-aliased convolutions.
+        """
+        arch = self._text("arch")
+        if re.match(r"(?:resnet|seresnet|ecaresnet)(?:blur|aa)", arch):
+            raise WeightsError(
+                f"{self.path}: refused: its weights are of {arch[:40]!r}, whose anti-aliasing none of the ten ResNets "
+                "has; they would load, and give other answers"
+            )
+        told = self._text("meta", "cfg") or self._text("meta", "config")
+        caffe = network.place.endswith("backbone") and re.search(r"\bstyle\W{1,4}caffe\b", told)
+        return {"stride_in_1x1": "true"} if caffe else {}
+
+    def _text(self, *keys: str) -> str:
+        found = self.content
+        for key in keys:
+            found = dict.get(found, key) if isinstance(found, dict) else None
+        return found if isinstance(found, str) else ""
 
 
 def _tensors_alone(path: Path, file: _File, part: str | None) -> Any:

@@ -195,7 +195,7 @@ def _open_old(file: IO[bytes], size: int) -> TorchFile:
     if magic != _MAGIC:
         if isinstance(magic, Made):
             raise Refused(f"refused: contains code, not just tensors (a pickled {magic.maker})")
-        raise NotATorchFile("a pickle, not a PyTorch checkpoint")
+        raise NotATorchFile("a pickle, but not a PyTorch checkpoint; detectron2's and Caffe2's .pkl files are such")
     _, _, content, keys = _run(file), _run(file), _run(file, dtypes), _run(file)
     places: dict[str, tuple[int, int]] = {}
     for key in keys if isinstance(keys, list) else ():
