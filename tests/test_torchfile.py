@@ -180,7 +180,7 @@ ODD = {
     "unhashable keys": b"}]K\x01s",
     "nested tuples as a key": b"}" + b")" + b"\x85" * 20_000 + b"K\x01s",
     "nested lists": b"]" * 5_000 + b"a" * 4_999,
-    "nested dictionaries": (b"}" + text("a")) * 5_000 + b"N" + b"s" * 5_000,
+    "nested dictionaries": (b"}" + text("a")) * 12_000 + b"N" + b"s" * 12_000,
     "a long string that is not there": b"\x8d" + struct.pack("<Q", 2**40) + b"x",
     "a long bytearray that is not there": b"\x96" + struct.pack("<Q", 2**40) + b"x",
     "a long number": b"L" + b"9" * 100_000 + b"L\n",
@@ -212,6 +212,19 @@ def test_damaged_and_hostile_pickles(name: str, write: Callable[[Path, bytes], N
         tracemalloc.stop()
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+def test_views_of_old_files(tmp_path: Path) -> None:
+    """Before 1.0 torch shared storages by views of them: a key of its own, where it begins, how long it is."""
+    path = tmp_path / "w.pth"
+    view = A_TENSOR.replace(b"K\x02tQ", b"K\x02(" + text("1") + b"K\x01K\x01ttQ").replace(
+        b"K\x02\x85K\x01", b"K\x01\x85K\x01"
+    )
+    write_old(path, dictionary(view))
+    assert same(checkpoint.read_checkpoint(path), {"a": torch.tensor([2.0])})
+    write_old(path, dictionary(view.replace(b"K\x01\x85K\x01", b"K\x02\x85K\x01")))
+    with pytest.raises(WeightsError, match="larger than its data"):
+        checkpoint.read_checkpoint(path)
 
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,7 @@ class TorchFile:
             raise NotATorchFile("damaged: a tensor is larger than its data")
         if not math.prod(shape):
             return torch.empty(shape, dtype=dtype)
-        return data.as_strided(shape, strides, offset)
+        return data.as_strided(shape, strides, data.storage_offset() + offset)
 
 
 @contextmanager
