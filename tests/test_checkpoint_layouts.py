@@ -91,9 +91,15 @@ LAYOUTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 5}],
-                         ids=["zip", "old", "protocol 5"])  # fmt: skip
+OLD, PROTOCOL_5 = {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 5}
+FORMATS = [(name, {}) for name in LAYOUTS] + [
+    (name, options)
+    for name in ("timm", "OpenMMLab", "a default dictionary", "an own class beside it", "parameters")
+    for options in (OLD, PROTOCOL_5)
+]
+
+
+@pytest.mark.parametrize(("name", "options"), FORMATS)
 def test_layout(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     torch.save(LAYOUTS[name], tmp_path / "w", **options)
     with warnings.catch_warnings():
@@ -187,6 +193,11 @@ SIAMESE = {**under("module.encoder_q."), **under("module.encoder_k.", OTHER), "m
         ({"0.mean": torch.ones(3), "0.std": torch.ones(3), **under("1.")}, r"2 further tensors \(0.mean, 0.std\)"),
         ({**under("backbone.", TRUNK), "head.weight": torch.ones(2, 3)}, r"1 further tensors \(head.weight\)"),
         ({**under("backbone.0.body.", TRUNK), "transformer.weight": torch.ones(1)}, "under 'backbone.0.body'"),
+        ({**under("rgb."), **under("depth.", {name: 2 * tensor for name, tensor in TRUNK.items()})}, "holds 2 ResNets"),
+        ({**STATE, "_orig_mod.fc.bias": torch.ones(2)}, "has 'fc.bias' twice, with and without a prefix"),
+        ({**STATE, "embedder.embedder.convolution.weight": torch.ones(2)},
+         "has 'conv1.weight' by two names, 'conv1.weight' and 'embedder"),
+        ({str(i): under("net.") for i in range(17)}, "holds more than 16 ResNets"),
         ({**STATE, "epoch": 3}, "entry 'epoch' is a int"),
         ({**STATE, "extra": Averaged()}, r"refused: contains code, .*entry 'extra' is a \S+\.Averaged"),
         ({"generator": {"a": torch.ones(1)}, "critic": {"b": torch.ones(1)}}, "tensors in 2 places .* FILE:generator$"),

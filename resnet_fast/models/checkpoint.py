@@ -322,7 +322,7 @@ def _opened(path: Path) -> Iterator[_File]:
             from safetensors import SafetensorError
         except ImportError as error:
             raise WeightsError(f"{path}: reading safetensors needs the package safetensors: {error}") from error
-        failures: tuple[type[Exception], ...] = (SafetensorError, ValueError)
+        failures: tuple[type[Exception], ...] = (SafetensorError, ValueError, RuntimeError)
         opening, what = _safetensors(path), "truncated or not a safetensors file (%s)"
     else:
         failures, what = (torchfile.NotATorchFile,), "%s"

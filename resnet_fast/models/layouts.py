@@ -103,8 +103,8 @@ def dictionaries(content: Any) -> Iterator[tuple[tuple[str, ...], dict[Any, Any]
 def _in(keys: tuple[str, ...], holder: dict[Any, Any], is_tensor: Callable[[Any], bool], most: int) -> list[Network]:
     names: dict[str, str] = {}  # without wrappers: as it is in the file
     for key in dict.keys(holder):
-        if isinstance(key, str):
-            names.setdefault(without_wrappers(key), key)
+        if isinstance(key, str) and names.setdefault(without_wrappers(key), key) != key:
+            raise Unclear(f"has {without_wrappers(key)!r} twice, with and without a prefix")
     found: list[tuple[str, dict[str, str]]] = []
     for name in names:
         for anchor, stem in _ANCHORS.items():
@@ -134,7 +134,12 @@ def _in(keys: tuple[str, ...], holder: dict[Any, Any], is_tensor: Callable[[Any]
 
 def _renamed(names: Mapping[str, str], prefix: str) -> dict[str, str]:
     """torchvision's names of what is under the prefix, and what it is called there."""
-    inside = {_torchvision(name.removeprefix(prefix)): name for name in names if name.startswith(prefix)}
+    inside: dict[str, str] = {}
+    for name in names:
+        if name.startswith(prefix):
+            new = _torchvision(name.removeprefix(prefix))
+            if inside.setdefault(new, name) != name:
+                raise Unclear(f"has {new!r} by two names, {inside[new]!r} and {name!r}")
     if not any(name.startswith("fc.") for name in inside):
         for ending, classifier in _CLASSIFIERS:
             if not prefix.endswith(ending) or (ending and prefix != ending and not prefix.endswith(f".{ending}")):
@@ -172,7 +177,7 @@ def choose(
 ) -> tuple[Network, str | None]:
     """The network that is meant, and a remark if there are others.
 
-    Of several the one with a classifier is taken, and of a network and its averages the network.
+    Of several state_dicts those with a classifier count, and of a network and its averages the network is taken.
 
     Args:
         part: the place, or the beginning or the end of it; None for a file with one network, or one and averages.
@@ -189,7 +194,9 @@ def choose(
         if not meant:
             raise Unclear(f"has no ResNet under {part!r}; there are {places}")
         found = meant
-    candidates = [network for network in found if network.whole] or list(found)
+    # Beside a whole one a trunk is a part of something else, if one state_dict has both.
+    with_whole = [id(network.holder) for network in found if network.whole]
+    candidates = [network for network in found if id(network.holder) in with_whole] or list(found)
     distinct = [one for i, one in enumerate(candidates) if not any(same(one, other) for other in candidates[:i])]
     plain = [network for network in distinct if not _AVERAGE.search(network.place)] or distinct
     if len(plain) > 1:

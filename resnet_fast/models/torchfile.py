@@ -295,7 +295,6 @@ class _Bounded:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._left = file, MAX_PICKLE_BYTES
-        self.tell = file.tell
 
     def read(self, size: int) -> bytes:
         if size > self._left:
