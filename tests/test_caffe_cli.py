@@ -361,7 +361,7 @@ def test_other_resnets_are_no_caffe_models(tmp_path: Path) -> None:
 def test_torchvision_names_of_another_network(folder: Path, tmp_path: Path) -> None:
     arguments = ["--prototxt", folder / "a.prototxt", "--to", "torchvision"]
     found = run("convert", folder / "a.caffemodel", tmp_path / "a.pth", *arguments)
-    found.failed("a.prototxt", "layer 'conv1/7x7'", "ResNet-50, 101 and 152 as published can be converted")
+    found.failed("a.prototxt", "layer 'conv1/7x7'", "ResNet-50, 101 and 152 as published are what can be converted")
     assert not (tmp_path / "a.pth").exists()
 
 
