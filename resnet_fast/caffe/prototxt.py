@@ -425,14 +425,15 @@ def _type(message: Any) -> str:
 
 def _unsupported(kind: str) -> str:
     known = f"supported are {', '.join(d.SUPPORTED)} and Input"
+    part = "load(..., features=[...]) leaves out what these blobs do not need"
     if kind.endswith("Data"):
         return f"a data layer, {_NO_SHAPE}"
     if kind.endswith("Loss") or kind in ("Accuracy", "Silence"):
         return (
-            "losses and accuracies are not part of a network here; use the deploy definition, or take such layers out, "
-            f"and compute them from the network's output ({known})"
+            "losses and accuracies are not part of a network here; use the deploy definition, and compute them from "
+            f"the network's output ({known}; {part})"
         )
-    return f"layers of type {kind!r} are not supported; {known}" if kind else f"it has no type; {known}"
+    return f"layers of type {kind!r} are not supported; {known}; {part}" if kind else f"it has no type; {known}"
 
 
 def _header_inputs(net: Any, source: str) -> Iterator[d.Input]:
