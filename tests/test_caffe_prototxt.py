@@ -138,6 +138,26 @@ layers { name: "s" type: SOFTMAX bottom: "f" top: "s" }
     assert found == caffe.parse_prototxt(caffe.emit_prototxt(found))
 
 
+def test_v1_names_of_further_layers() -> None:
+    text = """input: "data" input_dim: 1 input_dim: 4 input_dim: 6 input_dim: 6
+layers { name: "l" type: LRN bottom: "data" top: "l" lrn_param { local_size: 3 alpha: 2 } }
+layers { name: "s" type: SLICE bottom: "l" top: "a" top: "b" slice_param { slice_dim: 1 slice_point: 1 } }
+layers { name: "p" type: POWER bottom: "a" top: "p" power_param { power: 2 } }
+layers { name: "g" type: SIGMOID bottom: "b" top: "b" }
+layers { name: "t" type: TANH bottom: "b" top: "t" }
+layers { name: "d" type: DECONVOLUTION bottom: "t" top: "d"
+         convolution_param { num_output: 2 kernel_size: 4 stride: 2 } }
+layers { name: "f" type: FLATTEN bottom: "d" top: "f" }
+layers { name: "o" type: DROPOUT bottom: "f" top: "f" dropout_param { dropout_ratio: 1 } }
+"""
+    found = caffe.parse_prototxt(text)
+    assert [layer.parameters for layer in found.layers] == [
+        d.LRN(3, 2.0), d.Slice(1, (1,)), d.Power(2.0), d.Sigmoid(), d.TanH(), d.Deconvolution(2, (4, 4), (2, 2)),
+        d.Flatten(), d.Dropout(1.0),
+    ]  # fmt: skip
+    assert d.shapes(found)["s"] == ((1, 1, 6, 6), (1, 3, 6, 6)) and d.shapes(found)["f"] == ((1, 2 * 14 * 14),)
+
+
 def test_geometry() -> None:
     base = "num_output: 4 "
     assert only(conv(base + "kernel_h: 1 kernel_w: 3 pad_w: 1 stride_h: 2 stride_w: 1 dilation: 1 dilation: 2")) == (
