@@ -32,6 +32,8 @@ def pair(value: int | Sequence[int], name: str) -> list[int]:
 
 def as_pair(value: object) -> tuple[int, int] | None:
     """An int or one or two ints, as torch's layers take them, as (vertical, horizontal); None for anything else."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value  # the usual form, seen at each call of a layer
     if isinstance(value, int) and not isinstance(value, bool):
         return (value, value)
     if isinstance(value, tuple | list) and len(value) in (1, 2) and all(isinstance(item, int) for item in value):
