@@ -6,6 +6,9 @@ import triton.language as tl
 #: Triton's interpreter (TRITON_INTERPRET=1) keeps bfloat16 as bits and would multiply those.
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
+#: Whether the interpreter rounds what is multiplied as tf32, as a GPU's kernels do. Tests set it.
+_ROUNDS_TF32 = tl.constexpr(False)
+
 
 @triton.jit
 def relu(x):
@@ -15,10 +18,28 @@ def relu(x):
 
 @triton.jit
 def dot(a, b, accumulator, PRECISION: tl.constexpr):
-    """accumulator + a @ b with float32 accumulation; ``PRECISION`` ("tf32", "ieee") matters for float32 operands."""
+    """accumulator + a @ b with float32 accumulation; ``PRECISION`` ("tf32", "ieee") matters for float32 operands.
+
+    Matrix units cut the bits off that tf32 has no room for, an error 2.6 times that of rounding and of one sign, and
+    Triton hands them float32 as it is. So both operands are rounded here.
+    """
     if _INTERPRETED and a.dtype == tl.bfloat16:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    if PRECISION == "tf32" and a.dtype == tl.float32:
+        a = _nearest_tf32(a)
+        b = _nearest_tf32(b)
     return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def _nearest_tf32(x):
+    """float32 rounded to tf32's 10 bits of fraction, to nearest and ties away from 0, as cuBLAS and cuDNN round."""
+    if _INTERPRETED:  # which runs no PTX
+        if _ROUNDS_TF32:
+            nearest = (x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
+            return tl.where(x != x, x, nearest.to(tl.float32, bitcast=True))
+        return x
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -126,6 +126,8 @@ def heuristic(problem: Problem, gpu: GPU) -> Config | None:
             return None
         tile = (64, 16, 32, 2, 2)
         if boxes and gpu.capability in (90, 100):
+            if gpu.capability == 100 and projected and not following and mid <= 64:
+                return None
             tile = (64, 32, 32, 2, 1) if few or projected else (128, 32, 32, 2, 2)
             if gpu.capability == 90:
                 tile = (64, 16, 32, 2, 1) if projected and largest > 64 else (64, 32, 32, 2, 2)
