@@ -31,9 +31,8 @@ if _COMMAND_LINE and not TYPE_CHECKING:
 else:
     from . import backends, caffe, models, nn, ops
     from ._info import Info, info
-    from .graph import optimize  # type: ignore[no-redef]
-    from .models import (  # type: ignore[no-redef]
-        residual_network,
+    from .graph.optimize import optimize  # the module of the same name would hide it from mypy in this block
+    from .models import (
         resnet18,
         resnet34,
         resnet50,
@@ -45,6 +44,7 @@ else:
         wide_resnet50_2,
         wide_resnet101_2,
     )
+    from .models.residual_network import residual_network
 
 __all__ = [
     "Info",
