@@ -50,7 +50,12 @@ _ORDINARY = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(
 _MODULE_CALL = nn.Module.__call__
 
 _T = TypeVar("_T")
-_constant: Callable[[_T], _T] = torch.compiler.assume_constant_result  # torch.compile asks while it compiles
+
+
+def _constant(function: _T) -> _T:
+    """Have the compiler ask while it compiles; ``torch.compiler.assume_constant_result`` would import all of it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def own(value: Any, package: str = "torch") -> bool:
