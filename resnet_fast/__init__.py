@@ -12,24 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# The command line shows its help without torch. Everywhere else `import resnet_fast` imports all of it, since that also
-# registers torch.ops.resnet_fast, which exported programs need. `python -m` has "-m" in place of the name meanwhile.
+# The command line shows its help without torch. Everywhere else `import resnet_fast` imports all but Caffe's part, for
+# that also registers torch.ops.resnet_fast, which exported programs need. `python -m` has "-m" in place of the name.
 _COMMAND_LINE = "resnet_fast_cli" in sys.modules or (
     sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv) :][:1] in (["resnet_fast"], ["resnet_fast.cli"])
 )
 
-if _COMMAND_LINE and not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        if name in ("backends", "caffe", "models", "nn", "ops"):
-            return importlib.import_module(f".{name}", __name__)
-        home = {"Info": "._info", "info": "._info", "optimize": ".graph"}.get(name, ".models")
-        return getattr(importlib.import_module(home, __name__), name)
-
-else:
-    from . import backends, caffe, models, nn, ops
+if TYPE_CHECKING or not _COMMAND_LINE:
+    from . import backends, models, nn, ops
     from ._info import Info, info
     from .graph.optimize import optimize  # the module of the same name would hide it from mypy in this block
     from .models import (
@@ -68,3 +58,15 @@ __all__ = [
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]
+
+if TYPE_CHECKING:
+    from . import caffe
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name in ("backends", "caffe", "models", "nn", "ops"):
+            return importlib.import_module(f".{name}", __name__)
+        home = {"Info": "._info", "info": "._info", "optimize": ".graph"}.get(name, ".models")
+        return getattr(importlib.import_module(home, __name__), name)
