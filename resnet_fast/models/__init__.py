@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from resnet_fast.models.checkpoint import WeightsError, read_checkpoint
+from resnet_fast.models.images import ImageError, read_image
 from resnet_fast.models.preprocessing import Preprocessing
 from resnet_fast.models.residual_network import ResidualNetwork, residual_network
 from resnet_fast.models.resnet import (
@@ -34,6 +35,7 @@ from resnet_fast.models.weights import categories, enum_names, get_model_weights
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "ImageError",
     "Preprocessing",
     "ResNet",
     "ResidualNetwork",
@@ -45,6 +47,7 @@ __all__ = [
     "list_models",
     "preprocessing",
     "read_checkpoint",
+    "read_image",
     "residual_network",
     "resnet18",
     "resnet34",

@@ -1,28 +1,45 @@
-"""From a Pillow image to the tensor a model was trained on: resize, centre crop, scale, normalise.
+"""From an image to the tensor a model was trained on: resize, centre crop, scale, normalise.
 
-The same numbers as torchvision's ImageClassification preset gives for a Pillow image, without torchvision or numpy. It
-neither reads files nor turns images by their EXIF tag.
+The same numbers as torchvision's ImageClassification preset gives for a Pillow image, without torchvision or numpy.
+Files of weights say what they expect in their metadata, by `Preprocessing.to_metadata`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from resnet_fast.models.images import read_image, to_rgb
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Preprocessing"]
+__all__ = ["MAX_SIZE", "Preprocessing"]
+
+MAX_SIZE = 4096
+"""Files that ask for larger images are refused, since a batch of them takes gigabytes before any layer runs."""
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+_SUPPORT = 3
+"""Pixels, or pixels of the result, that the widest filter reaches to each side."""
+
+_MAX_RESIZED = 2**26
+"""Pixels of a resized image that is made whole; of larger ones the crop alone is."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Turns a Pillow image of any size into a float32 tensor [3, crop_size, crop_size].
+    """Turns an image of any size into a float32 tensor [3, crop_size, crop_size].
+
+    A Pillow image is taken as it is, as torchvision's presets take it; a path, or a binary file, is read by
+    `resnet_fast.models.read_image`, which also turns it as its EXIF tag says.
 
     Args:
         resize_size: pixels of the shorter side after resizing.
@@ -63,36 +80,98 @@ class Preprocessing:
             interpolation=str(getattr(transforms.interpolation, "value", transforms.interpolation)),
         )
 
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> Preprocessing | None:
+        """What `to_metadata` noted; None where the metadata says nothing of it, by having no `crop_size`.
+
+        Raises:
+            ValueError: naming the key whose value is missing or unusable.
+        """
+        if "crop_size" not in metadata:
+            return None
+        found: dict[str, Any] = {}
+        for field in fields(cls):
+            text = metadata.get(field.name, "")
+            try:
+                value = text if field.name == "interpolation" else json.loads(text)
+                found[field.name] = value
+                sizes = type(value) is int and 1 <= value <= MAX_SIZE
+                numbers = isinstance(value, list) and all(type(x) in (int, float) and abs(x) < 1e6 for x in value)
+                if not (sizes if field.name.endswith("size") else numbers or field.name == "interpolation"):
+                    raise ValueError(f"sizes from 1 to {MAX_SIZE}, and three numbers, were expected")
+                cls(**found)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"its metadata's {field.name} is {text[:40]!r}: {str(error)[:200]}") from None
+        return cls(**found)
+
+    def to_metadata(self) -> dict[str, str]:
+        """Every argument as text, under its name: numbers and lists of numbers as JSON."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+
+    def for_size(self, crop_size: int | None = None, resize_size: int | None = None) -> Preprocessing:
+        """The same for crops of another size, with the shorter side in proportion unless `resize_size` is given."""
+        crop_size = self.crop_size if crop_size is None else crop_size
+        if resize_size is None:
+            resize_size = max(1, round(crop_size * self.resize_size / self.crop_size))
+        return replace(self, crop_size=crop_size, resize_size=resize_size)
+
     def crop(self, image: Image) -> Image:
-        """The resized and cropped RGB image, [crop_size x crop_size] pixels: what the model gets to see."""
+        """The resized and cropped RGB image, [crop_size x crop_size] pixels: what the model gets to see.
+
+        Of an image so long that resizing it whole would take more than 2**26 pixels, only what the crop shows is
+        resized; the two differ by rounding.
+        """
         from PIL import Image as pillow
 
         if not isinstance(image, pillow.Image):
             raise TypeError(f"expected a PIL.Image.Image, got {type(image).__name__}")
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"expected 8 bits a channel, got an image of mode {image.mode}; scale it to 8 bits first")
-        if image.mode != "RGB":
-            image = image.convert("RGB")
+        image = to_rgb(image)
         width, height = image.size
         if width < 1 or height < 1:
             raise ValueError(f"expected an image of at least 1x1 pixels, got {width}x{height}")
         short, long = min(width, height), max(width, height)
         longer = int(self.resize_size * long / short)
         size = (self.resize_size, longer) if width <= height else (longer, self.resize_size)
-        if size != image.size:
+        left, top = (crop_offset(extent, self.crop_size) for extent in size)
+        box = (left, top, left + self.crop_size, top + self.crop_size)
+        if size[0] * size[1] > _MAX_RESIZED:
+            inside = (max(0, left), max(0, top), min(size[0], box[2]), min(size[1], box[3]))
+            image = self._resized_part(image, size, inside)
+            box = (left - inside[0], top - inside[1], box[2] - inside[0], box[3] - inside[1])
+        elif size != image.size:
             image = image.resize(size, pillow.Resampling[self.interpolation.upper()])
-        width, height = image.size
-        left, top = (crop_offset(extent, self.crop_size) for extent in (width, height))
         # Outside the image Pillow's crop is black.
-        return image.crop((left, top, left + self.crop_size, top + self.crop_size))
+        return image.crop(box)
 
-    def __call__(self, image: Image) -> Tensor:
+    def _resized_part(self, image: Image, size: tuple[int, int], box: tuple[int, int, int, int]) -> Image:
+        """What `image.resize(size).crop(box)` shows, without making the rest; `box` lies inside."""
+        from PIL import Image as pillow
+
+        kept, within = [0] * 4, [0.0] * 4
+        for axis in (0, 1):
+            scale = image.size[axis] / size[axis]
+            begin, end = box[axis] * scale, box[axis + 2] * scale
+            margin = _SUPPORT * max(1.0, scale) + 1
+            # Pillow takes positions as float32: they are small in the part of the image that the filter reaches.
+            kept[axis] = max(0, math.floor(begin - margin))
+            kept[axis + 2] = min(image.size[axis], math.ceil(end + margin))
+            within[axis], within[axis + 2] = begin - kept[axis], min(end, image.size[axis]) - kept[axis]
+        return image.crop((kept[0], kept[1], kept[2], kept[3])).resize(
+            (box[2] - box[0], box[3] - box[1]),
+            pillow.Resampling[self.interpolation.upper()],
+            box=(within[0], within[1], within[2], within[3]),
+        )
+
+    def __call__(self, image: Image | str | os.PathLike[str] | IO[bytes]) -> Tensor:
         """float32 [3, crop_size, crop_size], normalised. `tensor.unsqueeze(0)` or `torch.stack` makes the batch.
 
         Raises:
-            TypeError: if `image` is not a Pillow image.
-            ValueError: if it has more than 8 bits a channel or no pixels.
+            TypeError: if `image` is not a Pillow image, a path or a binary file.
+            ValueError: if it cannot be read (`ImageError`), has floating point pixels or no pixels.
         """
+        if isinstance(image, str | os.PathLike) or hasattr(image, "read"):
+            image = read_image(cast("IO[bytes]", image))
         pixels = torch.frombuffer(bytearray(self.crop(image).tobytes()), dtype=torch.uint8)
         scaled = pixels.view(self.crop_size, self.crop_size, 3).permute(2, 0, 1).contiguous().float() / 255
         mean = torch.tensor(self.mean).view(3, 1, 1)

@@ -15,7 +15,7 @@ import re
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from importlib import import_module, resources
@@ -26,16 +26,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fast.models.checkpoint import WeightsError, file_and_part, one_line, read_checkpoint
+from resnet_fast.models.checkpoint import WeightsError, file_and_part, one_line, read_checkpoint, read_with_metadata
 from resnet_fast.models.preprocessing import Preprocessing
 
 __all__ = [
     "WeightsEnum",
+    "arch_of",
     "categories",
     "download",
     "get_model_weights",
     "get_weight",
+    "named_classes",
     "preprocessing",
+    "preprocessing_of",
     "resolve",
 ]
 
@@ -74,7 +77,7 @@ class WeightsEnum(Enum):
         metrics = {"acc@1": entry.accuracy_at_1, "acc@5": entry.accuracy_at_5}
         return {
             "min_size": (1, 1),
-            "categories": list(categories()),
+            "categories": list(_imagenet_categories()),
             "num_params": entry.num_params,
             "_metrics": {"ImageNet-1K": metrics},
         }
@@ -101,10 +104,36 @@ def _table() -> dict[str, Any]:
     return models
 
 
+def categories(weights: Enum | str | os.PathLike[str] | None = None) -> tuple[str, ...]:
+    """Names of the classes in the order of the outputs: of `weights` as for `preprocessing`, or ImageNet-1K's 1000.
+
+    Raises:
+        WeightsError: if it is a file that does not name its classes.
+    """
+    if weights is None:
+        return _imagenet_categories()
+    path = _local_file(weights)
+    if path is None:
+        member: Any = get_weight(weights) if isinstance(weights, str) else weights
+        return tuple(member.meta["categories"])
+    names = named_classes(read_with_metadata(path)[1])
+    if names is None:
+        raise WeightsError(f"{path}: does not name its classes, which `resnet-fast train imagenet` does in its files")
+    return names
+
+
 @functools.cache
-def categories() -> tuple[str, ...]:
-    """The 1000 ImageNet-1K class names, in the order of the models' outputs."""
+def _imagenet_categories() -> tuple[str, ...]:
     return tuple(_packaged("imagenet_categories.json")["categories"])
+
+
+def named_classes(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The classes' names by the key `classes`, a JSON list of strings; None if it is none."""
+    try:
+        found = json.loads(metadata.get("classes", "null"))
+    except (ValueError, RecursionError):
+        return None
+    return tuple(found) if isinstance(found, list) and found and all(isinstance(x, str) for x in found) else None
 
 
 @functools.cache
@@ -189,8 +218,7 @@ def resolve(model: str, weights: Any) -> Enum | Path | None:
     if isinstance(weights, str):
         if "://" in weights:
             raise ValueError(f"{model}: weights is a URL, {weights}; download the file and give its path")
-        path = Path(weights).expanduser()
-        if os.path.dirname(weights) or weights.endswith(_FILE_SUFFIXES) or file_and_part(path)[0].is_file():
+        if (path := _local_file(weights)) is not None:
             return path
         return _member(model, weights.removeprefix(f"{enum_name}."), weights)
     if isinstance(weights, Enum) and type(weights).__name__ == enum_name:
@@ -201,6 +229,17 @@ def resolve(model: str, weights: Any) -> Enum | Path | None:
     raise TypeError(
         f"{model}: weights must be None, a member of {enum_name}, a name or a path, got {type(weights).__name__}"
     )
+
+
+def _local_file(weights: Any) -> Path | None:
+    """The path that `weights` is, or None if it is a name or a member of an enum."""
+    if isinstance(weights, os.PathLike):
+        return Path(weights)
+    if not isinstance(weights, str):
+        return None
+    path = Path(weights).expanduser()
+    is_path = os.path.dirname(weights) or weights.endswith(_FILE_SUFFIXES) or file_and_part(path)[0].is_file()
+    return path if is_path else None
 
 
 def legacy_default(model: str) -> Enum:
@@ -222,12 +261,46 @@ def url(member: Enum) -> str:
     return str(member.url)  # type: ignore[attr-defined]
 
 
-def preprocessing(weights: Enum | str | None = None) -> Preprocessing:
-    """How to prepare images for `weights`: an enum member, its full name, or None for the usual ImageNet evaluation."""
+def preprocessing(weights: Enum | str | os.PathLike[str] | None = None) -> Preprocessing:
+    """How to prepare images for `weights`: an enum member or its full name, a local file, or None for the usual one.
+
+    A file's is what its metadata says (`Preprocessing.to_metadata`), that of the published file of the same name, or
+    else the usual ImageNet evaluation.
+
+    Raises:
+        WeightsError: if it is a file that cannot be read, or says something unusable.
+    """
     if weights is None:
         return Preprocessing()
-    member = get_weight(weights) if isinstance(weights, str) else weights
-    return Preprocessing.from_transforms(member.transforms())  # type: ignore[attr-defined]
+    path = _local_file(weights)
+    if path is not None:
+        return preprocessing_of(path, read_with_metadata(path)[1])
+    member: Any = get_weight(weights) if isinstance(weights, str) else weights
+    return Preprocessing.from_transforms(member.transforms())
+
+
+def preprocessing_of(path: Path, metadata: Mapping[str, str]) -> Preprocessing:
+    """That of `preprocessing`, for a file whose metadata was read already."""
+    try:
+        found = Preprocessing.from_metadata(metadata)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    if found is not None:
+        return found
+    published = (member for model in _table() for member in get_model_weights(model))
+    return next((preprocessing(member) for member in published if Path(url(member)).name == path.name), Preprocessing())
+
+
+def arch_of(path: Path, metadata: Mapping[str, str]) -> str | None:
+    """The name of the model that a file says it is of by the key `arch`; None if it says nothing.
+
+    Raises:
+        WeightsError: if it is none of the ten.
+    """
+    arch = metadata.get("arch")
+    if arch is not None and arch not in _table():
+        raise WeightsError(f"{path}: its metadata calls it {arch[:40]!r}, which is none of {', '.join(_table())}")
+    return arch
 
 
 def download(url: str, *, progress: bool = True) -> Path:

@@ -1,0 +1,208 @@
+"""Image files: the one reader for training, validation and prediction. Upright, RGB, 8 bits, or refused in one line.
+
+No preprocessing for a network happens here; that is `resnet_fast.models.preprocessing`. Pillow is imported on use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING, cast
+
+from resnet_fast.models.checkpoint import one_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    Source = str | os.PathLike[str] | IO[bytes]
+
+__all__ = [
+    "MAX_PIXELS",
+    "ImageError",
+    "UnopenedImageError",
+    "check_image",
+    "find_images",
+    "read_image",
+    "suffixes",
+    "to_rgb",
+]
+
+MAX_PIXELS = 150_000_000
+"""Larger images are refused before they are decoded: a small file can unfold to gigabytes."""
+
+_REFUSED = ("EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5")
+"""Formats that Pillow names and does not decode itself. For EPS it would run another program, Ghostscript."""
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+    8: "ROTATE_90",
+}  # fmt: skip
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message is one line and begins with its name."""
+
+
+class UnopenedImageError(ImageError):
+    """An image file that the system does not give, so that nothing is known of what it holds."""
+
+
+def read_image(source: Source) -> Image:
+    """The image in `source`, RGB with 8 bits a channel, turned as its EXIF tag says; of an animation the first frame.
+
+    Every format that Pillow decodes is read. Colours become RGB as Pillow's `convert` makes them: a palette is looked
+    up, transparency is dropped, grey is repeated, CMYK inverted. 16-bit grey is scaled to 8 bits. Broken EXIF counts
+    as none.
+
+    Args:
+        source: a path, or a binary file that can be sought in.
+
+    Raises:
+        UnopenedImageError: if there is no such file, it may not be read, or is a folder, a device or a pipe.
+        ImageError: if it is no image, damaged, larger than MAX_PIXELS, or has floating point pixels.
+    """
+    with _opened(source) as image:
+        method = _UPRIGHT.get(_orientation(image))  # type: ignore[call-overload]
+        image.load()
+        if method is None:
+            return to_rgb(image)
+        from PIL.Image import Transpose
+
+        return to_rgb(image.transpose(Transpose[method]))
+
+
+def check_image(source: Source) -> None:
+    """Reads the header alone: finds what is no image at all, and not what is damaged further on.
+
+    Raises:
+        UnopenedImageError, ImageError: as `read_image`.
+    """
+    with _opened(source):
+        pass
+
+
+def to_rgb(image: Image) -> Image:
+    """A Pillow image of any mode in RGB, by the rule that `read_image` states.
+
+    Raises:
+        ValueError: for floating point pixels, integers outside of 16 bits, and modes that Pillow does not convert.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        return _eight_bits(image).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("has floating point pixels, whose range is not known; 8 or 16 bits a channel are read")
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert(image.mode.upper())
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image) -> Image:
+    """16-bit grey in 8 bits, rounded as PNG's specification says; Pillow's own conversion would clip it to white."""
+    image = image.convert("I")
+    low, high = cast("tuple[int, int]", image.getextrema())
+    if not 0 <= low <= high <= 65535:
+        raise ValueError(f"has pixels from {low} to {high}; 8 or 16 bits a channel are read")
+    return image.point(lambda value: value * (1 / 257) + 0.5).convert("L")
+
+
+def find_images(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """Paths of the files below `folder` that end as images do, folder by folder in the order of their names.
+
+    Hidden files and folders are left out. Links are followed, apart from those to a folder that they lie in.
+
+    Raises:
+        OSError: if a folder cannot be listed.
+    """
+    return _walk(os.fspath(folder), (os.path.realpath(folder),), suffixes())
+
+
+def _walk(folder: str, above: tuple[str, ...], endings: frozenset[str]) -> Iterator[str]:
+    with os.scandir(folder) as found:
+        entries = sorted((each for each in found if not each.name.startswith(".")), key=lambda each: each.name)
+    for entry in entries:
+        if is_folder(entry):
+            path = os.path.realpath(entry.path)
+            if any(os.path.commonpath((path, each)) == path for each in above):
+                warnings.warn(f"{entry.path}: a link to a folder that it lies in, not followed", stacklevel=2)
+                continue
+            yield from _walk(entry.path, (*above, path), endings)
+        elif os.path.splitext(entry.name)[1].lower() in endings:
+            yield entry.path
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one; not if it is a link to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def suffixes() -> frozenset[str]:
+    """How the names of files end that may be images, in lower case: those of the formats that are read."""
+    from PIL import Image
+
+    read = {*_formats(), "MPO"}  # JPEG's reader opens that as well
+    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in read)
+
+
+def _formats() -> list[str]:
+    from PIL import Image
+
+    Image.init()
+    return [kind for kind in Image.ID if kind not in _REFUSED]
+
+
+@contextlib.contextmanager
+def _opened(source: Source) -> Iterator[Image]:
+    """The image with its header read and its size checked; whatever goes wrong with it becomes an ImageError."""
+    from PIL import Image, UnidentifiedImageError
+
+    name = str(source) if isinstance(source, str | os.PathLike) else str(getattr(source, "name", "image"))
+    try:
+        if isinstance(source, str | os.PathLike) and not stat.S_ISREG(os.stat(source).st_mode):
+            kind = "directory" if os.path.isdir(source) else "device or pipe"
+            raise UnopenedImageError(f"{name}: an image file was expected, this is a {kind}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about damaged EXIF tags and palettes; Pillow's own limit only warns
+            with Image.open(source, formats=_formats()) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise ImageError(
+                        f"{name}: refused: {width} x {height} pixels, more than the limit of {MAX_PIXELS:,} pixels"
+                    )
+                yield image
+    except (ImageError, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise UnopenedImageError(f"{name}: no such file") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{name}: not an image that Pillow reads") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: refused: {one_line(error)}") from error
+    except Exception as error:  # decoders have no common error: OSError, SyntaxError, struct.error, AttributeError, ...
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UnopenedImageError(f"{name}: cannot be read ({error.strerror})") from error
+        raise ImageError(f"{name}: damaged or unreadable image: {one_line(error)}") from error
+
+
+def _orientation(image: Image) -> object:
+    """The EXIF tag of that name, 1 if it cannot be had. Pillow's TIFF reader is kept from turning the image itself."""
+    try:
+        exif = image.getexif()
+        found: object = exif.get(_ORIENTATION, 1)
+        exif[_ORIENTATION] = 1
+        hash(found)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        return 1
+    except Exception:  # the block's parsers have no common error, and what it says of the pixels is advice
+        return 1
+    return found
