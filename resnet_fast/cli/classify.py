@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,11 +21,12 @@ from resnet_fast.cli.common import (
     check_arch,
     one_line,
     out_console,
+    printable,
     progress_bar,
     set_threads,
     write_json,
 )
-from resnet_fast.cli.images import read_image
+from resnet_fast.cli.images import Given, given_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from resnet_fast.models.preprocessing import Preprocessing
 
 BATCH = 8
-
-MAX_SIZE = 4096
-"""Caffe networks for larger images are refused, since a batch of them takes gigabytes before any layer runs."""
 
 MAX_LABELS_BYTES = 2**20
 """Larger files of labels are refused. That of ImageNet's thousand classes has 31 KB."""
@@ -52,6 +49,7 @@ class Network:
     source: str
     preprocessing: Preprocessing
     labels: tuple[str, ...]
+    arch: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,10 @@ class Classifier:
     probabilities: bool = False
 
 
-def load_network(arch: str, weights: str | None) -> Network:
+def load_network(arch: str | None, weights: str | None) -> Network:
     """The network ``arch`` with ``weights``: a name ("DEFAULT" if None) or a local checkpoint of any number of classes.
+
+    Without ``arch`` it is what the weights say they are of, or resnet50.
 
     Raises UserError where they cannot be had or do not fit.
     """
@@ -84,54 +84,42 @@ def load_network(arch: str, weights: str | None) -> Network:
     from resnet_fast.models import checkpoint
     from resnet_fast.models import weights as registry
 
+    weights = weights or "DEFAULT"
     with as_user_errors(models.WeightsError, OSError, ValueError, TypeError):
-        resolved = registry.resolve(arch, weights or "DEFAULT")
+        arch_or_default = arch or registry.model_of(weights.partition(".")[0]) or "resnet50"
+        resolved = registry.resolve(arch_or_default, weights)
         if not isinstance(resolved, Path):
             if resolved is None:
-                raise ValueError(f"{arch} has no default weights; give a checkpoint with --weights PATH")
-            model = models.get_model(arch, weights=resolved)
-            return Network(model.eval(), str(resolved), models.preprocessing(resolved), models.categories())
+                raise ValueError(f"{arch_or_default} has no default weights; give a checkpoint with --weights PATH")
+            model = models.get_model(arch_or_default, weights=resolved)
+            prepare, labels = models.preprocessing(resolved), models.categories(resolved)
+            return Network(model.eval(), str(resolved), prepare, labels, arch_or_default)
         state, metadata = checkpoint.read_with_metadata(resolved)
         if metadata.get("stride_in_1x1") == "true":
             raise ValueError(
-                f"{resolved}: weights of a Caffe ResNet; strides, pool and preprocessing are others than {arch}'s. "
-                "resnet-fast classify takes the network with --prototxt and --caffemodel"
+                f"{resolved}: weights of a Caffe ResNet; strides, pool and preprocessing are others than "
+                f"{arch_or_default}'s. resnet-fast classify takes the network with --prototxt and --caffemodel"
             )
+        prepare = registry.preprocessing_of(resolved, metadata)
+        if arch is None:
+            arch_or_default = registry.arch_of(resolved, metadata) or arch_or_default
         head = state.get("fc.weight")
         outputs = len(head) if head is not None and head.ndim == 2 and len(head) else 1000
-        model = models.get_model(arch, num_classes=outputs)
-        checkpoint.load_into(model, state, source=str(resolved), name=arch)
-        return Network(model.eval(), str(resolved), _preprocessing_of(arch, resolved), _labels(outputs, metadata))
-
-
-def _preprocessing_of(arch: str, path: Path) -> Preprocessing:
-    """That of the published file of the same name, otherwise the usual ImageNet evaluation."""
-    from resnet_fast import models
-    from resnet_fast.models import weights as registry
-
-    for member in models.get_model_weights(arch):
-        if Path(registry.url(member)).name == path.name:
-            return models.preprocessing(member)
-    return models.preprocessing()
+        model = models.get_model(arch_or_default, num_classes=outputs)
+        checkpoint.load_into(model, state, source=str(resolved), name=arch_or_default)
+        return Network(model.eval(), str(resolved), prepare, _labels(outputs, metadata), arch_or_default)
 
 
 def _labels(outputs: int, metadata: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """The names that ``train imagenet`` left in the metadata, else ImageNet's for a thousand, else numbers."""
     from resnet_fast import models
+    from resnet_fast.models.weights import named_classes
 
-    if metadata is not None:
-        try:
-            found = json.loads(metadata.get("classes", "null"))
-        except (ValueError, RecursionError):
-            found = None
-        if isinstance(found, list) and len(found) == outputs and all(map(_is_name, found)):
-            return tuple(found)
+    found = named_classes(metadata or {})
+    if found is not None and len(found) == outputs:
+        return found
     names = models.categories()
     return names if outputs == len(names) else tuple(f"class {index}" for index in range(outputs))
-
-
-def _is_name(name: object) -> bool:
-    return isinstance(name, str) and name.isprintable()
 
 
 def read_labels(path: Path, outputs: int) -> tuple[str, ...]:
@@ -184,6 +172,8 @@ def _input_size(net: Net) -> int:
     shape = inputs[0].shape
     if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
         raise UserError(f"{source}: its input is {shown}; square images of three channels, Nx3xHxH, were expected")
+    from resnet_fast.models.preprocessing import MAX_SIZE
+
     if shape[2] > MAX_SIZE:
         raise UserError(f"{source}: its input is {shown}; images of at most {MAX_SIZE}x{MAX_SIZE} are classified")
     return shape[2]
@@ -260,10 +250,17 @@ def top(scores: Tensor, labels: tuple[str, ...], count: int, probabilities: bool
 
 
 def classify(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="JPEG or PNG files.", show_default=False)],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE...", help="Image files, folders of them, pipes; - is standard input.", show_default=False
+        ),
+    ],
     arch: Annotated[
         str | None,
-        typer.Option("--arch", "-a", metavar="NAME", help="One of the ten ResNets; resnet50 if not given."),
+        typer.Option(
+            "--arch", "-a", metavar="NAME", help="One of the ten ResNets; by default what the weights say, or resnet50."
+        ),
     ] = None,
     weights: Annotated[
         str | None,
@@ -301,6 +298,14 @@ def classify(
         Path | None,
         typer.Option("--labels", metavar="FILE", help="Names of the classes, one a line, as in synset_words.txt."),
     ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option("--image-size", min=1, max=4096, help="Height and width to crop to; by default the weights' own."),
+    ] = None,
+    resize_size: Annotated[
+        int | None,
+        typer.Option("--resize-size", min=1, max=4096, help="Shorter side before that; by default the weights' own."),
+    ] = None,
     topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="Classes to show for every image.")] = 5,
     dtype: Dtype = Precision.float32,
     threads: Threads = None,
@@ -312,23 +317,23 @@ def classify(
 
     Images that cannot be read are named on stderr; the others are still classified, and the exit status is 1.
     """
-    _check_options(arch, weights, prototxt, caffemodel, mean, scale)
-    errors: dict[Path, str] = {}
-    readable: list[Path] = []
-    for path in images:  # bad files are found before anything is downloaded or built
-        try:
-            read_image(path)
-            readable.append(path)
-        except UserError as error:
-            errors[path] = str(error)
+    _check_options(arch, weights, prototxt, caffemodel, mean, scale, image_size or resize_size)
+    given, errors = given_images(images)
+    for position, image in enumerate(given):  # bad files are found before anything is downloaded or built
+        if position not in errors:
+            try:
+                image.read()
+            except UserError as error:
+                errors[position] = error
+    readable = [image for position, image in enumerate(given) if position not in errors]
     if not readable:
-        raise UserError("; ".join(errors.values()))
-    for message in errors.values():
-        typer.echo(f"resnet-fast: {one_line(message)}", err=True)
+        raise UserError("; ".join(map(str, errors.values())))
+    for position in sorted(errors):
+        typer.echo(f"resnet-fast: {one_line(errors[position])}", err=True)
 
     set_threads(threads)
     network = (
-        _classifier(arch or "resnet50", weights)
+        _classifier(arch, weights, image_size, resize_size)
         if caffemodel is None or prototxt is None
         else _caffe(prototxt, caffemodel, mean, scale)
     )
@@ -341,8 +346,10 @@ def classify(
             "arch": network.name,
             "weights": network.source,
             "dtype": dtype.value,
-            "images": [{"path": str(path), "predictions": rows} for path, rows in answers.items()],
-            "errors": [{"path": str(path), "error": message} for path, message in errors.items()],
+            "images": [{"path": name, "predictions": rows} for name, rows in answers],
+            "errors": [
+                {"path": given[position].name, "error": one_line(errors[position])} for position in sorted(errors)
+            ],
         }
         write_json(data, "-")
     else:
@@ -357,59 +364,70 @@ def _check_options(
     caffemodel: Path | None,
     mean: str | None,
     scale: float | None,
+    size: int | None,
 ) -> None:
     """Which network is meant must be clear."""
     if prototxt is None:
         for option, given in (("--caffemodel", caffemodel), ("--mean", mean), ("--scale", scale)):
             if given is not None:
                 raise UserError(f"{option} belongs to a Caffe network; give its definition with --prototxt FILE")
-        check_arch(arch or "resnet50")
+        if arch is not None:
+            check_arch(arch)
         if weights is not None and weights.endswith(".caffemodel"):
             raise UserError(f"{weights}: Caffe's weights are given with --caffemodel, their definition with --prototxt")
         return
     for option, given in (("--arch", arch), ("--weights", weights)):
         if given is not None:
             raise UserError(f"{option} names one of the ten ResNets, --prototxt a Caffe network; give one of the two")
+    if size is not None:
+        raise UserError("--image-size and --resize-size belong to the ten ResNets; a definition has its own size")
     if caffemodel is None:
         raise UserError(f"{prototxt}: a definition has no weights; give them with --caffemodel FILE")
 
 
-def _classifier(arch: str, weights: str | None) -> Classifier:
+def _classifier(arch: str | None, weights: str | None, image_size: int | None, resize_size: int | None) -> Classifier:
+    """The network of ``load_network``; sizes that are given win over those that belong to the weights."""
     network = load_network(arch, weights)
     prepare = network.preprocessing
-    return Classifier(network.model, arch, network.source, prepare, prepare.crop_size, network.labels)
+    if image_size is not None or resize_size is not None:
+        prepare = prepare.for_size(image_size, resize_size)
+    return Classifier(network.model, network.arch, network.source, prepare, prepare.crop_size, network.labels)
 
 
-def _run(network: Classifier, paths: list[Path], topk: int, dtype: Precision) -> dict[Path, list[dict[str, Any]]]:
+Answers = list[tuple[str, list[dict[str, Any]]]]
+"""Of each image, its name and the rows of ``top``."""
+
+
+def _run(network: Classifier, images: list[Given], topk: int, dtype: Precision) -> Answers:
     import torch
 
     from resnet_fast.graph import optimize
 
     example = torch.empty(1, 3, network.size, network.size, device="meta")
     model = optimize(network.model, dtype=dtype.dtype, example_inputs=example)
-    answers: dict[Path, list[dict[str, Any]]] = {}
+    answers: Answers = []
     with progress_bar() as progress, torch.inference_mode():
-        for start in range(0, len(paths), BATCH):
-            chunk = paths[start : start + BATCH]
-            progress(f"classifying {escape(chunk[0].name)}", start / len(paths))
-            batch = torch.stack([network.prepare(read_image(path)) for path in chunk])
+        for start in range(0, len(images), BATCH):
+            chunk = images[start : start + BATCH]
+            progress(f"classifying {escape(one_line(chunk[0].name))}", start / len(images))
+            batch = torch.stack([network.prepare(image.read()) for image in chunk])
             scores = model(batch.to(dtype.dtype).contiguous(memory_format=torch.channels_last)).float().flatten(1)
             if not bool(torch.isfinite(scores).all()):
                 raise UserError(f"the network's answers are not finite; is {network.source} damaged?")
             rows = [top(row, network.labels, topk, network.probabilities) for row in scores]
-            answers |= dict(zip(chunk, rows, strict=True))
+            answers += zip([image.name for image in chunk], rows, strict=True)
     return answers
 
 
-def _print(answers: dict[Path, list[dict[str, Any]]], title: str) -> None:
-    table = Table(title=escape(title), title_justify="left", header_style="bold")
+def _print(answers: Answers, title: str) -> None:
+    table = Table(title=escape(printable(title)), title_justify="left", header_style="bold")
     table.add_column("image", overflow="fold")
     table.add_column("class", overflow="fold")
     table.add_column("index", justify="right")
     table.add_column("probability", justify="right")
-    for path, rows in answers.items():
+    for image, rows in answers:
         for position, row in enumerate(rows):
-            name = str(path) if position == 0 else ""
-            table.add_row(escape(name), escape(row["label"]), str(row["index"]), f"{row['probability']:.2%}",
+            name = printable(image) if position == 0 else ""
+            table.add_row(escape(name), escape(printable(row["label"])), str(row["index"]), f"{row['probability']:.2%}",
                           end_section=position == len(rows) - 1)  # fmt: skip
     out_console().print(table)

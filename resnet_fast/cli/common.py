@@ -117,9 +117,14 @@ Threads = Annotated[
 ]
 
 
+def printable(text: str) -> str:
+    """``text`` with escapes for what no terminal should get: control characters, bytes of a name that is no UTF-8."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def one_line(text: object, limit: int = 600) -> str:
-    """``text`` without line breaks, cut where it gets too long to read."""
-    line = " ".join(str(text).split()) or type(text).__name__
+    """``text`` without line breaks, printable, cut where it gets too long to read."""
+    line = printable(" ".join(str(text).split())) or type(text).__name__
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 

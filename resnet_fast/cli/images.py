@@ -1,62 +1,105 @@
-"""Image files from anywhere, read with Pillow: upright, RGB, 8 bits, and refused with a clear word where they are bad.
-
-No preprocessing for a network happens here.
-"""
+"""The images that a command is given: files, folders of them, and pipes. They are read by ``resnet_fast.models``."""
 
 from __future__ import annotations
 
-import warnings
+import io
+import os
+import stat
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
-from resnet_fast.cli.common import UserError, one_line
+from resnet_fast.cli.common import UserError, as_user_errors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_PIXELS = 150_000_000
-"""Larger images are refused before they are decoded: a small file can unfold to gigabytes."""
-
-FORMATS = ("JPEG", "PNG")
+MAX_PIPE_BYTES = 2**28
+"""Pipes that give more are refused: what comes through one is held in memory."""
 
 
-def read_image(path: Path) -> Image:
-    """The image in ``path``, turned as its EXIF tag says, in RGB with 8 bits a channel.
+@dataclass(frozen=True)
+class Given:
+    """One image that was asked for: its name as it was given, and where it is, a path or the bytes from a pipe."""
 
-    Raises UserError for anything but a whole JPEG or PNG of at most ``MAX_PIXELS`` pixels.
+    name: str
+    content: str | bytes
+
+    def read(self) -> Image:
+        """The image. Raises UserError, in one line that begins with its name."""
+        return read_image(Path(self.content) if isinstance(self.content, str) else _Named(self.content, self.name))
+
+
+class _Named(io.BytesIO):
+    """A file in memory that has a name for errors."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self.name = name
+
+
+def read_image(source: Path | IO[bytes]) -> Image:
+    """``resnet_fast.models.read_image``, whose errors are the user's."""
+    from resnet_fast import models
+
+    with as_user_errors(models.ImageError):
+        return models.read_image(source)
+
+
+def given_images(arguments: Sequence[str]) -> tuple[list[Given], dict[int, UserError]]:
+    """What the arguments stand for, in their order: a file, each image below a folder, ``-`` and pipes.
+
+    Returns also the errors, by the position that the image would have had.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from resnet_fast.models.images import find_images
 
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    if not path.is_file():
-        raise UserError(f"{path}: an image file was expected, this is a directory or device")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own limit only warns; ours is below and refuses
-            with Image.open(path, formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise UserError(
-                        f"{path}: refused: {width} x {height} pixels, more than the limit of {MAX_PIXELS:,} pixels"
-                    )
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-                return _eight_bits(upright).convert("RGB")
-    except UserError:
-        raise
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: not a JPEG or PNG image") from None
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: refused: {one_line(error)}") from error
-    except PermissionError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(f"{path}: damaged or truncated image: {one_line(error)}") from error
+    found: list[Given] = []
+    errors: dict[int, UserError] = {}
+    pipes: dict[tuple[int, int], bytes] = {}
+    for argument in arguments:
+        try:
+            if argument != "-" and os.path.isdir(argument):
+                with as_user_errors(OSError):
+                    inside = list(find_images(argument))
+                if not inside:
+                    raise UserError(f"{argument}: a directory without images")
+                found += [Given(path, path) for path in inside]
+                continue
+            pipe = _pipe(argument, pipes)
+            found.append(Given(argument, argument if pipe is None else pipe))
+        except UserError as error:
+            errors[len(found)] = error
+            found.append(Given(argument, argument))
+    return found, errors
 
 
-def _eight_bits(image: Image) -> Image:
-    """16-bit grey images scaled to 8 bits; Pillow's own conversion would clip them to white."""
-    if image.mode.startswith("I"):
-        return image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    return image
+def _pipe(argument: str, seen: dict[tuple[int, int], bytes]) -> bytes | None:
+    """What comes through the pipe that is meant, the same each time it is named; None for a file."""
+    if argument == "-":
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UserError("-: standard input is a terminal or closed; pipe an image into it")
+        try:
+            status = os.fstat(sys.stdin.fileno())
+        except OSError:  # standard input is an object in this very process
+            return sys.stdin.buffer.read(MAX_PIPE_BYTES)
+    else:
+        try:
+            status = os.stat(argument)
+        except (OSError, ValueError):  # which the reader says better
+            return None
+        if not stat.S_ISFIFO(status.st_mode):
+            return None
+    key = (status.st_dev, status.st_ino)
+    if key not in seen:
+        with as_user_errors(OSError):
+            if argument == "-":
+                content = sys.stdin.buffer.read(MAX_PIPE_BYTES + 1)
+            else:
+                with open(argument, "rb") as file:
+                    content = file.read(MAX_PIPE_BYTES + 1)
+        if len(content) > MAX_PIPE_BYTES:
+            raise UserError(f"{argument}: refused: gives more than the limit of {MAX_PIPE_BYTES:,} bytes")
+        seen[key] = content
+    return seen[key]
