@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from resnet_fast.cli import app
+from resnet_fast.models.checkpoint import read_with_metadata
 from resnet_fast.training import checkpoint, digits, metrics
 from resnet_fast.training.digits import Digits, Images
 from resnet_fast.training.residual import Run, Settings, agreement
@@ -607,6 +608,7 @@ def test_the_command_resumes_to_the_same_files(bars: Path, tmp_path: Path) -> No
     assert code == 0 and "epoch: 0" not in rest and rest.splitlines()[1] == out.splitlines()[2]
     files = [checkpoint.load(folder / "checkpoint.safetensors") for folder in (straight, parts)]
     assert_same(files[0].model, files[1].model)
+    assert files[1].about == read_with_metadata(parts / "model.safetensors")[1] == {"arch": "residual_network"}
     assert_same(files[0].optimizer, files[1].optimizer)
     rows = [metrics.read(folder / "metrics.csv") for folder in (straight, parts)]
     timeless = [[{name: row[name] for name in row if name != "seconds"} for row in found] for found in rows]

@@ -101,7 +101,7 @@ def train(
     """Trains up to ``epochs`` epochs with a progress bar and a line for each; keeps files in ``out`` if it is given."""
     from resnet_fast.training import checkpoint
     from resnet_fast.training.metrics import Metrics
-    from resnet_fast.training.residual import Epoch, Run
+    from resnet_fast.training.residual import ABOUT, Epoch, Run
 
     run = Run(data, settings, device=device)
     if out is not None and resume:
@@ -127,7 +127,7 @@ def train(
             metrics.append(number, **found.as_dict())
             run.save(out / CHECKPOINT)
     if out is not None:
-        checkpoint.write_model(out / MODEL, run.model.state_dict())
+        checkpoint.write_model(out / MODEL, run.model.state_dict(), ABOUT)
     if out is not None and metrics is not None:
         _draw(console, metrics.rows, out / PLOT, data.name)
     return run

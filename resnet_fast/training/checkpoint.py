@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from resnet_fast.models.checkpoint import TRAINING_FORMAT, one_line, open_safetensors, write_whole
 
-__all__ = ["MAX_BYTES", "Checkpoint", "check_folder", "load", "save", "write_model"]
+__all__ = ["MAX_BYTES", "Checkpoint", "check_folder", "load", "read_about", "save", "write_model", "write_named"]
 
 MAX_BYTES = 16 * 2**30
 """Larger files are refused, in both directions. The largest of the ten ResNets with Adam and an average has 2 GB."""
@@ -40,13 +41,14 @@ class Checkpoint:
     Attributes:
         model: for `load_state_dict`. Tied tensors are one tensor under several names.
         optimizer: for the optimizer's `load_state_dict`, which may go on to use (and change) these very tensors.
-        state, tensors: as given to `save`.
+        state, tensors, about: as given to `save`.
     """
 
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     state: dict[str, Any]
     tensors: dict[str, Tensor]
+    about: dict[str, str]
 
 
 def save(
@@ -56,6 +58,7 @@ def save(
     optimizer: Mapping[str, Any],
     state: Mapping[str, Any],
     tensors: Mapping[str, Tensor] | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes a checkpoint to ``path``, whose folder must exist; readers and crashes find the old file or the new one.
 
@@ -68,6 +71,7 @@ def save(
         state: epoch, step, arguments, scheduler, scaler: None, bool, int, float, str, tensors, and lists, tuples and
             dicts (keys str or int) of these. They come back as they were, infinities included.
         tensors: further tensors, such as the states of random generators or a moving average.
+        about: what the model is, as further metadata of the file: `arch`, `classes` and so on.
 
     Raises:
         TypeError: for a value of another type, naming where it stands.
@@ -97,7 +101,8 @@ def save(
         )
     if (size := sum(tensor.nbytes for tensor in writer.tensors.values())) > MAX_BYTES:
         raise ValueError(f"checkpoint: {size:,} bytes of tensors, the limit is {MAX_BYTES:,}")
-    return _write(Path(path), writer.tensors, {"format": _FORMAT, "version": _VERSION, "content": content})
+    own = {"format": _FORMAT, "version": _VERSION, "content": content}
+    return _write(Path(path), writer.tensors, {**(about or {}), **own})
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
@@ -131,7 +136,23 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         raise ValueError(f"{path}: damaged: {error}; {_RIGHT}") from None
     except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}: damaged: {type(error).__name__}: {one_line(error)}; {_RIGHT}") from None
-    return Checkpoint(_under("model/", tensors), optimizer, state, _under("tensors/", tensors))
+    return Checkpoint(_under("model/", tensors), optimizer, state, _under("tensors/", tensors), _without_own(metadata))
+
+
+def read_about(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What `save` was given as `about`, without reading the tensors.
+
+    Raises:
+        ValueError: if it is no checkpoint.
+    """
+    metadata = _read(Path(path), tensors=False)[1]
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path}: a safetensors file, but no training checkpoint; {_RIGHT}")
+    return _without_own(metadata)
+
+
+def _without_own(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {name: text for name, text in metadata.items() if name not in ("format", "version", "content")}
 
 
 class _Damaged(ValueError):
@@ -282,13 +303,13 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"--out is {folder}, where nothing can be written ({error.strerror}); give another") from error
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError
 
     try:
         with open_safetensors(path) as file:
             metadata: dict[str, str] = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
+            if metadata.get("format") != _FORMAT or not tensors:
                 return {}, metadata
             # Copies: the file is mapped, and may be replaced or cut while its tensors are in use.
             return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118 - no mapping
@@ -301,4 +322,18 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
     from safetensors.torch import save_file
 
-    return write_whole(path, lambda name: save_file(tensors, name, metadata=metadata))
+    return write_named(path, lambda name: save_file(tensors, name, metadata=metadata))
+
+
+def write_named(path: Path, write: Callable[[str], object]) -> Path:
+    """`write_whole`, whose OSError names `path` and the cause, such as a full disk, whoever raised it."""
+    from safetensors import SafetensorError
+
+    try:
+        return write_whole(path, write)
+    except (OSError, SafetensorError) as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        cause = os.strerror(int(told[1])) if told else getattr(error, "strerror", None)
+        if cause is None:
+            raise
+        raise OSError(f"{path}: cannot be written: {cause}") from error

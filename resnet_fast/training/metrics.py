@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnet_fast.benchmarking import plot, results
+from resnet_fast.benchmarking import plot
+from resnet_fast.training import checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,6 +57,7 @@ class Metrics:
 
         Raises:
             ValueError: for other names than the columns, or an epoch that is not behind the last.
+            OSError: if the file cannot be written.
         """
         if set(values) != set(self.columns[1:]):
             raise ValueError(f"metrics: got {', '.join(values)}; the columns are {', '.join(self.columns[1:])}")
@@ -66,7 +68,8 @@ class Metrics:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self.columns)
         writer.writerows([[repr(row[name]) for name in self.columns] for row in self.rows])
-        results.write_text(self.path, text.getvalue())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_named(self.path, lambda name: Path(name).write_bytes(text.getvalue().encode()))
 
 
 def read(path: str | os.PathLike[str]) -> list[Row]:

@@ -26,6 +26,9 @@ from resnet_fast.training.digits import Digits, Images
 
 __all__ = ["Agreement", "Epoch", "Run", "Settings", "agreement"]
 
+ABOUT = {"arch": "residual_network"}
+"""What files say of the network in them, so that none of the ten ResNets is made of it."""
+
 _PIECE = 250
 """Images at a time where no gradients are wanted."""
 
@@ -153,6 +156,7 @@ class Run:
             optimizer=self.optimizer.state_dict(),
             state={"kind": "residual", "epochs_done": self.epochs_done, "arguments": self._arguments()},
             tensors={"order": self._order.get_state()},
+            about=ABOUT,
         )
 
     def resume(self, path: Path) -> None:
