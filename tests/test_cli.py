@@ -232,6 +232,78 @@ def test_labels_and_preprocessing_of_local_files() -> None:
     assert registry.preprocessing_of(Path("x/mine.pth"), {}).resize_size == 256
 
 
+def test_every_argument_has_its_row_under_the_name_it_was_given(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inside" / "deep").mkdir(parents=True)
+    for name in ("a.webp", "inside/b.bmp", "inside/deep/c.tif", "inside/.hidden.png"):
+        Image.new("RGB", (60, 40)).save(tmp_path / name)
+    (tmp_path / "inside" / "notes.txt").touch()
+    arguments = ["./a.webp", "inside", "absent.jpg", "./a.webp"]
+    found = run("classify", *arguments, "-a", "resnet18", "-w", folder / "ten.pth", "--json")
+    found.failed("absent.jpg: no such file")
+    data = json.loads(found.out)
+    assert [each["path"] for each in data["images"]] == ["./a.webp", "inside/b.bmp", "inside/deep/c.tif", "./a.webp"]
+    assert [each["path"] for each in data["errors"]] == ["absent.jpg"]
+    assert len({str(each["predictions"]) for each in data["images"]}) == 1
+
+
+def test_images_from_pipes(folder: Path) -> None:
+    command = f"{sys.executable} -m resnet_fast.cli classify --json -a resnet18 -w {folder / 'ten.pth'} --threads 1"
+    done = subprocess.run(
+        ["bash", "-c", f"cat {folder / 'photo.jpg'} | {command} - <(cat {folder / 'photo.jpg'}) /dev/stdin"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["images"]
+    assert [row["path"] for row in rows][::2] == ["-", "/dev/stdin"]
+    assert len({str(row["predictions"]) for row in rows}) == 1
+
+
+def test_pipes_are_held_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIPE_BYTES", 10)
+    os.mkfifo(tmp_path / "pipe")
+    writer = subprocess.Popen(["bash", "-c", f"echo 0123456789 > {tmp_path / 'pipe'}"])
+    run("classify", tmp_path / "pipe").failed("pipe: refused: gives more than the limit of 10 bytes")
+    assert writer.wait(60) == 0
+    run("classify", "/dev/zero").failed("/dev/zero: an image file was expected, this is a device or pipe")
+
+
+def test_odd_names_are_shown_with_escapes(folder: Path, tmp_path: Path) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/new\nline\xff\x1b[31m.png")
+    Image.new("RGB", (60, 40)).save(odd)
+    state = models.resnet18(num_classes=2).state_dict()
+    labels = {"arch": "resnet18", "classes": json.dumps(["cat\x1b[31m", "\udcff"])}
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "w.safetensors", labels)
+    found = run("classify", odd, "-w", tmp_path / "w.safetensors")
+    assert found.code == 0, found.err
+    assert r"\n" in found.out and r"\udcff" in found.out and "\x1b" not in found.out
+    told = run("classify", odd, "-w", tmp_path / "w.safetensors", "--json").json()["images"][0]
+    assert told["path"] == odd and {row["label"] for row in told["predictions"]} == {"cat\x1b[31m", "\udcff"}
+    Path(odd).write_bytes(b"")
+    run("classify", odd).failed(r"\udcff\x1b[31m.png: not an image")
+
+
+def test_the_file_says_which_network_it_is_of(folder: Path, tmp_path: Path) -> None:
+    state = {name: tensor.contiguous() for name, tensor in models.resnet18(num_classes=10).state_dict().items()}
+    save_file(state, tmp_path / "small.safetensors", {"arch": "residual_network"})
+    run("classify", folder / "photo.jpg", "-w", tmp_path / "small.safetensors").failed(
+        "'residual_network', which is none"
+    )
+    facts = models.Preprocessing(40, 32, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), "bicubic")
+    save_file(state, tmp_path / "w.safetensors", {"arch": "resnet18", **facts.to_metadata()})
+    network = classify.load_network(None, str(tmp_path / "w.safetensors"))
+    assert (network.arch, network.preprocessing) == ("resnet18", facts)
+    save_file(state, tmp_path / "w.safetensors", {"arch": "resnet18", **facts.to_metadata(), "std": "[0, 1, 1]"})
+    run("classify", folder / "photo.jpg", "-w", tmp_path / "w.safetensors").failed(
+        "w.safetensors: its metadata's std is"
+    )
+    run("classify", folder / "photo.jpg", "--prototxt", "x", "--caffemodel", "y", "--image-size", "64").failed(
+        "--image-size and --resize-size belong to the ten ResNets"
+    )
+
+
 # --- images
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from resnet_fast import models
 from resnet_fast.models import Preprocessing, read_image
@@ -106,6 +107,13 @@ def test_no_exif_block_is_fatal() -> None:
         )  # fmt: skip
         block = b"II*\0" + struct.pack("<IH", 8, 4) + entries + bytes(4)
         assert sorted(read_image(with_exif(file.getvalue(), block)).size) == [40, 60]
+    for block in (b"", b"II", b"II*\0", b"no TIFF at all", random.bytes(50), b"II*\0" + b"\xff" * 8):
+        assert read_image(with_exif(file.getvalue(), block)).size == (60, 40)
+    for text in ("\n\n\nno hexadecimal digits", "\n\n\n4949"):
+        info = PngInfo()
+        info.add_text("Raw profile type exif", text)
+        Image.new("RGB", (60, 40)).save(png := io.BytesIO(), "PNG", pnginfo=info)
+        assert read_image(png).size == (60, 40)
 
 
 def test_a_tiff_whose_tags_cannot_be_written_again_is_turned() -> None:
