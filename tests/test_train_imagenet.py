@@ -5,8 +5,12 @@ Runs that are cut off and continued are compared bit for bit with runs that were
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +91,10 @@ def same_rows(left: Path, right: Path) -> None:
     assert a == b
 
 
+SMALL = Preprocessing(36, 32)
+"""Of the images that the tests train with."""
+
+
 def environment() -> dict[str, str]:
     """For another process: none of torchrun's variables, one thread."""
     kept = {name: value for name, value in os.environ.items() if name not in distributed._VARIABLES}
@@ -100,8 +108,10 @@ def test_crops_and_flips_depend_on_seed_epoch_and_index_alone(data: Path) -> Non
     folder = imagefolder.scan(data / "train")
 
     def epoch(number: int, *, seed: int = 3, skip: int = 0, workers: int = 0) -> list[tuple[Tensor, Tensor]]:
-        images = imagefolder.TrainImages(folder, image_size=32, seed=seed)
-        return list(imagefolder.train_loader(images, number, batch=5, skip=skip, workers=workers))
+        images = imagefolder.TrainImages(folder, SMALL, seed=seed)
+        batches = list(imagefolder.train_loader(images, number, batch=5, skip=skip, workers=workers))
+        assert not any(int(standing_in.sum()) for _, _, standing_in in batches)
+        return [(pixels, targets) for pixels, targets, _ in batches]
 
     def same(left: list[tuple[Tensor, Tensor]], right: list[tuple[Tensor, Tensor]]) -> bool:
         pairs = zip(left, right, strict=True)
@@ -115,19 +125,19 @@ def test_crops_and_flips_depend_on_seed_epoch_and_index_alone(data: Path) -> Non
     assert not same(epoch(1), first)
     assert not same(epoch(0, seed=4), first)
     orders = [
-        list(imagefolder.train_loader(imagefolder.TrainImages(folder), number, batch=5).batch_sampler)
+        list(imagefolder.train_loader(imagefolder.TrainImages(folder, SMALL), number, batch=5).batch_sampler)
         for number in (0, 1)
     ]
     assert orders[0] != orders[1]
     # The same image in the same order is cropped differently in another epoch.
-    images = imagefolder.TrainImages(folder, image_size=32)
+    images = imagefolder.TrainImages(folder, SMALL)
     before = images[3][0]
     images.epoch = 1
     assert not torch.equal(images[3][0], before)
 
 
 def test_every_process_has_its_own_training_images(data: Path) -> None:
-    images = imagefolder.TrainImages(imagefolder.scan(data / "train"), image_size=32)
+    images = imagefolder.TrainImages(imagefolder.scan(data / "train"), SMALL)
     shares = [
         {index for batch in imagefolder.train_loader(images, 0, batch=2, rank=rank, world_size=3).batch_sampler
          for index in batch}
@@ -139,7 +149,7 @@ def test_every_process_has_its_own_training_images(data: Path) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 9])
 def test_validation_counts_every_image_once(data: Path, world_size: int) -> None:
-    images = imagefolder.ValImages(imagefolder.scan(data / "val"), Preprocessing(36, 32))
+    images = imagefolder.ValImages(imagefolder.scan(data / "val"), SMALL)
     seen = [
         index
         for rank in range(world_size)
@@ -149,13 +159,12 @@ def test_validation_counts_every_image_once(data: Path, world_size: int) -> None
 
 
 def test_validation_images_are_those_of_preprocessing(data: Path) -> None:
-    preprocessing = Preprocessing(36, 32)
     folder = imagefolder.scan(data / "val")
-    images = imagefolder.ValImages(folder, preprocessing)
+    images = imagefolder.ValImages(folder, SMALL)
     batch, _ = next(iter(imagefolder.val_loader(images, batch=7)))
-    found = imagefolder.normalize(batch, preprocessing)
+    found = imagefolder.normalize(batch, SMALL)
     assert found.is_contiguous(memory_format=torch.channels_last)
-    expected = torch.stack([preprocessing(Image.open(folder.path(index))) for index in range(7)])
+    expected = torch.stack([SMALL(Image.open(folder.path(index))) for index in range(7)])
     assert torch.equal(found, expected)
 
 
@@ -253,9 +262,9 @@ def test_loss_is_smoothed_and_accumulated_gradients_are_those_of_the_joint_batch
         changes[accumulate] = parameters(training) - before
         logarithms = scores.double().log_softmax(1)
         smoothed = -0.9 * logarithms[torch.arange(8), targets].sum() - 0.1 * logarithms.mean(1).sum()
-        loss, right, count = training.sums.tolist()
+        loss, right, count, standing_in = training.sums.tolist()
         assert abs(loss - float(smoothed)) < 1e-6 * float(smoothed)
-        assert (right, count) == (float((scores.argmax(1) == targets).sum()), 8)
+        assert (right, count, standing_in) == (float((scores.argmax(1) == targets).sum()), 8, 0)
     # Both are float32 sums of the same terms, in another order: parameters of size 1 that change by 1e-4.
     assert (changes[1] - changes[2]).norm() < 1e-3 * changes[1].norm()
 
@@ -368,19 +377,28 @@ def test_a_run_that_is_killed_and_resumed_is_the_whole_run_bit_for_bit(data: Pat
 def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(data: Path, tmp_path: Path) -> None:
     training = built(data)
     training.sums[0] = math.nan
-    with pytest.raises(imagenet.Diverged, match=r"not finite in epoch 1; .*lower learning rate"):
-        imagenet.save(training, tmp_path / "checkpoint.safetensors")
+    path = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(imagenet.Diverged, match=r"not finite in epoch 1; there is no checkpoint .*lower learning rate"):
+        imagenet.save(training, path)
     assert not list(tmp_path.iterdir())
+    path.write_bytes(b"before")
+    with pytest.raises(imagenet.Diverged, match=r"epoch 1; .*checkpoint\.safetensors is from before that"):
+        imagenet.save(training, path)
+    assert path.read_bytes() == b"before"
 
 
 # --- the command line
 
 
-def run(*arguments: str | Path) -> tuple[int, str, str]:
+def command(*arguments: str | Path) -> tuple[int, str, str]:
     from resnet_fast.cli import app
 
-    done = CliRunner().invoke(app, ["train", "imagenet", "--arch", "resnet18", *map(str, arguments)])
+    done = CliRunner().invoke(app, [*map(str, arguments)])
     return done.exit_code, done.stdout, done.stderr
+
+
+def run(*arguments: str | Path) -> tuple[int, str, str]:
+    return command("train", "imagenet", "--arch", "resnet18", *arguments)
 
 
 def failed(outcome: tuple[int, str, str], *mentions: str) -> None:
@@ -395,8 +413,9 @@ def failed(outcome: tuple[int, str, str], *mentions: str) -> None:
 def test_wrong_folders_are_named(tmp_path: Path) -> None:
     def attempt(data: Path) -> tuple[int, str, str]:
         return run(
-            "--data", data, "--out", tmp_path / "out", "--image-size", "64", "--batch-size", "1", "--workers", "0"
-        )
+            "--data", data, "--out", tmp_path / "out", "--image-size", "64", "--batch-size", "1", "--workers", "0",
+            "--on-error", "stop",
+        )  # fmt: skip
 
     failed(attempt(tmp_path / "none"), "none/train: no such folder", "expected", "<class>/ with images")
     good = tmp_path / "good"
@@ -412,7 +431,7 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
     failed(attempt(good), "val/dog: has no images", ".png")
     (good / "val" / "dog" / "0.png").write_bytes(b"no image")
     (good / "train" / "cat" / "0.png").write_bytes((good / "train" / "cat" / "0.png").read_bytes()[:200])
-    failed(attempt(good), "train/cat/0.png: damaged or unreadable image")
+    failed(attempt(good), "val/dog/0.png: not an image", "--on-error skip would go on without it")
     empty = tmp_path / "empty"
     (empty / "train").mkdir(parents=True)
     failed(attempt(empty), "empty/train: has no folders")
@@ -423,13 +442,13 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
 def test_an_unreadable_image_is_named_by_reading_processes_too(tmp_path: Path) -> None:
     make_images(tmp_path / "train", (1, 1, 1))
     (tmp_path / "train" / "dog" / "0.png").write_text("no image")
-    images = imagefolder.TrainImages(imagefolder.scan(tmp_path / "train"), image_size=32)
-    with pytest.raises(imagefolder.ImageError) as caught:
-        list(imagefolder.train_loader(images, 0, batch=3, workers=1))
-    assert (
-        imagefolder.reason(caught.value)
-        == f"{tmp_path / 'train' / 'dog' / '0.png'}: not an image (JPEG, PNG, BMP, WEBP)"
-    )
+    images = imagefolder.TrainImages(imagefolder.scan(tmp_path / "train"), SMALL, on_error="stop")
+    path = tmp_path / "train" / "dog" / "0.png"
+    for expected in (f"{path}: not an image that Pillow reads", f"{path}: no such file"):
+        with pytest.raises(models.ImageError) as caught:
+            list(imagefolder.train_loader(images, 0, batch=3, workers=1))
+        assert imagefolder.reason(caught.value) == expected
+        path.unlink(missing_ok=True)
 
 
 def test_wrong_options_are_named(data: Path, tmp_path: Path) -> None:
@@ -450,7 +469,297 @@ def test_wrong_options_are_named(data: Path, tmp_path: Path) -> None:
     ):
         failed(run(*usual, *arguments), *mentions)
     if not torch.cuda.is_available():
-        failed(run(*usual, "--device", "cuda"), "has no GPU, torch sees 0")
+        failed(run(*usual, "--device", "cuda"), "device is cuda, and torch sees no CUDA GPU here; use cpu")
+
+
+# --- one reader and one preprocessing
+
+
+def test_training_validation_classify_and_the_library_predict_the_same(tmp_path: Path) -> None:
+    """Files that two readers would see differently: turned, 16-bit, transparent, with a palette, of other formats."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 4), ("val", 6)):
+        for channel, name in enumerate(("cat", "dog")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 120, (90, 70 + 9 * number, 3))
+                pixels[..., channel] += 100
+                image = Image.fromarray(pixels.astype(np.uint8))
+                path, exif = tmp_path / part / name / f"{number}", Image.Exif()
+                exif[0x0112] = 6
+                if number == 0:
+                    image.save(f"{path}.jpg", exif=exif)
+                elif number == 1:
+                    Image.fromarray((pixels[..., 0] * 257).astype(np.uint16)).save(f"{path}.png")
+                elif number == 2:
+                    image.save(f"{path}.webp", lossless=True, exif=exif)
+                elif number == 3:
+                    image.quantize(32).save(f"{path}.gif")
+                elif number == 4:
+                    image.save(f"{path}.tif", tiffinfo={0x0112: 8})
+                else:
+                    image.putalpha(128)
+                    image.save(f"{path}.png")
+    out = tmp_path / "out"
+    failed_or_not = run(
+        "--data", tmp_path, "--out", out, "--image-size", "64", "--resize-size", "70", "--batch-size", "4", "--workers",
+        "0", "--epochs", "2", "--device", "cpu",
+    )  # fmt: skip
+    assert failed_or_not[0] == 0, failed_or_not
+    folder = imagefolder.scan(tmp_path / "val")
+    files = [folder.path(index) for index in range(len(folder))]
+    assert len(files) == 12
+    for file in (imagenet.MODEL,):
+        weights = out / file
+        prepare, classes = models.preprocessing(weights), models.categories(weights)
+        assert (prepare, classes) == (Preprocessing(70, 64), ("cat", "dog"))
+        model = rf.resnet18(weights=weights).eval()
+        validation = imagefolder.ValImages(folder, prepare)
+        with torch.no_grad():
+            scores = model(torch.stack([prepare(path) for path in files]))
+            pixels = torch.stack([validation[index][0] for index in range(len(folder))])
+            assert torch.equal(model(imagefolder.normalize(pixels, prepare)), scores)
+        right = int((scores.argmax(1) == torch.from_numpy(folder.targets)).sum())
+        assert metrics.read(out / imagenet.METRICS)[-1]["val_accuracy"] == right / len(files)
+        code, said, err = command("classify", tmp_path / "val", "--weights", weights, "--json")
+        assert code == 0, err
+        answer = json.loads(said)
+        assert answer["arch"] == "resnet18"  # the file says it
+        assert [each["path"] for each in answer["images"]] == [str(path) for path in files]
+        for each, row in zip(answer["images"], scores.softmax(1), strict=True):
+            assert each["predictions"][0]["label"] == classes[int(row.argmax())]
+            assert each["predictions"][0]["probability"] == pytest.approx(float(row.max()), rel=1e-4)
+    # What is given wins over what the file says.
+    code, said, _ = command("classify", files[0], "--weights", out / imagenet.MODEL, "--image-size", "48", "--json")
+    with torch.no_grad():
+        row = model(Preprocessing(52, 48)(files[0])[None]).softmax(1)[0]
+    assert json.loads(said)["images"][0]["predictions"][0]["probability"] == pytest.approx(float(row.max()), rel=1e-4)
+    failed(command("classify", files[0], "-a", "resnet50", "-w", out / imagenet.MODEL), "does not fit resnet50")
+
+
+# --- damaged images
+
+
+@pytest.fixture
+def damaged(data: Path, tmp_path: Path) -> Path:
+    """As ``data``, with one damaged training image, whose header is whole, and one damaged validation image."""
+    copied = tmp_path / "damaged"
+    shutil.copytree(data, copied)
+    path = copied / "train" / "dog" / "2.png"
+    path.write_bytes(path.read_bytes()[:2000])
+    (copied / "val" / "cat" / "1.png").write_bytes(b"")
+    return copied
+
+
+def test_the_next_image_stands_in_for_a_damaged_one(data: Path, damaged: Path) -> None:
+    good, bad = (imagefolder.TrainImages(imagefolder.scan(each / "train"), SMALL, seed=3) for each in (data, damaged))
+    index = good.folder.files.tolist().index(b"dog/2.png")
+    for position in range(len(good)):
+        if position != index:
+            assert torch.equal(good[position][0], bad[position][0]) and good[position][1:] == bad[position][1:]
+    pixels, target, standing_in = bad[index]
+    assert (target, standing_in) == (int(good.folder.targets[index + 1]), 1)
+    assert torch.equal(pixels, bad[index][0]) and not torch.equal(pixels, good[index][0])
+    counts = [
+        sum(int(batch[2].sum()) for rank in range(world_size)
+            for batch in imagefolder.train_loader(bad, 0, batch=1, rank=rank, world_size=world_size, workers=workers))
+        for world_size, workers in ((1, 0), (1, 2), (2, 0))
+    ]  # fmt: skip
+    assert counts == [1, 1, 1]
+    last = len(good) - 1
+    for each in range(last):
+        bad.folder.path(each).write_bytes(b"")
+    assert bad[0][1:] == (int(good.folder.targets[last]), 1)
+    bad.folder.path(last).unlink()
+    with pytest.raises(models.ImageError, match=r"owl/4\.png: no such file"):  # not damaged: perhaps a disk is gone
+        bad[0]
+
+
+def test_damaged_images_are_skipped_and_counted_or_stop_the_run(damaged: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    usual = ("--data", damaged, "--image-size", "32", "--batch-size", "8", "--workers", "0", "--epochs", "1")
+    failed(
+        run(*usual, "--out", out, "--on-error", "stop"), "val/cat/1.png: not an image", "--on-error skip would go on"
+    )
+    assert not list(out.iterdir())  # nothing was trained
+    code, said, err = run(*usual, "--out", out)
+    assert code == 0 and err == "", err
+    assert f"1 of 7 validation images are damaged and skipped, such as {damaged / 'val' / 'cat' / '1.png'}" in said
+    assert "1 damaged training images skipped, 1 damaged validation images left out" in said
+    row = metrics.read(out / imagenet.METRICS)[0]
+    assert (row["skipped_images"], row["val_images"]) == (1, 6)
+    shutil.copy(damaged / "val" / "cat" / "0.png", damaged / "val" / "cat" / "1.png")
+    failed(
+        run(*usual, "--out", tmp_path / "stop", "--on-error", "stop"), "train/dog/2.png: damaged or unreadable image"
+    )
+    (damaged / "train" / "cat" / "9.png").symlink_to("nowhere")
+    failed(run(*usual, "--out", tmp_path / "gone"), "train/cat/9.png: no such file")
+    assert not list((tmp_path / "gone").iterdir())
+
+
+def test_an_epoch_is_kept_if_validation_fails(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def vanished(*arguments: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    made = options(data, tmp_path, epochs=1, ema_decay=0.0)
+    with monkeypatch.context() as context:
+        context.setattr(imagenet, "evaluate", vanished)
+        with pytest.raises(OSError, match="Input/output"):
+            imagenet.train(made, ONE)
+    kept = checkpoint.load(tmp_path / imagenet.CHECKPOINT)
+    assert (kept.state["epoch"], kept.state["step"]) == (0, 4)
+    with monkeypatch.context() as context:
+        context.setattr(imagenet, "take_step", None)  # no step is left
+        lines: list[str] = []
+        ended = imagenet.train(replace(made, resume=True), ONE, say=lines.append)
+    assert "resumed in epoch 1 after 4 of its steps" in lines[0] and lines[1].startswith("epoch 1/1: ")
+    assert all(torch.equal(kept.model[name], tensor) for name, tensor in ended.model.state_dict().items())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(data: Path, tmp_path: Path) -> None:
+    training = built(data)
+    path = tmp_path / imagenet.CHECKPOINT
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # stands for a full disk
+    try:
+        with pytest.raises(OSError, match=r"checkpoint\.safetensors: cannot be written: File too large"):
+            imagenet.save(training, path)
+        assert not list(tmp_path.iterdir())
+        path.write_bytes(b"before")
+        with pytest.raises(OSError, match=r"checkpoint\.safetensors: cannot be written: File too large"):
+            imagenet.save(training, path)
+        table = metrics.Metrics(tmp_path / "metrics.csv", ["x" * 30_000])
+        with pytest.raises(OSError, match=r"metrics\.csv: cannot be written: File too large"):
+            table.append(1, **{"x" * 30_000: 0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == b"before" and [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_reading_process_that_is_killed_is_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imagefolder, "crop_box", lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
+    usual = ("--data", data, "--out", tmp_path / "out", "--image-size", "32", "--batch-size", "4", "--epochs", "1")
+    failed(run(*usual, "--workers", "1"), "a process that reads images died", "fewer --workers", "--resume")
+
+
+def test_a_batch_that_batchnorm_cannot_train_on_is_refused_before_the_start(data: Path, tmp_path: Path) -> None:
+    usual = ("--data", data, "--out", tmp_path / "out", "--batch-size", "1", "--workers", "0")
+    failed(run(*usual, "--image-size", "32"), "batch_size is 1 and image_size 32", "--batch-size 2 or --image-size 33")
+    imagenet.take_step(
+        built(data, batch_size=1, image_size=33), [(batch_of(1)[0].new_zeros(1, 33, 33, 3), batch_of(1)[1])]
+    )
+    two = replace(ONE, world_size=2)
+    with pytest.raises(ValueError, match="batch_size is 1"):
+        imagenet.build(options(data, data, batch_size=1), two, imagefolder.scan(data / "train"))
+    imagenet.build(options(data, data, batch_size=1, sync_bn=True), two, imagefolder.scan(data / "train"))
+
+
+# --- other images, other starts
+
+
+def begun(made: imagenet.Options, epoch: int, step: int) -> Path:
+    """Writes the checkpoint of a run that is so far, untrained."""
+    train, val = (imagefolder.scan(made.data / part) for part in ("train", "val"))
+    training = imagenet.build(made, ONE, train)
+    training.names["val"] = imagefolder.pack_names(val)
+    training.epoch, training.step = epoch, step
+    made.out.mkdir()
+    imagenet.save(training, made.out / imagenet.CHECKPOINT)
+    return made.out / imagenet.CHECKPOINT
+
+
+def test_resuming_says_which_images_changed(data: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(data, own)
+    made = options(own, tmp_path / "out", epochs=2, ema_decay=0.0, warmup_epochs=0)
+    path = begun(made, 0, 4)
+    (own / "train" / "dog" / "2.png").unlink()
+    for number in range(5):
+        shutil.copy(own / "train" / "cat" / "0.png", own / "train" / "cat" / f"new{number}.png")
+    (own / "val" / "owl" / "0.png").unlink()
+    changed = (
+        rf"1 of 16 images were removed from {own}/train \('dog/2\.png'\) and 5 images were added to {own}/train "
+        r"\('cat/new0\.png', 'cat/new1\.png', 'cat/new2\.png' and 2 more\)"
+    )
+    resumed = replace(made, resume=True)
+    with pytest.raises(ValueError, match=rf"since it was made, {changed}\. --allow-changes goes on"):
+        imagenet.train(resumed, ONE)
+    lines: list[str] = []
+    ended = imagenet.train(replace(resumed, allow_changes=True), ONE, say=lines.append)
+    assert re.match(f"since the checkpoint, {changed}.*not the one that was begun, bit for bit", lines[0])
+    assert lines[1].startswith("since the checkpoint, 1 of 7 images were removed") and "earlier epochs" in lines[1]
+    assert "resumed in epoch 1 after 4 of its steps" in lines[2]
+    # Five steps an epoch in place of four: the cosine is where it belongs, and ends with the last step.
+    rates = [row["lr"] for row in metrics.read(made.out / imagenet.METRICS)]
+    assert rates == pytest.approx([0.01, 0.0], abs=1e-15) and ended.steps_per_epoch == 5
+    before = checkpoint.load(path)
+    tensors = before.tensors | {"names.train": torch.zeros(3, dtype=torch.uint8)}
+    checkpoint.save(path, **{**vars(before), "tensors": tensors})
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors: damaged, or written by another version"):
+        imagenet.train(resumed, ONE)
+
+
+def test_resuming_takes_network_and_sizes_from_the_checkpoint(data: Path, tmp_path: Path) -> None:
+    made = options(data, tmp_path / "out", epochs=1, resize_size=40, ema_decay=0.0)
+    path = begun(made, 1, 0)
+    assert checkpoint.read_about(path) == {
+        "arch": "resnet18", "classes": json.dumps(CLASSES), **Preprocessing(40, 32).to_metadata(),
+    }  # fmt: skip
+    resumed = replace(made, resume=True, arch=None, image_size=None, resize_size=None)
+    with pytest.raises(ValueError, match=r"made with resize_size 40, not 37"):
+        imagenet.train(replace(resumed, image_size=32, resize_size=37), ONE)
+    again = imagenet.train(resumed, ONE)
+    assert (again.options.model, again.options.preprocessing) == ("resnet18", Preprocessing(40, 32))
+
+
+@pytest.mark.parametrize("kind", ["other classes", "other names", "the same classes", "names unknown"])
+def test_weights_to_start_from(data: Path, tmp_path: Path, kind: str) -> None:
+    expected = Preprocessing(50, 40, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), "bicubic")
+    names = {"other classes": "abcd", "other names": "abc", "the same classes": CLASSES, "names unknown": "abc"}[kind]
+    torch.manual_seed(1)
+    theirs = models.resnet18(num_classes=len(names)).state_dict()
+    about = {"arch": "resnet18", "classes": json.dumps(list(names)), **expected.to_metadata()}
+    if kind == "names unknown":
+        del about["classes"]
+    path = checkpoint.write_model(tmp_path / "theirs.safetensors", theirs, about)
+    start = options(data, tmp_path / "out", weights=str(path), arch=None, image_size=None, epochs=1, ema_decay=0.0)
+    folder = imagefolder.scan(data / "train")
+    training = imagenet.build(imagenet._described(start, None, ONE), ONE, folder)
+    assert (training.options.model, training.options.preprocessing) == ("resnet18", expected)
+    own = training.model.state_dict()
+    assert all(torch.equal(theirs[name], own[name]) for name in own if not name.startswith("fc."))
+    kept = kind in ("the same classes", "names unknown")
+    assert torch.equal(theirs["fc.weight"], own["fc.weight"]) is kept and own["fc.weight"].shape == (3, 512)
+    said = "kept" if kept else f"of {len(names)} classes replaced by a new one of 3"
+    assert training.started == f"starting from {path}, its classifier {said}"
+    given = imagenet.build(imagenet._described(replace(start, image_size=80), None, ONE), ONE, folder)
+    assert given.options.preprocessing == replace(expected, resize_size=100, crop_size=80)
+    if kind == "other classes":
+        lines: list[str] = []
+        imagenet.train(start, ONE, say=lines.append)
+        assert lines[0].endswith(training.started)
+        assert models.preprocessing(start.out / imagenet.MODEL) == expected
+        assert models.categories(start.out / imagenet.MODEL) == CLASSES
+
+
+def test_wrong_weights_to_start_from(data: Path, tmp_path: Path) -> None:
+    state = models.resnet18(num_classes=3).state_dict()
+    checkpoint.write_model(tmp_path / "caffe.safetensors", state, {"arch": "resnet18", "stride_in_1x1": "true"})
+    checkpoint.write_model(tmp_path / "small.safetensors", state, {"arch": "residual_network"})
+    usual = ("--data", data, "--out", tmp_path / "out", "--image-size", "32", "--batch-size", "4")
+    for arguments, mention in (
+        (("-w", tmp_path / "absent.pth"), "absent.pth: no such weights file"),
+        (("-w", "IMAGENET9K"), "unknown weights 'IMAGENET9K'"),
+        (("-a", "resnet50", "-w", tmp_path / "caffe.safetensors"), "stride_in_1x1"),
+        (("-a", "resnet34", "-w", tmp_path / "small.safetensors"), "does not fit resnet34"),
+        (("-w", tmp_path / "caffe.safetensors", "--zero-init-residual"), "give one of the two"),
+    ):
+        failed(run(*usual, *arguments), mention)
+    failed(
+        command("train", "imagenet", *usual, "-w", tmp_path / "small.safetensors"), "'residual_network', which is none"
+    )
 
 
 # --- many processes

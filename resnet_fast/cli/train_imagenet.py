@@ -14,7 +14,6 @@ import typer
 from rich.markup import escape
 
 from resnet_fast.cli.common import (
-    Arch,
     Threads,
     UserError,
     as_user_errors,
@@ -22,6 +21,7 @@ from resnet_fast.cli.common import (
     if_stopped,
     one_line,
     out_console,
+    printable,
     progress_bar,
     set_threads,
     training_stopped,
@@ -44,6 +44,13 @@ class TrainDevice(str, enum.Enum):
     cpu = "cpu"
 
 
+class OnError(str, enum.Enum):
+    """What to do about an image whose content cannot be read."""
+
+    skip = "skip"
+    stop = "stop"
+
+
 def _silent(what: str, fraction: float) -> None:
     pass
 
@@ -60,14 +67,22 @@ def imagenet(
         ),
     ],
     image_size: Annotated[
-        int, typer.Option("--image-size", min=32, help="Height and width of the images.", rich_help_panel=DATA)
-    ] = 224,
+        int | None,
+        typer.Option(
+            "--image-size",
+            min=32,
+            max=4096,
+            help="Height and width of the images; by default the weights' own, or 224.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     resize_size: Annotated[
         int | None,
         typer.Option(
             "--resize-size",
             min=1,
-            help="Shorter side in validation before cropping; by default 8/7 of --image-size.",
+            max=4096,
+            help="Shorter side in validation before cropping; by default in the weights' proportion, or 8/7.",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -77,7 +92,29 @@ def imagenet(
     workers: Annotated[
         int, typer.Option("--workers", min=0, help="Reading processes for each training process.", rich_help_panel=DATA)
     ] = 4,
-    arch: Arch = "resnet50",
+    on_error: Annotated[
+        OnError,
+        typer.Option(
+            "--on-error",
+            help="skip: leave damaged images out and count them; stop: end at the first.",
+            rich_help_panel=DATA,
+        ),
+    ] = OnError.skip,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            "--arch", "-a", metavar="NAME", help="One of the ten ResNets; by default that of the weights, or resnet50."
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            "-w",
+            metavar="NAME|PATH",
+            help="Start from published weights, or a file; a classifier of other classes is replaced.",
+        ),
+    ] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs in all.", rich_help_panel=RECIPE)] = 90,
     batch_size: Annotated[
         int,
@@ -161,6 +198,10 @@ def imagenet(
         bool,
         typer.Option("--resume", help="Continue from the checkpoint in --out if there is one.", rich_help_panel=FILES),
     ] = False,
+    allow_changes: Annotated[
+        bool,
+        typer.Option("--allow-changes", help="Also if images were added or removed since.", rich_help_panel=FILES),
+    ] = False,
 ) -> None:
     """Train one of the ten ResNets on images in folders, as ImageNet's or your own.
 
@@ -169,23 +210,25 @@ def imagenet(
 
     In --out: checkpoint.safetensors and metrics.csv after every epoch, model.safetensors and a plot in the end.
     """
-    check_arch(arch)
+    if arch is not None:
+        check_arch(arch)
     set_threads(threads)
 
     import torch
 
+    from resnet_fast.models import ImageError
     from resnet_fast.training import distributed, imagenet
-    from resnet_fast.training.imagefolder import ImageError, reason
+    from resnet_fast.training.imagefolder import reason
 
     with as_user_errors(ValueError):
         options = imagenet.Options(
-            data=data, out=out, arch=arch, epochs=epochs, batch_size=batch_size, accumulate=accumulate, lr=lr,
-            momentum=momentum, weight_decay=weight_decay, label_smoothing=label_smoothing,
+            data=data, out=out, arch=arch, weights=weights, epochs=epochs, batch_size=batch_size,
+            accumulate=accumulate, lr=lr, momentum=momentum, weight_decay=weight_decay, label_smoothing=label_smoothing,
             warmup_epochs=min(5.0, epochs / 10) if warmup_epochs is None else warmup_epochs,
             clip_norm=clip_norm, ema_decay=ema_decay, precision=precision.value, compile=compile_it,
             memory_efficient=memory_efficient, sync_bn=sync_bn, zero_init_residual=zero_init_residual,
             image_size=image_size, resize_size=resize_size, min_scale=min_scale, workers=workers, seed=seed,
-            checkpoint_every=checkpoint_every, resume=resume,
+            on_error=on_error.value, checkpoint_every=checkpoint_every, resume=resume, allow_changes=allow_changes,
         )  # fmt: skip
     console = out_console()
     with as_user_errors(OSError):
@@ -198,18 +241,26 @@ def imagenet(
                 with progress_bar() if first else contextlib.nullcontext(_silent) as show:
                     imagenet.train(
                         options, processes, progress=show,
-                        say=lambda line: console.print(escape(line), soft_wrap=True),
+                        say=lambda line: console.print(escape(printable(line)), soft_wrap=True),
                     )  # fmt: skip
-        except distributed.AgreedError as error:
+        except (distributed.AgreedError, imagenet.Diverged) as error:
             if not first:  # process 0 says it
                 raise typer.Exit(1) from error
             raise UserError(one_line(error)) from error
         except ImageError as error:
             raise UserError(reason(error)) from error
-        except (ValueError, imagenet.Diverged) as error:
+        except ValueError as error:
             raise UserError(one_line(error)) from error
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the GPU's memory is too small for --batch-size {batch_size}; a smaller one with --accumulate, or "
                 "--memory-efficient, would fit"
+            ) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a process that reads images died ({one_line(error, 200)}), perhaps because memory or /dev/shm is "
+                f"full; fewer --workers need less, 0 reads without such processes. --resume continues from the last "
+                "checkpoint"
             ) from error

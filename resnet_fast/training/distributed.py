@@ -74,6 +74,8 @@ def start(device: str = "auto") -> Iterator[Processes]:
     rank, world_size, local_rank, local_world_size = numbers
     if kind == "cuda":
         seen = torch.cuda.device_count()
+        if not seen:
+            raise ValueError("device is cuda, and torch sees no CUDA GPU here; use cpu")
         if local_rank >= seen:
             raise ValueError(
                 f"process {local_rank} of {local_world_size} on this machine has no GPU, torch sees {seen}; start "

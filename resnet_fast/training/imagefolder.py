@@ -1,16 +1,17 @@
 """Images in folders named after their class, as training and validation data: scanning, cropping, flipping, sharding.
 
-It needs Pillow and numpy, no torchvision. What it gives are uint8 pixels; ``normalize`` turns batches of them into what
-a model takes, on the model's device. The layout is that of ImageNet and of torchvision's ImageFolder:
-``DIR/train/<class>/*.jpg`` and ``DIR/val/<class>/*.jpg``.
+It needs Pillow and numpy, no torchvision; images are read by ``resnet_fast.models``. What it gives are uint8 pixels;
+``normalize`` turns batches of them into what a model takes, on the model's device. The layout is that of ImageNet and
+of torchvision's ImageFolder: ``DIR/train/<class>/*.jpg`` and ``DIR/val/<class>/*.jpg``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
-import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,39 +22,47 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
+from resnet_fast.models.images import (
+    ImageError,
+    UnopenedImageError,
+    check_image,
+    find_images,
+    is_folder,
+    read_image,
+)
 from resnet_fast.models.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
-    "SUFFIXES",
-    "ImageError",
+    "ON_ERROR",
     "ImageFolder",
     "TrainImages",
     "ValImages",
     "crop_box",
     "normalize",
-    "read_image",
+    "pack_names",
     "reason",
     "scan",
+    "some",
     "train_loader",
+    "unpack_names",
+    "unreadable",
     "val_loader",
 ]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-"""Files that end otherwise are no images; upper case counts too."""
+ON_ERROR = ("skip", "stop")
+"""What to do about an image whose content cannot be read."""
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-MAX_PIXELS = 150_000_000
-"""Larger images are refused before they are decoded: a small file can unfold to gigabytes."""
+MAX_NAMES_BYTES = 2**30
+"""Longer lists of names are refused. That of ImageNet has 40 MB."""
+
+_WORTH_WORKERS = 1000
+"""Fewer images are checked sooner than processes have started."""
 
 _CROP_ATTEMPTS = 10
 _ASPECT = (3 / 4, 4 / 3)
-
-
-class ImageError(ValueError):
-    """An image file that cannot be read; the message is one line and begins with its path."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,28 @@ class ImageFolder:
         return text.hexdigest()[:16]
 
 
+def pack_names(folder: ImageFolder) -> Tensor:
+    """The files' names, compressed, for a checkpoint: uint8 [n]."""
+    packed = zlib.compress(b"\0".join(folder.files.tolist()), 1)
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+
+def unpack_names(packed: Tensor) -> set[bytes]:
+    """What `pack_names` packed.
+
+    Raises:
+        ValueError: if it is nothing of that kind, or longer than MAX_NAMES_BYTES.
+    """
+    stream = zlib.decompressobj()
+    try:
+        names = stream.decompress(packed.numpy().tobytes(), MAX_NAMES_BYTES)
+    except zlib.error as error:
+        raise ValueError(f"no list of names ({error})") from None
+    if not stream.eof:
+        raise ValueError("no list of names, or one that is too long")
+    return set(names.split(b"\0"))
+
+
 def scan(root: Path, classes: Sequence[str] | None = None) -> ImageFolder:
     """Finds the images of every class, sorted by name; classes in deeper folders belong to the topmost one.
 
@@ -95,15 +126,16 @@ def scan(root: Path, classes: Sequence[str] | None = None) -> ImageFolder:
     Raises:
         ValueError: a folder is missing or empty, there are fewer than two classes, or not those of ``classes``.
     """
-    layout = f"expected {root}/<class>/ with images ({', '.join(SUFFIXES)})"
+    layout = f"expected {root}/<class>/ with images (.jpg, .png, .webp and what else Pillow reads)"
     if not root.is_dir():
         raise ValueError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; {layout}")
-    found = tuple(sorted(each.name for each in os.scandir(root) if each.is_dir() and not each.name.startswith(".")))
+    with os.scandir(root) as inside:
+        found = tuple(sorted(each.name for each in inside if not each.name.startswith(".") and is_folder(each)))
     if not found:
         raise ValueError(f"{root}: has no folders; {layout}")
     if classes is not None and found != tuple(classes):
         missing, extra = sorted({*classes} - {*found}), sorted({*found} - {*classes})
-        parts = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("also has", extra)) if names]
+        parts = [f"{what} {some(names)}" for what, names in (("lacks", missing), ("also has", extra)) if names]
         raise ValueError(
             f"{root}: {' and '.join(parts)}; its classes must be the {len(classes)} of the training images"
         )
@@ -112,61 +144,27 @@ def scan(root: Path, classes: Sequence[str] | None = None) -> ImageFolder:
     files: list[bytes] = []
     targets: list[int] = []
     for target, name in enumerate(found):
-        inside = sorted(_images(root, name))
-        if not inside:
+        try:
+            images = sorted(os.fsencode(path[len(os.path.join(root, "")) :]) for path in find_images(root / name))
+        except OSError as error:
+            raise ValueError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+        if not images:
             raise ValueError(f"{root / name}: has no images; {layout}")
-        files += inside
-        targets += [target] * len(inside)
+        files += images
+        targets += [target] * len(images)
     return ImageFolder(root, found, np.array(files, dtype=np.bytes_), np.array(targets, dtype=np.int64))
 
 
-def _images(root: Path, name: str) -> Iterator[bytes]:
-    for folder, inner, names in os.walk(root / name, followlinks=True):
-        inner[:] = [each for each in inner if not each.startswith(".")]
-        for each in names:
-            if each.lower().endswith(SUFFIXES) and not each.startswith("."):
-                yield os.fsencode(os.path.relpath(os.path.join(folder, each), root))
-
-
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first three of them, and how many more there are."""
     shown = ", ".join(repr(name) for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def read_image(path: Path) -> Image:
-    """The image in ``path`` in RGB, 8 bits a channel. As torchvision's ImageFolder it is not turned by its EXIF tag.
-
-    Raises:
-        ImageError: for anything but a whole image of at most ``MAX_PIXELS`` pixels in one of ``FORMATS``.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about damaged EXIF tags and palettes; Pillow's own limit only warns
-            with Image.open(path, formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise ImageError(f"{path}: refused: {width} x {height} pixels, the limit is {MAX_PIXELS:,} pixels")
-                if image.mode.startswith(("I", "F")):
-                    raise ImageError(
-                        f"{path}: has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits"
-                    )
-                return image.convert("RGB")
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        raise ImageError(f"{path}: not an image ({', '.join(FORMATS)})") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError) as error:
-        raise ImageError(f"{path}: damaged or unreadable image: {' '.join(str(error).split())}") from None
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: refused: {error}") from None
 
 
 def reason(error: ImageError) -> str:
     """The one line of an ImageError: a DataLoader's worker wraps it in its traceback, whose last line it then is."""
     last = (str(error).strip().splitlines() or [""])[-1]
-    return last.partition(f"{ImageError.__name__}: ")[2] or last
+    return last.partition(f"{type(error).__name__}: ")[2] or last
 
 
 def crop_box(
@@ -193,48 +191,120 @@ def crop_box(
     return left, top, left + w, top + h
 
 
-class TrainImages(Dataset[tuple[Tensor, int]]):
-    """Randomly cropped and flipped images, uint8 [image_size, image_size, 3], with their targets.
+class TrainImages(Dataset[tuple[Tensor, int, int]]):
+    """Randomly cropped and flipped images, uint8 [crop_size, crop_size, 3], with their targets.
 
     What is drawn for an image depends on ``seed``, ``epoch`` and its index alone, not on who reads it or when.
     Set ``epoch`` before iterating over a loader.
+
+    The third value is 1 if the image is damaged and, with ``on_error`` "skip", the next one that is not stands in for
+    it, cropped as was drawn for the damaged one; otherwise 0.
     """
 
-    def __init__(self, folder: ImageFolder, *, image_size: int = 224, min_scale: float = 0.08, seed: int = 0) -> None:
+    def __init__(
+        self,
+        folder: ImageFolder,
+        preprocessing: Preprocessing,
+        *,
+        min_scale: float = 0.08,
+        seed: int = 0,
+        on_error: str = "skip",
+    ) -> None:
         self.folder = folder
-        self.image_size = image_size
+        self.preprocessing = preprocessing
         self.min_scale = min_scale
         self.seed = seed
+        self.on_error = on_error
         self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.folder)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         from PIL import Image
 
         random = np.random.default_rng((self.seed, self.epoch, index))
-        image = read_image(self.folder.path(index))
+        image, used = self._read(index)
         image = image.crop(crop_box(*image.size, random, min_scale=self.min_scale))
-        image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
+        size, resampling = self.preprocessing.crop_size, self.preprocessing.interpolation.upper()
+        image = image.resize((size, size), Image.Resampling[resampling])
         if random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return _pixels(image), int(self.folder.targets[index])
+        return _pixels(image), int(self.folder.targets[used]), int(used != index)
+
+    def _read(self, index: int) -> tuple[Image, int]:
+        """The image ``index``, or the next one that can be read, and which it is."""
+        first: ImageError | None = None
+        for used in itertools.chain(range(index, len(self)), range(index)):
+            try:
+                return read_image(self.folder.path(used)), used
+            except UnopenedImageError:
+                raise
+            except ImageError as error:
+                if self.on_error == "stop":
+                    raise
+                first = first or error
+        assert first is not None
+        raise first
 
 
 class ValImages(Dataset[tuple[Tensor, int]]):
-    """Resized and centre-cropped images, uint8 [crop_size, crop_size, 3], with their targets."""
+    """Resized and centre-cropped images, uint8 [crop_size, crop_size, 3], with their targets.
 
-    def __init__(self, folder: ImageFolder, preprocessing: Preprocessing) -> None:
+    With ``on_error`` "skip" a damaged image is black, and its target -1.
+    """
+
+    def __init__(self, folder: ImageFolder, preprocessing: Preprocessing, *, on_error: str = "skip") -> None:
         self.folder = folder
         self.preprocessing = preprocessing
+        self.on_error = on_error
 
     def __len__(self) -> int:
         return len(self.folder)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.preprocessing.crop(read_image(self.folder.path(index)))
+        try:
+            image = self.preprocessing.crop(read_image(self.folder.path(index)))
+        except UnopenedImageError:
+            raise
+        except ImageError:
+            if self.on_error == "stop":
+                raise
+            return torch.zeros(self.preprocessing.crop_size, self.preprocessing.crop_size, 3, dtype=torch.uint8), -1
         return _pixels(image), int(self.folder.targets[index])
+
+
+class _Checked(Dataset[int]):
+    """The index of an image that cannot be read, -1 for the others."""
+
+    def __init__(self, folder: ImageFolder, whole: bool) -> None:
+        self.folder = folder
+        self.whole = whole
+
+    def __getitem__(self, index: int) -> int:
+        try:
+            (read_image if self.whole else check_image)(self.folder.path(index))
+        except ImageError:
+            return index
+        return -1
+
+
+def unreadable(
+    folder: ImageFolder, *, whole: bool, share: Sequence[int], workers: int = 0
+) -> Iterator[tuple[int, list[ImageError]]]:
+    """Reads the images of ``share``, whole or their headers alone. Gives how many are done, and what is wrong."""
+    workers = workers if len(share) >= _WORTH_WORKERS else 0
+    loader = DataLoader(_Checked(folder, whole), batch_size=64, sampler=share, num_workers=workers)
+    done = 0
+    for found in loader:
+        errors: list[ImageError] = []
+        for index in found[found >= 0].tolist():
+            try:
+                (read_image if whole else check_image)(folder.path(index))
+            except ImageError as error:
+                errors.append(error)
+        done += len(found)
+        yield done, errors
 
 
 def _pixels(image: Image) -> Tensor:

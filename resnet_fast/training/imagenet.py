@@ -11,10 +11,12 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resnet_fast import models
 from resnet_fast.benchmarking.plot import PlotError
-from resnet_fast.models.preprocessing import Preprocessing
+from resnet_fast.models import weights as registry
+from resnet_fast.models.checkpoint import WeightsError, read_with_metadata
+from resnet_fast.models.images import ImageError, UnopenedImageError
+from resnet_fast.models.preprocessing import MAX_SIZE, Preprocessing
 from resnet_fast.training import checkpoint, distributed, imagefolder
 from resnet_fast.training.distributed import Processes
 from resnet_fast.training.imagefolder import ImageFolder
@@ -67,7 +72,7 @@ Progress = Callable[[str, float], None]
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a finite number. The last checkpoint on disk is from before that."""
+    """The loss is no longer a finite number, in every process. A checkpoint on disk is from before that."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,9 @@ class Options:
 
     Args:
         data: folder with ``train/<class>/`` and ``val/<class>/``. out: folder for everything that is written.
-        arch: one of the ten ResNets.
+        arch: one of the ten ResNets; None is that of the checkpoint that is resumed, of ``weights``, or resnet50.
+        weights: what to start from, a name of published weights or a file; None draws parameters from the seed. The
+            classifier is kept if it is of as many classes, and of the same where the file names them.
         epochs: how often every training image is seen.
         batch_size: images in one forward of one process.
         accumulate: forwards whose gradients make one step. A step sees ``batch_size * accumulate * processes`` images.
@@ -89,11 +96,18 @@ class Options:
         compile: torch.compile the training step's forward and backward.
         memory_efficient: the models' keyword of that name: less is kept for the backward.
         sync_bn: BatchNorm's statistics are those of all processes together.
-        resize_size: pixels of the shorter side in validation, before ``image_size`` is cut out; None: 8/7 of it.
+        image_size: height and width; None is that of the checkpoint, of ``weights``, or 224.
+        resize_size: pixels of the shorter side in validation, before ``image_size`` is cut out; None: in the
+            proportion of ``expected``, usually 8/7.
+        expected: what the checkpoint or ``weights`` expect; mean, std and interpolation are taken from it. ``train``
+            fills it in.
         min_scale: the least part of an image that a training crop shows.
         workers: processes that read images, for each training process.
+        on_error: "skip" lets the next image stand in for a damaged one, "stop" ends the run. A file that the system
+            does not give ends it in any case.
         checkpoint_every: steps between checkpoints; there is also one after every epoch.
         resume: continue from the checkpoint in ``out`` if there is one.
+        allow_changes: also if images were added or removed since.
 
     Raises:
         ValueError: an option that is out of range.
@@ -101,7 +115,8 @@ class Options:
 
     data: Path
     out: Path
-    arch: str = "resnet50"
+    arch: str | None = None
+    weights: str | None = None
     epochs: int = 90
     batch_size: int = 128
     accumulate: int = 1
@@ -117,16 +132,19 @@ class Options:
     memory_efficient: bool = False
     sync_bn: bool = False
     zero_init_residual: bool = False
-    image_size: int = 224
+    image_size: int | None = None
     resize_size: int | None = None
     min_scale: float = 0.08
     workers: int = 4
+    on_error: str = "skip"
     seed: int = 0
     checkpoint_every: int = 500
     resume: bool = False
+    allow_changes: bool = False
+    expected: Preprocessing = field(default_factory=Preprocessing)
 
     def __post_init__(self) -> None:
-        if self.arch not in models.list_models():
+        if self.arch is not None and self.arch not in models.list_models():
             raise ValueError(f"arch is {self.arch!r}, it must be one of {', '.join(models.list_models())}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision is {self.precision!r}, it must be one of {', '.join(PRECISIONS)}")
@@ -134,9 +152,13 @@ class Options:
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         _require(self, "workers", self.workers >= 0, "0 or more")
         _require(self, "seed", self.seed >= 0, "0 or more")
-        _require(self, "image_size", self.image_size >= 32, "at least 32")
+        if self.image_size is not None:
+            _require(self, "image_size", 32 <= self.image_size <= MAX_SIZE, f"from 32 to {MAX_SIZE}")
         if self.resize_size is not None:
-            _require(self, "resize_size", self.resize_size >= 1, "at least 1")
+            _require(self, "resize_size", 1 <= self.resize_size <= MAX_SIZE, f"from 1 to {MAX_SIZE}")
+        _require(self, "on_error", self.on_error in imagefolder.ON_ERROR, " or ".join(imagefolder.ON_ERROR))
+        if self.weights is not None and self.zero_init_residual:
+            raise ValueError("zero_init_residual sets parameters that weights replace; give one of the two")
         if self.lr is not None:
             _require(self, "lr", 0 < self.lr < math.inf, "a positive number")
         if self.clip_norm is not None:
@@ -151,9 +173,13 @@ class Options:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What validation does to an image, and the mean and standard deviation for both."""
-        resize = round(self.image_size * 256 / 224) if self.resize_size is None else self.resize_size
-        return Preprocessing(resize_size=resize, crop_size=self.image_size)
+        """What validation does to an image; training shares size, mean, standard deviation and interpolation."""
+        return self.expected.for_size(self.image_size, self.resize_size)
+
+    @property
+    def model(self) -> str:
+        """The name of the network."""
+        return self.arch or "resnet50"
 
     def images_per_step(self, processes: Processes) -> int:
         return self.batch_size * self.accumulate * processes.world_size
@@ -175,8 +201,11 @@ class Training:
     Args:
         model: the network itself. forward: it, or what DistributedDataParallel and torch.compile made of it.
         epoch, step: the next epoch, from 0, and how many of its steps are done.
-        sums: [3] float64, of this process in this epoch: loss times images, images classified right, images.
+        sums: [4] float64, of this process in this epoch: loss times images, images classified right, images, and how
+            many of these stood in for a damaged one.
         settings: what must be the same for another process to continue this run.
+        names: of the images, packed, by the folder.
+        started: how the parameters began, in words, if not from the seed.
     """
 
     options: Options
@@ -192,6 +221,8 @@ class Training:
     criterion: nn.CrossEntropyLoss
     sums: Tensor
     settings: dict[str, Any]
+    names: dict[str, Tensor]
+    started: str = ""
     epoch: int = 0
     step: int = 0
 
@@ -229,10 +260,11 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, *, warmup_steps: int, steps:
 
 
 def build(options: Options, processes: Processes, folder: ImageFolder) -> Training:
-    """A run at its beginning: the network with parameters drawn from the seed, and everything around it.
+    """A run at its beginning: the network with parameters from the seed or from weights, and everything around it.
 
     Raises:
-        ValueError: the training images are fewer than one step takes.
+        ValueError: the training images are fewer than one step takes, a step is too small for BatchNorm, or the
+            weights cannot be had or do not fit.
     """
     per_step = options.images_per_step(processes)
     steps_per_epoch = len(folder) // processes.world_size // options.batch_size // options.accumulate
@@ -241,11 +273,18 @@ def build(options: Options, processes: Processes, folder: ImageFolder) -> Traini
             f"{folder.root}: has {len(folder)} images, one step takes {per_step} (batch_size {options.batch_size} x "
             f"accumulate {options.accumulate} x {processes.world_size} processes); a smaller batch_size would do"
         )
+    size = options.preprocessing.crop_size
+    if options.batch_size == 1 and size <= 32 and not (options.sync_bn and processes.world_size > 1):
+        raise ValueError(
+            f"batch_size is 1 and image_size {size}: the last stage has one pixel of one image, of which BatchNorm can "
+            "take no variance; --batch-size 2 or --image-size 33 would do"
+        )
     torch.manual_seed(options.seed)
     extra = {"memory_efficient": True} if options.memory_efficient else {}
     model: nn.Module = models.get_model(
-        options.arch, num_classes=len(folder.classes), zero_init_residual=options.zero_init_residual, **extra
+        options.model, num_classes=len(folder.classes), zero_init_residual=options.zero_init_residual, **extra
     )
+    started = "" if options.weights is None else _load_weights(model, options, folder.classes)
     model = model.to(processes.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = None
     if options.ema_decay:
@@ -276,21 +315,48 @@ def build(options: Options, processes: Processes, folder: ImageFolder) -> Traini
         scheduler=warmup_cosine(optimizer, warmup_steps=warmup_steps, steps=options.epochs * steps_per_epoch),
         scaler=torch.amp.GradScaler(processes.device.type, enabled=options.precision == "float16"),
         criterion=nn.CrossEntropyLoss(label_smoothing=options.label_smoothing),
-        sums=torch.zeros(3, dtype=torch.float64, device=processes.device),
+        sums=torch.zeros(4, dtype=torch.float64, device=processes.device),
         settings=_settings(options, processes, folder),
+        names={"train": imagefolder.pack_names(folder)} if processes.first else {},
+        started=started,
     )
+
+
+def _load_weights(model: nn.Module, options: Options, classes: Sequence[str]) -> str:
+    """Copies ``options.weights`` into ``model``, without the classifier if it is of other classes; says what it did."""
+    try:
+        source = registry.resolve(options.model, options.weights)
+        named = registry.named_classes(read_with_metadata(source)[1]) if isinstance(source, Path) else None
+        pretrained = models.get_model(options.model, weights=source)
+    except (WeightsError, OSError, TypeError) as error:
+        raise ValueError(str(error)) from error
+    state = pretrained.state_dict()
+    theirs = pretrained.fc.out_features
+    kept = theirs == len(classes) and (named is None or named == tuple(classes))
+    if not kept:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    model.load_state_dict(state, strict=kept)
+    what = "kept" if kept else f"of {theirs} classes replaced by a new one of {len(classes)}"
+    return f"starting from {source}, its classifier {what}"
 
 
 def _settings(options: Options, processes: Processes, folder: ImageFolder) -> dict[str, Any]:
     """What decides the numbers of a run, by the name that a user knows."""
     same = (
-        "arch", "epochs", "batch_size", "accumulate", "momentum", "weight_decay", "label_smoothing", "warmup_epochs",
-        "clip_norm", "ema_decay", "precision", "sync_bn", "image_size", "min_scale", "seed",
+        "epochs", "batch_size", "accumulate", "momentum", "weight_decay", "label_smoothing", "warmup_epochs",
+        "clip_norm", "ema_decay", "precision", "sync_bn", "min_scale", "seed",
     )  # fmt: skip
     found = {name: getattr(options, name) for name in same}
+    size = {"image_size": options.preprocessing.crop_size, "resize_size": options.preprocessing.resize_size}
     lr = options.learning_rate(processes)
-    data = {"classes": len(folder.classes), "images": len(folder), "image names": folder.digest()}
-    return found | {"lr": lr, "processes": processes.world_size} | data
+    network = {"arch": options.model, "classes": list(folder.classes)}
+    return network | found | size | {"lr": lr, "processes": processes.world_size}
+
+
+def _about(training: Training) -> dict[str, str]:
+    """What files say of the model in them; everything that reads weights obeys it."""
+    names = {"arch": training.options.model, "classes": json.dumps(training.settings["classes"])}
+    return names | training.options.preprocessing.to_metadata()
 
 
 def _autocast(options: Options, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -318,7 +384,9 @@ def take_step(training: Training, batches: Iterable[tuple[Tensor, Tensor]]) -> T
         loss = loss.detach()
         count = len(wanted)
         right = (scores.detach().argmax(1) == wanted).sum()
-        training.sums += torch.stack([loss.double() * count, right.double(), torch.full_like(right, count).double()])
+        training.sums[:3] += torch.stack(
+            [loss.double() * count, right.double(), torch.full_like(right, count).double()]
+        )
     if options.clip_norm is not None:
         training.scaler.unscale_(training.optimizer)
         torch.nn.utils.clip_grad_norm_(training.model.parameters(), options.clip_norm)
@@ -335,7 +403,10 @@ def take_step(training: Training, batches: Iterable[tuple[Tensor, Tensor]]) -> T
 def evaluate(
     model: nn.Module, images: imagefolder.ValImages, options: Options, processes: Processes, progress: Progress
 ) -> Evaluation:
-    """The model in eval mode on all images, each counted once whatever the number of processes.
+    """The model in eval mode on all images that can be read, each counted once whatever the number of processes.
+
+    Raises:
+        ValueError: none can be read.
 
     Without label smoothing. With fewer than five classes "top 5" means all of them.
     """
@@ -350,6 +421,11 @@ def evaluate(
     model.eval()
     with torch.no_grad():
         for number, (pixels, targets) in enumerate(loader, 1):
+            progress("validation", number / len(loader))
+            if not bool((targets >= 0).all()):
+                pixels, targets = pixels[targets >= 0], targets[targets >= 0]
+            if not len(targets):
+                continue
             x = imagefolder.normalize(pixels.to(device, non_blocking=True), images.preprocessing)
             wanted = targets.to(device, non_blocking=True)
             with _autocast(options, device):
@@ -358,10 +434,11 @@ def evaluate(
             loss += nn.functional.cross_entropy(scores, wanted, reduction="none").double().sum()
             hits = scores.topk(min(5, scores.shape[1])).indices == wanted[:, None]
             counts += torch.stack([hits[:, 0].sum(), hits.sum(), torch.full_like(counts[0], len(wanted))])
-            progress("validation", number / len(loader))
     model.train(before)
     counts, loss = distributed.total(counts, processes), distributed.total(loss, processes)
     top1, top5, seen = (int(count) for count in counts)
+    if not seen:
+        raise ValueError(f"{images.folder.root}: none of its {len(images)} images can be read")
     return Evaluation(float(loss) / seen, top1 / seen, top5 / seen, seen)
 
 
@@ -370,10 +447,16 @@ def save(training: Training, path: Path) -> None:
 
     Raises:
         Diverged: a loss since the beginning of the epoch was infinite or NaN. Nothing is written then.
+        OSError: it cannot be written; what was there before is whole.
     """
     processes = training.processes
     sums = distributed.gather(training.sums, processes)
-    _require_finite(sums, training.epoch)
+    if not bool(torch.isfinite(sums).all()):
+        before = f"{path} is from before that" if path.exists() else "there is no checkpoint from before that"
+        raise Diverged(
+            f"the loss is not finite in epoch {training.epoch + 1}; {before}. A lower learning rate, a longer warm-up "
+            "or clipping the gradient helps"
+        )
     tensors = {"sums": sums, "rng.cpu": distributed.gather(torch.get_rng_state(), processes)}
     if processes.device.type == "cuda":
         tensors["rng.cuda"] = distributed.gather(torch.cuda.get_rng_state(processes.device), processes)
@@ -381,6 +464,7 @@ def save(training: Training, path: Path) -> None:
         return
     if training.ema is not None:
         tensors |= {f"ema.{name}": tensor for name, tensor in training.ema.state_dict().items()}
+    tensors |= {f"names.{part}": packed for part, packed in training.names.items()}
     state = {
         "settings": training.settings,
         "epoch": training.epoch,
@@ -389,23 +473,23 @@ def save(training: Training, path: Path) -> None:
         "scaler": training.scaler.state_dict(),
     }
     checkpoint.save(
-        path, model=training.model.state_dict(), optimizer=training.optimizer.state_dict(), state=state, tensors=tensors
-    )
+        path, model=training.model.state_dict(), optimizer=training.optimizer.state_dict(), state=state,
+        tensors=tensors, about=_about(training),
+    )  # fmt: skip
 
 
-def _require_finite(sums: Tensor, epoch: int) -> None:
-    if not bool(torch.isfinite(sums).all()):
-        raise Diverged(
-            f"the loss is not finite in epoch {epoch + 1}; the last checkpoint is from before that. A lower learning "
-            "rate, a longer warm-up or clipping the gradient helps"
-        )
-
-
-def restore(training: Training, path: Path) -> None:
+def restore(training: Training, path: Path, folders: Mapping[str, ImageFolder]) -> list[str]:
     """Continues where the checkpoint was written. Process 0 reads it for all; all must call this.
 
+    Args:
+        folders: the images there are now, by the part, "train" and "val".
+
+    Returns:
+        what is no longer as it was, in words.
+
     Raises:
-        ValueError: it is of a run with other settings, no checkpoint of such a run, or damaged.
+        ValueError: it is of a run with other settings, no checkpoint of such a run, or damaged; or training images
+            were added or removed, and the options do not allow it.
     """
     processes = training.processes
     found: Any = None
@@ -413,13 +497,47 @@ def restore(training: Training, path: Path) -> None:
         if processes.first:
             loaded = checkpoint.load(path)
             _check_settings(path, loaded.state, training.settings)
-            found = (loaded.model, loaded.optimizer, loaded.state, loaded.tensors)
-    found = distributed.from_first(found, processes)
+            packed = {part: loaded.tensors.pop(f"names.{part}", torch.empty(0)) for part in folders}
+            changes = {part: _changes(packed[part], folder, path) for part, folder in folders.items()}
+            if changes["train"] and not training.options.allow_changes:
+                raise ValueError(
+                    f"{path}: since it was made, {changes['train']}. --allow-changes goes on with the images that "
+                    "there are now; another folder for --out starts anew"
+                )
+            found = (loaded.model, loaded.optimizer, loaded.state, loaded.tensors, changes)
+    *parts, changes = distributed.from_first(found, processes)
     try:
-        _adopt(training, *found)
+        _adopt(training, *parts, other_images=bool(changes["train"]))
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{path}: damaged, it does not fit its own settings ({text[:200]})") from error
+    said = []
+    if changes["train"]:
+        said.append(
+            f"since the checkpoint, {changes['train']}. Order and steps of what is left are drawn anew, for the images "
+            "that there are now, so the run is not the one that was begun, bit for bit"
+        )
+    if changes["val"]:
+        said.append(f"since the checkpoint, {changes['val']}. Figures of earlier epochs are of other images")
+    return said
+
+
+def _changes(packed: Tensor, folder: ImageFolder, path: Path) -> str:
+    """Which images were added or removed, in words; nothing if none was."""
+    try:
+        before = imagefolder.unpack_names(packed)
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, or written by another version of resnet_fast: {error}") from error
+    now = set(folder.files.tolist())
+    parts = [
+        f"{len(names):,} {what} {folder.root} ({imagefolder.some([os.fsdecode(name) for name in sorted(names)])})"
+        for names, what in (
+            (before - now, f"of {len(before):,} images were removed from"),
+            (now - before, "images were added to"),
+        )
+        if names
+    ]
+    return " and ".join(parts)
 
 
 def _adopt(
@@ -428,17 +546,29 @@ def _adopt(
     optimizer: dict[str, Any],
     state: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
+    *,
+    other_images: bool,
 ) -> None:
     processes = training.processes
     training.model.load_state_dict(model)
+    training.epoch, training.step = int(state["epoch"]), min(int(state["step"]), training.steps_per_epoch)
+    if other_images:  # an epoch may have another number of steps: the schedule is taken to where the run is
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch expects a step of the optimizer before each
+            for _ in range(training.epoch * training.steps_per_epoch + training.step):
+                training.scheduler.step()
+    rates = [group["lr"] for group in training.optimizer.param_groups]
     training.optimizer.load_state_dict(optimizer)
     for parameter, buffers in training.optimizer.state.items():
         for name, value in buffers.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 buffers[name] = torch.empty_like(parameter).copy_(value)  # in the parameter's memory format
-    training.scheduler.load_state_dict(dict(state["scheduler"]))
+    if other_images:
+        for group, rate in zip(training.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+    else:
+        training.scheduler.load_state_dict(dict(state["scheduler"]))
     training.scaler.load_state_dict(dict(state["scaler"]))
-    training.epoch, training.step = int(state["epoch"]), int(state["step"])
     training.sums.copy_(tensors["sums"][processes.rank])
     if training.ema is not None:
         averaged = {name[4:]: tensor for name, tensor in tensors.items() if name.startswith("ema.")}
@@ -453,10 +583,48 @@ def _check_settings(path: Path, state: Mapping[str, Any], own: Mapping[str, Any]
     theirs = state.get("settings")
     if not isinstance(theirs, Mapping) or not {"epoch", "step", "scheduler", "scaler"} <= state.keys():
         raise ValueError(f"{path}: not a checkpoint of train imagenet; give another out folder to start anew")
-    differing = [name for name in own if theirs.get(name) != own[name]]
+    if absent := own.keys() - theirs.keys():
+        raise ValueError(f"{path}: written by another version of resnet_fast, it lacks {', '.join(sorted(absent))}")
+    differing = [name for name in own if theirs[name] != own[name]]
     if differing:
-        parts = "; ".join(f"{name} {theirs.get(name)}, not {own[name]}" for name in differing)
+        shown = {name: [_shown(settings[name]) for settings in (theirs, own)] for name in differing}
+        parts = "; ".join(f"{name} {before}, not {now}" for name, (before, now) in shown.items())
         raise ValueError(f"{path}: made with {parts}. Resume with the same settings, or start anew in another folder")
+
+
+def _shown(setting: Any) -> str:
+    return imagefolder.some(setting) if isinstance(setting, list) else str(setting)
+
+
+def _described(options: Options, resumed: Path | None, processes: Processes) -> Options:
+    """With the network and the preprocessing that the checkpoint, or else the weights, say they are for.
+
+    What is given in the options stays. Process 0 needs the checkpoint, each machine the weights.
+    """
+    found: tuple[str | None, Preprocessing] | None = None
+    with distributed.agreed(processes):
+        try:
+            if resumed is not None and processes.first:
+                metadata = checkpoint.read_about(resumed)
+                found = registry.arch_of(resumed, metadata), registry.preprocessing_of(resumed, metadata)
+            elif resumed is None and options.weights is not None and processes.local_rank == 0:
+                found = _of_weights(options.weights, options.arch)
+        except (WeightsError, OSError, TypeError) as error:
+            raise ValueError(str(error)) from error
+    found = distributed.from_first(found, processes)
+    return options if found is None else replace(options, arch=options.arch or found[0], expected=found[1])
+
+
+def _of_weights(weights: str, arch: str | None) -> tuple[str | None, Preprocessing]:
+    """The network that weights are of, if they say it, and the preprocessing; published ones are downloaded."""
+    arch = arch or registry.model_of(weights.partition(".")[0])
+    source = registry.resolve(arch or "resnet50", weights)
+    if isinstance(source, Enum):
+        registry.download(registry.url(source))
+        return arch, registry.preprocessing(source)
+    assert source is not None
+    metadata = read_with_metadata(source)[1]
+    return arch or registry.arch_of(source, metadata), registry.preprocessing_of(source, metadata)
 
 
 def train(
@@ -476,9 +644,10 @@ def train(
         the run at its end.
 
     Raises:
-        ValueError: data, options or checkpoint are wrong; in every process.
+        ValueError: data, options, weights or checkpoint are wrong; in every process.
         ImageError: an image cannot be read; in the process that tried.
-        Diverged: the loss is not finite.
+        Diverged: the loss is not finite; in every process.
+        OSError: a file cannot be written; in process 0.
     """
     if not processes.first:
         progress, say = (lambda what, fraction: None), (lambda line: None)
@@ -493,11 +662,16 @@ def train(
     with distributed.agreed(processes):
         if seen != first:
             raise ValueError(f"{options.data}: other images than process 0 has; all must see the same")
-        training = build(options, processes, train_folder)
-    _settle(training)
     resumed = distributed.from_first(options.resume and path.is_file(), processes)
+    options = _described(options, path if resumed else None, processes)
+    with distributed.agreed(processes):
+        training = build(replace(options, weights=None) if resumed else options, processes, train_folder)
+    if processes.first:
+        training.names["val"] = imagefolder.pack_names(val_folder)
+    _settle(training)
     if resumed:
-        restore(training, path)
+        for line in restore(training, path, {"train": train_folder, "val": val_folder}):
+            say(line)
     table = None
     with distributed.agreed(processes):
         if processes.first:
@@ -507,23 +681,58 @@ def train(
         # Where the scaler leaves out a step, the schedule still goes on, which torch would remark upon.
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     images = imagefolder.TrainImages(
-        train_folder, image_size=options.image_size, min_scale=options.min_scale, seed=options.seed
+        train_folder, options.preprocessing, min_scale=options.min_scale, seed=options.seed, on_error=options.on_error
     )
-    val_images = imagefolder.ValImages(val_folder, options.preprocessing)
+    val_images = imagefolder.ValImages(val_folder, options.preprocessing, on_error=options.on_error)
+    if not resumed:
+        # Validation images whole, which takes as long as reading them once; of the others the headers.
+        _check_images(training, train_folder, "training", whole=False, progress=progress, say=say)
+        _check_images(training, val_folder, "validation", whole=True, progress=progress, say=say)
     while training.epoch < options.epochs:
         speed = _train_epoch(training, images, path, progress)
+        save(training, path)  # validation may fail, and has cost nothing then
         row = _row(training, val_images, speed, progress)
         training.epoch, training.step = training.epoch + 1, 0
         training.sums.zero_()
         if table is not None:  # before the checkpoint: a row that no checkpoint knows is dropped when the run resumes
             table.append(training.epoch, **row)
         save(training, path)
-        say(_closing(training.epoch, options.epochs, row))
+        say(_closing(training.epoch, options.epochs, row, len(val_folder)))
     if table is not None:
-        _write_models(training, train_folder.classes)
+        _write_models(training)
         _draw(table, say)
         say(f"written: {options.out / MODEL}" + ("" if training.ema is None else f" and {EMA_MODEL}"))
     return training
+
+
+def _check_images(
+    training: Training, folder: ImageFolder, what: str, *, whole: bool, progress: Progress, say: Callable[[str], None]
+) -> None:
+    """Finds images that cannot be read before an epoch is trained for them.
+
+    Raises:
+        ValueError: in every process, for one that the system does not give, a damaged one that is not to be skipped,
+            or if all are damaged.
+    """
+    options, processes = training.options, training.processes
+    share = range(processes.rank, len(folder), processes.world_size)
+    damaged: list[ImageError] = []
+    with distributed.agreed(processes):
+        for done, errors in imagefolder.unreadable(folder, whole=whole, share=share, workers=options.workers):
+            for error in errors:
+                if isinstance(error, UnopenedImageError):
+                    raise error
+                if options.on_error == "stop":
+                    raise ImageError(f"{error}; --on-error skip would go on without it")
+            damaged += errors
+            progress(f"checking {what} images", done / len(share))
+    count = int(distributed.total(torch.tensor(len(damaged), device=processes.device), processes))
+    shown = f", such as {damaged[0]}" if damaged else ""
+    with distributed.agreed(processes):
+        if count == len(folder):
+            raise ValueError(f"{folder.root}: none of its {count:,} images can be read{shown}")
+    if count:
+        say(f"{count:,} of {len(folder):,} {what} images are damaged and skipped{shown}")
 
 
 def _train_epoch(training: Training, images: imagefolder.TrainImages, path: Path, progress: Progress) -> float:
@@ -535,7 +744,7 @@ def _train_epoch(training: Training, images: imagefolder.TrainImages, path: Path
         world_size=processes.world_size, workers=options.workers, pin_memory=processes.device.type == "cuda",
     )  # fmt: skip
     training.model.train()
-    batches: Iterator[tuple[Tensor, Tensor]] = iter(loader)
+    batches = _counted(training, loader)
     what = f"epoch {training.epoch + 1}/{options.epochs}"
     started = time.perf_counter()
     while training.step < training.steps_per_epoch:
@@ -550,16 +759,23 @@ def _train_epoch(training: Training, images: imagefolder.TrainImages, path: Path
     return done / (time.perf_counter() - started)
 
 
+def _counted(training: Training, loader: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of images and targets; those that stand in for damaged ones are counted."""
+    for images, targets, standing_in in loader:
+        if count := int(standing_in.sum()):
+            training.sums[3] += count
+        yield images, targets
+
+
 def _row(training: Training, images: imagefolder.ValImages, speed: float, progress: Progress) -> dict[str, float]:
     """What is known of an epoch at its end; all processes get the same numbers, apart from the speed."""
     options, processes = training.options, training.processes
-    sums = distributed.total(training.sums, processes)
-    _require_finite(sums, training.epoch)
-    loss, right, count = sums.tolist()
+    loss, right, count, skipped = distributed.total(training.sums, processes).tolist()
     row = {
         "lr": training.scheduler.get_last_lr()[0],
         "train_loss": loss / count,
         "train_accuracy": right / count,
+        "skipped_images": int(skipped),
     }
     contestants = [("val", training.model)]
     if training.ema is not None:
@@ -568,6 +784,7 @@ def _row(training: Training, images: imagefolder.ValImages, speed: float, progre
         distributed.broadcast_buffers(model, processes)
         result = evaluate(model, images, options, processes, progress)
         row |= {f"{name}_loss": result.loss, f"{name}_accuracy": result.top1, f"{name}_top5_accuracy": result.top5}
+        row["val_images"] = result.images
     return row | {"images_per_second": speed}
 
 
@@ -582,7 +799,8 @@ def _settle(training: Training) -> None:
     options, device = training.options, training.processes.device
     before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
     training.model.train()
-    x = torch.zeros(options.batch_size, 3, options.image_size, options.image_size, device=device)
+    size = options.preprocessing.crop_size
+    x = torch.zeros(options.batch_size, 3, size, size, device=device)
     with _autocast(options, device):
         scores = training.forward(x.contiguous(memory_format=torch.channels_last))
     scores.sum().backward()
@@ -593,7 +811,7 @@ def _settle(training: Training) -> None:
 def _columns(options: Options) -> list[str]:
     names = ["val", "ema"] if options.ema_decay else ["val"]
     measured = [f"{name}_{kind}" for name in names for kind in ("loss", "accuracy", "top5_accuracy")]
-    return ["lr", "train_loss", "train_accuracy", *measured, "images_per_second"]
+    return ["lr", "train_loss", "train_accuracy", "skipped_images", *measured, "val_images", "images_per_second"]
 
 
 def _check_output(options: Options) -> None:
@@ -609,20 +827,25 @@ def _opening(training: Training, train_folder: ImageFolder, val_folder: ImageFol
         return f"nothing left to train: {options.out / CHECKPOINT} has all {options.epochs} epochs"
     where = f"{processes.world_size} process{'es' if processes.world_size > 1 else ''} on {processes.device.type}"
     line = (
-        f"{options.arch}, {options.precision}, {len(train_folder.classes)} classes, {len(train_folder):,} training and "
-        f"{len(val_folder):,} validation images, {where}, {options.images_per_step(processes)} images a step, "
+        f"{options.model}, {options.precision}, {len(train_folder.classes)} classes, {len(train_folder):,} training "
+        f"and {len(val_folder):,} validation images, {where}, {options.images_per_step(processes)} images a step, "
         f"{training.steps_per_epoch:,} steps an epoch, learning rate {options.learning_rate(processes):.4g}"
     )
     if resumed:
         return f"{line}; resumed in epoch {training.epoch + 1} after {training.step:,} of its steps"
-    return f"{line}; {f'no checkpoint in {options.out} yet, ' if options.resume else ''}starting anew"
+    none_yet = f"no checkpoint in {options.out} yet, " if options.resume else ""
+    return f"{line}; {none_yet}{training.started or 'starting anew'}"
 
 
-def _closing(epoch: int, epochs: int, row: Mapping[str, float]) -> str:
-    ema = f", EMA top-1 {row['ema_accuracy']:.2%}" if "ema_accuracy" in row else ""
+def _closing(epoch: int, epochs: int, row: Mapping[str, float], val_images: int) -> str:
+    more = f", EMA top-1 {row['ema_accuracy']:.2%}" if "ema_accuracy" in row else ""
+    if row["skipped_images"]:
+        more += f", {row['skipped_images']:,} damaged training images skipped"
+    if row["val_images"] < val_images:
+        more += f", {val_images - row['val_images']:,} damaged validation images left out"
     return (
         f"epoch {epoch}/{epochs}: train loss {row['train_loss']:.4f} top-1 {row['train_accuracy']:.2%}, val loss "
-        f"{row['val_loss']:.4f} top-1 {row['val_accuracy']:.2%} top-5 {row['val_top5_accuracy']:.2%}{ema}, "
+        f"{row['val_loss']:.4f} top-1 {row['val_accuracy']:.2%} top-5 {row['val_top5_accuracy']:.2%}{more}, "
         f"{row['images_per_second']:.4g} images/s"
     )
 
@@ -639,11 +862,10 @@ def _draw(table: Metrics, say: Callable[[str], None]) -> None:
         say(f"plot: {path}")
 
 
-def _write_models(training: Training, classes: Sequence[str]) -> None:
-    """Parameters and statistics, and beside them the names of the classes, in the order of the outputs."""
+def _write_models(training: Training) -> None:
+    """Parameters and statistics, and what the model is."""
     models_by_file = {MODEL: training.model}
     if training.ema is not None:
         models_by_file[EMA_MODEL] = training.ema.module
     for name, model in models_by_file.items():
-        about = {"classes": json.dumps(list(classes)), "arch": training.options.arch}
-        checkpoint.write_model(training.options.out / name, model.state_dict(), about)
+        checkpoint.write_model(training.options.out / name, model.state_dict(), _about(training))
