@@ -336,4 +336,5 @@ def write_named(path: Path, write: Callable[[str], object]) -> Path:
         cause = os.strerror(int(told[1])) if told else getattr(error, "strerror", None)
         if cause is None:
             raise
-        raise OSError(f"{path}: cannot be written: {cause}") from error
+        there = "what was there before is whole" if path.exists() else "nothing is left of it"
+        raise OSError(f"{path}: cannot be written ({cause}); {there}") from error
