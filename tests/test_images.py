@@ -203,6 +203,10 @@ def test_what_is_no_file_is_told_from_what_is_damaged(tmp_path: Path) -> None:
         for read in (read_image, reader.check_image):
             with pytest.raises(reader.UnopenedImageError, match=message):
                 read(tmp_path / name)
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/new\nline\xff.png")
+    Path(odd).touch()
+    with pytest.raises(models.ImageError, match=r"/new\\nline\\udcff\.png: not an image that Pillow reads$"):
+        read_image(odd)
     noise(40, 40).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
     reader.check_image(tmp_path / "cut.png")  # the header is whole

@@ -164,7 +164,8 @@ def _opened(source: Source) -> Iterator[Image]:
     """The image with its header read and its size checked; whatever goes wrong with it becomes an ImageError."""
     from PIL import Image, UnidentifiedImageError
 
-    name = str(source) if isinstance(source, str | os.PathLike) else str(getattr(source, "name", "image"))
+    name = str(source if isinstance(source, str | os.PathLike) else getattr(source, "name", "image"))
+    name = name if name.isprintable() else repr(name)[1:-1]
     try:
         if isinstance(source, str | os.PathLike) and not stat.S_ISREG(os.stat(source).st_mode):
             kind = "directory" if os.path.isdir(source) else "device or pipe"
