@@ -509,7 +509,7 @@ def test_training_validation_classify_and_the_library_predict_the_same(tmp_path:
     folder = imagefolder.scan(tmp_path / "val")
     files = [folder.path(index) for index in range(len(folder))]
     assert len(files) == 12
-    for file in (imagenet.MODEL,):
+    for file in (imagenet.MODEL, imagenet.CHECKPOINT):
         weights = out / file
         prepare, classes = models.preprocessing(weights), models.categories(weights)
         assert (prepare, classes) == (Preprocessing(70, 64), ("cat", "dog"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from resnet_fast.models.checkpoint import TRAINING_FORMAT, one_line, open_safetensors, write_whole
 
-__all__ = ["MAX_BYTES", "Checkpoint", "check_folder", "load", "read_about", "save", "write_model", "write_named"]
+__all__ = ["MAX_BYTES", "Checkpoint", "check_folder", "load", "read_about", "save", "write_model"]
 
 MAX_BYTES = 16 * 2**30
 """Larger files are refused, in both directions. The largest of the ten ResNets with Adam and an average has 2 GB."""
@@ -322,19 +321,4 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
     from safetensors.torch import save_file
 
-    return write_named(path, lambda name: save_file(tensors, name, metadata=metadata))
-
-
-def write_named(path: Path, write: Callable[[str], object]) -> Path:
-    """`write_whole`, whose OSError names `path` and the cause, such as a full disk, whoever raised it."""
-    from safetensors import SafetensorError
-
-    try:
-        return write_whole(path, write)
-    except (OSError, SafetensorError) as error:
-        told = re.search(r"\(os error (\d+)\)", str(error))
-        cause = os.strerror(int(told[1])) if told else getattr(error, "strerror", None)
-        if cause is None:
-            raise
-        there = "what was there before is whole" if path.exists() else "nothing is left of it"
-        raise OSError(f"{path}: cannot be written ({cause}); {there}") from error
+    return write_whole(path, lambda name: save_file(tensors, name, metadata=metadata))

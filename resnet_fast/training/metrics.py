@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnet_fast.benchmarking import plot
-from resnet_fast.training import checkpoint
+from resnet_fast.models.checkpoint import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,7 +69,7 @@ class Metrics:
         writer.writerow(self.columns)
         writer.writerows([[repr(row[name]) for name in self.columns] for row in self.rows])
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_named(self.path, lambda name: Path(name).write_bytes(text.getvalue().encode()))
+        write_whole(self.path, lambda name: Path(name).write_bytes(text.getvalue().encode()))
 
 
 def read(path: str | os.PathLike[str]) -> list[Row]:
