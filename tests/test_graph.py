@@ -747,7 +747,8 @@ def test_large_batches_run_in_even_pieces(monkeypatch: pytest.MonkeyPatch, poiso
     x = torch.randn(7, 4, 6, 5)
     assert pieces(fused, x, monkeypatch, 3) == [2, 2, 3]
     assert_same(fused, model, x)
-    assert fused(x)["maps"][0].is_contiguous(memory_format=torch.channels_last)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert fused(x.contiguous(memory_format=layout))["maps"][0].is_contiguous(memory_format=layout)
     assert pieces(fused, x, monkeypatch, 7) == [7]
     assert pieces(fused, x[:1], monkeypatch, 1) == [1]
     assert pieces(fused, x, monkeypatch, 0) == [1] * 7

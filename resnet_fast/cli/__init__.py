@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 import warnings
+from types import TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -120,3 +121,10 @@ def _leave_signals_to_the_parent() -> None:
     """Ctrl-C reaches every process of a terminal. Processes that read images are ended by the one that started them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.excepthook = _report_unless_cut_off
+
+
+def _report_unless_cut_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python does, but for a connection that the parent leaves as it stops: multiprocessing's thread reports it."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)

@@ -99,7 +99,7 @@ def know_frozen(kind: type[nn.Module]) -> None:
 @_constant
 def _is_frozen(kind: type[nn.Module]) -> bool:
     theirs: Any = sys.modules.get("torchvision.ops.misc")
-    if kind is getattr(theirs, "FrozenBatchNorm2d", None):
+    if kind is getattr(theirs, "FrozenBatchNorm2d", None) and _known.get(kind) is None:  # or replaced at the last look
         know_frozen(kind)
     return kind in _frozen
 
@@ -107,7 +107,7 @@ def _is_frozen(kind: type[nn.Module]) -> bool:
 def is_frozen_batch_norm(module: nn.Module) -> bool:
     """Whether the module's class is `resnet_fast.nn.FrozenBatchNorm2d` or torchvision's."""
     kind = type(module)
-    return kind in _frozen or (kind.__module__ == "torchvision.ops.misc" and _is_frozen(kind))
+    return _is_frozen(kind) if kind.__module__ == "torchvision.ops.misc" else kind in _frozen
 
 
 @_constant
