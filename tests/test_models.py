@@ -291,8 +291,9 @@ def test_norm_layer(name: str, norm: Callable[[], Callable[..., nn.Module]]) -> 
         assert relative(results[0].detach(), results[1].detach()) <= 1e-5
     for result in results:
         result.square().sum().backward()
-    gradients = [model.layer2[0].conv2.weight.grad for model in (both.ours, both.theirs, exact)]
-    assert_obeys_error_rule(*gradients, "gradient")
+    ours, theirs, wanted = (model.layer2[0].conv2.weight.grad for model in (both.ours, both.theirs, exact))
+    # InstanceNorm over a few pixels: torch's own float32 gradient is 2 % off.
+    assert relative(ours, wanted) <= 2 * relative(theirs, wanted) + 1e-4
 
 
 @pytest.mark.parametrize(("name", "last"), [("resnet18", "bn2"), ("resnet50", "bn3")])
