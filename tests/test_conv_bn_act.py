@@ -335,6 +335,45 @@ class TestPackedWeightsFollowTheParameters:
             rf.ops.conv_bn_act(**a)
             assert len(packed) == 1
 
+    @pytest.mark.parametrize("height", [6, 9])
+    def test_an_edit_while_it_is_packed_and_back(self, monkeypatch: pytest.MonkeyPatch, height: int) -> None:
+        """As a thread does that swaps in averaged weights to evaluate them, and swaps them out again."""
+        a = self.fresh()
+        first = a["weight"].clone()
+        if height != 6:  # then the weight is known, and packed for another size
+            rf.ops.conv_bn_act(**a)
+        a["x"] = torch.randn(1, 8, height, 6)
+        with backends.use("reference"):
+            want = rf.ops.conv_bn_act(**a)
+        clone, weight = Tensor.clone, a["weight"]
+
+        def swapped(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+            if tensor is weight:
+                weight.data.mul_(2)
+            return clone(tensor, *args, **options)
+
+        monkeypatch.setattr(Tensor, "clone", swapped)
+        rf.ops.conv_bn_act(**a)
+        monkeypatch.undo()
+        weight.data.copy_(first)
+        for _ in range(2):
+            assert torch.allclose(rf.ops.conv_bn_act(**a), want, rtol=1e-5, atol=1e-5)
+
+    def test_a_bank_of_weights_is_bounded(self) -> None:
+        a, bank = self.fresh(), torch.randn(10_000)
+        for start in range(300):
+            a["weight"] = bank[start : start + 576].view(8, 8, 3, 3)
+            with backends.use("reference"):
+                want = rf.ops.conv_bn_act(**a)
+            assert torch.allclose(rf.ops.conv_bn_act(**a), want, rtol=1e-4, atol=1e-4)
+        assert len(_packing._cache[bank.untyped_storage()]) == 64
+
+    def test_checks_do_not_depend_on_what_came_before(self) -> None:
+        a = self.fresh()
+        rf.ops.conv_bn_act(**a)
+        with pytest.raises(TypeError, match=r"scale is torch\.float16"):
+            rf.ops.conv_bn_act(**{**a, "scale": a["scale"].half()})
+
     def test_two_views_of_one_storage(self) -> None:
         a, both = self.fresh(), torch.randn(2, 8, 8, 3, 3)
         for _ in range(2):
@@ -361,10 +400,10 @@ class TestPackedWeightsFollowTheParameters:
     def test_packed_copies_are_bounded_over_all_sizes(self, kernel: int, stride: int, groups: int) -> None:
         weight, ones, zeros = torch.randn(64, 64 // groups, kernel, kernel), torch.ones(64), torch.zeros(64)
         geometry = ([stride, stride], [kernel // 2] * 2, [1, 1], groups)
-        conv = _packing.packed_conv(weight, ones, zeros, torch.float32, *geometry)
+        conv, folded = _packing.packed_conv(weight, ones, zeros, torch.float32, *geometry)
         for i in range(400):
             x = torch.randn(1 + i % 3, 64, 1 + i % 34, 3 + i % 29).contiguous(memory_format=torch.channels_last)
-            conv.run(x, lambda: weight)
+            conv.run(x, folded)
         assert len(conv._by_layout) <= 2
         assert len(conv._by_shape) <= 256
         assert all(packed in [*map(id, conv._by_layout.values())] for packed in map(id, conv._by_shape.values()))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,8 +29,11 @@ _SHAPES_KEPT = 256
 #: Packed copies of a weight, each as large as it, give or take a few per cent. oneDNN wants up to three layouts for the
 #: sizes of images that a layer may meet, and the third is rare.
 _LAYOUTS_KEPT = 2
+#: Weights on one storage of which packed copies are kept: the parts of a bank of weights, say.
+_WEIGHTS_KEPT = 64
 
-_keeping = threading.Lock()
+#: Makes the plain folded weight, and says whether it belongs to the packed convolution, or was edited meanwhile.
+Folded = Callable[[], tuple[Tensor, bool]]
 
 
 def fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -75,32 +77,33 @@ class PackedConv:
         padded[:, c:] = 0
         return padded
 
-    def _weight(self, folded: Callable[[], Tensor]) -> Tensor:
-        return torch.nn.functional.pad(folded(), (0, 0, 0, 0, 0, 1)) if self._pads else folded()
-
-    def _packed(self, size: tuple[int, ...], folded: Callable[[], Tensor]) -> Tensor:
+    def _packed(self, size: tuple[int, ...], folded: Folded) -> Tensor:
         found = self._by_shape.get(size)
         if found is not None:
             return found
-        packed = onednn.pack_conv(
-            self._weight(folded), self.padding, self.stride, self.dilation, self.groups, list(size)
-        )
-        layout = onednn.layout(packed)
-        with _keeping:
-            packed = self._by_layout.setdefault(layout, packed)
-            if len(self._by_layout) > _LAYOUTS_KEPT:
-                oldest = self._by_layout.pop(next(iter(self._by_layout)))
-                for shape in [shape for shape, kept in self._by_shape.items() if kept is oldest]:
-                    del self._by_shape[shape]
-            if len(self._by_shape) >= _SHAPES_KEPT:
-                del self._by_shape[next(iter(self._by_shape))]
-            self._by_shape[size] = packed
+        weight, keep = folded()
+        if self._pads:
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, 1))
+        packed = onednn.pack_conv(weight, self.padding, self.stride, self.dilation, self.groups, list(size))
+        if not keep:
+            return packed
+        # New dictionaries, so that other threads may read the old ones meanwhile.
+        layouts = dict(self._by_layout)
+        packed = layouts.setdefault(onednn.layout(packed), packed)
+        if len(layouts) > _LAYOUTS_KEPT:
+            del layouts[next(iter(layouts))]
+        kept = {id(each) for each in layouts.values()}
+        shapes = {size: each for size, each in self._by_shape.items() if id(each) in kept}
+        if len(shapes) >= _SHAPES_KEPT:
+            del shapes[next(iter(shapes))]
+        shapes[size] = packed
+        self._by_layout, self._by_shape = layouts, shapes
         return packed
 
     def run(
         self,
         x: Tensor,
-        folded: Callable[[], Tensor],
+        folded: Folded,
         residual: Tensor | None = None,
         *,
         overwrite_residual: bool = False,
@@ -172,16 +175,28 @@ def packed_conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-) -> PackedConv:
-    """The packed form of weight, scale and shift for inputs of ``dtype``; cached while none of the three changes."""
+) -> tuple[PackedConv, Folded]:
+    """The packed form of weight, scale and shift for inputs of ``dtype``, and what its ``run`` needs to pack more.
+
+    Cached while none of the three changes. Whoever edits them while this runs gets one answer of the old values, the
+    new ones or both, but none later: what is packed was hashed.
+    """
     geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
     key = (weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, dtype, *geometry)
     entries = _cache.setdefault(weight.untyped_storage(), {})
     digest = _digest(weight, scale, shift)
     found = entries.get(key)
-    if found is not None and found[0] == digest:
-        return found[1]
-    bias = shift.to(dtype, copy=True)
-    conv = PackedConv(bias, weight.shape, list(stride), list(padding), list(dilation), groups)
-    entries[key] = (digest, conv)
-    return conv
+    if found is None or found[0] != digest:
+        own = shift.clone()
+        digest = _digest(weight, scale, own)
+        conv = PackedConv(own.to(dtype), weight.shape, list(stride), list(padding), list(dilation), groups)
+        entries.pop(key, None)
+        entries[key] = found = (digest, conv)
+        for old in list(entries)[:-_WEIGHTS_KEPT]:
+            entries.pop(old, None)
+
+    def folded() -> tuple[Tensor, bool]:
+        now = (weight.clone(), scale.clone())
+        return fold(*now, dtype), _digest(*now, shift) == digest
+
+    return found[1], folded

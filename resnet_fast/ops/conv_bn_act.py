@@ -228,7 +228,8 @@ def _cpu(
 ) -> Tensor:
     # The same shapes come again and again; what passed once need not be looked at a second time.
     seen = (
-        x.shape, x.dtype, weight.shape, weight.dtype, weight.device, scale.shape, scale.device, shift.shape,
+        x.shape, x.dtype, weight.shape, weight.dtype, weight.device, scale.shape, scale.dtype, scale.device,
+        shift.shape, shift.dtype, shift.device,
         residual is None or residual.shape, residual is None or residual.dtype,
         *stride, *padding, *dilation, groups, activation,
     )  # fmt: skip
@@ -247,10 +248,10 @@ def _cpu(
     if x.numel() and backends.runs("onednn", "cpu"):
         reason = _packing.unsupported(x.dtype, weight, groups)
         if not reason:
-            conv = _packing.packed_conv(weight, scale, shift, x.dtype, stride, padding, dilation, groups)
+            conv, folded = _packing.packed_conv(weight, scale, shift, x.dtype, stride, padding, dilation, groups)
             y = conv.run(
                 x,
-                lambda: _packing.fold(weight, scale, x.dtype),
+                folded,
                 residual,
                 activation=activation,
                 residual_after_activation=residual_after_activation,

@@ -86,8 +86,8 @@ class _PreparedConv:
     def _problem(self, x: Tensor, residual: Tensor | None) -> Any:
         raise NotImplementedError
 
-    def _folded(self) -> Tensor:
-        return _packing.fold(self.weight, self.scale, self.dtype)
+    def _folded(self) -> tuple[Tensor, bool]:
+        return _packing.fold(self.weight, self.scale, self.dtype), True
 
 
 class ConvBNAct(_PreparedConv):

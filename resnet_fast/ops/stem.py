@@ -238,14 +238,14 @@ def _cpu(
     if x.numel() and backends.runs("onednn", "cpu"):
         reason = _packing.unsupported(dtype, weight, 1)
         if not reason:
-            conv = _packing.packed_conv(weight, scale, shift, dtype, *_GEOMETRY)
+            conv, folded = _packing.packed_conv(weight, scale, shift, dtype, *_GEOMETRY)
             image = x if mean is None or std is None else normalise(x, mean, std, torch.float32)
-            return run_packed(conv, image, lambda: _packing.fold(weight, scale, dtype), ceil_mode)
+            return run_packed(conv, image, folded, ceil_mode)
         backends.fallback(NAME, f"{reason}; the plain torch reference runs instead")
     return reference(*arguments)
 
 
-def run_packed(conv: _packing.PackedConv, image: Tensor, folded: Callable[[], Tensor], ceil_mode: bool) -> Tensor:
+def run_packed(conv: _packing.PackedConv, image: Tensor, folded: _packing.Folded, ceil_mode: bool) -> Tensor:
     """The stem on oneDNN. ReLU and max commute (for NaN too), so ReLU runs on the four times smaller pooled tensor."""
     return result(_pool(conv.run(image, folded), ceil_mode).relu_())
 
