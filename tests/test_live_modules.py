@@ -1132,3 +1132,47 @@ print("well")
 def test_functions_replaced_before_the_import() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", _BEFORE_THE_IMPORT], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "well"), done.stderr[-500:]
+
+
+class _Flattens(nn.Module):
+    """As old code does, on what is NCHW in torchvision's networks."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert torch.isfinite(x.view(x.size(0), -1)).all()
+        return self.inner(x)
+
+
+class _First(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:1]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m, "maxpool", _Flattens(m.maxpool)),
+        lambda m: m.maxpool.register_forward_pre_hook(lambda _, args: (args[0].view(args[0].shape),)),
+        lambda m: setattr(m.layer1[0], "downsample", nn.AdaptiveAvgPool2d(1)),
+        lambda m: setattr(m.layer1[0], "downsample", nn.AdaptiveAvgPool2d((None, 1))),
+        lambda m: setattr(m.layer1[0], "downsample", _First()),
+        lambda m: setattr(m.layer2[0], "downsample", nn.Sequential(m.layer2[0].downsample, nn.AdaptiveMaxPool2d(1))),
+    ],
+    ids=["pool", "pool's hook", "mean", "column means", "one image's", "projected maximum"],
+)
+def test_what_torch_adds_and_pools(change: Callable[[nn.Module], Any], lean: bool, training: bool) -> None:
+    """A pool of somebody's that flattens, and shortcuts that torch's addition broadcasts."""
+    ours, theirs = rf.resnet18(memory_efficient=lean), torchvision.models.resnet18()
+    randomise(theirs)
+    for model in (ours, theirs):
+        change(model)
+    ours.load_state_dict(theirs.state_dict())
+    exact = copy.deepcopy(theirs).double()
+    x = torch.randn(2, 3, 64, 96)
+    found = [model.train(training)(x.to(model.fc.weight.dtype)).detach() for model in (ours, theirs, exact)]
+    assert_obeys_error_rule(*found)

@@ -71,7 +71,7 @@ class FrozenBatchNorm2d(nn.Module):
         if reason:
             advice = "call its eval() and requires_grad_(False) instead"
             raise ValueError(f"FrozenBatchNorm2d: {name} cannot be frozen: {reason}; {advice}")
-        frozen = cls(bn.num_features, bn.eps)
+        frozen = cls(len(bn.running_mean), bn.eps)
         with torch.no_grad():
             for name in ("weight", "bias", "running_mean", "running_var"):
                 value = getattr(bn, name)

@@ -18,6 +18,7 @@ from ..ops._common import (
     Geometry,
     as_pair,
     conv_geometry,
+    conv_output_size,
     looks_channels_last,
     nchw,
     spoils_memory,
@@ -198,7 +199,7 @@ def conv_bn_act(
         x: [N, C, H, W]. residual: as the output, or None.
         conv, bn, act: the layers, called as they are wherever fusing could be noticed.
     """
-    if not must_be_plain(x, residual) and _fusable(conv, bn, act):
+    if not must_be_plain(x, residual) and _fusable(conv, bn, act) and _fits(x, conv, residual):
         if _batch_statistics(bn):
             return _normalise(*_convolved(x, conv, bn), act, residual)
         scale, shift = scale_and_shift(conv, bn)
@@ -209,6 +210,16 @@ def conv_bn_act(
     if residual is not None:
         out += residual
     return out if act is None else act(out)
+
+
+def _fits(x: Tensor, conv: Any, residual: Tensor | None) -> bool:
+    """Whether an op can add the residual: torch's addition broadcasts and casts as well."""
+    if residual is None:
+        return True
+    weight, _, *geometry, _ = _conv(conv)
+    size = conv_output_size(x.shape[2:], weight.shape[2:], *geometry)
+    same_dtype = residual.dtype is x.dtype or torch.is_autocast_enabled(x.device.type)
+    return same_dtype and residual.shape == (x.shape[0], weight.shape[0], *size)
 
 
 def _convolve(x: Tensor, conv: Any) -> Tensor:
@@ -265,9 +276,9 @@ def last(
 
     lean: keep x for the backward instead of the convolution's output, which the backward computes again.
     """
-    if not lean or not ordinary(residual) or not _is_lean(x, conv, bn, act):
-        return conv_bn_act(_finished(x), conv, bn, act, residual)
     source, before = x if isinstance(x, Normalised) else (x, None)
+    if not lean or not ordinary(residual) or not _is_lean(x, conv, bn, act) or not _fits(source, conv, residual):
+        return conv_bn_act(_finished(x), conv, bn, act, residual)
     with torch.no_grad():
         y, norm = _convolved(source, conv, bn, before)
     activation = "none" if act is None else "relu"
@@ -349,7 +360,9 @@ def stem(x: Tensor, conv: Any, bn: nn.Module, act: nn.Module, pool: nn.Module, l
         and as_pair(pool.padding) == ((0, 0) if ceil_mode else (1, 1))
         and not pool.return_indices
     )
-    if not usual_pool or must_be_plain(x) or not untouched(pool):
+    if type(pool) is not nn.MaxPool2d or not untouched(pool):  # it may tell memory formats apart
+        return pool(laid_out(conv_bn_act(x, conv, bn, act), x, conv))
+    if not usual_pool or must_be_plain(x):
         return pool(conv_bn_act(x, conv, bn, act))
     if lean and _is_lean(x, conv, bn, act):
         return recompute.norm_act_pool(*_convolved(x, conv, bn), ceil_mode)
