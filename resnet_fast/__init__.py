@@ -70,3 +70,6 @@ else:
             return importlib.import_module(f".{name}", __name__)
         home = {"Info": "._info", "info": "._info", "optimize": ".graph"}.get(name, ".models")
         return getattr(importlib.import_module(home, __name__), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

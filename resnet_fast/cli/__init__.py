@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from resnet_fast.cli import bench, classify, convert, demo, info, roofline, train, tune
-from resnet_fast.cli.common import Stopped, UserError, interrupt, one_line, stoppable
+from resnet_fast.cli.common import Stopped, UserError, interrupt, one_line, stoppable, stopped_status
 
 _CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 """typer's base class of wrong arguments; it lives in another module in every other release."""
@@ -105,7 +105,10 @@ def main() -> None:
     """The entry point of the console script."""
     warnings.formatwarning = lambda message, *_rest, **_more: f"resnet-fast: note: {one_line(message)}\n"
     handle_signals()
-    app(prog_name="resnet-fast")
+    try:
+        app(prog_name="resnet-fast")
+    except KeyboardInterrupt as error:  # before the command began
+        raise SystemExit(stopped_status(type(error))) from None
 
 
 def handle_signals() -> None:

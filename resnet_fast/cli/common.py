@@ -48,9 +48,13 @@ def stoppable() -> Iterator[None]:
     try:
         yield
         check_interrupted()
-    except KeyboardInterrupt as error:
+    except BaseException as error:
+        # An import that is interrupted may also end with an error of its own.
+        kind = _pending[0] if _pending else type(error)
+        if not issubclass(kind, KeyboardInterrupt):
+            raise
         _pending.clear()
-        raise Stopped(_say_if_stopped[-1](), 143 if isinstance(error, Terminated) else 130) from error
+        raise Stopped(_say_if_stopped[-1](), stopped_status(kind)) from error
 
 
 def _stopped() -> str:
@@ -71,6 +75,11 @@ def _written(path: Path) -> int | None:
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does, with another exit status."""
+
+
+def stopped_status(kind: type[BaseException]) -> int:
+    """The exit status of a process that Ctrl-C, or SIGTERM, has ended."""
+    return 143 if issubclass(kind, Terminated) else 130
 
 
 _pending: list[type[KeyboardInterrupt]] = []

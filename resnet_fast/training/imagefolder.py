@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import math
 import os
+import signal
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -289,12 +290,19 @@ class _Checked(Dataset[int]):
         return -1
 
 
+def _end_on_sigterm(_worker: int) -> None:
+    """A reading process ends without a word if the whole group is told to; torch lets only the parent tell it."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
 def unreadable(
     folder: ImageFolder, *, whole: bool, share: Sequence[int], workers: int = 0
 ) -> Iterator[tuple[int, list[ImageError]]]:
     """Reads the images of ``share``, whole or their headers alone. Gives how many are done, and what is wrong."""
     workers = workers if len(share) >= _WORTH_WORKERS else 0
-    loader = DataLoader(_Checked(folder, whole), batch_size=64, sampler=share, num_workers=workers)
+    loader = DataLoader(
+        _Checked(folder, whole), batch_size=64, sampler=share, num_workers=workers, worker_init_fn=_end_on_sigterm
+    )
     done = 0
     for found in loader:
         errors: list[ImageError] = []
@@ -340,7 +348,9 @@ def train_loader(
     )
     sampler.set_epoch(epoch)
     batches = list(BatchSampler(sampler, batch, drop_last=True))[skip:]
-    return DataLoader(images, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory)
+    return DataLoader(
+        images, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, worker_init_fn=_end_on_sigterm
+    )
 
 
 def val_loader(
@@ -351,4 +361,11 @@ def val_loader(
     Shares may differ by one image: DistributedSampler would repeat images to make them equal, and count these twice.
     """
     share = range(rank, len(images), world_size)
-    return DataLoader(images, batch_size=batch, sampler=share, num_workers=workers, pin_memory=pin_memory)
+    return DataLoader(
+        images,
+        batch_size=batch,
+        sampler=share,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_end_on_sigterm,
+    )
