@@ -309,3 +309,17 @@ def test_content_decides_and_not_the_suffix(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(20))
     with pytest.raises(models.WeightsError, match="an HDF5 file; safetensors, or what torch"):
         checkpoint.read_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [
+    {"a\x1b\n" + "b" * 1000: {"x": torch.ones(1)}, "c": {"x": torch.ones(1)}},
+    {"a\x1b\n" + "b" * 1000: torch.ones(1), "module.a\x1b\n" + "b" * 1000: torch.ones(1)},
+    {"a\x1b\n" + "b" * 1000: STATE, "c": OTHER},
+    {**STATE, "a\x1b\n" + "b" * 1000: torch.ones(1)},
+])  # fmt: skip
+def test_names_of_a_file_are_shown_on_one_line(content: Any, tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save(content, path)
+    with pytest.raises(checkpoint.WeightsError) as caught:
+        models.resnet18(weights=path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1500

@@ -102,7 +102,6 @@ def read_with_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor],
         metadata |= file.metadata
         _check_metadata(path, metadata)
         state = {name: file.tensor(entry) for name, entry in entries.items()}
-    _check_size(path, sum(tensor.nbytes for tensor in state.values()))
     return state, metadata
 
 
@@ -273,7 +272,7 @@ def _umask() -> int:
 def _problem(entries: list[str], what: str) -> Iterator[str]:
     if entries:
         more = ", ..." if len(entries) > _SHOWN else ""
-        yield f"{len(entries)} {what} ({', '.join(entries[:_SHOWN])}{more})"
+        yield f"{len(entries)} {what} ({', '.join(map(readable, entries[:_SHOWN]))}{more})"
 
 
 def _is_counter(key: str) -> bool:
@@ -383,9 +382,9 @@ def _chosen(path: Path, file: _File, part: str | None) -> tuple[dict[str, Any], 
             return _state_dict(path, file, holder), _metadata_of(holder)
         network, remark = layouts.choose(found, part, same)
     except layouts.Unclear as error:
-        raise WeightsError(f"{path}: {error}") from error
+        raise WeightsError(f"{path}: {readable(error, 600)}") from error
     if remark is not None:
-        warnings.warn(f"{path}: {remark}", stacklevel=2)
+        warnings.warn(f"{path}: {readable(remark, 600)}", stacklevel=2)
     metadata = _metadata_of(network.holder)
     told = _Told(path, file.content)
     metadata |= told.by_transformers() if network.transformers else told.by_others(network)
@@ -458,7 +457,7 @@ def _tensors_alone(path: Path, file: _File, part: str | None) -> Any:
         return (wrapped or [holders[0][1]])[0]
     if not holders or not holders[0][0]:
         return file.content
-    places = [".".join(keys) for keys, _ in holders[:_SHOWN]]
+    places = [readable(".".join(keys)) for keys, _ in holders[:_SHOWN]]
     raise WeightsError(
         f"{path}: holds tensors in {len(holders)} places ({', '.join(map(repr, places))}, ...); say which by "
         f"FILE:{places[0]}"
@@ -500,7 +499,7 @@ def _state_dict(path: Path, file: _File, content: Any) -> dict[str, Any]:
             raise WeightsError(_not_tensors(path, value, f"entry {str(key)[:80]!r}"))
         name = layouts.without_wrappers(key)
         if name in state:
-            raise WeightsError(f"{path}: has {name!r} twice, with and without a prefix")
+            raise WeightsError(f"{path}: has {readable(name)!r} twice, with and without a prefix")
         state[name] = value
     if not state:
         raise WeightsError(f"{path}: holds no tensors")
@@ -509,7 +508,7 @@ def _state_dict(path: Path, file: _File, content: Any) -> dict[str, Any]:
 
 def _not_tensors(path: Path, value: Any, where: str = "") -> str:
     if isinstance(value, torchfile.Made) and not value.is_dictionary:
-        kind = f"{where} is a {value.maker}" if where else value.maker
+        kind = f"{where} is a {readable(value.maker)}" if where else readable(value.maker)
         return f"{path}: refused: contains code, not just tensors ({kind}); save the state_dict alone"
     kind = type(value).__name__ if not isinstance(value, torchfile.Made) else "dict"
     return f"{path}: {f'{where} is' if where else 'holds'} a {kind}, a dictionary of tensors by name was expected"
@@ -517,5 +516,11 @@ def _not_tensors(path: Path, value: Any, where: str = "") -> str:
 
 def one_line(error: BaseException) -> str:
     """The error's text without line breaks, cut to a readable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+    return readable(error) or type(error).__name__
+
+
+def readable(text: object, limit: int = 200) -> str:
+    """A text that a file may have written: on one line, cut to `limit` characters, unprintable ones escaped."""
+    shown = " ".join(str(text).split())
+    shown = shown if len(shown) <= limit else shown[: limit - 3] + "..."
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in shown)

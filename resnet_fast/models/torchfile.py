@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import pickletools
+import struct
 import sys
 import zipfile
 import zlib
@@ -22,6 +23,11 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
+try:
+    from lzma import LZMAError
+except ImportError:  # an interpreter without it refuses such files by another error
+    LZMAError = zlib.error  # type: ignore[misc, assignment]
+
 __all__ = ["MAX_OPERATIONS", "MAX_PICKLE_BYTES", "Made", "NotATorchFile", "Refused", "TorchFile", "open_torch"]
 
 MAX_PICKLE_BYTES = 256 * 2**20
@@ -30,6 +36,9 @@ MAX_PICKLE_BYTES = 256 * 2**20
 MAX_OPERATIONS = 2_000_000
 """Longer pickles are refused. That of a ResNet-152 with an average and an optimizer has about 100,000."""
 
+_MAX_NAME = 1000
+_MAX_STORAGE_KEY = 100
+_MAX_DIMENSIONS = 64
 _MAGIC = 0x1950A86A20F9469CFC6C
 _DTYPES = {
     "DoubleStorage": torch.float64,
@@ -46,9 +55,13 @@ _DTYPES = {
     "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
 }
+_NAMED_DTYPES = {f"torch.{name}": of for name, of in vars(torch).items() if isinstance(of, torch.dtype)}
 _REBUILD = tuple(f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3"))
 _PARAMETER = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _SUBCLASS = "torch._tensor._rebuild_from_type_v2"
+_MARKS = frozenset({"conj", "neg"})
+_DAMAGE = (RuntimeError, ValueError, OverflowError, LookupError, struct.error, zlib.error, LZMAError,
+           zipfile.BadZipFile, zipfile.LargeZipFile)  # fmt: skip
 
 
 class NotATorchFile(ValueError):
@@ -61,21 +74,30 @@ class Refused(NotATorchFile):
 
 @dataclass(frozen=True)
 class Name:
-    """A function or class that a pickle names."""
+    """A function or class that a pickle names. It may name one many times: the path is not kept."""
 
-    path: str
+    module: str
+    name: str
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}.{self.name}"
 
 
 class Made(dict[Any, Any]):
     """What a pickle makes by calling `maker`; items that it is given are its own, as those of an OrderedDict."""
 
-    __slots__ = ("arguments", "maker", "state")
+    __slots__ = ("_maker", "arguments", "state")
 
     def __init__(self, maker: Any, arguments: Any) -> None:
         super().__init__()
-        self.maker: str = maker.path if isinstance(maker, Name) else "object"
+        self._maker = maker if isinstance(maker, Name) else None
         self.arguments: tuple[Any, ...] = arguments if isinstance(arguments, tuple) else ()
         self.state: Any = None
+
+    @property
+    def maker(self) -> str:
+        return "object" if self._maker is None else self._maker.path
 
     @property
     def is_dictionary(self) -> bool:
@@ -92,12 +114,29 @@ class _Storage:
     size: int
 
 
+@dataclass(frozen=True)
+class _Dense:
+    """A dense tensor: `shape` and `strides` in elements of `dtype`, from `offset` on."""
+
+    storage: _Storage
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    marks: frozenset[Any]
+    """Operations left to be done on the data: "conj" and "neg"."""
+
+
 class TorchFile:
     """An open file: `content` is what was saved, made of dict, list, tuple, str, numbers, and `Made` for the rest."""
 
-    def __init__(self, content: Any, read: Callable[[_Storage], Tensor]) -> None:
+    def __init__(
+        self, content: Any, read: Callable[[_Storage], Tensor], check_size: Callable[[int], None] = lambda size: None
+    ) -> None:
         self.content = content
         self._read = read
+        self._check_size = check_size
+        self._bytes = 0
         self._storages: dict[str, Tensor] = {}
 
     def is_tensor(self, value: Any) -> bool:
@@ -108,7 +147,7 @@ class TorchFile:
         return _dense(one) == _dense(other)
 
     def tensor(self, value: Any) -> Tensor:
-        """The dense tensor that `value` stands for; those of one storage share it.
+        """The dense tensor that `value` stands for; those of one storage share it, unless marked.
 
         Raises:
             NotATorchFile: if its data is missing, or lies outside its storage.
@@ -116,19 +155,29 @@ class TorchFile:
         found = _dense(value)
         if found is None:
             raise NotATorchFile("damaged: no tensor")
-        storage, dtype, offset, shape, strides = found
+        if found.marks - _MARKS:
+            raise Refused("refused: a tensor with metadata other than conj and neg")
+        self._bytes += math.prod(found.shape) * found.dtype.itemsize  # torch's own product overflows
+        self._check_size(self._bytes)
+        with _named_damage():
+            return self._tensor(found)
+
+    def _tensor(self, of: _Dense) -> Tensor:
+        storage = of.storage
         if storage.key not in self._storages:
-            with _named_damage():
-                self._storages[storage.key] = self._read(storage)
-        if self._storages[storage.key].numel() % math.lcm(storage.dtype.itemsize, dtype.itemsize):
+            self._storages[storage.key] = self._read(storage)
+        if self._storages[storage.key].numel() % math.lcm(storage.dtype.itemsize, of.dtype.itemsize):
             raise NotATorchFile("damaged: data of another dtype")
-        data = self._storages[storage.key].view(storage.dtype)[storage.begin :][: storage.size].view(dtype)
-        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        if math.prod(shape) and last >= len(data):
+        data = self._storages[storage.key].view(storage.dtype)[storage.begin :][: storage.size].view(of.dtype)
+        last = of.offset + sum((size - 1) * stride for size, stride in zip(of.shape, of.strides, strict=True))
+        if math.prod(of.shape) and last >= len(data):
             raise NotATorchFile("damaged: a tensor is larger than its data")
-        if not math.prod(shape):
-            return torch.empty(shape, dtype=dtype)
-        return data.as_strided(shape, strides, data.storage_offset() + offset)
+        if not math.prod(of.shape):
+            return torch.empty(of.shape, dtype=of.dtype)
+        tensor = data.as_strided(of.shape, of.strides, data.storage_offset() + of.offset)
+        if "conj" in of.marks:
+            tensor = tensor.conj().resolve_conj()
+        return tensor.neg() if "neg" in of.marks else tensor
 
 
 @contextmanager
@@ -136,7 +185,8 @@ def open_torch(path: Path, check_size: Callable[[int], None] = lambda size: None
     """The file at `path`, in either format of `torch.save`.
 
     Args:
-        check_size: called with the size of a zip file's content, unpacked, before anything is.
+        check_size: called with the size of a zip file's content, unpacked, before anything is, and with that of the
+            tensors made so far and the next one, before it is made. Its errors are passed on.
 
     Raises:
         NotATorchFile: Refused for TorchScript, tar archives and pickles of more than MAX_OPERATIONS.
@@ -144,30 +194,37 @@ def open_torch(path: Path, check_size: Callable[[int], None] = lambda size: None
     """
     with path.open("rb") as file:
         start = file.read(262)
+        if start[257:] == b"ustar" and not start.startswith(b"PK"):
+            raise Refused("refused: a tar archive, as torch wrote before 0.2; load it there and save it anew")
+        archive = None
+        if start.startswith(b"PK\x03\x04"):
+            with _named_damage():
+                if not zipfile.is_zipfile(file):  # its directory is at the end
+                    raise NotATorchFile("the file is truncated")
+                archive = zipfile.ZipFile(file)
+            check_size(sum(entry.file_size for entry in archive.infolist()))
         with _named_damage():
-            if not start.startswith(b"PK\x03\x04"):
-                if start[257:] == b"ustar":
-                    raise Refused("refused: a tar archive, as torch wrote before 0.2; load it there and save it anew")
-                opened = _open_old(file, path.stat().st_size)
-            elif not zipfile.is_zipfile(file):  # its directory is at the end
-                raise NotATorchFile("the file is truncated")
-            else:
-                opened = _open_zip(zipfile.ZipFile(file), check_size)
-        yield opened
+            content, read = _open_zip(archive) if archive else _open_old(file, path.stat().st_size)
+        yield TorchFile(content, read, check_size)
 
 
 @contextmanager
 def _named_damage() -> Iterator[None]:
     try:
         yield
+    except NotATorchFile:
+        raise
     except EOFError as error:
         raise NotATorchFile("the file is truncated") from error
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, NotImplementedError, KeyError) as error:
+    except MemoryError as error:
+        raise NotATorchFile("damaged, or too large for the memory") from error
+    except _DAMAGE as error:
         raise NotATorchFile(f"damaged ({type(error).__name__})") from error
 
 
-def _open_zip(archive: zipfile.ZipFile, check_size: Callable[[int], None]) -> TorchFile:
-    check_size(sum(entry.file_size for entry in archive.infolist()))
+def _open_zip(archive: zipfile.ZipFile) -> tuple[Any, Callable[[_Storage], Tensor]]:
+    if any(entry.flag_bits & 1 for entry in archive.infolist()):
+        raise Refused("refused: an encrypted zip file")
     names = archive.namelist()
     if any(name.rpartition("/")[2] == "constants.pkl" for name in names):
         raise Refused("refused: contains code, not just tensors (a TorchScript archive)")
@@ -183,10 +240,10 @@ def _open_zip(archive: zipfile.ZipFile, check_size: Callable[[int], None]) -> To
 
     if archive.getinfo(pickles[0]).file_size > MAX_PICKLE_BYTES:
         raise Refused(f"refused: a pickle of more than {MAX_PICKLE_BYTES:,} bytes")
-    return TorchFile(_run(io.BytesIO(archive.read(pickles[0]))), read)
+    return _run(io.BytesIO(archive.read(pickles[0]))), read
 
 
-def _open_old(file: IO[bytes], size: int) -> TorchFile:
+def _open_old(file: IO[bytes], size: int) -> tuple[Any, Callable[[_Storage], Tensor]]:
     """Several pickles one after the other (a magic number, a version, the machine, the content, the storages' keys),
     and then each storage: its length in elements and its data."""
     file.seek(0)
@@ -212,7 +269,7 @@ def _open_old(file: IO[bytes], size: int) -> TorchFile:
         file.seek(begin)
         return _bytes(_exactly(file, length))
 
-    return TorchFile(content, read)
+    return content, read
 
 
 def _exactly(file: IO[bytes], length: int) -> bytes:
@@ -226,8 +283,8 @@ def _bytes(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
-def _dense(value: Any) -> tuple[_Storage, torch.dtype, int, tuple[int, ...], tuple[int, ...]] | None:
-    """Storage, dtype, offset, shape and strides of what stands for a dense tensor or parameter, else None."""
+def _dense(value: Any) -> _Dense | None:
+    """What stands for a dense tensor or parameter, else None."""
     for _ in range(8):  # a parameter is made of a tensor, and a tensor with attributes of another call
         if not isinstance(value, Made) or not value.arguments:
             return None
@@ -242,13 +299,20 @@ def _dense(value: Any) -> tuple[_Storage, torch.dtype, int, tuple[int, ...], tup
     storage, offset, shape, strides = value.arguments[:4]
     if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         return None
-    if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 2**63 for n in (offset, *shape, *strides)):
+    if len(shape) != len(strides) or len(shape) > _MAX_DIMENSIONS:
         return None
-    dtype: Any = storage.dtype
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (offset, *shape, *strides)):
+        return None
+    dtype: torch.dtype | None = storage.dtype
+    rest = value.arguments[6:]
     if value.maker.endswith("_v3"):
-        named = value.arguments[6] if len(value.arguments) > 6 else None
-        dtype = getattr(torch, named.path.removeprefix("torch."), None) if isinstance(named, Name) else None
-    return (storage, dtype, offset, shape, strides) if isinstance(dtype, torch.dtype) else None
+        dtype = _NAMED_DTYPES.get(rest[0].path) if rest and isinstance(rest[0], Name) else None
+        rest = rest[1:]
+    marks: frozenset[Any] = frozenset()
+    if rest and rest[0]:  # keys alone count, as for torch
+        known = isinstance(rest[0], dict) and len(rest[0]) <= len(_MARKS)
+        marks = frozenset(dict.keys(rest[0])) if known else frozenset({None})
+    return None if dtype is None else _Dense(storage, dtype, offset, shape, strides, marks)
 
 
 # ------------------------------------------------------------------------------------------------------------- pickles
@@ -335,14 +399,14 @@ def _step(operation: Any, argument: Any, stack: list[Any], memo: dict[int, Any])
         if name == "DICT":
             stack.append({})
         if isinstance(stack[-1], dict):
-            # Other keys are hashed by code, and no tensor has such a name.
+            # Other keys are hashed by code, of larger numbers many have one hash, and no tensor has such a name.
             pairs = zip(items[::2], items[1::2], strict=False)
-            stack[-1].update((key, value) for key, value in pairs if isinstance(key, str | int))
+            stack[-1].update((key, value) for key, value in pairs if isinstance(key, str) or _is_short(key))
     elif name == "GLOBAL":
-        stack.append(Name(argument.replace(" ", ".")))
+        stack.append(_name(*argument.split(" ", 1)))
     elif name == "STACK_GLOBAL":
         last, module = stack.pop(), stack.pop()
-        stack.append(Name(f"{module}.{last}" if isinstance(module, str) and isinstance(last, str) else "?"))
+        stack.append(_name(module, last))
     elif name in ("REDUCE", "NEWOBJ"):
         arguments, maker = stack.pop(), stack.pop()
         stack.append(Made(maker, arguments))
@@ -351,7 +415,7 @@ def _step(operation: Any, argument: Any, stack: list[Any], memo: dict[int, Any])
         stack.append(Made(maker, arguments))
     elif name in ("OBJ", "INST"):
         items = _above_mark(stack)
-        maker = Name(argument.replace(" ", ".")) if name == "INST" else items.pop(0)
+        maker = _name(*argument.split(" ", 1)) if name == "INST" else items.pop(0)
         stack.append(Made(maker, tuple(items)))
     elif name == "BUILD":
         state = stack.pop()
@@ -376,6 +440,18 @@ def _step(operation: Any, argument: Any, stack: list[Any], memo: dict[int, Any])
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 
+def _is_short(key: Any) -> bool:
+    return isinstance(key, int) and -(2**31) <= key < 2**31
+
+
+def _name(module: Any, name: Any) -> Name:
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise NotATorchFile("damaged, or not a PyTorch checkpoint")
+    if len(module) + len(name) > _MAX_NAME:
+        raise Refused(f"refused: the name of a class or function has more than {_MAX_NAME:,} characters")
+    return Name(module, name)
+
+
 def _above_mark(stack: list[Any]) -> list[Any]:
     for index in range(len(stack) - 1, -1, -1):
         if stack[index] is _MARK:
@@ -393,7 +469,9 @@ def _persistent(identity: Any) -> Any:
     if not isinstance(identity, tuple) or len(identity) < 5:
         raise NotATorchFile("damaged, or not a PyTorch checkpoint")
     kind, of, key, _, size, *view = identity
-    text = key.decode("ascii") if isinstance(key, bytes) else str(key)
+    if not isinstance(key, str | bytes) or len(key) > _MAX_STORAGE_KEY:  # before it is copied
+        raise NotATorchFile("damaged: the key of a storage")
+    text = key.decode("ascii") if isinstance(key, bytes) else key
     dtype = _DTYPES.get(of.path.rpartition(".")[2]) if isinstance(of, Name) else None
     if kind not in ("storage", b"storage") or dtype is None or type(size) is not int or size < 0:
         raise Refused("refused: data of an unknown kind")
