@@ -124,6 +124,18 @@ def test_classify_says_what_the_plain_network_says(folder: Path) -> None:
         assert [row["probability"] for row in entry["predictions"]] == pytest.approx(values.tolist(), rel=1e-4)
 
 
+def test_classify_wires_the_network_as_the_file_says(folder: Path, tmp_path: Path) -> None:
+    """As transformers' with downsample_in_bottleneck, whose weights fit either wiring."""
+    model = models.resnet50(num_classes=3, stride_in_1x1=True).eval()
+    save_file(model.state_dict(), tmp_path / "v1.safetensors", {"stride_in_1x1": "true"})
+    image = folder / "photo [1].png"
+    found = run("classify", image, "-a", "resnet50", "-w", tmp_path / "v1.safetensors", "--topk", "3", "--json").json()
+    with torch.no_grad():
+        wanted = model(models.preprocessing(models.ResNet50_Weights.IMAGENET1K_V1)(image)[None]).softmax(1)[0]
+    given = sorted(each["probability"] for each in found["images"][0]["predictions"])
+    assert given == pytest.approx(sorted(wanted.tolist()), rel=1e-3)
+
+
 def test_classify_prints_a_table(folder: Path) -> None:
     found = run("classify", folder / "photo [1].png", "-a", "resnet18", "-w", folder / "ten.pth", "--dtype", "bfloat16")
     assert found.code == 0, found.err

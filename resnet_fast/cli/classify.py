@@ -95,7 +95,7 @@ def load_network(arch: str | None, weights: str | None) -> Network:
             prepare, labels = models.preprocessing(resolved), models.categories(resolved)
             return Network(model.eval(), str(resolved), prepare, labels, arch_or_default)
         state, metadata = checkpoint.read_with_metadata(resolved)
-        if metadata.get("stride_in_1x1") == "true":
+        if metadata.get("unpadded_pool") == "true":
             raise ValueError(
                 f"{resolved}: weights of a Caffe ResNet; strides, pool and preprocessing are others than "
                 f"{arch_or_default}'s. resnet-fast classify takes the network with --prototxt and --caffemodel"
@@ -105,7 +105,8 @@ def load_network(arch: str | None, weights: str | None) -> Network:
             arch_or_default = registry.arch_of(resolved, metadata) or arch_or_default
         head = state.get("fc.weight")
         outputs = len(head) if head is not None and head.ndim == 2 and len(head) else 1000
-        model = models.get_model(arch_or_default, num_classes=outputs)
+        wiring = {"stride_in_1x1": True} if metadata.get("stride_in_1x1") == "true" else {}
+        model = models.get_model(arch_or_default, num_classes=outputs, **wiring)
         checkpoint.load_into(model, state, source=str(resolved), name=arch_or_default)
         return Network(model.eval(), str(resolved), prepare, _labels(outputs, metadata), arch_or_default)
 
