@@ -626,13 +626,15 @@ def test_few_guards_prove_many_layers() -> None:
 def test_an_average_that_divides_by_one_is_a_sum() -> None:
     """Larger than what it reads, so that what overflows behind it must not count as proved."""
     model = Lambda(
-        lambda self, x: self.b(F.avg_pool2d(self.a(x).relu(), 64, 64, 0, False, True, 1)).relu(),
+        lambda self, x: self.c(self.b(F.avg_pool2d(self.a(x).relu(), 64, 64, 0, False, True, 1))).relu(),
         a=nn.Conv2d(1, 2, 1, bias=False),
-        b=nn.Conv2d(2, 1, 1, bias=False),
+        b=nn.Conv2d(2, 2, 1, bias=False),
+        c=nn.Conv2d(2, 1, 1, bias=False),
     )
     with torch.no_grad():
         model.a.weight.fill_(8e21)
-        model.b.weight.copy_(torch.tensor([4e7, -4e7]).view(1, 2, 1, 1))
+        model.b.weight.copy_((4e7 * torch.eye(2)).view(2, 2, 1, 1))
+        model.c.weight.copy_(torch.tensor([1.0, -1.0]).view(1, 2, 1, 1))
     x = torch.full((1, 1, 64, 64), 2.0**20)
     assert model.eval()(x).isnan().all()
     assert optimize(model, example_inputs=x)(x).isnan().all()
