@@ -1146,7 +1146,7 @@ class _Flattens(nn.Module):
         return self.inner(x)
 
 
-class _First(nn.Module):
+class _OneImages(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x[:1]
 
@@ -1160,7 +1160,7 @@ class _First(nn.Module):
         lambda m: m.maxpool.register_forward_pre_hook(lambda _, args: (args[0].view(args[0].shape),)),
         lambda m: setattr(m.layer1[0], "downsample", nn.AdaptiveAvgPool2d(1)),
         lambda m: setattr(m.layer1[0], "downsample", nn.AdaptiveAvgPool2d((None, 1))),
-        lambda m: setattr(m.layer1[0], "downsample", _First()),
+        lambda m: setattr(m.layer1[0], "downsample", _OneImages()),
         lambda m: setattr(m.layer2[0], "downsample", nn.Sequential(m.layer2[0].downsample, nn.AdaptiveMaxPool2d(1))),
     ],
     ids=["pool", "pool's hook", "mean", "column means", "one image's", "projected maximum"],
