@@ -185,6 +185,23 @@ print("here")
     assert python("-c", code).stdout == "here\n"
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_that_an_import_turns_into_an_error(number: int, status: int) -> None:
+    """As "cannot load module more than once per process" of an import that was interrupted."""
+
+    def load() -> None:
+        try:
+            common.interrupt(number, None)
+        except KeyboardInterrupt as error:
+            raise ImportError("cannot load module") from error
+
+    with pytest.raises(common.Stopped) as stopped, common.stoppable():
+        load()
+    assert stopped.value.status == status
+    with pytest.raises(ImportError), common.stoppable():  # nobody stopped this one
+        raise ImportError("no such module")
+
+
 class Training:
     """``train imagenet`` in a process group of its own, as a terminal starts it."""
 

@@ -29,6 +29,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import resnet_fast as rf
+from resnet_fast.nn import pristine
 
 from .numerics import assert_obeys_error_rule
 
@@ -1157,7 +1158,7 @@ class _OneImages(nn.Module):
     "change",
     [
         lambda m: setattr(m, "maxpool", _Flattens(m.maxpool)),
-        lambda m: m.maxpool.register_forward_pre_hook(lambda _, args: (args[0].view(args[0].shape),)),
+        lambda m: m.maxpool.register_forward_pre_hook(lambda _, args: (args[0].view(-1).view(args[0].shape),)),
         lambda m: setattr(m.layer1[0], "downsample", nn.AdaptiveAvgPool2d(1)),
         lambda m: setattr(m.layer1[0], "downsample", nn.AdaptiveAvgPool2d((None, 1))),
         lambda m: setattr(m.layer1[0], "downsample", _OneImages()),
@@ -1176,3 +1177,16 @@ def test_what_torch_adds_and_pools(change: Callable[[nn.Module], Any], lean: boo
     x = torch.randn(2, 3, 64, 96)
     found = [model.train(training)(x.to(model.fc.weight.dtype)).detach() for model in (ours, theirs, exact)]
     assert_obeys_error_rule(*found)
+
+
+def test_a_frozen_norm_that_was_replaced_at_the_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's class becomes known when a model first has one, which may be while somebody's patch is in place."""
+    norm = FrozenBatchNorm2d(4)
+    monkeypatch.delitem(pristine._known, FrozenBatchNorm2d, raising=False)
+    forward = FrozenBatchNorm2d.forward
+    FrozenBatchNorm2d.forward = lambda self, x: x
+    try:
+        assert pristine.is_frozen_batch_norm(norm) and pristine.changed(norm)
+    finally:
+        FrozenBatchNorm2d.forward = forward
+    assert pristine.is_frozen_batch_norm(norm) and not pristine.changed(norm)
