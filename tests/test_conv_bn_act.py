@@ -265,8 +265,12 @@ class TestPackedWeightsFollowTheParameters:
 
     @pytest.mark.parametrize("name", ["weight", "scale", "shift"])
     @pytest.mark.parametrize("through_data", [False, True])
-    def test_in_place_edits(self, name: str, through_data: bool) -> None:
+    @pytest.mark.parametrize("hasher", ["xxhash", "hashlib"])
+    def test_in_place_edits(self, name: str, through_data: bool, hasher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        if hasher == "hashlib":  # where xxhash is not installed
+            monkeypatch.setattr(_packing, "_xxhash", None)
         a = self.fresh()
+        a["weight"] = a["weight"].contiguous(memory_format=torch.channels_last)
         rf.ops.conv_bn_act(**a)
         (a[name].data if through_data else a[name]).mul_(1.5)
         with backends.use("reference"):
