@@ -2,7 +2,7 @@
 // with them the two things that a test without a GPU has to watch, shared memory and bounds checks. No kernel has
 // inline assembly, `extern __shared__` or a static __shared__ array of its own.
 //
-// tests/cuda_on_cpu/include/ptx.cuh implements the same functions for threads that are fibers on a CPU. A function
+// tests/emulator/include/ptx.cuh implements the same functions for threads that are fibers on a CPU. A function
 // added here is added there.
 #pragma once
 

@@ -11,16 +11,31 @@ import torch
 if not torch.cuda.is_available():  # before anything imports a kernel: Triton then interprets them, on CPU tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from . import _torchvision_stub  # noqa: F401 - before any test imports torchvision
+from tests import _torchvision_stub  # noqa: F401 - before any test imports torchvision
+
+
+def _refusals() -> dict[str, str]:
+    """Return, for each marker of a device or kind of kernel, why its tests cannot run here; "" if they can."""
+    from resnet_fast.backends import triton
+
+    from . import cuda_device
+
+    return {
+        "gpu": "" if torch.cuda.is_available() else "needs a CUDA GPU, and torch sees none here",
+        "triton": triton.unavailable(),
+        "cuda": cuda_device.unavailable(),
+    }
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none here")
+    refusals: dict[str, str] | None = None
     for item in items:
-        if item.get_closest_marker("gpu"):  # keywords would hold the names of folders too
-            item.add_marker(skip)
+        for name in ("gpu", "triton", "cuda"):
+            if item.get_closest_marker(name) is None:  # keywords hold the names of folders too
+                continue
+            refusals = _refusals() if refusals is None else refusals
+            if refusals[name]:
+                item.add_marker(pytest.mark.skip(reason=refusals[name]))
 
 
 @pytest.fixture(autouse=True)

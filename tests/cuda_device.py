@@ -13,18 +13,19 @@ from torch import Tensor
 from resnet_fast import backends
 from resnet_fast.backends import cuda
 from resnet_fast.roofline.measure import tf32
-
-from .cuda_on_cpu import build
-from .cuda_on_cpu.cases.conv_bn_act import rounded_to_tf32
-from .numerics import assert_obeys_error_rule
+from tests.emulator import build
+from tests.emulator.cases.conv_bn_act import rounded_to_tf32
+from tests.numerics import assert_obeys_error_rule
 
 DEVICE = "cpu" if cuda.unavailable(initialize=True) else "cuda"
 
 #: Of the first an odd case is tried in tests of geometry; all are in tests of arithmetic.
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
-_unavailable = "" if DEVICE == "cuda" else build.unavailable()
-needs_cuda_kernels = pytest.mark.skipif(bool(_unavailable), reason=_unavailable or "they run")
+
+def unavailable() -> str:
+    """Return why the CUDA kernels run neither on a GPU nor emulated here, "" if they run."""
+    return "" if DEVICE == "cuda" else build.unavailable()
 
 
 @contextmanager
@@ -79,5 +80,5 @@ def on_device(tensors: dict[str, Any]) -> dict[str, Any]:
 
 __all__ = [
     "DEVICE", "DTYPES", "as_multiplied", "assert_obeys_error_rule", "doubled", "installed", "kernels",
-    "needs_cuda_kernels", "on_device", "watch",
+    "on_device", "unavailable", "watch",
 ]  # fmt: skip

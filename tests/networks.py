@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from . import _torchvision_stub  # noqa: F401 - before torchvision
+from tests import _torchvision_stub  # noqa: F401 - before torchvision
 
 
 def randomise(model: nn.Module) -> nn.Module:

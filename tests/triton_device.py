@@ -20,8 +20,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: In the interpreter launches are chosen as for these GPUs: with the copy engine, and without. A real GPU is itself.
 FORMS = ["as found"] if DEVICE == "cuda" else ["h100", "a100"]
 
-needs_triton = pytest.mark.skipif(bool(triton.unavailable()), reason=triton.unavailable() or "Triton runs")
-
 
 def count_launches(monkeypatch: pytest.MonkeyPatch, *ops: str) -> Counter[str]:
     """How often each of these ops' kernels is launched from now on."""

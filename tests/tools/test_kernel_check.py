@@ -1,0 +1,417 @@
+"""The compile check: what it compiles, what it finds wrong, and its table. Real machine code, no GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from resnet_fast.kernels import conv_bn_act, gpus
+from resnet_fast.kernels.problems import BatchNormAct
+from resnet_fast.tuning import compile as check
+from resnet_fast.tuning import compiler, ops, shapes
+
+H100 = gpus.known("h100")
+RESOURCES = compiler.Resources(
+    registers=100, stack=0, local=0, shared=49152, threads=128, tensor_columns=0, matrix="HGMMA"
+)
+
+
+def problem(**changes: Any) -> conv_bn_act.Problem:
+    given = conv_bn_act.Problem(1, 14, 14, 64, 64, (1, 1), (1, 1), (0, 0), (1, 1), 1, "fp16", False)
+    return dataclasses.replace(given, **changes)
+
+
+def task(config: Any = None, capability: int = 90, **changes: Any) -> compiler.Task:
+    case = ops.Case("conv_bn_act", problem(**changes), "relu")
+    return compiler.Task(capability, case, config or conv_bn_act.heuristic(case.problem, H100))
+
+
+def outcome(**changes: Any) -> compiler.Compiled:
+    return compiler.Compiled(task(), dataclasses.replace(RESOURCES, **changes))
+
+
+def succeed(code: str, tmp_path: Path) -> Any:
+    """The JSON that ``code`` prints in a process whose Triton compiles, with a cache of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+# --- which launches
+
+
+def test_cases_are_those_of_the_network() -> None:
+    cases = shapes.problems(["resnet50"], [128], ["fp16"])
+    convolutions = [case for case in cases if case.op == "conv_bn_act"]
+    assert len({case.problem for case in convolutions}) == 23
+    first = problem(n=128, h=56, w=56, k=64)
+    assert ops.Case("conv_bn_act", first, "relu") in convolutions
+    projection = problem(n=128, h=56, w=56, c=256, k=512, stride=(2, 2))
+    assert ops.Case("conv_bn_act", projection, "none") in convolutions
+    assert {case.op for case in cases} >= {"conv_bn_act", "head", "add_act"}
+    assert "bottleneck_tail" not in {case.op for case in cases}
+    assert len(set(cases)) == len(cases)
+
+
+def test_cases_of_groups_and_batches() -> None:
+    cases = shapes.problems(["resnext50_32x4d"], [1, 8], ["fp16", "fp32"], 64)
+    grouped = [case.problem for case in cases if case.op == "conv_bn_act" and case.problem.groups == 32]
+    assert {(each.n, each.precision) for each in grouped} == {(1, "fp16"), (1, "fp32"), (8, "fp16"), (8, "fp32")}
+    assert all(each.h <= 16 for each in grouped)
+
+
+def test_blocks_become_tails_where_a_gpu_is_given() -> None:
+    cases = shapes.problems(["resnet50", "resnet18"], [128], ["fp16"], gpu=H100)
+    tails = [case.problem for case in cases if case.op == "bottleneck_tail"]
+    described = {(each.mid, each.k, each.stride, each.shortcut, each.following) for each in tails}
+    assert (64, 256, 1, (64, 56, 56, 1), 64) in described
+    assert (64, 256, 1, None, 64) in described and (64, 256, 1, None, 0) in described
+    assert (128, 512, 2, (256, 56, 56, 2), 128) in described
+    assert all(each.k == 4 * each.mid for each in tails)
+    assert not [
+        case for case in shapes.problems(["resnet18"], [128], ["fp16"], gpu=H100) if case.op == "bottleneck_tail"
+    ]
+
+
+def test_training_adds_the_passes_of_batch_norm() -> None:
+    assert not [case for case in shapes.problems(["resnet50"], [128], ["fp16"]) if case.op == "batch_norm_act"]
+    cases = shapes.problems(["resnet50"], [128], ["fp16"], training=True)
+    found = [(each.problem, each.form) for each in cases if each.op == "batch_norm_act"]
+    norm = functools.partial(BatchNormAct, precision="fp16")
+    assert (norm(128 * 112 * 112, 64, step="statistics"), "") in found  # the stem's
+    assert (norm(128 * 7 * 7, 2048, step="apply", residual=True), "relu") in found
+    assert (norm(128 * 7 * 7, 2048, step="backward", relu=True, residual=True), "") in found
+    assert (norm(128 * 7 * 7, 2048, step="apply"), "none") in found  # a projection's
+    assert (norm(128 * 7 * 7, 2048, step="reduce"), "") in found
+    # Three shapes in each stage but for its first block's before the stride: 64, 128, 256, 512 channels twice.
+    assert len({(problem.rows, problem.c) for problem, _ in found}) == 1 + 2 + 3 * 3
+    assert len(set(found)) == len(found)
+
+
+def test_unknown_model() -> None:
+    with pytest.raises(ValueError, match="resnet51"):
+        shapes.problems(["resnet51"], [1], ["fp16"])
+
+
+def test_unknown_op() -> None:
+    with pytest.raises(ValueError, match=r"'pool'.*conv_bn_act"):
+        ops.get("pool")
+
+
+# --- what is wrong with a launch
+
+
+def test_faults() -> None:
+    assert check.faults(outcome(), H100) == []
+    (spill,) = check.faults(outcome(stack=16), H100)
+    assert "spills" in spill and "16 bytes" in spill
+    assert "spills" in check.faults(outcome(local=8), H100)[0]
+    (shared,) = check.faults(outcome(shared=H100.shared_memory + 1), H100)
+    assert str(H100.shared_memory + 1) in shared and str(H100.shared_memory) in shared
+    (matrix,) = check.faults(outcome(matrix="HMMA"), H100)
+    assert "HMMA instead of HGMMA" in matrix
+    assert check.faults(outcome(matrix="HMMA"), gpus.known("a100")) == []
+    assert (
+        check.faults(compiler.Compiled(task(precision="fp32"), dataclasses.replace(RESOURCES, matrix="FFMA")), H100)
+        == []
+    )
+    (rounds,) = check.faults(compiler.Compiled(task(precision="fp32"), RESOURCES), H100)
+    assert "HGMMA, which rounds to tf32" in rounds
+    (nan,) = check.faults(outcome(drops_nan=True), H100)
+    assert "drops NaN" in nan
+    (broken,) = check.faults(compiler.Compiled(task(), None, "CompilationError: no"), H100)
+    assert "CompilationError" in broken
+
+
+@pytest.mark.parametrize(
+    ("line", "drops"),
+    [
+        ("max.NaN.f32 %r1, %r2, 0f00000000;", False),
+        ("max.f32 %r1, %r2, 0f00000000;", True),
+        ("max.ftz.f32 %r1, %r2, %r3;", True),
+        ("max.f16x2 %r1, %r2, %r3;", True),
+        ("max.NaN.bf16x2 %r1, %r2, %r3;", False),
+        ("max.s32 %r1, %r2, %r3;", False),
+    ],
+)
+def test_maxima_that_drop_nan_are_seen(line: str, drops: bool) -> None:
+    assert bool(compiler._MAXIMUM.search(line)) is drops
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpu", "blocks"),
+    [
+        ({"registers": 128, "threads": 128, "shared": 0}, "h100", 4),
+        ({"registers": 255, "threads": 256, "shared": 0}, "h100", 1),
+        ({"registers": 97, "threads": 128, "shared": 0}, "h100", 4),  # 104 registers after rounding, 19 warps
+        ({"registers": 32, "threads": 1024, "shared": 0}, "h100", 2),
+        ({"registers": 16, "threads": 1024, "shared": 0}, "rtx4090", 1),
+        ({"registers": 32, "threads": 32, "shared": 0}, "h100", 32),
+        ({"registers": 32, "threads": 32, "shared": 0}, "rtx4090", 24),
+        ({"registers": 32, "threads": 128, "shared": 113 * 1024}, "h100", 2),
+        ({"registers": 32, "threads": 128, "shared": 114 * 1024}, "h100", 1),
+        ({"registers": 32, "threads": 128, "shared": 228 * 1024}, "h100", 0),
+        ({"registers": 32, "threads": 128, "shared": 0, "tensor_columns": 256}, "b200", 2),
+    ],
+)
+def test_occupancy(changes: dict[str, int], gpu: str, blocks: int) -> None:
+    assert dataclasses.replace(RESOURCES, **changes).occupancy(gpus.known(gpu)) == blocks
+
+
+# --- the table
+
+
+def _table() -> check.Table:
+    key = check.Key("sm_90", "conv_bn_act._boxes", "fp16", "R=1 x[1x1x128x64]")
+    return {key: ("100", "49152", "4", "HGMMA"), dataclasses.replace(key, arch="sm_80"): ("90", "1", "2", "HMMA")}
+
+
+def test_table_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "resources.csv"
+    check.write_table(path, "3.7.1", _table())
+    text = path.read_text()
+    assert text.startswith("# triton 3.7.1")
+    assert check.read_table(path) == ("3.7.1", _table())
+    check.write_table(path, "3.7.1", dict(reversed(_table().items())))
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["", "arch,kernel\n", "# triton 3.7.1\narch,kernel\n"])
+def test_no_table(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "resources.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="no table of resources"):
+        check.read_table(path)
+
+
+def test_differences() -> None:
+    table = _table()
+    hopper, _ = sorted(table, reverse=True)
+    assert check.differences(table, table, ["sm_80", "sm_90"]) == []
+    (changed,) = check.differences(table, table | {hopper: ("101", "49152", "4", "HGMMA")}, ["sm_80", "sm_90"])
+    assert changed.endswith("registers 100 -> 101") and hopper.constants in changed
+    (gone,) = check.differences(table, {hopper: table[hopper]}, ["sm_80", "sm_90"])
+    assert "no launch needs it" in gone
+    assert check.differences(table, {hopper: table[hopper]}, ["sm_90"]) == []
+    (new,) = check.differences({hopper: table[hopper]}, table, ["sm_80", "sm_90"])
+    assert new.startswith("sm_80") and "not in the table" in new
+
+
+def test_the_committed_table_is_of_the_pinned_triton() -> None:
+    version, table = check.read_table(check.table_path())
+    pinned = (Path(__file__).parents[2] / "constraints.txt").read_text().split()
+    assert f"triton=={version}" in pinned
+    assert {key.arch for key in table} == {"sm_80", "sm_90", "sm_100"}
+    assert {key.kernel.partition(".")[0] for key in table} == set(check.CHECKED)
+    assert all(int(row[2]) >= 1 for row in table.values())
+
+
+def test_tables_of_launch_choices_are_compiled(tmp_path: Path) -> None:
+    case = problem(n=3, h=56, w=56)
+    fields = conv_bn_act.as_fields(conv_bn_act.Config(64, 32, 32, 4, 2, True))
+    choices = {
+        "conv_bn_act": {case.key(): fields | {"ms": 0.1}, "fp16 n3 5x5": fields, problem(n=3, h=7, w=7).key(): {}}
+    }
+    (tmp_path / "h100.json").write_text(json.dumps({"format": 1, "gpu": "h100", "choices": choices}))
+    (tmp_path / "h9.json").write_text(json.dumps({"format": 1, "gpu": "h9", "choices": {}}))
+    code = f"""
+import json
+from pathlib import Path
+from resnet_fast import models
+from resnet_fast.kernels import gpus
+from resnet_fast.tuning import compile as check
+models.list_models = lambda: ["resnet50"]
+made, wrong = check.table_tasks(gpus.known("h100"), Path({str(tmp_path)!r}))
+other, _ = check.table_tasks(gpus.known("a100"), Path({str(tmp_path)!r}))
+print(json.dumps([[key.constants for key in made], wrong, len(other)]))
+"""
+    made, wrong, other = succeed(code, tmp_path)
+    assert made and all("BLOCK_N=32" in constants and "num_stages=2" in constants for constants in made)
+    assert len(wrong) == 3 and other == 0
+    assert any("h9.json" in line for line in wrong)
+    assert any("fp16 n3 5x5: no network has this launch" in line for line in wrong)
+
+
+# --- real compilation
+
+_COMPILED = """
+import dataclasses, json, re, subprocess, tempfile
+import torch, triton
+from triton import knobs
+from resnet_fast.kernels import conv_bn_act as kernel, gpus
+from resnet_fast.tuning import compile as check, compiler, ops
+
+def task(name, precision, n=1, c=64, config=None):
+    gpu = gpus.known(name)
+    problem = kernel.Problem(n, 14, 14, c, 64, (1, 1), (1, 1), (0, 0), (1, 1), 1, precision, False)
+    case = ops.Case("conv_bn_act", problem, "relu")
+    return compiler.Task(gpu.capability, case, config or kernel.heuristic(problem, gpu))
+
+def disassembled(task):
+    cubin = compiler.launch(task).compile().asm["cubin"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name], capture_output=True).stdout
+    found = set(re.findall(r"\\b(HGMMA|HMMA|UTC[A-Z]*MMA|FFMA)2?\\b", text.decode()))
+    return sorted(found), sorted(compiler.instructions(cubin))
+
+made, names = [], []
+for name in ("a100", "h100", "b200"):
+    for precision in ("fp16", "fp32"):
+        found = compiler.compile_task(task(name, precision))
+        faults = check.faults(found, gpus.known(name))
+        made.append([name, precision, dataclasses.asdict(found.resources), faults, found.error])
+        names.append(disassembled(task(name, precision)))
+small = kernel.Config(64, 64, 32, 4, 2, False)
+keys = [check.key(task("h100", "fp16", n, c, small)).constants for n, c in ((1, 64), (2, 64), (1, 32), (1, 40))]
+odd = compiler.compile_task(task("h100", "fp16", config=kernel.Config(64, 48, 64, 4, 2, False)))
+odd = check.faults(odd, gpus.known("h100"))
+norm = ops.get("batch_norm_act").kernel
+cases = [
+    ops.Case("batch_norm_act", norm.Problem(6272, 512, "fp16", step)) for step in ("statistics", "reduce", "apply")
+]
+several = check.tasks(gpus.known("h100"), cases)
+merging = compiler.compile_task(list(several.values())[1])
+several = {
+    "kernels": [[key.kernel, task.part] for key, task in several.items()],
+    "again": all(check.key(task) == key for key, task in several.items()),
+    "tasks": [task.part for task in compiler.tasks(90, cases[0], merging.task.config)],
+    "merging": [merging.resources.matrix, merging.error, check.faults(merging, gpus.known("h100"))],
+}
+triton.runtime.driver.set_active(compiler._Driver(90))
+given = task("h100", "fp16", 128)
+tensors = ops.get("conv_bn_act").tensors(given.case.problem, torch.device("meta"))
+workspace = torch.empty(kernel.workspace_size(given.case.problem, given.config), device="meta")
+raw = []
+for options in ({}, {"scale_in": tensors["scale"], "shift_in": tensors["shift"]}):
+    arguments = (tensors["x"], tensors["weight"], tensors["out"], given.case.problem, given.config)
+    launch, _ = kernel.launch_raw(*arguments, workspace=workspace, **options)
+    found = compiler.Compiled(given, compiler._resources(launch.compile()))
+    raw.append([launch.kernel.__name__, check.faults(found, gpus.known("h100"))])
+print(json.dumps({"made": made, "names": names, "keys": keys, "odd": odd, "several": several, "raw": raw}))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return succeed(_COMPILED, tmp_path_factory.mktemp("compiled"))
+
+
+def test_compiled_for_three_architectures(compiled: Any) -> None:
+    matrix = {(name, precision): resources["matrix"] for name, precision, resources, _, _ in compiled["made"]}
+    assert matrix == {
+        ("a100", "fp16"): "HMMA", ("a100", "fp32"): "FFMA",
+        ("h100", "fp16"): "HGMMA", ("h100", "fp32"): "FFMA",
+        ("b200", "fp16"): "UTCHMMA", ("b200", "fp32"): "FFMA",
+    }  # fmt: skip
+    for _, _, resources, faults, error in compiled["made"]:
+        assert faults == [] and error == ""
+        assert 16 <= resources["registers"] <= 255 and resources["threads"] >= 128 and resources["shared"] > 0
+
+
+def test_instructions_agree_with_the_disassembler(compiled: Any) -> None:
+    """The opcodes are NVIDIA's to change: its own disassembler says what they are called."""
+    for disassembled, ours in compiled["names"]:
+        assert ours == disassembled and "FFMA" in ours
+
+
+def test_equal_keys_where_the_compiler_sees_no_difference(compiled: Any) -> None:
+    first, more_images, fewer_channels, odd_channels = compiled["keys"]
+    assert first == more_images == fewer_channels != odd_channels
+
+
+def test_every_launch_of_a_case_is_compiled(compiled: Any) -> None:
+    several = compiled["several"]
+    assert several["kernels"] == [
+        ["batch_norm_act._slice_moments", 0], ["batch_norm_act._merge_moments", 1], ["batch_norm_act._slice_sums", 0],
+        ["batch_norm_act._merge_sums", 1], ["batch_norm_act._apply", 0],
+    ]  # fmt: skip
+    assert several["again"] and several["tasks"] == [0, 1]
+    assert several["merging"] == ["FFMA", "", []]
+
+
+def test_the_training_options_of_a_convolution_compile_as_well(compiled: Any) -> None:
+    assert compiled["raw"] == [["_boxes", []], ["_gather", []]]
+
+
+def test_a_failure_to_compile_is_a_fault(compiled: Any) -> None:
+    (fault,) = compiled["odd"]
+    assert fault.startswith("does not compile: ")
+
+
+_COMMAND = """
+import contextlib, io, json, sys
+from pathlib import Path
+
+def main():
+    from resnet_fast.kernels import conv_bn_act as kernel
+    from resnet_fast.tuning import compile as check, compiler, ops, shapes
+
+    table = Path(sys.argv[1])
+    problem = kernel.Problem(8, 14, 14, 64, 256, (1, 1), (1, 1), (0, 0), (1, 1), 1, "fp16", False)
+    shapes.problems = lambda *given, **more: (ops.Case("conv_bn_act", problem, "relu"),)
+    check.table_tasks = lambda gpu, folder: ({}, [])
+    check.table_path = lambda: table
+
+    def run(*arguments):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            status = check.main([*arguments, "--jobs", "1"])
+        return status, printed.getvalue()
+
+    answers = {"missing": run("--check", "--arch", "90")}  # in a worker process, as in earnest
+    compiler.Compiler.run = lambda self, tasks: map(compiler.compile_task, tasks)  # quicker
+    answers["written"] = run("--write")
+    answers["equal"] = run("--check", "--arch", "90")
+    text = table.read_text()
+    row = next(line for line in text.splitlines() if line.startswith("sm_90"))
+    cells = row.split(",")
+    table.write_text(text.replace(row, ",".join([*cells[:4], "7", *cells[5:]])))
+    answers["changed"] = run("--check", "--arch", "90")
+    table.write_text(table.read_text().replace("# triton ", "# triton 0."))
+    answers["other version"] = run("--check", "--arch", "90")
+    kernel.heuristic = lambda problem, gpu: kernel.Config(256, 256, 64, 4, 2, False)
+    answers["spill, other version"] = run("--check", "--arch", "90")
+    print(json.dumps([answers, cells[4]]))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_the_command_fails_on_a_planted_spill_and_on_a_changed_row(tmp_path: Path) -> None:
+    """One launch in place of the networks', once absurdly large."""
+    script = tmp_path / "planted.py"
+    script.write_text(_COMMAND)
+    table = tmp_path / "resources.csv"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, script, table], capture_output=True, text=True, env=environment, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    answers, registers = json.loads(ran.stdout.splitlines()[-1])
+    status, printed = answers["missing"]
+    assert status == 1 and f"there is no {table}" in printed, printed
+    status, printed = answers["written"]
+    assert status == 0 and "3 rows written" in printed, printed
+    status, printed = answers["equal"]
+    assert status == 0 and "all well" in printed, printed
+    status, printed = answers["changed"]
+    assert status == 1 and f"registers 7 -> {registers}" in printed, printed
+    status, printed = answers["other version"]
+    assert status == 0 and "rows are not compared" in printed, printed
+    status, printed = answers["spill, other version"]
+    assert status == 1 and "WRONG sm_90 conv_bn_act" in printed and "spills registers" in printed, printed
