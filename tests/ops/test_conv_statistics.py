@@ -32,6 +32,7 @@ pytestmark = [
 ]
 
 OPS = torch.ops.resnet_fast
+ON_TRITON = [pytest.param(form, marks=pytest.mark.triton) for form in FORMS]
 EPS = 1e-5
 
 
@@ -112,6 +113,7 @@ def assert_moments_of(y: Tensor, mean: Tensor, variance: Tensor) -> None:
     assert_obeys_error_rule(variance.sqrt(), invstd.reciprocal(), deviation, "deviation")
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("conv", CONVS, ids=str)
@@ -150,7 +152,7 @@ def test_the_plain_way_is_the_ops_that_it_stands_for() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 30])
-@pytest.mark.parametrize("form", ["plain", *FORMS])
+@pytest.mark.parametrize("form", ["plain", *ON_TRITON])
 def test_running_statistics_and_inverse_deviation(form: str, rows: int) -> None:
     mean, variance = torch.randn(300, device=DEVICE), torch.rand(300, device=DEVICE)
     variance[0 if rows > 1 else slice(None)] = 0.0
@@ -171,7 +173,7 @@ def test_running_statistics_and_inverse_deviation(form: str, rows: int) -> None:
     assert torch.equal(halves[0], mean.half()) and halves[1].dtype is torch.float16
 
 
-@pytest.mark.parametrize("form", ["plain", *FORMS])
+@pytest.mark.parametrize("form", ["plain", *ON_TRITON])
 @pytest.mark.parametrize("before", [False, True])
 def test_gradients(form: str, before: bool) -> None:
     """Those of norm_act_conv; of mean and variance there are none."""
@@ -258,6 +260,7 @@ def test_opcheck() -> None:
         torch.library.opcheck(OPS.batch_norm_from_moments.default, (*vectors, *each, 40, 0.1, EPS))
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck_of_the_kernel(form: str) -> None:
     x, arguments = image(2, 16, 5, 4).requires_grad_(), Conv(16, 24).arguments(torch.float32)
@@ -388,6 +391,7 @@ def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore::resnet_fast.backends.FallbackWarning")
+@pytest.mark.triton
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", list(MODELS))
 def test_training_through_the_kernel(name: str, form: str, launched: list[bool]) -> None:
