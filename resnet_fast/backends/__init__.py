@@ -9,15 +9,37 @@ from __future__ import annotations
 import threading
 import warnings
 from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
 
 from . import cuda, onednn, triton
 
-__all__ = ["FallbackWarning", "available", "current", "fallback", "fallbacks", "kernels", "runs", "use"]
+__all__ = [
+    "Backend", "Choice", "FallbackWarning", "available", "candidates", "choose", "current", "fallback", "fallbacks",
+    "pick", "runs", "use",
+]  # fmt: skip
+
+
+class Backend(Protocol):
+    """What brings GPU kernels: the modules ``triton`` and ``cuda``."""
+
+    NAME: str
+
+    def unavailable(self) -> str:
+        """Return why its kernels cannot be used in this process, "" if they can."""
+
+    def unsupported(self, dtype: torch.dtype, device: torch.device) -> str:
+        """Return why tensors of this dtype on this device cannot be computed by them, "" if they can."""
+
 
 #: Every backend by name, with the device types it runs on (none named = any).
 _DEVICES: dict[str, tuple[str, ...]] = {
     "reference": (), "onednn": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)
 }  # fmt: skip
+
+_OF_KERNELS: tuple[Backend, ...] = (triton, cuda)
 
 _lock = threading.Lock()
 _selected = "auto"
@@ -96,16 +118,73 @@ def _on_cpu(name: str) -> bool:
     return triton.interpreted() if name == "triton" else cuda.emulated()
 
 
-def kernels(device: str, asked: str = "auto") -> str:
-    """Whose kernels may compute for tensors of this device type: "triton", "cuda", either ("auto") or nobody's ("").
+def candidates(op: str, device: torch.device, dtype: torch.dtype, asked: str = "auto") -> tuple[Backend, ...]:
+    """Return the backends whose kernels may compute an op for tensors of this device and dtype.
+
+    By themselves on CUDA tensors; on CPU tensors only if somebody chose them. If they should run and none can, that is
+    recorded as a fallback.
+
+    Args:
+        asked: "auto" for the process-wide choice, or a backend's name.
 
     Raises:
         RuntimeError: as :func:`runs`.
     """
     chosen = asked if asked != "auto" else _selected
     if chosen == "auto":
-        return "auto" if device == "cuda" else ""
-    return chosen if runs(chosen, device, chosen) and chosen in ("triton", "cuda") else ""
+        wanted = _OF_KERNELS if device.type == "cuda" else ()
+    else:
+        runs(chosen, device.type, chosen)
+        wanted = tuple(backend for backend in _OF_KERNELS if chosen == backend.NAME)
+    usable, reasons = [], []
+    for backend in wanted:
+        missing = backend.unavailable()
+        reason = missing or backend.unsupported(dtype, device)
+        if reason:
+            reasons.append((bool(missing), reason))
+        else:
+            usable.append(backend)
+    if reasons and not usable:
+        # If one of them runs here, only why it refused matters, not that the other is missing.
+        said = [reason for missing, reason in reasons if not missing] or [reason for _, reason in reasons]
+        fallback(op, f"{'; '.join(said)}; the plain torch reference runs instead")
+    return tuple(usable)
+
+
+class Choice(NamedTuple):
+    """What computes a problem: a kernel of a backend, by its name if there are several; without a backend, why none."""
+
+    backend: Backend | None
+    kernel: str = ""
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        return "reference" if self.backend is None else self.backend.NAME
+
+
+def pick(op: str, among: tuple[Backend, ...], problem: Any, device: torch.device, *tensors: Tensor | None) -> Choice:
+    """Choose the kernel that computes a problem: CUDA's if tables say that it takes less time, else Triton's.
+
+    Args:
+        among: what :func:`candidates` found. tensors: their addresses limit the choice of CUDA's kernels.
+    """
+    if cuda not in among:
+        return Choice(triton)
+    gpu, alignment = triton.gpu_of(device), cuda.alignment(*tensors)
+    if triton in among:
+        kernel = cuda.faster(op, problem, gpu, alignment)
+        return Choice(cuda, kernel) if kernel else Choice(triton)
+    kernel, reason = cuda.kernel(op, problem, gpu, alignment)
+    return Choice(None, "", reason) if reason else Choice(cuda, kernel)
+
+
+def choose(op: str, among: tuple[Backend, ...], problem: Any, device: torch.device, *tensors: Tensor | None) -> Choice:
+    """As :func:`pick`, and record it as a fallback if no kernel computes the problem."""
+    choice = pick(op, among, problem, device, *tensors)
+    if choice.backend is None:
+        fallback(op, f"{choice.reason}; the plain torch reference runs instead")
+    return choice
 
 
 def fallback(what: str, reason: str) -> None:

@@ -25,6 +25,8 @@ from . import triton
 if TYPE_CHECKING:
     from resnet_fast.kernels.gpus import GPU
 
+NAME = "cuda"
+
 #: What the module's functions are called with where nothing is known to be less aligned.
 ALIGNED = 128
 

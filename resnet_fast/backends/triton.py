@@ -18,6 +18,7 @@ import torch
 
 from resnet_fast.kernels import gpus
 
+NAME = "triton"
 _OLDEST = (3, 6)
 _PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 

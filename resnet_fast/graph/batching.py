@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from . import ir, shapes
 from .guard import Guard
-from .plan import Fused, FusedStem, add_act_reference
+from .plan import Fused
 
 _MMAP_THRESHOLD_MAX = 32 << 20
 #: The largest intermediate tensor a piece may have; the rest is room for alignment and malloc's header.
@@ -57,7 +57,7 @@ _ELEMENTWISE: set[Any] = {
 _WITH_CONSTANTS: set[Any] = {torch.conv2d, F.batch_norm, F.linear}
 _BINARY: set[Any] = {
     torch.add, torch.sub, torch.mul, torch.div, operator.add, operator.sub, operator.mul, operator.truediv,
-    ir.ADD_ACT, add_act_reference,
+    ir.ADD_ACT,
 }  # fmt: skip
 _METHODS = {"relu", "sigmoid", "tanh", "contiguous", "neg"}
 _MODULES = {
@@ -176,7 +176,7 @@ def largest_tensor(gm: fx.GraphModule, x: Tensor) -> int | None:
         if node.op in ("placeholder", "get_attr", "output") or not isinstance(value, Tensor):
             continue
         size = value.numel() * value.element_size()
-        if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), FusedStem):
+        if node.op == "call_module" and getattr(gm.get_submodule(str(node.target)), "op", "") == "stem":
             size *= 4  # the convolution's output, before it is pooled
         largest = max(largest, size)
     return largest

@@ -17,11 +17,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from resnet_fast.backends import triton
-from resnet_fast.ops._common import KERNELS
 
 from . import ir, memory, plan
-
-_ADD_ACTS = tuple(plan.ADD_ACTS[name] for name in KERNELS if name in plan.ADD_ACTS)
 
 #: Shapes kept; the one used longest ago makes room for a new one.
 SHAPES_KEPT = 8
@@ -45,9 +42,9 @@ def why_not_recordable(gm: fx.GraphModule) -> str:
             return f"{node.name} writes in place"
         module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, plan.Fused):
-            if module.backend not in KERNELS:
+            if not module.prepare().candidates:
                 return f"{ir.name_of(node)} runs on the backend {module.backend!r}"
-        elif not memory.fresh(gm, node) and not _selects(node) and node.target not in _ADD_ACTS:
+        elif not memory.fresh(gm, node) and not _selects(node):
             return f"{node.name} is no fused op"
     return ""
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from . import ir, memory
 from .guard import PASSED, Guard
-from .plan import Fused, FusedConvBNAct, FusedStem
+from .plan import Fused
 
 #: A bound above this proves nothing (float32 and bfloat16 end at 3e38).
 LIMIT = 1e36
@@ -31,7 +31,6 @@ _LIMIT_OF_SUMS = 1e28
 _KEEP_BOUND: set[Any] = {torch.relu, torch.flatten, nn.ReLU, nn.Identity}
 _MAX_POOLS: set[Any] = {torch.max_pool2d, F.max_pool2d, nn.MaxPool2d}
 _AVERAGES: set[Any] = {F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean, nn.AdaptiveAvgPool2d}
-_ADD_BOUNDS: set[Any] = {torch.add, ir.ADD_ACT}
 
 
 def certify(gm: fx.GraphModule) -> int:
@@ -49,11 +48,12 @@ def certify(gm: fx.GraphModule) -> int:
     for node in nodes:
         bound = unknown
         module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, FusedConvBNAct | FusedStem):
+        if isinstance(module, Fused) and module.op in ("conv_bn_act", "stem"):
             gain, offset = _gain(module)
             sources = cast(tuple[fx.Node, ...], node.args)
             bound = _after(gain, offset, [bounds[source] for source in sources])
-            if isinstance(module, FusedConvBNAct) and module.activation == "relu" and module.backend == "onednn":
+            relu = module.op == "conv_bn_act" and module.options["activation"] == "relu"
+            if relu and module.backend == "onednn":
                 if not bound <= LIMIT and _after(gain, offset, [PASSED] * len(sources)) <= LIMIT:
                     # What else is still to be read and has grown is measured too, or it would need its own guard soon.
                     grown = [value for value in _alive(nodes, node) if PASSED < bounds[value] <= LIMIT]
@@ -65,7 +65,7 @@ def certify(gm: fx.GraphModule) -> int:
                 module.no_nan = bound <= LIMIT
         elif node.op == "call_function" and node.target is torch.cat:
             bound = max(bounds[source] for source in node.all_input_nodes)
-        elif node.op == "call_function" and node.target in _ADD_BOUNDS and not node.kwargs:
+        elif (node.op == "call_function" and node.target is torch.add and not node.kwargs) or _adds(module):
             operands = node.args[:2]
             if all(isinstance(operand, fx.Node) for operand in operands):
                 bound = _SLACK * sum(bounds[cast(fx.Node, operand)] for operand in operands)
@@ -74,6 +74,10 @@ def certify(gm: fx.GraphModule) -> int:
         bounds[node] = bound if bound <= LIMIT else unknown
     gm.recompile()
     return sum(node.op == "call_module" and node.target == _NAME for node in gm.graph.nodes)
+
+
+def _adds(module: nn.Module | None) -> bool:
+    return isinstance(module, Fused) and module.op == "add_act"
 
 
 def _keeps_bound(node: fx.Node, module: nn.Module | None, bounds: dict[fx.Node, float]) -> bool:
@@ -106,7 +110,7 @@ def _reset(gm: fx.GraphModule) -> None:
             module = gm.get_submodule(str(node.target))
             if isinstance(module, Guard):
                 gm.graph.erase_node(node)
-            elif isinstance(module, FusedConvBNAct):
+            elif isinstance(module, Fused):
                 module.no_nan = False
 
 

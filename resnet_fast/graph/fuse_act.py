@@ -16,7 +16,7 @@ def fuse_act(gm: fx.GraphModule) -> None:
         if not ir.plain_conv(source):
             ir.reject(node, _why_not(source))
             continue
-        conv = ir.Conv.of(source)._replace(activation="relu")
+        conv = ir.arguments_of(source)._replace(activation="relu")
         with gm.graph.inserting_before(source):
             new = ir.call(gm, ir.CONV_BN_ACT, tuple(conv))
         ir.replace([source, node], new)

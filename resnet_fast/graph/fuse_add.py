@@ -37,7 +37,7 @@ def _fuse(gm: fx.GraphModule, add: fx.Node, depth: dict[fx.Node, int]) -> None:
         late = not plain
         if relu is not None:
             chain.append(relu)
-        arguments = ir.Conv.of(source)._replace(
+        arguments = ir.arguments_of(source)._replace(
             residual=b if source is a else a,
             activation="relu" if late or relu is not None else "none",
             residual_after_activation=late,

@@ -23,7 +23,7 @@ def fuse_stem(gm: fx.GraphModule) -> None:
         if reason:
             ir.reject(node, reason)
             continue
-        conv = ir.Conv.of(source)
+        conv = ir.arguments_of(source)
         arguments = (conv.x, conv.weight, conv.scale, conv.shift, None, None, _POOLS[tuple(pool)])
         with gm.graph.inserting_before(source):
             new = ir.call(gm, ir.STEM, arguments)
@@ -37,7 +37,7 @@ def _why_not(source: object, pool: tuple[object, ...]) -> str:
         return "it follows no convolution"
     if len(source.users) > 1:
         return f"the output of {ir.name_of(source)} is used elsewhere too"
-    conv = ir.Conv.of(source)
+    conv = ir.arguments_of(source)
     weight = conv.weight.meta.get("value")
     fits = (
         weight is not None

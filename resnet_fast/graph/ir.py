@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-import resnet_fast.ops  # noqa: F401 - registers the ops of torch.ops.resnet_fast
+from resnet_fast import ops
+from resnet_fast.ops import Op
 
 CONV = torch.conv2d
 BATCH_NORM = F.batch_norm
@@ -27,11 +28,11 @@ ADAPTIVE_AVG_POOL = F.adaptive_avg_pool2d
 MEAN = torch.mean
 FLATTEN = torch.flatten
 LINEAR = F.linear
-CONV_BN_ACT = torch.ops.resnet_fast.conv_bn_act.default
-ADD_ACT = torch.ops.resnet_fast.add_act.default
-STEM = torch.ops.resnet_fast.stem.default
-HEAD = torch.ops.resnet_fast.head.default
-BOTTLENECK_TAIL = torch.ops.resnet_fast.bottleneck_tail.default
+CONV_BN_ACT, ADD_ACT, STEM, HEAD, BOTTLENECK_TAIL = (
+    ops.ALL[name].overload for name in ("conv_bn_act", "add_act", "stem", "head", "bottleneck_tail")
+)
+#: The fused ops by what their nodes call.
+OPS: dict[Any, Op[Any]] = {op.overload: op for op in ops.ALL.values()}
 
 
 @dataclass(eq=False)
@@ -60,24 +61,19 @@ class Notes:
             self.lines.append(line)
 
 
-class Conv(NamedTuple):
-    """The arguments of a ``conv_bn_act`` node, in the order of its schema."""
+def op_of(node: Any) -> Op[Any] | None:
+    """Return the op that a node in normal form calls, None if it calls none of ours."""
+    op = OPS.get(node.target) if isinstance(node, fx.Node) and node.op == "call_function" else None
+    return op if op is not None and node.meta.get("normal") else None
 
-    x: fx.Node
-    weight: fx.Node
-    scale: fx.Node
-    shift: fx.Node
-    residual: fx.Node | None
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    activation: str
-    residual_after_activation: bool
 
-    @classmethod
-    def of(cls, node: fx.Node) -> Conv:
-        return cls(*node.args)  # type: ignore[arg-type]
+def arguments_of(node: fx.Node) -> Any:
+    """Return the arguments of a node that calls an op, as the op's own NamedTuple, with nodes in place of tensors."""
+    return OPS[node.target].arguments(*node.args)
+
+
+class Conv:
+    of = staticmethod(arguments_of)
 
 
 def call(gm: fx.GraphModule, target: Any, args: tuple[Any, ...]) -> fx.Node:
@@ -101,7 +97,7 @@ def plain_conv(value: Any, activation: str = "none") -> bool:
     """Whether ``value`` is a conv_bn_act node with this activation, no residual, and exactly one user."""
     if not is_call(value, CONV_BN_ACT) or len(value.users) != 1:
         return False
-    conv = Conv.of(value)
+    conv = arguments_of(value)
     return conv.residual is None and conv.activation == activation
 
 

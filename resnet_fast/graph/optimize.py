@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from resnet_fast import backends
 from resnet_fast.backends import cuda, triton
 from resnet_fast.kernels import gpus
-from resnet_fast.ops._common import as_pair, backend_for, suggests_channels_last
+from resnet_fast.ops._common import as_pair, suggests_channels_last
 from resnet_fast.roofline import cost
 
 from . import batching, finite, ir, memory, plan, shapes
@@ -278,7 +278,7 @@ def optimize(
     _check_options(dtype, cuda_graphs, backend, device)
     target = original if dtype is None else dtype
     planned = _planned(gpu, device)
-    cuda_only = backends.kernels(device.type, backend) == "cuda"
+    cuda_only = (backends.current() if backend == "auto" else backend) == cuda.NAME
     notes = ir.Notes()
     hooks = hooked(model)
     if hooks:
@@ -486,10 +486,12 @@ def _bytes_moved(gm: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any
 def _skipped(gm: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> int:
     """Bytes of its input that a convolution module steps over: pixels between those of a 1x1 with a stride."""
     module: Any = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if isinstance(module, nn.Conv2d | plan.FusedConvBNAct):
-        position, weight, stride = 0, cast(Tensor, module.weight), as_pair(module.stride)
-    elif isinstance(module, plan.FusedBottleneckTail) and module.weight_shortcut is not None:
-        position, weight, stride = 1, cast(Tensor, module.weight_shortcut), as_pair(module.shortcut_stride)
+    if isinstance(module, nn.Conv2d):
+        position, weight, stride = 0, module.weight, as_pair(module.stride)
+    elif isinstance(module, plan.Fused) and module.op == "conv_bn_act":
+        position, weight, stride = 0, cast(Tensor, module.weight), module.options["stride"]
+    elif isinstance(module, plan.Fused) and "weight_shortcut" in module.constants():
+        position, weight, stride = 1, cast(Tensor, module.weight_shortcut), module.options["shortcut_stride"]
     else:
         return 0
     source = node.args[position] if len(node.args) > position else None
@@ -560,8 +562,6 @@ def _report(
             given = [value for source in node.args if isinstance(value := values.get(cast(fx.Node, source)), Tensor)]
             known = len(given) == len(node.args)
             op, runs = module.op, module.backend_for(*given) if known else module.backend
-        elif node.target in (ir.ADD_ACT, *plan.ADD_ACTS.values()):
-            op, runs = "add_act", _add_act_backend(gm, backend, values.get(node))
         for index, layer in enumerate(members):
             reason = "" if op else layer.reason or ("it moves no data" if after == 0 else "no fused form of this layer")
             fused = f"{op} {members[0].name}" if op else ""
@@ -587,16 +587,3 @@ def _report(
 
 def _metas(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return pytree.tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), inputs)
-
-
-def _add_act_backend(gm: fx.GraphModule, backend: str, result: Tensor | None) -> str:
-    """What the add_act op will choose on this graph's device for a result like this one (None: of unknown shape)."""
-    device = next((buffer.device for buffer in gm.buffers()), torch.device("cpu"))
-    names = [
-        name
-        for name in ("triton", "cuda", "onednn")
-        if backends.runs(name, device.type, backend) and not backends.available()[name]
-    ]
-    if names[:2] == ["triton", "cuda"] and result is not None and not cuda.unsupported(result.dtype, device):
-        return backend_for("add_act", plan.add_act.problem_of(result), device, "auto")
-    return names[0] if names else "reference"

@@ -1,23 +1,17 @@
-"""What every op shares: argument checks, dtypes, layouts and the registration with torch. No arithmetic of any op."""
+"""What ops share: argument checks, dtypes, layouts, a convolution's gradients. No op and no backend is known here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import backends
-from ..backends import cuda, triton
+_functorch: Any = torch._C._functorch
 
 ACTIVATIONS = ("none", "relu")
-
-#: What :func:`kernels_for` finds where kernels compute: one backend's, or of either.
-KERNELS = ("triton", "cuda", "auto")
-
-_library = torch.library.Library("resnet_fast", "DEF")
 
 
 def pair(value: int | Sequence[int], name: str) -> list[int]:
@@ -94,10 +88,12 @@ def check_weight_dtype(op: str, x: Tensor, weight: Tensor) -> None:
     raise TypeError(f"{op}: weight is {weight.dtype}, x is {x.dtype}; weight must be {allowed}")
 
 
-def check_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+def check_device(op: str, x: Tensor, called: str = "x", /, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, x is on {x.device}; they must be on one device")
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device}, {called} is on {x.device}; they must be on one device"
+            )
 
 
 def check_per_channel(op: str, channels: int, **vectors: Tensor) -> None:
@@ -155,6 +151,8 @@ def result(y: Tensor) -> Tensor:
 
     What autograd takes for a view of something inside an op nobody could change in place afterwards.
     """
+    if _vmapped():  # whose tensors know no memory format
+        return y
     y = channels_last(y)
     if transformed() or not y._is_view():
         return y
@@ -165,67 +163,12 @@ def transformed() -> bool:
     """Whether torch.func or forward-mode AD watches: the ops have reverse-mode formulas only, plain torch has all."""
     if torch.compiler.is_compiling():
         return False
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or _functorch.peek_interpreter_stack() is not None
 
 
-def kernels_for(op: str, x: Tensor, dtype: torch.dtype | None = None, asked: str = "auto") -> str:
-    """Whose kernels compute the op for ``x`` (in ``dtype``, x's own where not given).
-
-    "triton", "cuda", "auto" where the problem decides between them, or "" for nobody's. By themselves on CUDA tensors;
-    on CPU tensors only where somebody chose them. Where they should run and cannot, that is recorded as a fallback.
-    """
-    return kernels_on(op, x.device, x.dtype if dtype is None else dtype, asked) if x.numel() else ""
-
-
-def kernels_on(op: str, device: torch.device, dtype: torch.dtype, asked: str = "auto") -> str:
-    """:func:`kernels_for` for constants whose inputs are not there yet."""
-    whose = backends.kernels(device.type, asked)
-    if not whose:
-        return ""
-    modules = {"triton": triton, "cuda": cuda}
-    reasons = {
-        name: module.unavailable() or module.unsupported(dtype, device)
-        for name, module in modules.items()
-        if whose in ("auto", name)
-    }
-    usable = [name for name, reason in reasons.items() if not reason]
-    if not usable:
-        # Where one of them would run, that the other cannot be used is beside the point.
-        told = [reason for name, reason in reasons.items() if not modules[name].unavailable()] or [*reasons.values()]
-        backends.fallback(op, f"{'; '.join(told)}; the plain torch reference runs instead")
-    return "auto" if len(usable) > 1 else "".join(usable)
-
-
-def choose_kernel(op: str, problem: Any, device: torch.device, whose: str, *tensors: Tensor | None) -> tuple[str, str]:
-    """Which kernel computes the problem: ("triton", "") or ("cuda", its name).
-
-    Of "auto" CUDA's where tables say that it takes less time, else Triton's. ("", "") where only CUDA's may run and
-    none computes the problem, which is recorded as a fallback.
-
-    Args:
-        whose: what :func:`kernels_for` found, not "". tensors: whose addresses limit CUDA's choice.
-    """
-    backend, name, reason = _chosen(op, problem, device, whose, *tensors)
-    if reason:
-        backends.fallback(op, f"{reason}; the plain torch reference runs instead")
-    return backend, name
-
-
-def backend_for(op: str, problem: Any, device: torch.device, whose: str) -> str:
-    """The backend that :func:`choose_kernel` will find, "reference" for none; nothing is recorded."""
-    return _chosen(op, problem, device, whose)[0] or "reference"
-
-
-def _chosen(op: str, problem: Any, device: torch.device, whose: str, *tensors: Tensor | None) -> tuple[str, str, str]:
-    """Backend, kernel, and why there is none."""
-    if whose == "triton":
-        return "triton", "", ""
-    gpu, alignment = triton.gpu_of(device), cuda.alignment(*tensors)
-    if whose == "auto":
-        name = cuda.faster(op, problem, gpu, alignment)
-        return ("cuda", name, "") if name else ("triton", "", "")
-    name, reason = cuda.kernel(op, problem, gpu, alignment)
-    return "" if reason else "cuda", name, reason
+def _vmapped() -> bool:
+    stack = None if torch.compiler.is_compiling() else _functorch.get_interpreter_stack()
+    return stack is not None and any(each.key() == _functorch.TransformType.Vmap for each in stack)
 
 
 def kernel_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -330,57 +273,14 @@ def convolution_gradients(
     return grad_x, grad_weight, grad_scale, grad_shift
 
 
-def register(
-    schema: str,
-    *,
-    default: Callable[..., Any],
-    cpu: Callable[..., Any],
-    cuda: Callable[..., Any] | None = None,
-    fake: Callable[..., Any],
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
-    autocast: Callable[[torch.dtype, tuple[Any, ...]], tuple[Any, ...]] | None = None,
-) -> None:
-    """Define an op of the namespace ``resnet_fast`` with everything that torch can be told about it.
-
-    Straight on the dispatcher rather than through ``torch.library.custom_op``, whose wrappers cost more at each call
-    than a small convolution takes.
-
-    Args:
-        schema: as ``name(Tensor x, ...) -> Tensor``.
-        default: runs on every device that has no kernel of its own. cpu: runs on CPU tensors, cuda: on CUDA tensors.
-        fake: shapes, dtypes and strides only.
-        setup_context, backward: as for ``torch.library.register_autograd``; None for an op without gradients, which is
-            only called where none are recorded.
-        autocast: the arguments, in schema order, cast for an autocast dtype; None where autocast changes nothing.
-            ``torch.library.register_autocast`` would cast every floating point tensor; scale, shift and weights stay as
-            they are, they are folded in float32.
-    """
-    name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, default, "CompositeExplicitAutograd")
-    _library.impl(name, cpu, "CPU")
-    if cuda is not None:
-        _library.impl(name, cuda, "CUDA")
-    torch.library.register_fake(f"resnet_fast::{name}", fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(f"resnet_fast::{name}", backward, setup_context=setup_context, lib=_library)
-    if autocast is None:
-        return
-    op = getattr(torch.ops.resnet_fast, name).default
-    parameters = op._schema.arguments
-    for device, key in (("cpu", torch._C.DispatchKey.AutocastCPU), ("cuda", torch._C.DispatchKey.AutocastCUDA)):
-
-        def kernel(*args: Any, _device: str = device, _key: Any = key, **kwargs: Any) -> Any:
-            given = (kwargs.get(p.name, p.default_value) for p in parameters[len(args) :])
-            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_key)):
-                return op(*autocast(torch.get_autocast_dtype(_device), (*args, *given)))
-
-        _library.impl(name, kernel, f"Autocast{device.upper()}")
-
-
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Autocast's rule: floating point tensors other than float64 are cast to the autocast dtype."""
     if not x.is_floating_point() or x.dtype is torch.float64:
         return x
     return x.to(dtype)
+
+
+def autocast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight as an op takes it beside x of ``dtype``: in another half type it goes through float32, which
+    holds both."""
+    return weight if weight.dtype in (dtype, torch.float32, torch.float64) else weight.float()

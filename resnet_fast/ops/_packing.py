@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor
 from .. import backends
 from ..backends import onednn
 from ._common import channels_last
+
+if TYPE_CHECKING:
+    from ._op import Bound
 
 _xxhash: Any = None  # as in a checkout that runs without being installed
 with contextlib.suppress(ImportError):
@@ -164,6 +167,44 @@ def unsupported(dtype: torch.dtype, weight: Tensor, groups: int) -> str:
     if dtype is torch.bfloat16 and groups > 1 and weight.shape[1] % 2 and not depthwise:
         return f"oneDNN mixes pixels for bfloat16 groups of an odd number of channels ({weight.shape[1]})"
     return onednn.unsupported(dtype)
+
+
+def freeze(constants: dict[str, Any]) -> dict[str, Any]:
+    """Return a convolution's constants without gradients, the vectors as copies."""
+    return {
+        name: value if not isinstance(value, Tensor) else value.detach() if value.dim() == 4 else value.detach().clone()
+        for name, value in constants.items()
+    }
+
+
+def packed(
+    op: str,
+    x: Tensor,
+    dtype: torch.dtype,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+    bound: Bound[Any] | None,
+) -> tuple[PackedConv, Folded] | None:
+    """Return the packed form of a convolution for ``x`` in ``dtype``, None if oneDNN is not to compute it.
+
+    Of constants (``bound``) it is made once.
+    """
+    if bound is None:
+        if not x.numel() or not backends.runs("onednn", x.device.type):
+            return None
+        reason = unsupported(dtype, weight, geometry[3])
+        if not reason:
+            return packed_conv(weight, scale, shift, dtype, *geometry)
+        backends.fallback(op, f"{reason}; the plain torch reference runs instead")
+        return None
+    if "packed" not in bound.kept:
+        stride, padding, dilation, groups = geometry
+        conv = PackedConv(shift.to(dtype), weight.shape, list(stride), list(padding), list(dilation), groups)
+        bound.kept["packed"] = conv, lambda: (fold(weight, scale, dtype), True)
+    kept: tuple[PackedConv, Folded] = bound.kept["packed"]
+    return kept
 
 
 def packed_conv(

@@ -1,15 +1,15 @@
 """``batch_norm_act``: BatchNorm + residual + ReLU with gradients, from the batch's statistics or from stored ones.
 
-Three torch ops: ``batch_norm_statistics`` (no gradient), ``batch_norm_act`` (normalise, add, activate) and its
-backward, ``batch_norm_act_backward``. Statistics go into the second as tensors; its gradient for x follows them back
-to x where they are the batch's own. With the name of a process group, sums are taken over all its processes
-(SyncBatchNorm).
+Four torch ops: ``batch_norm_statistics`` and ``batch_norm_from_moments`` (no gradient), ``batch_norm_act`` (normalise,
+add, activate) and its backward, ``batch_norm_act_backward``. Statistics go into ``batch_norm_act`` as tensors; its
+gradient for x follows them back to x if they are the batch's own. With the name of a process group, sums are taken over
+all its processes (SyncBatchNorm).
 """
 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from resnet_fast.kernels.problems import BatchNormAct as Problem
 
 from .. import backends
-from ..backends import cuda, triton, triton_batch_norm_act
+from ..backends import Backend, cuda, triton, triton_batch_norm_act
 from ._common import (
     accumulate_dtype,
     cast,
@@ -25,15 +25,13 @@ from ._common import (
     check_activation,
     check_device,
     check_image,
-    choose_kernel,
     empty_channels_last,
     kernel_vector,
-    kernels_for,
-    register,
     relu_gradient,
     result,
     transformed,
 )
+from ._op import Bound, Op
 
 NAME = "batch_norm_act"
 
@@ -41,10 +39,27 @@ NAME = "batch_norm_act"
 _WIDEST = 32768
 
 
+class Norm(NamedTuple):
+    """A BatchNorm with the statistics it uses.
+
+    Attributes:
+        gamma, beta: [C] or None. mean, invstd: [C], as :func:`statistics` gives them.
+        of_batch: whether they are functions of the input. total, group: of synchronised statistics, else None and "".
+    """
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor
+    invstd: Tensor
+    of_batch: bool
+    total: Tensor | None
+    group: str
+
+
 # --- checks
 
 
-def _check(
+def check_all(
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
@@ -85,14 +100,13 @@ def _vector(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if vector is None else vector.detach().to(dtype)
 
 
-def _kernels(x: Tensor, step: str, relu: bool = False, residual: bool = False) -> ModuleType | None:
-    """The module whose launches compute a step (of ``Problem``) for ``x``: CUDA's, Triton's, or none."""
-    whose = kernels_for(NAME, x)
-    if not whose:
-        return None
+def _kernels(
+    among: tuple[Backend, ...], x: Tensor, step: str, relu: bool = False, residual: bool = False
+) -> ModuleType | None:
+    """Return the module whose launches compute a step (of ``Problem``) for ``x``, None if there is none."""
     problem = Problem(_rows(x), x.shape[1], triton.precision(x.dtype), step, relu, residual)
-    backend, _ = choose_kernel(NAME, problem, x.device, whose)
-    return {"cuda": cuda, "triton": triton_batch_norm_act}.get(backend)
+    choice = backends.choose(NAME, among, problem, x.device)
+    return {"cuda": cuda, "triton": triton_batch_norm_act}.get(choice.name)
 
 
 # --- statistics
@@ -190,145 +204,124 @@ def _in_kernel(running: Tensor | None) -> bool:
     return running is None or (running.dtype is torch.float32 and running.is_contiguous())
 
 
-def _statistics(
-    kernels: ModuleType | None,
-    moments: Any,
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    group: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, None, None, running_mean, running_var, None)
-    dtype, rows, channels = accumulate_dtype(x.dtype), _rows(x), x.shape[1]
-    if kernels is not None:
-        alone = not group and _in_kernel(running_mean) and _in_kernel(running_var)
-        running = (running_mean, running_var) if alone else (None, None)
-        mean, invstd = (torch.empty(channels, dtype=torch.float32, device=x.device) for _ in range(2))
-        kernels.batch_norm_act_statistics(
-            channels_last(x), mean, invstd, *running, eps=eps if alone else 0.0, momentum=momentum
-        )
-        if alone:
-            for each in running:
-                if each is not None:
-                    torch.autograd.graph.increment_version(each)
-            return mean, invstd, torch.empty(0, dtype=dtype, device=x.device)
-        # Without eps the inverse deviation is the variance in other words; of 0 it is infinite, which this makes 0.
-        mean, var = mean.double(), invstd.double().square().reciprocal()
-    elif rows and channels:
-        mean, var = moments(x)
-    else:
-        mean, var = (torch.zeros(channels, dtype=torch.float64, device=x.device) for _ in range(2))
+class Statistics(NamedTuple):
+    x: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    momentum: float
+    eps: float
+    group: str
+
+
+def _statistics_kernel(
+    among: tuple[Backend, ...], a: Statistics, bound: Bound[Statistics] | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    kernels = _kernels(among, a.x, "statistics")
+    if kernels is None:
+        return None
+    running = a.running_mean, a.running_var
+    alone = not a.group and all(map(_in_kernel, running))
+    mean, invstd = (torch.empty(a.x.shape[1], dtype=torch.float32, device=a.x.device) for _ in range(2))
+    kernels.batch_norm_act_statistics(
+        channels_last(a.x), mean, invstd, *(running if alone else (None, None)), eps=a.eps if alone else 0.0,
+        momentum=a.momentum,
+    )  # fmt: skip
+    if alone:
+        _increment_versions(*running)
+        return mean, invstd, invstd.new_empty(0)
+    # Without eps the inverse deviation is the variance in other words; of 0 it is infinite, which this makes 0.
+    return _finished(a, mean.double(), invstd.double().square().reciprocal())
+
+
+def _increment_versions(*running: Tensor | None) -> None:
+    for each in running:
+        if each is not None:
+            torch.autograd.graph.increment_version(each)
+
+
+def _statistics(a: Statistics) -> tuple[Tensor, Tensor, Tensor]:
+    if not a.x.numel():
+        return _finished(a, *(torch.zeros(a.x.shape[1], dtype=torch.float64, device=a.x.device) for _ in range(2)))
+    return _finished(a, *(_moments_cpu if a.x.device.type == "cpu" and _by_torch(a.x) else _moments)(a.x))
+
+
+def _finished(a: Statistics, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge this process's statistics with the others', and bring the running statistics up to date."""
+    dtype, rows = accumulate_dtype(a.x.dtype), _rows(a.x)
     count: Tensor | None = None
     unbiased: Any = rows / (rows - 1) if rows > 1 else torch.nan
-    weight: float | Tensor = momentum if rows else 0.0  # a batch without pixels leaves them as they are, as in torch
-    if group:
-        mean, var, count = _synchronised(mean, var, rows, group)
-        unbiased, weight = count / (count - 1), momentum * (count > 0)
-    if rows or group:
-        _update(running_mean, mean, weight)
-        _update(running_var, var * unbiased, weight)
-    count = torch.empty(0, dtype=dtype, device=x.device) if count is None else count.to(dtype)
-    return mean.to(dtype), (var + eps).rsqrt().to(dtype), count
+    weight: float | Tensor = a.momentum if rows else 0.0  # a batch without pixels leaves them as they are, as in torch
+    if a.group:
+        mean, var, count = _synchronised(mean, var, rows, a.group)
+        unbiased, weight = count / (count - 1), a.momentum * (count > 0)
+    if rows or a.group:
+        _update(a.running_mean, mean, weight)
+        _update(a.running_var, var * unbiased, weight)
+    count = torch.empty(0, dtype=dtype, device=a.x.device) if count is None else count.to(dtype)
+    return mean.to(dtype), (var + a.eps).rsqrt().to(dtype), count
 
 
-def _statistics_default(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _statistics(None, _moments, x, *rest)
+def _statistics_empty(a: Statistics) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulate_dtype(a.x.dtype)
+    mean, invstd = (torch.empty(a.x.shape[1], dtype=dtype, device=a.x.device) for _ in range(2))
+    return mean, invstd, torch.empty(1 if a.group else 0, dtype=dtype, device=a.x.device)
 
 
-def _statistics_cuda(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _statistics(_kernels(x, "statistics"), _moments, x, *rest)
-
-
-def _statistics_cpu(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    moments = _moments_cpu if _by_torch(x) else _moments
-    return _statistics(_kernels(x, "statistics"), moments, x, *rest)
-
-
-def _statistics_fake(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    group: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, None, None, running_mean, running_var, None)
-    dtype = accumulate_dtype(x.dtype)
-    mean, invstd = (torch.empty(x.shape[1], dtype=dtype, device=x.device) for _ in range(2))
-    return mean, invstd, torch.empty(1 if group else 0, dtype=dtype, device=x.device)
-
-
-register(
-    "batch_norm_statistics(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps, "
-    "str group) -> (Tensor, Tensor, Tensor)",
-    default=_statistics_default,
-    cpu=_statistics_cpu,
-    cuda=_statistics_cuda,
-    fake=_statistics_fake,
-)
+STATISTICS = Op(
+    "batch_norm_statistics", Statistics, lambda a: check_all(a.x, None, None, a.running_mean, a.running_var, None),
+    _statistics_empty, _statistics, _statistics_kernel, kind=NAME,
+    schema="batch_norm_statistics(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, "
+    "float eps, str group) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
 
 
 # --- statistics of moments that are known already
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, [C] in float32 (float64 for float64), without gradients."""
-    mean, invstd, _ = torch.ops.resnet_fast.batch_norm_statistics.default(x.detach(), None, None, 0.0, 0.0, "")
+    """Return mean and biased variance of each channel, [C] in float32 (float64 for float64), without gradients."""
+    mean, invstd, _ = STATISTICS.overload(x.detach(), None, None, 0.0, 0.0, "")
     return mean, invstd.double().square().reciprocal().to(invstd.dtype)
 
 
-def _from_moments(
-    mean: Tensor,
-    variance: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    rows: int,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    if rows:
-        _update(running_mean, mean.double(), momentum)
-        _update(running_var, variance.double() * (rows / (rows - 1) if rows > 1 else torch.nan), momentum)
-    return (variance.double() + eps).rsqrt().to(variance.dtype)
+class Moments(NamedTuple):
+    mean: Tensor
+    variance: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    rows: int
+    momentum: float
+    eps: float
 
 
-def _from_moments_kernel(
-    mean: Tensor,
-    variance: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    rows: int,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    """By one launch, which Triton has whatever computed the moments."""
-    fits = rows and mean.dtype is torch.float32 and _in_kernel(running_mean) and _in_kernel(running_var)
-    if not fits or kernels_for(NAME, mean) not in ("triton", "auto"):
-        return _from_moments(mean, variance, running_mean, running_var, rows, momentum, eps)
-    from resnet_fast.kernels import batch_norm_act as kernel
+def _from_moments(a: Moments) -> Tensor:
+    if a.rows:
+        _update(a.running_mean, a.mean.double(), a.momentum)
+        _update(a.running_var, a.variance.double() * (a.rows / (a.rows - 1) if a.rows > 1 else torch.nan), a.momentum)
+    return (a.variance.double() + a.eps).rsqrt().to(a.variance.dtype)
 
-    mean, variance = kernel_vector(mean), kernel_vector(variance)
+
+def _from_moments_kernel(among: tuple[Backend, ...], a: Moments, bound: Bound[Moments] | None) -> Tensor | None:
+    """Compute it by one launch, which Triton has whatever computed the moments."""
+    running = a.running_mean, a.running_var
+    if not a.rows or a.mean.dtype is not torch.float32 or not all(map(_in_kernel, running)) or triton not in among:
+        return None
+    from resnet_fast.kernels import batch_norm_act as kernels
+
+    mean, variance = kernel_vector(a.mean), kernel_vector(a.variance)
     invstd = torch.empty_like(variance)
     with triton.on(mean.device):
-        kernel.finish(
-            mean, variance, invstd, running_mean, running_var, rows, mean.shape[0], eps=eps, momentum=momentum
-        )()
-    for each in (running_mean, running_var):
-        if each is not None:
-            torch.autograd.graph.increment_version(each)
+        kernels.finish(mean, variance, invstd, *running, a.rows, len(mean), eps=a.eps, momentum=a.momentum)()
+    _increment_versions(*running)
     return invstd
 
 
-register(
-    "batch_norm_from_moments(Tensor mean, Tensor variance, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+FROM_MOMENTS = Op(
+    "batch_norm_from_moments", Moments, lambda a: None, lambda a: torch.empty_like(a.variance), _from_moments,
+    _from_moments_kernel, kind=NAME,
+    schema="batch_norm_from_moments(Tensor mean, Tensor variance, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "SymInt rows, float momentum, float eps) -> Tensor",
-    default=_from_moments,
-    cpu=_from_moments_kernel,
-    cuda=_from_moments_kernel,
-    fake=lambda mean, variance, *rest: torch.empty_like(variance),
-)
+)  # fmt: skip
 
 
 def from_moments(
@@ -340,79 +333,54 @@ def from_moments(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, None]:
-    """What :func:`statistics` gives and updates, of the mean and biased variance [C] of ``rows`` values a channel."""
+    """Return and update what :func:`statistics` does, of the mean and biased variance [C] of ``rows`` values a channel."""
     with torch.no_grad():
-        invstd = torch.ops.resnet_fast.batch_norm_from_moments.default(
-            mean, variance, running_mean, running_var, rows, momentum, eps
-        )
+        invstd = FROM_MOMENTS.overload(mean, variance, running_mean, running_var, rows, momentum, eps)
     return mean, invstd, None
 
 
 # --- forward
 
 
-def reference(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    residual: Tensor | None = None,
-    activation: str = "relu",
-) -> Tensor:
-    """``act((x - mean) * invstd * gamma + beta + residual)`` in plain torch, rounded once; any device and dtype."""
-    dtype = accumulate_dtype(x.dtype)
+class Arguments(NamedTuple):
+    x: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor
+    invstd: Tensor
+    residual: Tensor | None
+    activation: str
+    of_batch: bool
+    count: Tensor | None
+    group: str
 
-    def per_channel(vector: Tensor) -> Tensor:
-        return vector.to(dtype).view(1, -1, 1, 1)
+    @property
+    def norm(self) -> Norm:
+        return Norm(*self[1:5], self.of_batch, self.count, self.group)
 
-    y = (x.to(dtype) - per_channel(mean)) * per_channel(invstd)
+
+def reference(a: Arguments) -> Tensor:
+    """Compute ``act((x - mean) * invstd * gamma + beta + residual)`` in float32 (float64 for float64), rounded once."""
+    dtype = accumulate_dtype(a.x.dtype)
+    gamma, beta, mean, invstd = (None if each is None else each.to(dtype).view(1, -1, 1, 1) for each in a[1:5])
+    y = (a.x.to(dtype) - mean) * invstd
     if gamma is not None:
-        y = y * per_channel(gamma)
+        y = y * gamma
     if beta is not None:
-        y = y + per_channel(beta)
-    if residual is not None:
-        y = y + residual.to(dtype)
-    return result((y.relu() if activation == "relu" else y).to(x.dtype))
+        y = y + beta
+    if a.residual is not None:
+        y = y + a.residual.to(dtype)
+    return result((y.relu() if a.activation == "relu" else y).to(a.x.dtype))
 
 
-def _default(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    residual: Tensor | None,
-    activation: str,
-    of_batch: bool,
-    count: Tensor | None,
-    group: str,
-) -> Tensor:
-    _check(x, gamma, beta, mean, invstd, residual, activation)
-    return reference(x, gamma, beta, mean, invstd, residual, activation)
-
-
-def _kernel(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    residual: Tensor | None,
-    activation: str,
-    of_batch: bool,
-    count: Tensor | None,
-    group: str,
-) -> Tensor:
-    _check(x, gamma, beta, mean, invstd, residual, activation)
-    kernels = _kernels(x, "apply", residual=residual is not None)
+def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | None) -> Tensor | None:
+    kernels = _kernels(among, a.x, "apply", residual=a.residual is not None)
     if kernels is None:
-        layers = _native if x.numel() and _by_torch(x) else reference
-        return layers(x, gamma, beta, mean, invstd, residual, activation)
-    vectors = [None if vector is None else kernel_vector(vector) for vector in (mean, invstd, gamma, beta)]
-    out = empty_channels_last(x, x.shape)
-    residual = None if residual is None else channels_last(residual)
-    kernels.batch_norm_act_apply(channels_last(x), *vectors, residual, out, activation=activation)
+        return None
+    vectors = [None if vector is None else kernel_vector(vector) for vector in (a.mean, a.invstd, a.gamma, a.beta)]
+    out = empty_channels_last(a.x, a.x.shape)
+    residual = None if a.residual is None else channels_last(a.residual)
+    kernels.batch_norm_act_apply(channels_last(a.x), *vectors, residual, out, activation=a.activation)
     return out
 
 
@@ -421,88 +389,59 @@ def _by_torch(x: Tensor) -> bool:
     return backends.runs("onednn", "cpu") if x.device.type == "cpu" else backends.current() != "reference"
 
 
-def _native(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    residual: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """torch's own kernels; the last two work in place, on a CPU on what is still in its cache where x is small."""
-    dtype = accumulate_dtype(x.dtype)
-    vectors = (_vector(gamma, dtype), _vector(beta, dtype), mean.to(dtype), _variance(invstd, dtype))
-    out = torch.native_batch_norm(channels_last(x), *vectors, False, 0.0, 0.0)[0]
-    if residual is not None:
-        out += residual
-    return result(out.relu_() if activation == "relu" else out)
+def native(a: Arguments, bound: Bound[Arguments] | None = None) -> Tensor | None:
+    """Compute the op by torch's kernels; the last two work in place, on a CPU on what is still in its cache if x is
+    small."""
+    if not a.x.numel() or not _by_torch(a.x):
+        return None
+    dtype = accumulate_dtype(a.x.dtype)
+    vectors = (_vector(a.gamma, dtype), _vector(a.beta, dtype), a.mean.to(dtype), _variance(a.invstd, dtype))
+    out = torch.native_batch_norm(channels_last(a.x), *vectors, False, 0.0, 0.0)[0]
+    if a.residual is not None:
+        out += a.residual
+    return result(out.relu_() if a.activation == "relu" else out)
 
 
 def _variance(invstd: Tensor, dtype: torch.dtype) -> Tensor:
-    """What torch's kernels, which take a variance and eps, are to be given with eps = 0."""
+    """Return what torch's kernels, which take a variance and eps, are to be given with eps = 0."""
     return invstd.double().square().reciprocal().to(dtype)
 
 
-def _fake(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    residual: Tensor | None,
-    activation: str,
-    of_batch: bool,
-    count: Tensor | None,
-    group: str,
-) -> Tensor:
-    _check(x, gamma, beta, mean, invstd, residual, activation)
-    return empty_channels_last(x, x.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, gamma, beta, mean, invstd, residual, ctx.activation, ctx.of_batch, count, ctx.group = inputs
-    ctx.has_residual = residual is not None
+def context(ctx: Any, a: Arguments, output: Tensor) -> None:
+    ctx.activation, ctx.of_batch, ctx.group, ctx.has_residual = (
+        a.activation,
+        a.of_batch,
+        a.group,
+        a.residual is not None,
+    )
     # The output, which the next layer keeps anyway, shows where the ReLU was open.
-    ctx.save_for_backward(x, gamma, beta, mean, invstd, count, output if ctx.activation == "relu" else None)
+    ctx.save_for_backward(*a[:5], a.count, output if a.activation == "relu" else None)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, gamma, beta, mean, invstd, count, output = ctx.saved_tensors
     need_x, need_gamma, need_beta, *_, need_residual = ctx.needs_input_grad[:6]
-    gradients = norm_gradients(
-        grad, x, output, gamma, beta, mean, invstd, count, ctx.of_batch, ctx.group,
-        (need_x, need_gamma, need_beta, need_residual),
-    )  # fmt: skip
+    norm = Norm(gamma, beta, mean, invstd, ctx.of_batch, count, ctx.group)
+    gradients = norm_gradients(grad, x, output, norm, (need_x, need_gamma, need_beta, need_residual))
     return *gradients[:3], None, None, gradients[3], *([None] * 4)
 
 
 def norm_gradients(
-    grad: Tensor,
-    x: Tensor,
-    output: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    count: Tensor | None,
-    of_batch: bool,
-    group: str,
-    needed: tuple[bool, bool, bool, bool],
+    grad: Tensor, x: Tensor, output: Tensor | None, norm: Norm, needed: tuple[bool, bool, bool, bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``batch_norm_act`` for x, gamma, beta and the residual, None where not ``needed``.
+    """Return the gradients of ``batch_norm_act`` for x, gamma, beta and the residual, None if not ``needed``.
 
-    ``output``: the op's result if it ends with a ReLU. Differentiable themselves where gradients are recorded.
+    ``output``: the op's result if it ends with a ReLU. Differentiable themselves if gradients are recorded.
     """
     if torch.is_grad_enabled():
-        return _differentiable(grad, x, output, gamma, beta, mean, invstd, of_batch, group, needed)
+        return _differentiable(grad, x, output, norm, needed)
+    gamma, beta, mean, invstd, of_batch, count, group = norm
     need_x, need_gamma, need_beta, need_residual = needed
     masked = output is not None
-    made = torch.ops.resnet_fast.batch_norm_act_backward.default(
+    grad_x, sum_grad, sum_grad_xhat, grad_residual = BACKWARD.overload(
         grad, x, output, gamma, mean, invstd, of_batch, count, group, need_x, need_gamma or need_beta,
         need_residual and masked,
     )  # fmt: skip
-    grad_x, sum_grad, sum_grad_xhat, grad_residual = made
     return (
         grad_x if need_x else None,
         sum_grad_xhat.to(gamma.dtype) if need_gamma and gamma is not None else None,
@@ -512,18 +451,10 @@ def norm_gradients(
 
 
 def _differentiable(
-    grad: Tensor,
-    x: Tensor,
-    output: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    of_batch: bool,
-    group: str,
-    needed: tuple[bool, bool, bool, bool],
+    grad: Tensor, x: Tensor, output: Tensor | None, norm: Norm, needed: tuple[bool, bool, bool, bool]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients in plain torch, for gradients of gradients."""
+    """Return the gradients in plain torch, for gradients of gradients."""
+    gamma, beta, mean, invstd, of_batch, _, group = norm
     if group:
         raise NotImplementedError(f"{NAME}: statistics over several processes have first derivatives only")
     dtype = accumulate_dtype(x.dtype)
@@ -551,37 +482,47 @@ def _differentiable(
     )
 
 
-def _autocast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
     # As torch's batch norm under autocast: x stays as it comes; the sum has x's type, as for torch's in-place addition.
-    x, gamma, beta, mean, invstd, residual, *rest = args
-    return (x, gamma, beta, mean, invstd, None if residual is None else cast(residual, x.dtype), *rest)
+    return a._replace(residual=None if a.residual is None else cast(a.residual, a.x.dtype))
 
 
-register(
-    "batch_norm_act(Tensor x, Tensor? gamma, Tensor? beta, Tensor mean, Tensor invstd, Tensor? residual, "
-    "str activation, bool of_batch, Tensor? count, str group) -> Tensor",
-    default=_default,
-    cpu=_kernel,
-    cuda=_kernel,
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    autocast=_autocast,
-)
+OP = Op(
+    NAME, Arguments, lambda a: check_all(*a[:7]), lambda a: empty_channels_last(a.x, a.x.shape), reference, kernel,
+    native, context, backward, autocast,
+)  # fmt: skip
 
 
 # --- backward
 
 
-def _check_backward(grad: Tensor, x: Tensor, output: Tensor | None) -> None:
-    check_image(f"{NAME}_backward", x)
-    for name, tensor in {"grad": grad, "output": output}.items():
-        if tensor is not None and (tensor.shape != x.shape or tensor.dtype is not x.dtype):
+class Backward(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    output: Tensor | None
+    gamma: Tensor | None
+    mean: Tensor
+    invstd: Tensor
+    of_batch: bool
+    count: Tensor | None
+    group: str
+    need_x: bool
+    need_sums: bool
+    need_residual: bool
+
+
+_Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _check_backward(a: Backward) -> None:
+    check_image(f"{NAME}_backward", a.x)
+    for name, tensor in {"grad": a.grad, "output": a.output}.items():
+        if tensor is not None and (tensor.shape != a.x.shape or tensor.dtype is not a.x.dtype):
             raise ValueError(
-                f"{NAME}_backward: {name} is {tensor.dtype} of shape {list(tensor.shape)}, x is {x.dtype} of shape "
-                f"{list(x.shape)}; they must be the same"
+                f"{NAME}_backward: {name} is {tensor.dtype} of shape {list(tensor.shape)}, x is {a.x.dtype} of shape "
+                f"{list(a.x.shape)}; they must be the same"
             )
-    check_device(f"{NAME}_backward", x, grad=grad, output=output)
+    check_device(f"{NAME}_backward", a.x, grad=a.grad, output=a.output)
 
 
 def _shares(sums: tuple[Tensor, Tensor], rows: int, count: Tensor | None, group: str) -> tuple[Tensor, Tensor]:
@@ -597,22 +538,9 @@ def _shares(sums: tuple[Tensor, Tensor], rows: int, count: Tensor | None, group:
     return first.contiguous(), second.contiguous()
 
 
-def _backward_reference(
-    grad: Tensor,
-    x: Tensor,
-    output: Tensor | None,
-    gamma: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    of_batch: bool,
-    count: Tensor | None,
-    group: str,
-    need_x: bool,
-    need_sums: bool,
-    need_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of x, sums of g and of g * xhat over pixels, g; in plain torch, any device and dtype."""
-    _check_backward(grad, x, output)
+def _backward_reference(a: Backward) -> _Gradients:
+    """Return the gradient of x, the sums of g and of g * xhat over pixels, and g, in plain torch."""
+    grad, x, output, gamma, mean, invstd, of_batch, count, group, need_x, need_sums, need_residual = a
     dtype = accumulate_dtype(x.dtype)
     one = (1, -1, 1, 1)
     g = (grad if output is None else relu_gradient(grad, output)).to(dtype)
@@ -632,78 +560,53 @@ def _backward_reference(
     )
 
 
-def _backward_kernel(
-    grad: Tensor,
-    x: Tensor,
-    output: Tensor | None,
-    gamma: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    of_batch: bool,
-    count: Tensor | None,
-    group: str,
-    need_x: bool,
-    need_sums: bool,
-    need_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_backward(grad, x, output)
-    kernels = _kernels(x, "backward", output is not None, need_residual)
+def _backward_kernel(among: tuple[Backend, ...], a: Backward, bound: Bound[Backward] | None) -> _Gradients | None:
+    kernels = _kernels(among, a.x, "backward", a.output is not None, a.need_residual)
     if kernels is None:
-        layers = _backward_native if x.numel() and not group and _by_torch(x) else _backward_reference
-        return layers(grad, x, output, gamma, mean, invstd, of_batch, count, group, need_x, need_sums, need_residual)
-    grad, x, output = channels_last(grad), channels_last(x), None if output is None else channels_last(output)
-    mean, invstd, gamma = kernel_vector(mean), kernel_vector(invstd), None if gamma is None else kernel_vector(gamma)
+        return None
+    grad, x, output = channels_last(a.grad), channels_last(a.x), None if a.output is None else channels_last(a.output)
+    mean, invstd, gamma = (None if each is None else kernel_vector(each) for each in (a.mean, a.invstd, a.gamma))
     nothing, vector = x.new_empty(0), torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
     sums = (vector.new_empty(0), vector.new_empty(0))
     shares: tuple[Tensor | None, Tensor | None] = (None, None)
-    if need_sums or (need_x and of_batch):
+    need_shares = a.need_x and a.of_batch
+    if a.need_sums or need_shares:
         sums = (vector, torch.empty_like(vector))
         kernels.batch_norm_act_reduce(grad, x, output, mean, invstd, *sums)
-        if need_x and of_batch:
-            shares = _shares(sums, _rows(x), count, group)
-    grad_x = empty_channels_last(x, x.shape) if need_x else None
-    grad_residual = empty_channels_last(x, x.shape) if need_residual else None
-    if need_x or need_residual:
+        if need_shares:
+            shares = _shares(sums, _rows(x), a.count, a.group)
+    grad_x = empty_channels_last(x, x.shape) if a.need_x else None
+    grad_residual = empty_channels_last(x, x.shape) if a.need_residual else None
+    if a.need_x or a.need_residual:
         kernels.batch_norm_act_backward(grad, x, output, mean, invstd, gamma, *shares, grad_x, grad_residual)
-    if not need_sums:
+    if not a.need_sums:
         sums = (vector.new_empty(0), vector.new_empty(0))
     return nothing if grad_x is None else grad_x, *sums, nothing.clone() if grad_residual is None else grad_residual
 
 
-def _backward_native(
-    grad: Tensor,
-    x: Tensor,
-    output: Tensor | None,
-    gamma: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    of_batch: bool,
-    count: Tensor | None,
-    group: str,
-    need_x: bool,
-    need_sums: bool,
-    need_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`_backward_reference` for one process, by torch's own kernels."""
-    dtype = accumulate_dtype(x.dtype)
-    g = channels_last(grad) if output is None else result(relu_gradient(grad, output))
-    mean, invstd = mean.to(dtype), invstd.to(dtype)
-    one = torch.ones_like(mean) if gamma is None else gamma.detach().to(dtype)
-    nothing, empty = x.new_empty(0), mean.new_empty(0)
+def _backward_native(a: Backward, bound: Bound[Backward] | None = None) -> _Gradients | None:
+    """Compute the gradients of one process by torch's own kernels."""
+    if not a.x.numel() or a.group or not _by_torch(a.x):
+        return None
+    dtype = accumulate_dtype(a.x.dtype)
+    g = channels_last(a.grad) if a.output is None else result(relu_gradient(a.grad, a.output))
+    mean, invstd = a.mean.to(dtype), a.invstd.to(dtype)
+    one = torch.ones_like(mean) if a.gamma is None else a.gamma.detach().to(dtype)
+    nothing, empty = a.x.new_empty(0), mean.new_empty(0)
     grad_x, sums = nothing, (empty, empty.clone())
-    x = channels_last(x)
-    if need_x:
+    x = channels_last(a.x)
+    if a.need_x:
         # Statistics of the batch are given as what a forward in train mode saves, constant ones as running statistics.
-        saved = (None, None, mean, invstd) if of_batch else (mean, _variance(invstd, dtype), None, None)
+        saved = (None, None, mean, invstd) if a.of_batch else (mean, _variance(invstd, dtype), None, None)
         grad_x = torch.ops.aten.native_batch_norm_backward.default(
-            g, x, one, *saved, of_batch, 0.0, [True, False, False]
+            g, x, one, *saved, a.of_batch, 0.0, [True, False, False]
         )[0]
-    if need_sums:
+    if a.need_sums:
         sums = _sums(g, x, mean, invstd)
     return (
-        result(grad_x) if need_x else nothing,
+        result(grad_x) if a.need_x else nothing,
         *sums,
-        (g.clone() if output is None else g) if need_residual else nothing.clone(),
+        (g.clone() if a.output is None else g) if a.need_residual else nothing.clone(),
     )
 
 
@@ -730,40 +633,20 @@ def _sums(g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, T
     return both[0].clone(), both[1].clone()
 
 
-def _backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    output: Tensor | None,
-    gamma: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    of_batch: bool,
-    count: Tensor | None,
-    group: str,
-    need_x: bool,
-    need_sums: bool,
-    need_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_backward(grad, x, output)
-
+def _backward_empty(a: Backward) -> _Gradients:
     def image(needed: bool) -> Tensor:
-        return empty_channels_last(x, x.shape) if needed else x.new_empty(0)
+        return empty_channels_last(a.x, a.x.shape) if needed else a.x.new_empty(0)
 
     def vector() -> Tensor:
-        return torch.empty(x.shape[1] if need_sums else 0, dtype=accumulate_dtype(x.dtype), device=x.device)
+        return torch.empty(a.x.shape[1] if a.need_sums else 0, dtype=accumulate_dtype(a.x.dtype), device=a.x.device)
 
-    return image(need_x), vector(), vector(), image(need_residual)
+    return image(a.need_x), vector(), vector(), image(a.need_residual)
 
 
-register(
-    "batch_norm_act_backward(Tensor grad, Tensor x, Tensor? output, Tensor? gamma, Tensor mean, Tensor invstd, "
-    "bool of_batch, Tensor? count, str group, bool need_x, bool need_sums, bool need_residual) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    default=_backward_reference,
-    cpu=_backward_kernel,
-    cuda=_backward_kernel,
-    fake=_backward_fake,
-)
+BACKWARD = Op(
+    f"{NAME}_backward", Backward, _check_backward, _backward_empty, _backward_reference, _backward_kernel,
+    _backward_native, returns=_Gradients, kind=NAME,
+)  # fmt: skip
 
 
 # --- the public function
@@ -783,9 +666,7 @@ def statistics(
     with a process group (its name) the number of values of a channel in all of its processes, [1].
     """
     with torch.no_grad():
-        mean, invstd, count = torch.ops.resnet_fast.batch_norm_statistics.default(
-            x.detach(), running_mean, running_var, momentum, eps, group
-        )
+        mean, invstd, count = STATISTICS.overload(x.detach(), running_mean, running_var, momentum, eps, group)
     return mean, invstd, count if group else None
 
 
@@ -835,7 +716,7 @@ def batch_norm_act(
         ValueError: shapes, devices or options do not fit, or a batch has one value per channel; TypeError: a dtype
             does not fit.
     """
-    _check(x, gamma, beta, running_mean, running_var, residual, activation)
+    check_all(x, gamma, beta, running_mean, running_var, residual, activation)
     if (running_mean is None) is not (running_var is None):
         raise ValueError(f"{NAME}: running_mean and running_var must both be given or both be None")
     if not training and running_mean is None:
@@ -855,7 +736,7 @@ def batch_norm_act(
         assert running_mean is not None and running_var is not None
         mean, invstd, count = constant_statistics(running_mean, running_var, eps)
     early, late = (None, residual) if residual_after_activation else (residual, None)
-    out: Tensor = torch.ops.resnet_fast.batch_norm_act.default(
+    out: Tensor = OP.overload(
         x, gamma, beta, mean, invstd, early, activation, training, count, group if training else ""
     )
     return out if late is None else out + late

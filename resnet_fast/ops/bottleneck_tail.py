@@ -1,76 +1,91 @@
-"""``bottleneck_tail``: a bottleneck block from its 3x3 to its output, and the next block's first 1x1, in one op.
-
-Schema, reference, fake, autograd, autocast and the choice of what runs on a CPU or CUDA tensor. No module, no packing.
-"""
+"""``bottleneck_tail``: a bottleneck block from its 3x3 to its output, and the next block's first 1x1, in one op."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from resnet_fast.kernels.bottleneck_tail_choice import Problem
+
 from .. import backends
-from ..backends import triton
+from ..backends import Backend, cuda, triton
+from . import _packing
 from ._common import (
     accumulate_dtype,
+    autocast_weight,
     cast,
     channels_last,
+    check_device,
     conv_output_size,
     convolution_gradients,
     empty_channels_last,
     kernel_vector,
     kernel_weight,
-    kernels_for,
     pair,
-    register,
     relu_gradient,
-    transformed,
 )
-from .conv_bn_act import reference as _conv_bn_act_reference
+from ._op import Bound, Op
+from .conv_bn_act import OP as CONV_BN_ACT
+from .conv_bn_act import Arguments as Conv
 
 NAME = "bottleneck_tail"
 
-_ONE, _NONE = [1, 1], [0, 0]
+_ONE, _NONE = (1, 1), (0, 0)
 
 
-def reference(
-    a: Tensor,
-    weight2: Tensor,
-    scale2: Tensor,
-    shift2: Tensor,
-    weight3: Tensor,
-    scale3: Tensor,
-    shift3: Tensor,
-    residual: Tensor,
-    weight_shortcut: Tensor | None = None,
-    scale_shortcut: Tensor | None = None,
-    shift_shortcut: Tensor | None = None,
-    weight1: Tensor | None = None,
-    scale1: Tensor | None = None,
-    shift1: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    shortcut_stride: Sequence[int] = (1, 1),
-) -> tuple[Tensor, Tensor]:
-    """The op in plain torch, any device and dtype: float32 (float64 for float64) inside each of its convolutions.
+class Arguments(NamedTuple):
+    a: Tensor
+    weight2: Tensor
+    scale2: Tensor
+    shift2: Tensor
+    weight3: Tensor
+    scale3: Tensor
+    shift3: Tensor
+    residual: Tensor
+    weight_shortcut: Tensor | None = None
+    scale_shortcut: Tensor | None = None
+    shift_shortcut: Tensor | None = None
+    weight1: Tensor | None = None
+    scale1: Tensor | None = None
+    shift1: Tensor | None = None
+    stride: Sequence[int] = _ONE
+    shortcut_stride: Sequence[int] = _ONE
+
+    def spatial(self) -> Conv:
+        """Return the 3x3 convolution."""
+        return Conv(*self[:4], stride=self.stride, padding=_ONE)
+
+    def expand(self, b: Tensor, shortcut: Tensor) -> Conv:
+        return Conv(b, *self[4:7], residual=shortcut)
+
+    def project(self, residual: Tensor) -> Conv | None:
+        """Return the convolution of the shortcut, None if the shortcut is the residual itself."""
+        if self.weight_shortcut is None or self.scale_shortcut is None or self.shift_shortcut is None:
+            return None
+        constants = self.weight_shortcut, self.scale_shortcut, self.shift_shortcut
+        return Conv(residual, *constants, stride=self.shortcut_stride, activation="none")
+
+    def following(self, y: Tensor) -> Conv | None:
+        """Return the next block's first convolution, None if it is no part of the op."""
+        if self.weight1 is None or self.scale1 is None or self.shift1 is None:
+            return None
+        return Conv(y, self.weight1, self.scale1, self.shift1)
+
+
+def reference(a: Arguments) -> tuple[Tensor, Tensor]:
+    """Compute the op in float32 (float64 for float64) inside each of its convolutions.
 
     What a product reads (the 3x3's output and the block's output) is rounded to ``a``'s dtype before it; the
     projection of the shortcut is not.
     """
-    b = _conv_bn_act_reference(a, weight2, scale2, shift2, None, stride, _ONE)
-    shortcut = residual
-    if weight_shortcut is not None:
-        assert scale_shortcut is not None and shift_shortcut is not None
-        wide = residual.to(accumulate_dtype(a.dtype))
-        shortcut = _conv_bn_act_reference(
-            wide, weight_shortcut, scale_shortcut, shift_shortcut, None, shortcut_stride, activation="none"
-        )
-    y = _conv_bn_act_reference(b, weight3, scale3, shift3, shortcut)
-    if weight1 is None:
-        return y, a.new_empty([0])
-    assert scale1 is not None and shift1 is not None
-    return y, _conv_bn_act_reference(y, weight1, scale1, shift1)
+    conv = CONV_BN_ACT.reference
+    project = a.project(a.residual.to(accumulate_dtype(a.a.dtype)))
+    y = conv(a.expand(conv(a.spatial()), a.residual if project is None else conv(project)))
+    following = a.following(y)
+    return y, a.a.new_empty([0]) if following is None else conv(following)
 
 
 def _check_conv(
@@ -95,25 +110,11 @@ def _check_conv(
             )
 
 
-def _check(
-    a: Tensor,
-    weight2: Tensor,
-    scale2: Tensor,
-    shift2: Tensor,
-    weight3: Tensor,
-    scale3: Tensor,
-    shift3: Tensor,
-    residual: Tensor,
-    weight_shortcut: Tensor | None,
-    scale_shortcut: Tensor | None,
-    shift_shortcut: Tensor | None,
-    weight1: Tensor | None,
-    scale1: Tensor | None,
-    shift1: Tensor | None,
-    stride: Sequence[int],
-    shortcut_stride: Sequence[int],
-) -> tuple[list[int], list[int]]:
-    """All argument checks; returns the shapes of both outputs."""
+def check(arguments: Arguments) -> None:
+    (
+        a, weight2, scale2, shift2, weight3, scale3, shift3, residual, weight_shortcut, scale_shortcut, shift_shortcut,
+        weight1, scale1, shift1, stride, shortcut_stride,
+    ) = arguments  # fmt: skip
     for name, image in (("a", a), ("residual", residual)):
         if image.dim() != 4:
             raise ValueError(f"{NAME}: {name} must be 4-D [N, C, H, W], got {image.dim()}-D of {list(image.shape)}")
@@ -121,14 +122,7 @@ def _check(
         raise TypeError(f"{NAME}: a must be a floating point tensor, got {a.dtype}")
     if residual.dtype is not a.dtype:
         raise TypeError(f"{NAME}: residual is {residual.dtype}, a is {a.dtype}; they must be the same")
-    others = {
-        "weight2": weight2, "scale2": scale2, "shift2": shift2, "weight3": weight3, "scale3": scale3, "shift3": shift3,
-        "residual": residual, "weight_shortcut": weight_shortcut, "scale_shortcut": scale_shortcut,
-        "shift_shortcut": shift_shortcut, "weight1": weight1, "scale1": scale1, "shift1": shift1,
-    }  # fmt: skip
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != a.device:
-            raise ValueError(f"{NAME}: {name} is on {tensor.device}, a is on {a.device}; they must be on one device")
+    check_device(NAME, a, "a", **dict(zip(Arguments._fields[1:14], arguments[1:14], strict=True)))
     for name, values in (("stride", stride), ("shortcut_stride", shortcut_stride)):
         if len(values) != 2 or min(values) < 1:
             raise ValueError(f"{NAME}: {name} must be two ints >= 1, got {list(values)}")
@@ -141,8 +135,7 @@ def _check(
     size = conv_output_size(a.shape[2:], [3, 3], stride, _ONE, _ONE)
     if size[0] < 1 or size[1] < 1:
         raise ValueError(f"{NAME}: a is {a.shape[2]}x{a.shape[3]} pixels; it must have at least one row and column")
-    k = weight3.shape[0]
-    shape = [a.shape[0], k, *size]
+    shape = [a.shape[0], weight3.shape[0], *size]
 
     if weight_shortcut is None:
         if scale_shortcut is not None or shift_shortcut is not None:
@@ -166,170 +159,95 @@ def _check(
     if weight1 is None:
         if scale1 is not None or shift1 is not None:
             raise ValueError(f"{NAME}: scale1 or shift1 is given without weight1")
-        return shape, [0]
-    if scale1 is None or shift1 is None:
+    elif scale1 is None or shift1 is None:
         raise ValueError(f"{NAME}: weight1 needs scale1 and shift1 beside it")
-    _check_conv(a, "1", k, 1, weight1, scale1, shift1, "weight3's output")
-    return shape, [a.shape[0], weight1.shape[0], *size]
+    else:
+        _check_conv(a, "1", weight3.shape[0], 1, weight1, scale1, shift1, "weight3's output")
 
 
-def _default(*arguments: Any) -> Any:
-    _check(*arguments)
-    return reference(*arguments)
+def empty(a: Arguments) -> tuple[Tensor, Tensor]:
+    size = conv_output_size(a.a.shape[2:], [3, 3], a.stride, _ONE, _ONE)
+    y = empty_channels_last(a.a, [a.a.shape[0], a.weight3.shape[0], *size])
+    if a.weight1 is None:
+        return y, a.a.new_empty([0])
+    return y, empty_channels_last(a.a, [a.a.shape[0], a.weight1.shape[0], *size])
 
 
-def kernel_problem(
-    a: Tensor,
-    weight3: Tensor,
-    residual: Tensor,
-    weight_shortcut: Tensor | None,
-    weight1: Tensor | None,
-    stride: Sequence[int],
-    shortcut_stride: Sequence[int],
-) -> Any:
-    """What the Triton kernel has to compute; None where it cannot: uneven strides, or no channels somewhere."""
-    from resnet_fast.kernels import bottleneck_tail as kernel
-
-    if stride[0] != stride[1] or shortcut_stride[0] != shortcut_stride[1]:
+def kernel_problem(a: Arguments) -> Problem | None:
+    """Return what the Triton kernel has to compute, None if it cannot: uneven strides, or no channels somewhere."""
+    if a.stride[0] != a.stride[1] or a.shortcut_stride[0] != a.shortcut_stride[1]:
         return None
-    if 0 in (weight3.shape[0], residual.shape[1]) or (weight1 is not None and weight1.shape[0] == 0):
+    if 0 in (a.weight3.shape[0], a.residual.shape[1]) or (a.weight1 is not None and a.weight1.shape[0] == 0):
         return None
-    n, mid, h, w = a.shape
-    shortcut = None if weight_shortcut is None else (*residual.shape[1:], shortcut_stride[0])
-    following = 0 if weight1 is None else weight1.shape[0]
-    return kernel.Problem(n, h, w, mid, weight3.shape[0], stride[0], shortcut, following, triton.precision(a.dtype))
+    n, mid, h, w = a.a.shape
+    shortcut = None if a.weight_shortcut is None else (*a.residual.shape[1:], a.shortcut_stride[0])
+    following = 0 if a.weight1 is None else a.weight1.shape[0]
+    return Problem(n, h, w, mid, a.weight3.shape[0], a.stride[0], shortcut, following, triton.precision(a.a.dtype))
 
 
-def run_kernel(
-    whose: str,
-    a: Tensor,
-    weight2: Tensor,
-    scale2: Tensor,
-    shift2: Tensor,
-    weight3: Tensor,
-    scale3: Tensor,
-    shift3: Tensor,
-    residual: Tensor,
-    weight_shortcut: Tensor | None,
-    scale_shortcut: Tensor | None,
-    shift_shortcut: Tensor | None,
-    weight1: Tensor | None,
-    scale1: Tensor | None,
-    shift1: Tensor | None,
-    stride: Sequence[int],
-    shortcut_stride: Sequence[int],
-) -> tuple[Tensor, Tensor] | None:
-    """The op by its Triton kernel if that may run (``whose``, see :func:`kernels_for`), on checked arguments.
-
-    None where the kernel has no tile for their shapes.
-    """
-    if whose == "cuda":
+def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | None) -> tuple[Tensor, Tensor]:
+    """Compute the op by its Triton kernel, or its convolutions one after the other if that has no tile for them."""
+    if among == (cuda,):
         backends.fallback(NAME, "there is no CUDA kernel of it; its convolutions run one after the other instead")
-    if whose not in ("triton", "auto"):
-        return None
-    from resnet_fast.kernels import bottleneck_tail as kernel
+        return composed(a, bound)
+    from resnet_fast.kernels import bottleneck_tail as kernels
 
-    problem = kernel_problem(a, weight3, residual, weight_shortcut, weight1, stride, shortcut_stride)
-    config = None if problem is None else kernel.choose(problem, triton.gpu_of(a.device))
-    if config is None:
-        return None
-
-    def constants(weight: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, ...] | None:
-        if weight is None or scale is None or shift is None:
-            return None
-        return kernel_weight(weight, a.dtype), kernel_vector(scale), kernel_vector(shift)
-
-    p, q = problem.output
-    out = empty_channels_last(a, [problem.n, problem.k, p, q])
-    following = None
-    if problem.following:
-        following = empty_channels_last(a, [problem.n, problem.following, p, q])
-    spatial, expand = constants(weight2, scale2, shift2), constants(weight3, scale3, shift3)
-    assert spatial is not None and expand is not None
-    launch = kernel.launch(
-        channels_last(a), *spatial, *expand, channels_last(residual),
-        constants(weight_shortcut, scale_shortcut, shift_shortcut), out, constants(weight1, scale1, shift1), following,
-        problem, config,
+    asked = kernel_problem(a)
+    config = None if asked is None else kernels.choose(asked, triton.gpu_of(a.a.device))
+    if asked is None or config is None:
+        return composed(a, bound)
+    kept = {} if bound is None else bound.kept
+    if "constants" not in kept:
+        kept["constants"] = [
+            None
+            if weight is None or scale is None or shift is None
+            else (kernel_weight(weight, a.a.dtype), kernel_vector(scale), kernel_vector(shift))
+            for weight, scale, shift in (a[1:4], a[4:7], a[8:11], a[11:14])
+        ]
+    spatial, expand, project, first = kept["constants"]
+    out, following = empty(a)
+    launch = kernels.launch(
+        channels_last(a.a), *spatial, *expand, channels_last(a.residual), project, out, first,
+        following if asked.following else None, asked, config,
     )  # fmt: skip
-    with triton.on(a.device):
+    with triton.on(a.a.device):
         launch()
-    return out, a.new_empty([0]) if following is None else following
+    return out, following
 
 
-def _cuda(*arguments: Any) -> Any:
-    _check(*arguments)
-    a = arguments[0]
-    whose = kernels_for(NAME, a)
-    return (run_kernel(whose, *arguments) or composed(*arguments)) if whose else reference(*arguments)
+def native(a: Arguments, bound: Bound[Arguments] | None = None) -> tuple[Tensor, Tensor] | None:
+    return composed(a, bound) if a.a.device.type == "cpu" else None
 
 
-def composed(
-    a: Tensor,
-    weight2: Tensor,
-    scale2: Tensor,
-    shift2: Tensor,
-    weight3: Tensor,
-    scale3: Tensor,
-    shift3: Tensor,
-    residual: Tensor,
-    weight_shortcut: Tensor | None,
-    scale_shortcut: Tensor | None,
-    shift_shortcut: Tensor | None,
-    weight1: Tensor | None,
-    scale1: Tensor | None,
-    shift1: Tensor | None,
-    stride: Sequence[int],
-    shortcut_stride: Sequence[int],
-) -> Any:
-    """Its convolutions one after the other: the op for shapes that the kernel has no tile for, and on the CPU."""
-    if weight_shortcut is not None:
-        assert scale_shortcut is not None and shift_shortcut is not None
-        residual = _conv(
-            residual, weight_shortcut, scale_shortcut, shift_shortcut, None, shortcut_stride, _NONE, activation="none"
-        )
-    y = _conv(_conv(a, weight2, scale2, shift2, None, stride, _ONE), weight3, scale3, shift3, residual)
-    if weight1 is None:
-        return y, a.new_empty([0])
-    assert scale1 is not None and shift1 is not None
-    return y, _conv(y, weight1, scale1, shift1)
+def composed(a: Arguments, bound: Bound[Arguments] | None = None) -> tuple[Tensor, Tensor]:
+    """Compute its convolutions one after the other: the op for shapes that the kernel has no tile for, and on the CPU."""
+
+    def conv(name: str, b: Conv, **promises: bool) -> Tensor:
+        if bound is None:
+            made: Tensor = CONV_BN_ACT.overload(*b)
+            return made
+        if name not in bound.kept:
+            constants = {key: value for key, value in b._asdict().items() if key not in CONV_BN_ACT.data}
+            bound.kept[name] = CONV_BN_ACT.bind(dtype=bound.dtype, backend=bound.asked, **constants)
+        made = bound.kept[name](b.x, b.residual, **promises)
+        return made
+
+    project = a.project(a.residual)
+    shortcut = a.residual if project is None else conv("project", project)
+    # The projected shortcut is nobody else's.
+    promises = {} if project is None or bound is None else {"overwrite_residual": True}
+    y = conv("expand", a.expand(conv("spatial", a.spatial()), shortcut), **promises)
+    following = a.following(y)
+    return y, a.a.new_empty([0]) if following is None else conv("following", following)
 
 
-def _cpu(*arguments: Any) -> Any:
-    _check(*arguments)
-    return run_kernel(kernels_for(NAME, arguments[0]), *arguments) or composed(*arguments)
-
-
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None = None,
-    stride: Sequence[int] = _ONE,
-    padding: Sequence[int] = _NONE,
-    activation: str = "relu",
-) -> Tensor:
-    result: Tensor = torch.ops.resnet_fast.conv_bn_act.default(
-        x, weight, scale, shift, residual, stride, padding, _ONE, 1, activation, False
-    )
-    return result
-
-
-def _fake(*arguments: Any) -> Any:
-    a = arguments[0]
-    shape, following = _check(*arguments)
-    return empty_channels_last(a, shape), (
-        a.new_empty([0]) if arguments[11] is None else empty_channels_last(a, following)
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.stride, ctx.shortcut_stride = inputs
+def context(ctx: Any, a: Arguments, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.stride, ctx.shortcut_stride = a
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
 
-def _backward(ctx: Any, grad: Tensor | None, grad_following: Tensor | None) -> tuple[Any, ...]:
+def backward(ctx: Any, grad: Tensor | None, grad_following: Tensor | None) -> tuple[Any, ...]:
     """From the back: the next block's 1x1, the ReLU, the shortcut, the expansion, the 3x3 (its output recomputed)."""
     (
         a, weight2, scale2, shift2, weight3, scale3, shift3, residual, weight_shortcut, scale_shortcut, shift_shortcut,
@@ -359,7 +277,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_following: Tensor | None) -> t
             into_shortcut,
         )  # fmt: skip
     if any(into3):
-        b = _conv(a, weight2, scale2, shift2, None, ctx.stride, _ONE)
+        b = CONV_BN_ACT.overload(*Conv(a, weight2, scale2, shift2, stride=ctx.stride, padding=_ONE))
         grad_b, *gradients[4:7] = convolution_gradients(
             grad, b, weight3, scale3, shift3, _ONE, _NONE, _ONE, 1, (any(into3[:4]), *into3[4:])
         )
@@ -370,29 +288,20 @@ def _backward(ctx: Any, grad: Tensor | None, grad_following: Tensor | None) -> t
     return tuple(gradients)
 
 
-def _autocast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    values = list(args)
-    values[0], values[7] = cast(values[0], dtype), cast(values[7], dtype)
-    for index in (1, 4, 8, 11):
-        # A weight in another half type than autocast's goes through float32, which holds both.
-        weight = values[index]
-        if weight is not None and weight.dtype not in (values[0].dtype, torch.float32, torch.float64):
-            values[index] = weight.float()
-    return tuple(values)
+def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
+    values = a._replace(a=cast(a.a, dtype), residual=cast(a.residual, dtype))._asdict()
+    for name, value in values.items():
+        if name.startswith("weight") and value is not None:
+            values[name] = autocast_weight(value, values["a"].dtype)
+    return Arguments(**values)
 
 
-register(
-    "bottleneck_tail(Tensor a, Tensor weight2, Tensor scale2, Tensor shift2, Tensor weight3, Tensor scale3, "
-    "Tensor shift3, Tensor residual, Tensor? weight_shortcut, Tensor? scale_shortcut, Tensor? shift_shortcut, "
-    "Tensor? weight1, Tensor? scale1, Tensor? shift1, SymInt[] stride, SymInt[] shortcut_stride) -> (Tensor, Tensor)",
-    default=_default,
-    cpu=_cpu,
-    cuda=_cuda,
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    autocast=_autocast,
-)
+OP = Op(
+    NAME, Arguments, check, empty, reference, kernel, native, context, backward, autocast,
+    dtype=lambda a: a.a.dtype, data=("a", "residual"), freeze=lambda constants, dtype: _packing.freeze(constants),
+    limits=lambda constants, dtype: _packing.unsupported(dtype, constants["weight2"], 1),
+    single=lambda a, output: output[0] if a.weight1 is None else output, returns=tuple[Tensor, Tensor],
+)  # fmt: skip
 
 
 def bottleneck_tail(
@@ -448,22 +357,14 @@ def bottleneck_tail(
         one, zero = torch.ones(256), torch.zeros(256)
         y = rf.ops.bottleneck_tail(a, weight2, one[:64], zero[:64], weight3, one, zero, residual=x)
     """
-    needed = {
-        "a": a, "weight2": weight2, "scale2": scale2, "shift2": shift2, "weight3": weight3, "scale3": scale3,
-        "shift3": shift3, "residual": residual,
-    }  # fmt: skip
-    for name, tensor in needed.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{NAME}: {name} must be a tensor, got {type(tensor).__name__}")
-    if weight_shortcut is None and max(pair(shortcut_stride, "shortcut_stride")) > 1:
-        raise ValueError(f"{NAME}: shortcut_stride is {shortcut_stride!r}, which means nothing without weight_shortcut")
-    arguments = (
+    values = Arguments(
         a, weight2, scale2, shift2, weight3, scale3, shift3, residual, weight_shortcut, scale_shortcut, shift_shortcut,
         weight1, scale1, shift1, pair(stride, "stride"), pair(shortcut_stride, "shortcut_stride"),
     )  # fmt: skip
-    if transformed():
-        _check(*arguments)
-        y, following = reference(*arguments)
-    else:
-        y, following = torch.ops.resnet_fast.bottleneck_tail.default(*arguments)
-    return y if weight1 is None else (y, following)
+    for name, tensor in zip(Arguments._fields[:8], values, strict=False):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{NAME}: {name} must be a tensor, got {type(tensor).__name__}")
+    if weight_shortcut is None and max(values.shortcut_stride) > 1:
+        raise ValueError(f"{NAME}: shortcut_stride is {shortcut_stride!r}, which means nothing without weight_shortcut")
+    made: Tensor | tuple[Tensor, Tensor] = OP.single(values, OP(values))
+    return made

@@ -1,12 +1,9 @@
-"""``conv_bn_act``: convolution, BatchNorm as scale and shift, residual and ReLU with one write of the output.
-
-Schema, reference, fake, autograd, autocast and the choice of what runs on a CPU or CUDA tensor. No module, no packing.
-"""
+"""``conv_bn_act``: convolution, BatchNorm as scale and shift, residual and ReLU with one write of the output."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +11,11 @@ from torch import Tensor
 from resnet_fast.kernels.problems import ConvBNAct as Problem
 
 from .. import backends
-from ..backends import cuda, triton
+from ..backends import Backend, cuda, triton
 from . import _packing
 from ._common import (
-    KERNELS,
     accumulate_dtype,
+    autocast_weight,
     cast,
     channels_last,
     check_activation,
@@ -26,306 +23,178 @@ from ._common import (
     check_image,
     check_per_channel,
     check_weight_dtype,
-    choose_kernel,
     conv_output_size,
     convolution_gradients,
     empty_channels_last,
     kernel_vector,
     kernel_weight,
-    kernels_for,
     pair,
-    register,
     relu_gradient,
     result,
-    transformed,
 )
+from ._op import Bound, Op
 
 NAME = "conv_bn_act"
 
 
-def reference(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-    groups: int = 1,
-    activation: str = "relu",
-    residual_after_activation: bool = False,
-) -> Tensor:
-    """The op in plain torch, any device and dtype: float32 (float64 for float64) throughout, rounded once."""
-    accumulate = accumulate_dtype(x.dtype)
-    y = torch.conv2d(x.to(accumulate), weight.to(accumulate), None, stride, padding, dilation, groups)
-    y = y * scale.to(accumulate).view(1, -1, 1, 1) + shift.to(accumulate).view(1, -1, 1, 1)
-    if residual is not None and not residual_after_activation:
-        y = y + residual.to(accumulate)
-    if activation == "relu":
-        y = y.relu()
-    if residual is not None and residual_after_activation:
-        y = y + residual.to(accumulate)
-    return result(y.to(x.dtype))
+class Arguments(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    residual: Tensor | None = None
+    stride: Sequence[int] = (1, 1)
+    padding: Sequence[int] = (0, 0)
+    dilation: Sequence[int] = (1, 1)
+    groups: int = 1
+    activation: str = "relu"
+    residual_after_activation: bool = False
+
+    @property
+    def geometry(self) -> tuple[Sequence[int], Sequence[int], Sequence[int], int]:
+        return self[5:9]
 
 
-#: Arguments that passed every check, by shape, dtype and option.
-_checked: set[tuple[object, ...]] = set()
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-) -> list[int]:
-    """All argument checks; returns the output's shape."""
+def check(a: Arguments) -> None:
+    x, weight = a.x, a.weight
     if weight.dim() != 4:
         raise ValueError(f"{NAME}: weight must be 4-D [K, C/groups, R, S], got shape {list(weight.shape)}")
     if 0 in weight.shape[2:]:
         raise ValueError(f"{NAME}: weight's window is {list(weight.shape[2:])}, it must be at least 1x1")
-    if groups < 1 or weight.shape[0] % groups:
-        raise ValueError(f"{NAME}: groups is {groups}; it must divide the {weight.shape[0]} output channels")
-    check_image(NAME, x, weight.shape[1] * groups)
+    if a.groups < 1 or weight.shape[0] % a.groups:
+        raise ValueError(f"{NAME}: groups is {a.groups}; it must divide the {weight.shape[0]} output channels")
+    check_image(NAME, x, weight.shape[1] * a.groups)
     check_weight_dtype(NAME, x, weight)
-    check_device(NAME, x, weight=weight, scale=scale, shift=shift, residual=residual)
-    check_per_channel(NAME, weight.shape[0], scale=scale, shift=shift)
-    check_activation(NAME, activation)
-    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+    check_device(NAME, x, weight=weight, scale=a.scale, shift=a.shift, residual=a.residual)
+    check_per_channel(NAME, weight.shape[0], scale=a.scale, shift=a.shift)
+    check_activation(NAME, a.activation)
+    for name, values, least in (("stride", a.stride, 1), ("padding", a.padding, 0), ("dilation", a.dilation, 1)):
         if len(values) != 2 or min(values) < least:
             raise ValueError(f"{NAME}: {name} must be two ints >= {least}, got {list(values)}")
-    size = conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
-    if size[0] < 1 or size[1] < 1:
+    shape = output_shape(a)
+    if min(shape[2:]) < 1:
         raise ValueError(
             f"{NAME}: a {x.shape[2]}x{x.shape[3]} image is too small for kernel {list(weight.shape[2:])}, "
-            f"padding {list(padding)}, dilation {list(dilation)}"
+            f"padding {list(a.padding)}, dilation {list(a.dilation)}"
         )
-    shape = [x.shape[0], weight.shape[0], *size]
-    if residual is not None and (list(residual.shape) != shape or residual.dtype is not x.dtype):
+    if a.residual is not None and (list(a.residual.shape) != shape or a.residual.dtype is not x.dtype):
         raise ValueError(
-            f"{NAME}: residual is {residual.dtype} {list(residual.shape)}, the output is {x.dtype} {shape}; "
+            f"{NAME}: residual is {a.residual.dtype} {list(a.residual.shape)}, the output is {x.dtype} {shape}; "
             "they must be the same"
         )
-    return shape
 
 
-def _default(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    residual_after_activation: bool,
-) -> Tensor:
-    _check(x, weight, scale, shift, residual, stride, padding, dilation, groups, activation)
-    return reference(
-        x, weight, scale, shift, residual, stride, padding, dilation, groups, activation, residual_after_activation
-    )
+def output_shape(a: Arguments) -> list[int]:
+    size = conv_output_size(a.x.shape[2:], a.weight.shape[2:], a.stride, a.padding, a.dilation)
+    return [a.x.shape[0], a.weight.shape[0], *size]
 
 
-def problem_of(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Problem:
-    """What a kernel is asked to compute, of which its choice depends; the tensors may be without data."""
-    n, c, h, w = x.shape
-    k, _, r, s = weight.shape
-    return Problem(
-        n, h, w, c, k, (r, s), (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups,
-        triton.precision(x.dtype), residual is not None,
-    )  # fmt: skip
+def reference(a: Arguments) -> Tensor:
+    """Compute the op in float32 (float64 for float64) throughout, rounded once."""
+    accumulate = accumulate_dtype(a.x.dtype)
+    y = torch.conv2d(a.x.to(accumulate), a.weight.to(accumulate), None, *a.geometry)
+    y = y * a.scale.to(accumulate).view(1, -1, 1, 1) + a.shift.to(accumulate).view(1, -1, 1, 1)
+    if a.residual is not None and not a.residual_after_activation:
+        y = y + a.residual.to(accumulate)
+    if a.activation == "relu":
+        y = y.relu()
+    if a.residual is not None and a.residual_after_activation:
+        y = y + a.residual.to(accumulate)
+    return result(y.to(a.x.dtype))
 
 
-def run_kernel(
-    whose: str,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    residual_after_activation: bool,
-) -> Tensor | None:
-    """The op by a kernel of ``whose`` (:func:`kernels_for`), on checked arguments.
+def problem(a: Arguments) -> Problem:
+    """Return what a launch choice depends on; the tensors may be without data."""
+    n, c, h, w = a.x.shape
+    k, _, r, s = a.weight.shape
+    stride, padding, dilation = ((pair[0], pair[1]) for pair in a.geometry[:3])
+    precision = triton.precision(a.x.dtype)
+    return Problem(n, h, w, c, k, (r, s), stride, padding, dilation, a.groups, precision, a.residual is not None)
 
-    None where there is no such kernel, or x is empty.
-    """
-    if whose not in KERNELS or x.numel() == 0:
-        return None
-    x = channels_last(x)
-    weight, scale, shift = kernel_weight(weight, x.dtype), kernel_vector(scale), kernel_vector(shift)
-    residual = None if residual is None else channels_last(residual)
-    problem = problem_of(x, weight, residual, stride, padding, dilation, groups)
-    out = empty_channels_last(x, [problem.n, problem.k, *problem.output])
+
+def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | None) -> Tensor | None:
+    kept = {} if bound is None else bound.kept
+    if "weight" not in kept:
+        kept["weight"], kept["vectors"] = (
+            kernel_weight(a.weight, a.x.dtype),
+            (kernel_vector(a.scale), kernel_vector(a.shift)),
+        )
+    x, weight, vectors = channels_last(a.x), kept["weight"], kept["vectors"]
+    residual = None if a.residual is None else channels_last(a.residual)
+    asked = problem(a)
+    out = empty_channels_last(x, [asked.n, asked.k, *asked.output])
     if out.numel() == 0:
         return out
-    backend, name = choose_kernel(NAME, problem, x.device, whose, x, weight, residual, out)
-    form: Any = {"activation": activation, "residual_after_activation": residual_after_activation}
-    if backend == "cuda":
-        cuda.conv_bn_act(name, x, weight, scale, shift, residual, out, problem, **form)
-    elif backend == "triton":
-        from resnet_fast.kernels import conv_bn_act as kernel
+    choice = backends.choose(NAME, among, asked, x.device, x, weight, residual, out)
+    form: Any = {"activation": a.activation, "residual_after_activation": a.residual_after_activation}
+    if choice.backend is cuda:
+        cuda.conv_bn_act(choice.kernel, x, weight, *vectors, residual, out, asked, **form)
+    elif choice.backend is triton:
+        from resnet_fast.kernels import conv_bn_act as kernels
 
-        config = kernel.choose(problem, triton.gpu_of(x.device))
+        config = kernels.choose(asked, triton.gpu_of(x.device))
         with triton.on(x.device):
-            kernel.launch(x, weight, scale, shift, residual, out, problem, config, **form)()
-    return out if backend else None
+            kernels.launch(x, weight, *vectors, residual, out, asked, config, **form)()
+    return None if choice.backend is None else out
 
 
-def _cuda(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    residual_after_activation: bool,
-) -> Tensor:
-    _check(x, weight, scale, shift, residual, stride, padding, dilation, groups, activation)
-    arguments = (
-        x, weight, scale, shift, residual, stride, padding, dilation, groups, activation, residual_after_activation
+def native(
+    a: Arguments, bound: Bound[Arguments] | None = None, overwrite_residual: bool = False, finite: bool = False
+) -> Tensor | None:
+    """Compute the op by oneDNN on packed weights.
+
+    Args:
+        overwrite_residual: the result may be written into the residual. finite: neither NaN nor an overflow can reach
+            the ReLU.
+    """
+    packed = _packing.packed(NAME, a.x, a.x.dtype, a.weight, a.scale, a.shift, a.geometry, bound)
+    if packed is None:
+        return None
+    conv, folded = packed
+    y = conv.run(
+        a.x, folded, a.residual, overwrite_residual=overwrite_residual, activation=a.activation,
+        residual_after_activation=a.residual_after_activation, finite=finite,
     )  # fmt: skip
-    y = run_kernel(kernels_for(NAME, x), *arguments)
-    return reference(*arguments) if y is None else y
+    return result(y)
 
 
-def _cpu(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    residual_after_activation: bool,
-) -> Tensor:
-    # The same shapes come again and again; what passed once need not be looked at a second time.
-    seen = (
-        x.shape, x.dtype, weight.shape, weight.dtype, weight.device, scale.shape, scale.dtype, scale.device,
-        shift.shape, shift.dtype, shift.device,
-        residual is None or residual.shape, residual is None or residual.dtype,
-        *stride, *padding, *dilation, groups, activation,
-    )  # fmt: skip
-    if seen not in _checked:
-        _check(x, weight, scale, shift, residual, stride, padding, dilation, groups, activation)
-        if len(_checked) > 10_000:
-            _checked.clear()
-        _checked.add(seen)
-    if whose := kernels_for(NAME, x):
-        y = run_kernel(
-            whose, x, weight, scale, shift, residual, stride, padding, dilation, groups, activation,
-            residual_after_activation,
-        )  # fmt: skip
-        if y is not None:
-            return y
-    if x.numel() and backends.runs("onednn", "cpu"):
-        reason = _packing.unsupported(x.dtype, weight, groups)
-        if not reason:
-            conv, folded = _packing.packed_conv(weight, scale, shift, x.dtype, stride, padding, dilation, groups)
-            y = conv.run(
-                x,
-                folded,
-                residual,
-                activation=activation,
-                residual_after_activation=residual_after_activation,
-            )
-            return result(y)
-        backends.fallback(NAME, f"{reason}; the plain torch reference runs instead")
-    return reference(
-        x, weight, scale, shift, residual, stride, padding, dilation, groups, activation, residual_after_activation
-    )
-
-
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    residual_after_activation: bool,
-) -> Tensor:
-    shape = _check(x, weight, scale, shift, residual, stride, padding, dilation, groups, activation)
-    return empty_channels_last(x, shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, scale, shift, residual, *geometry = inputs
-    ctx.geometry = geometry
-    ctx.has_residual = residual is not None
+def context(ctx: Any, a: Arguments, output: Tensor) -> None:
+    ctx.rest, ctx.has_residual = a[5:], a.residual is not None
     # With the residual added after the activation the output does not show where the ReLU was open: recomputed then.
-    keep_output = ctx.geometry[4] == "relu" and not (ctx.has_residual and ctx.geometry[5])
-    ctx.save_for_backward(x, weight, scale, shift, output if keep_output else None)
+    keep_output = a.activation == "relu" and not (ctx.has_residual and a.residual_after_activation)
+    ctx.save_for_backward(*a[:4], output if keep_output else None)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, scale, shift, output = ctx.saved_tensors
-    stride, padding, dilation, groups, activation, residual_after_activation = ctx.geometry
+def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *tensors, output = ctx.saved_tensors
+    a = Arguments(*tensors, None, *ctx.rest)
     grad_residual = grad if ctx.has_residual else None
-    if activation == "relu":
+    if a.activation == "relu":
         if output is None:
-            output = torch.ops.resnet_fast.conv_bn_act.default(
-                x, weight, scale, shift, None, stride, padding, dilation, groups, "relu", False
-            )
+            output = OP.overload(*a._replace(residual_after_activation=False))
         grad = relu_gradient(grad, output)
-    if ctx.has_residual and not residual_after_activation:
+    if ctx.has_residual and not a.residual_after_activation:
         grad_residual = grad
-    gradients = convolution_gradients(
-        grad, x, weight, scale, shift, stride, padding, dilation, groups, ctx.needs_input_grad[:4]
-    )
+    gradients = convolution_gradients(grad, *a[:4], *a.geometry, ctx.needs_input_grad[:4])
     return *gradients, grad_residual, *([None] * 6)
 
 
-def _autocast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    x, weight, scale, shift, residual, *rest = args
-    x = cast(x, dtype)
-    # A weight in another half type than autocast's goes through float32, which holds both.
-    weight = weight if weight.dtype in (x.dtype, torch.float32, torch.float64) else weight.float()
-    return (x, weight, scale, shift, None if residual is None else cast(residual, dtype), *rest)
+def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
+    x = cast(a.x, dtype)
+    residual = None if a.residual is None else cast(a.residual, dtype)
+    return a._replace(x=x, weight=autocast_weight(a.weight, x.dtype), residual=residual)
 
 
-register(
-    "conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, SymInt[] stride, "
-    "SymInt[] padding, SymInt[] dilation, SymInt groups, str activation, bool residual_after_activation) -> Tensor",
-    default=_default,
-    cpu=_cpu,
-    cuda=_cuda,
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    autocast=_autocast,
-)
+def freeze(constants: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    check_activation(NAME, constants.get("activation", "relu"))
+    return _packing.freeze(constants)
+
+
+OP = Op(
+    NAME, Arguments, check, lambda a: empty_channels_last(a.x, output_shape(a)), reference, kernel, native, context,
+    backward, autocast, data=("x", "residual"), problem=problem, freeze=freeze,
+    limits=lambda constants, dtype: _packing.unsupported(dtype, constants["weight"], constants.get("groups", 1)),
+)  # fmt: skip
 
 
 def conv_bn_act(
@@ -365,9 +234,5 @@ def conv_bn_act(
         ValueError: shapes, devices or options do not fit; TypeError: a dtype does not.
     """
     geometry = (pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups)
-    arguments = (x, weight, scale, shift, residual, *geometry, activation, residual_after_activation)
-    if transformed():
-        _check(*arguments[:-1])
-        return reference(*arguments)
-    result: Tensor = torch.ops.resnet_fast.conv_bn_act.default(*arguments)
-    return result
+    made: Tensor = OP(Arguments(x, weight, scale, shift, residual, *geometry, activation, residual_after_activation))
+    return made

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,21 +28,17 @@ from ._common import (
     empty_channels_last,
     kernel_vector,
     kernel_weight,
-    kernels_for,
-    register,
 )
-from .batch_norm_act import moments
+from ._op import Op
+from .batch_norm_act import Norm, moments, norm_gradients
 from .recompute import (
-    BEFORE,
-    CONV,
     NO_NORM,
-    Norm,
+    Ints,
     apply_norm,
     convolve,
-    convolve_fake,
+    convolved,
     differentiate,
     gradients_of_conv,
-    gradients_of_norm,
 )
 
 NAME = "conv_statistics"
@@ -50,17 +46,36 @@ NAME = "conv_statistics"
 _BIAS = "the Triton kernel has no bias in front of its statistics"
 
 
-def _split(rest: Sequence[Any]) -> tuple[Norm | None, Sequence[Any]]:
-    """The norm before the convolution, and the convolution: weight, bias and geometry."""
-    return None if rest[2] is None else Norm(*rest[:7]), rest[7:13]
+class Arguments(NamedTuple):
+    x: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor | None
+    invstd: Tensor | None
+    of_batch: bool
+    count: Tensor | None
+    group: str
+    weight: Tensor
+    bias: Tensor | None
+    stride: Ints
+    padding: Ints
+    dilation: Ints
+    groups: int
+
+    @property
+    def before(self) -> Norm | None:
+        """The norm before the convolution."""
+        return None if self.mean is None else Norm(*self[1:8])  # type: ignore[arg-type]
 
 
-def _check(x: Tensor, rest: Sequence[Any]) -> None:
-    weight, bias, *_, groups = rest[7:13]
-    if weight.dim() != 4 or weight.shape[0] % groups:
-        raise ValueError(f"{NAME}: weight has shape {list(weight.shape)}, groups is {groups}: [K, C / groups, R, S]")
-    check_image(NAME, x, weight.shape[1] * groups)
-    check_device(NAME, x, gamma=rest[0], beta=rest[1], mean=rest[2], invstd=rest[3], weight=weight, bias=bias)
+def check(a: Arguments) -> None:
+    if a.weight.dim() != 4 or a.weight.shape[0] % a.groups:
+        raise ValueError(
+            f"{NAME}: weight has shape {list(a.weight.shape)}, groups is {a.groups}: [K, C / groups, R, S]"
+        )
+    check_image(NAME, a.x, a.weight.shape[1] * a.groups)
+    vectors = {"gamma": a.gamma, "beta": a.beta, "mean": a.mean, "invstd": a.invstd}
+    check_device(NAME, a.x, **vectors, weight=a.weight, bias=a.bias)
 
 
 def problem_of(x: Tensor, dtype: torch.dtype, weight: Tensor, geometry: Sequence[Any], normalised: bool) -> Problem:
@@ -112,22 +127,21 @@ def _pays(problem: Problem, gpu: str) -> bool:
 _tables.remembers(_pays)
 
 
-def run_kernel(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The op by Triton, on checked arguments without a bias."""
-    from resnet_fast.kernels import conv_statistics as kernel
+def run_kernel(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the op by Triton, on checked arguments without a bias."""
+    from resnet_fast.kernels import conv_statistics as kernels
 
-    before, (weight, _, *geometry) = _split(rest)
-    x, weight = channels_last(x), kernel_weight(weight, x.dtype)
-    problem = problem_of(x, x.dtype, weight, geometry, before is not None)
+    x, weight, before = channels_last(a.x), kernel_weight(a.weight, a.x.dtype), a.before
+    problem = problem_of(x, x.dtype, weight, a[10:], before is not None)
     if min(problem.output) < 1:
-        return plain(x, *rest)  # which says what is wrong
+        return plain(a)  # which says what is wrong
     y = empty_channels_last(x, [problem.n, problem.k, *problem.output])
-    config = kernel.choose(problem, triton.gpu_of(x.device))
+    config = kernels.choose(problem, triton.gpu_of(x.device))
     mean, variance = (torch.empty(problem.k, dtype=torch.float32, device=x.device) for _ in range(2))
-    workspace = torch.empty(kernel.workspace_size(problem, config), dtype=torch.float32, device=x.device)
+    workspace = torch.empty(kernels.workspace_size(problem, config), dtype=torch.float32, device=x.device)
     vectors = (None, None) if before is None else _scale_and_shift(before)
     with triton.on(x.device):
-        for launch in kernel.launches(x, weight, *vectors, y, mean, variance, workspace, problem, config):
+        for launch in kernels.launches(x, weight, *vectors, y, mean, variance, workspace, problem, config):
             launch()
     return y, mean, variance
 
@@ -142,46 +156,38 @@ def _scale_and_shift(norm: Norm) -> tuple[Tensor, Tensor]:
     return scale, torch.addcmul(kernel_vector(norm.beta), mean, scale, value=-1)
 
 
-def plain(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The op by the ops that it stands for: ``batch_norm_act``, torch's convolution, the pass for its statistics."""
-    before, conv = _split(rest)
-    y = convolve(x if before is None else apply_norm(x, before), *conv)
+def plain(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the op by those that it stands for: ``batch_norm_act``, torch's convolution, the pass for its statistics."""
+    before = a.before
+    y = convolve(a.x if before is None else apply_norm(a.x, before), *a[8:])
     return y, *moments(y)
 
 
-def _default(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, rest)
-    return plain(x, *rest)
-
-
-def _kernel(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, rest)
-    before, (weight, bias, *geometry) = _split(rest)
-    if backends.current() == "triton":
-        if kernels_for(NAME, x) == "triton":  # which records why not
-            if bias is None:
-                return run_kernel(x, *rest)
+def compute(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    if backends.current() == triton.NAME:
+        if a.x.numel() and backends.candidates(NAME, a.x.device, a.x.dtype):  # which records why not
+            if a.bias is None:
+                return run_kernel(a)
             backends.fallback(NAME, f"{_BIAS}; convolution and statistics run one after the other")
-    elif chosen(x, before is not None, weight, bias, *geometry):
-        return run_kernel(x, *rest)
-    return plain(x, *rest)
+    elif chosen(a.x, a.mean is not None, *a[8:]):
+        return run_kernel(a)
+    return plain(a)
 
 
-def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, rest)
-    y = convolve_fake(NAME, x, rest[7], rest[9:13])
-    mean, variance = (x.new_empty(y.shape[1], dtype=accumulate_dtype(x.dtype)) for _ in range(2))
+def empty(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    y = convolved(a.x, *a[8:])
+    mean, variance = (a.x.new_empty(y.shape[1], dtype=accumulate_dtype(a.x.dtype)) for _ in range(2))
     return y, mean, variance
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, gamma, beta, mean, invstd, ctx.of_batch, count, ctx.group, weight, bias, *ctx.geometry = inputs
+def context(ctx: Any, a: Arguments, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.of_batch, ctx.group, ctx.geometry = a.of_batch, a.group, a[10:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, gamma, beta, mean, invstd, count, weight, bias)
+    ctx.save_for_backward(*a[:5], a.count, a.weight, a.bias)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     x, gamma, beta, mean, invstd, count, weight, bias = ctx.saved_tensors
     before = None if mean is None else Norm(gamma, beta, mean, invstd, ctx.of_batch, count, ctx.group)
     needed = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[8:10])  # x, gamma, beta, weight, bias
@@ -203,19 +209,13 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     grad_a, *grads = gradients_of_conv(grad, a, weight, bias, ctx.geometry, (inside, *needed[3:]))
     if before is None or grad_a is None or not inside:
         return all_of(grad_a, None, None, *grads)
-    return all_of(*gradients_of_norm(grad_a, x, a, before, (*needed[:3], False))[:3], *grads)
+    return all_of(*norm_gradients(grad_a, x, a, before, (*needed[:3], False))[:3], *grads)
 
 
-register(
-    f"{NAME}(Tensor x, {BEFORE}, {CONV}) -> (Tensor, Tensor, Tensor)",
-    default=_default,
-    cpu=_kernel,
-    cuda=_kernel,
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    autocast=lambda dtype, args: (cast(args[0], dtype), *args[1:]),
-)
+OP = Op(
+    NAME, Arguments, check, empty, compute, context=context, backward=backward,
+    autocast=lambda dtype, a: a._replace(x=cast(a.x, dtype)), returns=tuple[Tensor, Tensor, Tensor],
+)  # fmt: skip
 
 
 def conv_statistics(
@@ -242,7 +242,7 @@ def conv_statistics(
     Raises:
         ValueError: shapes or devices do not fit; TypeError: x is not floating point.
     """
-    made: tuple[Tensor, Tensor, Tensor] = torch.ops.resnet_fast.conv_statistics.default(
+    made: tuple[Tensor, Tensor, Tensor] = OP.overload(
         x, *(NO_NORM if before is None else before), weight, bias, list(stride), list(padding), list(dilation), groups
     )
     return made

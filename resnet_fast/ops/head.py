@@ -1,11 +1,8 @@
-"""``head``: global average pool + fully connected layer, the network's end, as one op.
-
-Schema, reference, fake, autograd, autocast and the choice of what runs.
-"""
+"""``head``: global average pool + fully connected layer, the network's end, as one op."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,34 +10,30 @@ from torch import Tensor
 from resnet_fast.kernels.problems import Head as Problem
 
 from .. import backends
-from ..backends import cuda, triton
+from ..backends import Backend, cuda, onednn, triton
 from ._common import (
-    KERNELS,
     accumulate_dtype,
+    autocast_weight,
     cast,
     channels_last,
     check_device,
     check_image,
     check_weight_dtype,
-    choose_kernel,
     kernel_vector,
-    kernels_for,
-    register,
-    transformed,
 )
+from ._op import Bound, Op
 
 NAME = "head"
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The op in plain torch, any device and dtype: float32 (float64 for float64) throughout, rounded once."""
-    accumulate = accumulate_dtype(x.dtype)
-    pooled = x.to(accumulate).mean((2, 3))
-    y = torch.nn.functional.linear(pooled, weight.to(accumulate), None if bias is None else bias.to(accumulate))
-    return y.to(x.dtype)
+class Arguments(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check(a: Arguments) -> None:
+    x, weight, bias = a
     if weight.dim() != 2:
         raise ValueError(f"{NAME}: weight must be 2-D [K, C], got shape {list(weight.shape)}")
     check_image(NAME, x, weight.shape[1])
@@ -50,77 +43,58 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"{NAME}: bias has shape {list(bias.shape)}, it must be [{weight.shape[0]}]")
 
 
-def _default(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, weight, bias)
-    return reference(x, weight, bias)
+def empty(a: Arguments) -> Tensor:
+    return a.x.new_empty((a.x.shape[0], a.weight.shape[0]))
 
 
-def problem_of(x: Tensor, weight: Tensor) -> Problem:
-    """What a kernel is asked to compute, of which its choice depends; the tensors may be without data."""
-    n, c, h, w = x.shape
-    return Problem(n, h, w, c, weight.shape[0], triton.precision(x.dtype, "matmul"))
+def reference(a: Arguments) -> Tensor:
+    """Compute the op in float32 (float64 for float64) throughout, rounded once."""
+    accumulate = accumulate_dtype(a.x.dtype)
+    bias = None if a.bias is None else a.bias.to(accumulate)
+    return torch.nn.functional.linear(a.x.to(accumulate).mean((2, 3)), a.weight.to(accumulate), bias).to(a.x.dtype)
 
 
-def run_kernel(whose: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The op by a kernel of ``whose`` (:func:`kernels_for`), on checked arguments.
+def problem(a: Arguments) -> Problem:
+    """Return what a launch choice depends on; the tensors may be without data."""
+    n, c, h, w = a.x.shape
+    return Problem(n, h, w, c, a.weight.shape[0], triton.precision(a.x.dtype, "matmul"))
 
-    None where there is no such kernel, or x is empty.
-    """
-    if whose not in KERNELS or x.numel() == 0:
-        return None
-    x = channels_last(x)
-    problem = problem_of(x, weight)
-    out = x.new_empty((problem.n, problem.k))
+
+def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | None) -> Tensor | None:
+    x, asked, out = channels_last(a.x), problem(a), empty(a)
     if out.numel() == 0:
         return out
-    weight = weight.detach().to(x.dtype).contiguous()
-    backend, _ = choose_kernel(NAME, problem, x.device, whose)
-    if backend == "cuda":
-        cuda.head(x, weight, None if bias is None else kernel_vector(bias), out, problem, triton.gpu_of(x.device))
-    elif backend == "triton":
-        from resnet_fast.kernels import head as kernel
+    weight = a.weight.detach().to(x.dtype).contiguous()
+    choice = backends.choose(NAME, among, asked, x.device)
+    if choice.backend is cuda:
+        bias = None if a.bias is None else kernel_vector(a.bias)
+        cuda.head(x, weight, bias, out, asked, triton.gpu_of(x.device))
+    elif choice.backend is triton:
+        from resnet_fast.kernels import head as kernels
 
-        bias = None if bias is None else bias.detach().contiguous()
-        config = kernel.choose(problem, triton.gpu_of(x.device))
+        bias = None if a.bias is None else a.bias.detach().contiguous()
+        config = kernels.choose(asked, triton.gpu_of(x.device))
         with triton.on(x.device):
-            kernel.launch(x, weight, bias, out, problem, config)()
-    return out if backend else None
+            kernels.launch(x, weight, bias, out, asked, config)()
+    return None if choice.backend is None else out
 
 
-def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, weight, bias)
-    y = run_kernel(kernels_for(NAME, x), x, weight, bias)
-    return reference(x, weight, bias) if y is None else y
+def native(a: Arguments, bound: Bound[Arguments] | None = None) -> Tensor | None:
+    """Compute the op in half precision without a float32 copy of the weight: torch's half product accumulates in
+    float32 as well.
+    """
+    half = a.x.dtype in (torch.bfloat16, torch.float16) and a.weight.dtype is a.x.dtype
+    if not half or (bound is None and not backends.runs("onednn", a.x.device.type)):
+        return None
+    return torch.nn.functional.linear(a.x.mean((2, 3)), a.weight, None if a.bias is None else a.bias.to(a.x.dtype))
 
 
-def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, weight, bias)
-    y = run_kernel(kernels_for(NAME, x), x, weight, bias)
-    if y is not None:
-        return y
-    if x.dtype in (torch.bfloat16, torch.float16) and weight.dtype is x.dtype and backends.runs("onednn", "cpu"):
-        return run(x, weight, bias)
-    return reference(x, weight, bias)
+def context(ctx: Any, a: Arguments, output: Tensor) -> None:
+    ctx.bias_dtype = None if a.bias is None else a.bias.dtype
+    ctx.save_for_backward(a.x, a.weight)
 
 
-def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Half precision without a float32 copy of the weight: torch's half product accumulates in float32 as well."""
-    pooled = x.mean((2, 3))
-    return torch.nn.functional.linear(pooled, weight, None if bias is None else bias.to(x.dtype))
-
-
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, weight, bias)
-    return x.new_empty((x.shape[0], weight.shape[0]))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, weight)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     accumulate = accumulate_dtype(x.dtype)
     grad = grad.to(accumulate)
@@ -135,23 +109,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, grad_weight, grad_bias
 
 
-def _autocast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    x, weight, bias = args
-    x = cast(x, dtype)
-    weight = weight if weight.dtype in (x.dtype, torch.float32, torch.float64) else weight.float()
-    return x, weight, bias
+def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
+    x = cast(a.x, dtype)
+    return a._replace(x=x, weight=autocast_weight(a.weight, x.dtype))
 
 
-register(
-    "head(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    default=_default,
-    cpu=_cpu,
-    cuda=_cuda,
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    autocast=_autocast,
-)
+def freeze(constants: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return the constants rounded once to ``dtype``."""
+    return {name: None if value is None else value.detach().to(dtype) for name, value in constants.items()}
+
+
+OP = Op(
+    NAME, Arguments, check, empty, reference, kernel, native, context, backward, autocast, problem=problem, freeze=freeze,
+    limits=lambda constants, dtype: onednn.unavailable(),
+)  # fmt: skip
 
 
 def head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -168,8 +139,5 @@ def head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: shapes or devices do not fit; TypeError: a dtype does not.
     """
-    if transformed():
-        _check(x, weight, bias)
-        return reference(x, weight, bias)
-    result: Tensor = torch.ops.resnet_fast.head.default(x, weight, bias)
-    return result
+    made: Tensor = OP(Arguments(x, weight, bias))
+    return made

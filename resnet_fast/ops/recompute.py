@@ -11,7 +11,7 @@ own: convolutions are torch's (oneDNN, cuDNN), the rest is ``batch_norm_act``. B
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,72 +23,53 @@ from ._common import (
     conv_output_size,
     convolution_backward,
     empty_channels_last,
-    register,
     result,
 )
-from .batch_norm_act import norm_gradients
+from ._op import Op
+from .batch_norm_act import OP as BATCH_NORM_ACT
+from .batch_norm_act import Norm, norm_gradients
 
-
-class Norm(NamedTuple):
-    """A BatchNorm with the statistics it uses: what ``batch_norm_act``'s torch op takes of it.
-
-    Attributes:
-        gamma, beta: [C] or None. mean, invstd: [C], as ``batch_norm_act.statistics`` gives them.
-        of_batch: whether they are functions of the input. total, group: of synchronised statistics, else None and "".
-    """
-
-    gamma: Tensor | None
-    beta: Tensor | None
-    mean: Tensor
-    invstd: Tensor
-    of_batch: bool
-    total: Tensor | None
-    group: str
-
-
-#: What schemas say of a norm, and of a convolution.
-_NORM = "Tensor? gamma, Tensor? beta, Tensor mean, Tensor invstd, bool of_batch, Tensor? count, str group"
-CONV = "Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+Ints: TypeAlias = Sequence[int]
 
 
 def apply_norm(x: Tensor, norm: Norm, residual: Tensor | None = None, activation: str = "relu") -> Tensor:
-    """``act(norm(x) + residual)``."""
+    """Return ``act(norm(x) + residual)``."""
     gamma, beta, mean, invstd, of_batch, total, group = norm
-    out: Tensor = torch.ops.resnet_fast.batch_norm_act.default(
-        x, gamma, beta, mean, invstd, residual, activation, of_batch, total, group
-    )
+    out: Tensor = BATCH_NORM_ACT.overload(x, gamma, beta, mean, invstd, residual, activation, of_batch, total, group)
     return out
 
 
-def gradients_of_norm(
-    grad: Tensor, x: Tensor, output: Tensor | None, norm: Norm, needed: tuple[bool, bool, bool, bool]
-) -> tuple[Tensor | None, ...]:
-    return norm_gradients(grad, x, output, *norm[:4], norm.total, norm.of_batch, norm.group, needed)
-
-
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    """The convolution in x's dtype, stored channels_last."""
+    """Compute the convolution in x's dtype, stored channels_last."""
     stride, padding, dilation, groups = geometry
     bias = None if bias is None else bias.to(x.dtype)
     arguments = (x, weight.to(x.dtype), bias, stride, padding, dilation, False, [0, 0], groups)
     return result(torch.ops.aten.convolution.default(*arguments))
 
 
-def convolve_fake(op: str, x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Tensor:
-    stride, padding, dilation, groups = geometry
-    check_image(op, x, weight.shape[1] * groups)
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    """Return memory for the convolution's output."""
+    stride, padding, dilation, _ = geometry
     size = conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     return empty_channels_last(x, [x.shape[0], weight.shape[0], *size])
 
 
+class ConvAgain(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    stride: Ints
+    padding: Ints
+    dilation: Ints
+    groups: int
+
+
 # The convolution as an op without gradients. A compiler that saw the same one in the forward would keep its result.
-register(
-    f"conv_again(Tensor x, {CONV}) -> Tensor",
-    default=convolve,
-    cpu=convolve,
-    fake=lambda x, weight, bias, *geometry: convolve_fake("conv_again", x, weight, geometry),
-    autocast=lambda dtype, args: args,  # a backward inside of autocast computes as the forward did
-)
+CONV_AGAIN = Op(
+    "conv_again", ConvAgain, lambda a: check_image("conv_again", a.x, a.weight.shape[1] * a.groups),
+    lambda a: convolved(*a), lambda a: convolve(*a),
+    autocast=lambda dtype, a: a,  # a backward inside of autocast computes as the forward did
+)  # fmt: skip
 
 
 def gradients_of_conv(
@@ -120,19 +101,30 @@ def differentiate(function: Any, inputs: Sequence[Any], needed: Sequence[bool], 
 # --- norm_act_conv
 
 
-def _norm_act_conv(x: Tensor, *rest: Any) -> Tensor:
-    norm, conv = Norm(*rest[:7]), rest[7:]
-    check_image("norm_act_conv", x, conv[0].shape[1] * conv[5])
-    return convolve(apply_norm(x, norm), *conv)
+class NormActConv(NamedTuple):
+    x: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor
+    invstd: Tensor
+    of_batch: bool
+    count: Tensor | None
+    group: str
+    weight: Tensor
+    bias: Tensor | None
+    stride: Ints
+    padding: Ints
+    dilation: Ints
+    groups: int
+
+    @property
+    def norm(self) -> Norm:
+        return Norm(*self[1:8])
 
 
-def _norm_act_conv_fake(x: Tensor, *rest: Any) -> Tensor:
-    return convolve_fake("norm_act_conv", x, rest[7], rest[9:])
-
-
-def _norm_act_conv_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, gamma, beta, mean, invstd, ctx.of_batch, count, ctx.group, weight, bias, *ctx.geometry = inputs
-    ctx.save_for_backward(x, gamma, beta, mean, invstd, count, weight, bias)
+def _norm_act_conv_context(ctx: Any, a: NormActConv, output: Tensor) -> None:
+    ctx.of_batch, ctx.group, ctx.geometry = a.of_batch, a.group, a[10:]
+    ctx.save_for_backward(*a[:5], a.count, a.weight, a.bias)
 
 
 def _norm_act_conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -154,23 +146,16 @@ def _norm_act_conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )
     grads = [None] * 4
     if grad_a is not None and inside:
-        grads = list(gradients_of_norm(grad_a, x, a, norm, (need_x, need_gamma, need_beta, False)))
+        grads = list(norm_gradients(grad_a, x, a, norm, (need_x, need_gamma, need_beta, False)))
     return *grads[:3], *([None] * 5), grad_weight, grad_bias, *([None] * 4)
 
 
-def _autocast_x(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return cast(args[0], dtype), *args[1:]
-
-
-register(
-    f"norm_act_conv(Tensor x, {_NORM}, {CONV}) -> Tensor",
-    default=_norm_act_conv,
-    cpu=_norm_act_conv,
-    fake=_norm_act_conv_fake,
-    setup_context=_norm_act_conv_context,
-    backward=_norm_act_conv_backward,
-    autocast=_autocast_x,
-)
+NORM_ACT_CONV = Op(
+    "norm_act_conv", NormActConv, lambda a: check_image("norm_act_conv", a.x, a.weight.shape[1] * a.groups),
+    lambda a: convolved(a.x, *a[8:]), lambda a: convolve(apply_norm(a.x, a.norm), *a[8:]),
+    context=_norm_act_conv_context, backward=_norm_act_conv_backward,
+    autocast=lambda dtype, a: a._replace(x=cast(a.x, dtype)),
+)  # fmt: skip
 
 
 def norm_act_conv(
@@ -191,43 +176,52 @@ def norm_act_conv(
     Returns:
         [N, K, P, Q], stored channels_last. Differentiable in x, norm's gamma and beta, weight and bias.
     """
-    out: Tensor = torch.ops.resnet_fast.norm_act_conv.default(
-        x, *norm, weight, bias, list(stride), list(padding), list(dilation), groups
-    )
+    out: Tensor = NORM_ACT_CONV.overload(x, *norm, weight, bias, list(stride), list(padding), list(dilation), groups)
     return out
 
 
 # --- conv_norm_act
 
-BEFORE = _NORM.replace("Tensor mean", "Tensor? mean").replace("Tensor invstd", "Tensor? invstd")
+
+class ConvNormAct(NamedTuple):
+    """The names that end in 0 are those of the norm before the convolution, of which there may be none."""
+
+    y: Tensor
+    x: Tensor
+    gamma0: Tensor | None
+    beta0: Tensor | None
+    mean0: Tensor | None
+    invstd0: Tensor | None
+    of_batch0: bool
+    count0: Tensor | None
+    group0: str
+    weight: Tensor
+    bias: Tensor | None
+    stride: Ints
+    padding: Ints
+    dilation: Ints
+    groups: int
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor
+    invstd: Tensor
+    of_batch: bool
+    count: Tensor | None
+    group: str
+    residual: Tensor | None
+    activation: str
+
+    @property
+    def norm(self) -> Norm:
+        return Norm(*self[15:22])
 
 
-def _split(rest: Sequence[Any]) -> tuple[Norm | None, Sequence[Any], Norm, Tensor | None, str]:
-    """The norm before the convolution, the convolution, the norm behind it, residual and activation."""
-    before = None if rest[2] is None else Norm(*rest[:7])
-    return before, rest[7:13], Norm(*rest[13:20]), rest[20], rest[21]
-
-
-def _conv_norm_act(y: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    _, _, norm, residual, activation = _split(rest)
-    return apply_norm(y, norm, residual, activation)
-
-
-def _conv_norm_act_fake(y: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    return empty_channels_last(y, y.shape)
-
-
-def _conv_norm_act_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, x, *rest = inputs
-    before, conv, norm, _, ctx.activation = _split(rest)
-    ctx.has_before = before is not None
-    first = before or Norm(None, None, rest[2], rest[3], False, None, "")
-    ctx.fixed = (first.of_batch, first.group, norm.of_batch, norm.group)
-    weight, bias, *ctx.geometry = conv
+def _conv_norm_act_context(ctx: Any, a: ConvNormAct, output: Tensor) -> None:
+    ctx.has_before, ctx.activation, ctx.geometry = a.mean0 is not None, a.activation, a[11:15]
+    ctx.fixed = (a.of_batch0, a.group0, a.of_batch, a.group)
     ctx.save_for_backward(
-        x, first.gamma, first.beta, first.mean, first.invstd, first.total, weight, bias, norm.gamma, norm.beta,
-        norm.mean, norm.invstd, norm.total, output if ctx.activation == "relu" else None,
-    )  # fmt: skip
+        a.x, *a[2:6], a.count0, a.weight, a.bias, *a[15:19], a.count, output if a.activation == "relu" else None
+    )
 
 
 def _conv_norm_act_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -263,8 +257,8 @@ def _conv_norm_act_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     inside = need_x or need_gamma0 or need_beta0
     need_y = inside or need_weight or need_bias
     a = apply_norm(x, before) if ctx.has_before else channels_last(x)
-    y = torch.ops.resnet_fast.conv_again.default(a, weight, bias, *ctx.geometry)
-    grad_y, grad_gamma, grad_beta, grad_residual = gradients_of_norm(
+    y = CONV_AGAIN.overload(a, weight, bias, *ctx.geometry)
+    grad_y, grad_gamma, grad_beta, grad_residual = norm_gradients(
         grad, y, output, norm, (need_y, need_gamma, need_beta, need_residual)
     )
     del y
@@ -275,7 +269,7 @@ def _conv_norm_act_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         )
     grad_x, grad_gamma0, grad_beta0 = grad_a, None, None
     if ctx.has_before and grad_a is not None and inside:
-        grad_x, grad_gamma0, grad_beta0, _ = gradients_of_norm(
+        grad_x, grad_gamma0, grad_beta0, _ = norm_gradients(
             grad_a, x, a, before, (need_x, need_gamma0, need_beta0, False)
         )
     return all_of(
@@ -283,27 +277,15 @@ def _conv_norm_act_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _numbered(declarations: str) -> str:
-    """Argument names of the norm before the convolution, told apart from those of the one behind it."""
-    return ", ".join(f"{declaration}0" for declaration in declarations.split(", "))
+def _conv_norm_act_autocast(dtype: torch.dtype, a: ConvNormAct) -> ConvNormAct:
+    return a._replace(x=cast(a.x, dtype), residual=None if a.residual is None else cast(a.residual, a.y.dtype))
 
 
-register(
-    f"conv_norm_act(Tensor y, Tensor x, {_numbered(BEFORE)}, {CONV}, {_NORM}, Tensor? residual, str activation) "
-    "-> Tensor",
-    default=_conv_norm_act,
-    cpu=_conv_norm_act,
-    fake=_conv_norm_act_fake,
-    setup_context=_conv_norm_act_context,
-    backward=_conv_norm_act_backward,
-    autocast=lambda dtype, args: (
-        args[0],
-        cast(args[1], dtype),
-        *args[2:22],
-        None if args[22] is None else cast(args[22], args[0].dtype),
-        args[23],
-    ),
-)
+CONV_NORM_ACT = Op(
+    "conv_norm_act", ConvNormAct, lambda a: None, lambda a: empty_channels_last(a.y, a.y.shape),
+    lambda a: apply_norm(a.y, a.norm, a.residual, a.activation), context=_conv_norm_act_context,
+    backward=_conv_norm_act_backward, autocast=_conv_norm_act_autocast,
+)  # fmt: skip
 
 NO_NORM: tuple[Any, ...] = (None, None, None, None, False, None, "")
 
@@ -332,7 +314,7 @@ def conv_norm_act(
     Returns:
         [N, K, P, Q], stored channels_last. Differentiable in x, weight, bias, both norms' gamma and beta, and residual.
     """
-    out: Tensor = torch.ops.resnet_fast.conv_norm_act.default(
+    out: Tensor = CONV_NORM_ACT.overload(
         y.detach(), x, *(NO_NORM if before is None else before), weight, bias, list(stride), list(padding),
         list(dilation), groups, *norm, residual, activation,
     )  # fmt: skip
@@ -342,26 +324,41 @@ def conv_norm_act(
 # --- norm_act_pool
 
 
+class NormActPool(NamedTuple):
+    x: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor
+    invstd: Tensor
+    of_batch: bool
+    count: Tensor | None
+    group: str
+    ceil_mode: bool
+
+    @property
+    def norm(self) -> Norm:
+        return Norm(*self[1:8])
+
+
 def _pooling(ceil_mode: bool) -> tuple[Any, ...]:
     """What aten's max-pools take: a window 3x3/2 padded by 1, or Caffe's unpadded one, the size rounded up."""
     padding = 0 if ceil_mode else 1
     return [3, 3], [2, 2], [padding, padding], [1, 1], ceil_mode
 
 
-def _norm_act_pool(x: Tensor, *rest: Any) -> Tensor:
-    *norm, ceil_mode = rest
-    pooled = torch.ops.aten.max_pool2d_with_indices.default(apply_norm(x, Norm(*norm)), *_pooling(ceil_mode))
+def _norm_act_pool(a: NormActPool) -> Tensor:
+    pooled = torch.ops.aten.max_pool2d_with_indices.default(apply_norm(a.x, a.norm), *_pooling(a.ceil_mode))
     return result(pooled[0])
 
 
-def _norm_act_pool_fake(x: Tensor, *rest: Any) -> Tensor:
-    padding = 0 if rest[-1] else 1
-    return empty_channels_last(x, [*x.shape[:2], *((size + padding) // 2 for size in x.shape[2:])])
+def _norm_act_pool_empty(a: NormActPool) -> Tensor:
+    padding = 0 if a.ceil_mode else 1
+    return empty_channels_last(a.x, [*a.x.shape[:2], *((size + padding) // 2 for size in a.x.shape[2:])])
 
 
-def _norm_act_pool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, gamma, beta, mean, invstd, ctx.of_batch, count, ctx.group, ctx.ceil_mode = inputs
-    ctx.save_for_backward(x, gamma, beta, mean, invstd, count)
+def _norm_act_pool_context(ctx: Any, a: NormActPool, output: Tensor) -> None:
+    ctx.of_batch, ctx.group, ctx.ceil_mode = a.of_batch, a.group, a.ceil_mode
+    ctx.save_for_backward(*a[:5], a.count)
 
 
 def _norm_act_pool_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -379,17 +376,13 @@ def _norm_act_pool_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     a = apply_norm(x, norm)
     _, indices = torch.ops.aten.max_pool2d_with_indices.default(a, *pooling)
     grad = torch.ops.aten.max_pool2d_with_indices_backward.default(grad, a, *pooling, indices)
-    return *gradients_of_norm(grad, x, a, norm, (*needed, False))[:3], *([None] * 6)
+    return *norm_gradients(grad, x, a, norm, (*needed, False))[:3], *([None] * 6)
 
 
-register(
-    f"norm_act_pool(Tensor x, {_NORM}, bool ceil_mode) -> Tensor",
-    default=_norm_act_pool,
-    cpu=_norm_act_pool,
-    fake=_norm_act_pool_fake,
-    setup_context=_norm_act_pool_context,
+NORM_ACT_POOL = Op(
+    "norm_act_pool", NormActPool, lambda a: None, _norm_act_pool_empty, _norm_act_pool, context=_norm_act_pool_context,
     backward=_norm_act_pool_backward,
-)
+)  # fmt: skip
 
 
 def norm_act_pool(x: Tensor, norm: Norm, ceil_mode: bool = False) -> Tensor:
@@ -402,5 +395,5 @@ def norm_act_pool(x: Tensor, norm: Norm, ceil_mode: bool = False) -> Tensor:
     Returns:
         [N, C, P, Q], stored channels_last. Differentiable in x and norm's gamma and beta.
     """
-    out: Tensor = torch.ops.resnet_fast.norm_act_pool.default(x, *norm, ceil_mode)
+    out: Tensor = NORM_ACT_POOL.overload(x, *norm, ceil_mode)
     return out

@@ -1,13 +1,13 @@
 """``stem``: the network's first four layers, convolution 7x7/2 + BatchNorm + ReLU + max-pool 3x3/2, as one op.
 
-Schema, reference, fake, autograd, autocast and the choice of what runs. Reads float NCHW or decoded uint8 NHWC images.
+Reads float NCHW or decoded uint8 NHWC images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,30 +15,43 @@ from torch import Tensor
 from resnet_fast.kernels.problems import Stem as Problem
 
 from .. import backends
-from ..backends import cuda, triton
+from ..backends import Backend, cuda, triton
 from . import _packing
 from ._common import (
-    KERNELS,
     accumulate_dtype,
+    autocast_weight,
     cast,
     check_device,
     check_image,
     check_per_channel,
     check_weight_dtype,
-    choose_kernel,
     conv_output_size,
     convolution_gradients,
     kernel_vector,
-    kernels_for,
-    register,
     relu_gradient,
     result,
-    transformed,
 )
+from ._op import Bound, Op
+from .conv_bn_act import OP as CONV_BN_ACT
 
 NAME = "stem"
 KERNEL, STRIDE, PADDING = [7, 7], [2, 2], [3, 3]
 _GEOMETRY = (STRIDE, PADDING, [1, 1], 1)
+
+
+class Arguments(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    ceil_mode: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The output's: x's, the weight's for uint8 images."""
+        return self.weight.dtype if self.x.dtype is torch.uint8 else self.x.dtype
 
 
 def _pool(x: Tensor, ceil_mode: bool) -> Tensor:
@@ -52,39 +65,8 @@ def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: tor
     return ((x.to(dtype) / 255 - channels[0]) / channels[1]).permute(0, 3, 1, 2)
 
 
-def reference(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    ceil_mode: bool = False,
-) -> Tensor:
-    """The op in plain torch, any device and dtype: float32 (float64 for float64) throughout, rounded once."""
-    dtype = _output_dtype(x, weight)
-    accumulate = accumulate_dtype(dtype)
-    image = x.to(accumulate) if mean is None or std is None else normalise(x, mean, std, accumulate)
-    y = torch.conv2d(image, weight.to(accumulate), None, STRIDE, PADDING)
-    y = y * scale.to(accumulate).view(1, -1, 1, 1) + shift.to(accumulate).view(1, -1, 1, 1)
-    return result(_pool(y.relu(), ceil_mode).to(dtype))
-
-
-def _output_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """x's dtype; the weight's for uint8 images."""
-    return weight.dtype if x.dtype is torch.uint8 else x.dtype
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    ceil_mode: bool,
-) -> list[int]:
-    """All argument checks; returns the output's shape."""
+def check(a: Arguments) -> None:
+    x, weight, mean, std = a.x, a.weight, a.mean, a.std
     if weight.dim() != 4 or list(weight.shape[2:]) != KERNEL:
         raise ValueError(f"{NAME}: weight must be [K, C, 7, 7], got {list(weight.shape)}")
     if x.dtype is torch.uint8:
@@ -95,35 +77,39 @@ def _check(
             )
         if x.dim() != 4 or x.shape[3] != weight.shape[1]:
             raise ValueError(f"{NAME}: uint8 x must be [N, H, W, {weight.shape[1]}], got {list(x.shape)}")
-        height, width = x.shape[1], x.shape[2]
     else:
         check_image(NAME, x, weight.shape[1])
         check_weight_dtype(NAME, x, weight)
         if mean is not None or std is not None:
             raise ValueError(f"{NAME}: mean and std go with uint8 images; normalise {x.dtype} images beforehand")
-        height, width = x.shape[2], x.shape[3]
-    check_device(NAME, x, weight=weight, scale=scale, shift=shift)
-    check_per_channel(NAME, weight.shape[0], scale=scale, shift=shift)
-    size = conv_output_size([height, width], KERNEL, STRIDE, PADDING, [1, 1])
-    least = 2 if ceil_mode else 1
+    check_device(NAME, x, weight=weight, scale=a.scale, shift=a.shift)
+    check_per_channel(NAME, weight.shape[0], scale=a.scale, shift=a.shift)
+    (height, width), size = _sizes(a)
+    least = 2 if a.ceil_mode else 1
     if size[0] < least or size[1] < least:
         raise ValueError(f"{NAME}: a {height}x{width} image is too small; its convolution must be {least}x{least}")
+
+
+def _sizes(a: Arguments) -> tuple[Sequence[int], list[int]]:
+    """Return [H, W] of the image and of its convolution."""
+    image = a.x.shape[1:3] if a.x.dtype is torch.uint8 else a.x.shape[2:]
+    return image, conv_output_size(image, KERNEL, STRIDE, PADDING, [1, 1])
+
+
+def empty(a: Arguments) -> Tensor:
     # Caffe: ceil((H - 3) / 2) + 1; a window never begins outside, since H - 1 >= 2 * (P - 1) there.
-    pooled = [(s - 3 + 1) // 2 + 1 if ceil_mode else (s + 2 - 3) // 2 + 1 for s in size]
-    return [x.shape[0], weight.shape[0], *pooled]
+    pooled = [(size - 3 + 1) // 2 + 1 if a.ceil_mode else (size + 2 - 3) // 2 + 1 for size in _sizes(a)[1]]
+    shape = [a.x.shape[0], a.weight.shape[0], *pooled]
+    return torch.empty(shape, dtype=a.dtype, device=a.x.device, memory_format=torch.channels_last)
 
 
-def _default(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    ceil_mode: bool,
-) -> Tensor:
-    _check(x, weight, scale, shift, mean, std, ceil_mode)
-    return reference(x, weight, scale, shift, mean, std, ceil_mode)
+def reference(a: Arguments) -> Tensor:
+    """Compute the op in float32 (float64 for float64) throughout, rounded once."""
+    accumulate = accumulate_dtype(a.dtype)
+    image = a.x.to(accumulate) if a.mean is None or a.std is None else normalise(a.x, a.mean, a.std, accumulate)
+    y = torch.conv2d(image, a.weight.to(accumulate), None, STRIDE, PADDING)
+    y = y * a.scale.to(accumulate).view(1, -1, 1, 1) + a.shift.to(accumulate).view(1, -1, 1, 1)
+    return result(_pool(y.relu(), a.ceil_mode).to(a.dtype))
 
 
 @lru_cache(maxsize=64)
@@ -155,155 +141,82 @@ def cuda_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 #: The weight as each backend's kernel reads it.
-PACKED = {"triton": kernel_weight, "cuda": cuda_weight}
+PACKED = {triton.NAME: kernel_weight, cuda.NAME: cuda_weight}
 
 
-def problem_of(x: Tensor, weight: Tensor, ceil_mode: bool) -> Problem:
-    """What a kernel is asked to compute, of which its choice depends; the tensors may be without data."""
-    k, c = weight.shape[:2]
-    uint8 = x.dtype is torch.uint8
-    height, width = (x.shape[1], x.shape[2]) if uint8 else (x.shape[2], x.shape[3])
-    precision = triton.precision(_output_dtype(x, weight))
-    return Problem(x.shape[0], height, width, c, k, uint8, ceil_mode, precision)
+def problem(a: Arguments) -> Problem:
+    """Return what a launch choice depends on; the tensors may be without data."""
+    k, c = a.weight.shape[:2]
+    height, width = _sizes(a)[0]
+    uint8 = a.x.dtype is torch.uint8
+    return Problem(a.x.shape[0], height, width, c, k, uint8, a.ceil_mode, triton.precision(a.dtype))
 
 
-def run_kernel(
-    whose: str,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    ceil_mode: bool,
-    packed: Callable[[str], Tensor] | None = None,
-) -> Tensor | None:
-    """The op by a kernel of ``whose`` (:func:`kernels_for`), on checked arguments.
-
-    None where there is no such kernel, or x is empty. ``packed``: the weight as the backend of that name reads it.
-    """
-    if whose not in KERNELS or x.numel() == 0:
-        return None
-    problem, dtype = problem_of(x, weight, ceil_mode), _output_dtype(x, weight)
-    shape = [problem.n, problem.k, *problem.output]
-    out = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | None) -> Tensor | None:
+    asked, out = problem(a), empty(a)
     if out.numel() == 0:
         return out
-    backend, _ = choose_kernel(NAME, problem, x.device, whose)
-    if not backend:
+    choice = backends.choose(NAME, among, asked, a.x.device)
+    if choice.backend is None:
         return None
-    weight = PACKED[backend](weight, dtype) if packed is None else packed(backend)
-    normalisation = None if mean is None or std is None else _normalisation(tuple(mean), tuple(std), x.device)
-    arguments = (x, weight, kernel_vector(scale), kernel_vector(shift), normalisation, out, problem)
-    if backend == "cuda":
+    kept = {} if bound is None else bound.kept
+    if choice.name not in kept:
+        kept[choice.name] = PACKED[choice.name](a.weight, a.dtype), kernel_vector(a.scale), kernel_vector(a.shift)
+    normalisation = None if a.mean is None or a.std is None else _normalisation(tuple(a.mean), tuple(a.std), a.x.device)
+    arguments = (a.x, *kept[choice.name], normalisation, out, asked)
+    if choice.backend is cuda:
         cuda.stem(*arguments)
     else:
-        from resnet_fast.kernels import stem as kernel
+        from resnet_fast.kernels import stem as kernels
 
-        with triton.on(x.device):
-            kernel.launch(*arguments, kernel.choose(problem, triton.gpu_of(x.device)))()
+        with triton.on(a.x.device):
+            kernels.launch(*arguments, kernels.choose(asked, triton.gpu_of(a.x.device)))()
     return out
 
 
-def _cuda(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    ceil_mode: bool,
-) -> Tensor:
-    arguments = (x, weight, scale, shift, mean, std, ceil_mode)
-    _check(*arguments)
-    y = run_kernel(kernels_for(NAME, x, _output_dtype(x, weight)), *arguments)
-    return reference(*arguments) if y is None else y
+def native(a: Arguments, bound: Bound[Arguments] | None = None) -> Tensor | None:
+    """Compute the op by oneDNN. ReLU and max commute (for NaN too): ReLU runs on the four times smaller pooled tensor."""
+    packed = _packing.packed(NAME, a.x, a.dtype, a.weight, a.scale, a.shift, _GEOMETRY, bound)
+    if packed is None:
+        return None
+    conv, folded = packed
+    image = a.x if a.mean is None or a.std is None else normalise(a.x, a.mean, a.std, torch.float32)
+    return result(_pool(conv.run(image, folded), a.ceil_mode).relu_())
 
 
-def _cpu(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    ceil_mode: bool,
-) -> Tensor:
-    arguments = (x, weight, scale, shift, mean, std, ceil_mode)
-    _check(*arguments)
-    dtype = _output_dtype(x, weight)
-    y = run_kernel(kernels_for(NAME, x, dtype), *arguments)
-    if y is not None:
-        return y
-    if x.numel() and backends.runs("onednn", "cpu"):
-        reason = _packing.unsupported(dtype, weight, 1)
-        if not reason:
-            conv, folded = _packing.packed_conv(weight, scale, shift, dtype, *_GEOMETRY)
-            image = x if mean is None or std is None else normalise(x, mean, std, torch.float32)
-            return run_packed(conv, image, folded, ceil_mode)
-        backends.fallback(NAME, f"{reason}; the plain torch reference runs instead")
-    return reference(*arguments)
+def context(ctx: Any, a: Arguments, output: Tensor) -> None:
+    ctx.mean, ctx.std, ctx.ceil_mode = a[4:]
+    ctx.save_for_backward(*a[:4])
 
 
-def run_packed(conv: _packing.PackedConv, image: Tensor, folded: _packing.Folded, ceil_mode: bool) -> Tensor:
-    """The stem on oneDNN. ReLU and max commute (for NaN too), so ReLU runs on the four times smaller pooled tensor."""
-    return result(_pool(conv.run(image, folded), ceil_mode).relu_())
-
-
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    ceil_mode: bool,
-) -> Tensor:
-    shape = _check(x, weight, scale, shift, mean, std, ceil_mode)
-    return torch.empty(shape, dtype=_output_dtype(x, weight), device=x.device, memory_format=torch.channels_last)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, scale, shift, ctx.mean, ctx.std, ctx.ceil_mode = inputs
-    ctx.save_for_backward(x, weight, scale, shift)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # The convolution's output is 4x the pooled one and was never kept: computed again, then the three steps backwards.
-    x, weight, scale, shift = ctx.saved_tensors
-    dtype = _output_dtype(x, weight)
-    image = x if ctx.mean is None else normalise(x, ctx.mean, ctx.std, accumulate_dtype(dtype)).to(dtype)
-    conv_bn_act = torch.ops.resnet_fast.conv_bn_act.default
-    inner = conv_bn_act(image, weight, scale, shift, None, *_GEOMETRY, "relu", False)
-    padding = [0, 0] if ctx.ceil_mode else [1, 1]
-    pooling = ([3, 3], [2, 2], padding, [1, 1], ctx.ceil_mode)
+    a = Arguments(*ctx.saved_tensors, ctx.mean, ctx.std, ctx.ceil_mode)
+    image = a.x
+    if a.mean is not None and a.std is not None:
+        image = normalise(a.x, a.mean, a.std, accumulate_dtype(a.dtype)).to(a.dtype)
+    inner = CONV_BN_ACT.overload(image, *a[1:4], None, *_GEOMETRY, "relu", False)
+    padding = [0, 0] if a.ceil_mode else [1, 1]
+    pooling = ([3, 3], [2, 2], padding, [1, 1], a.ceil_mode)
     _, indices = torch.ops.aten.max_pool2d_with_indices.default(inner, *pooling)
     grad = torch.ops.aten.max_pool2d_with_indices_backward.default(grad, inner, *pooling, indices)
     grad = relu_gradient(grad, inner)
-    gradients = convolution_gradients(grad, image, weight, scale, shift, *_GEOMETRY, needed=ctx.needs_input_grad[:4])
+    gradients = convolution_gradients(grad, image, *a[1:4], *_GEOMETRY, needed=ctx.needs_input_grad[:4])
     return *gradients, None, None, None
 
 
-def _autocast(dtype: torch.dtype, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    x, weight, *rest = args
-    x = cast(x, dtype)
-    if x.dtype is torch.uint8:  # the weight alone says the output's dtype
-        weight = cast(weight, dtype)
-    elif weight.dtype not in (x.dtype, torch.float32, torch.float64):
-        weight = weight.float()
-    return (x, weight, *rest)
+def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
+    x = cast(a.x, dtype)
+    # For uint8 images the weight alone says the output's dtype.
+    weight = cast(a.weight, dtype) if x.dtype is torch.uint8 else autocast_weight(a.weight, x.dtype)
+    return a._replace(x=x, weight=weight)
 
 
-register(
-    "stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, float[]? mean, float[]? std, bool ceil_mode) -> Tensor",
-    default=_default,
-    cpu=_cpu,
-    cuda=_cuda,
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    autocast=_autocast,
-)
+OP = Op(
+    NAME, Arguments, check, empty, reference, kernel, native, context, backward, autocast, dtype=lambda a: a.dtype,
+    problem=problem, freeze=lambda constants, dtype: _packing.freeze(constants),
+    limits=lambda constants, dtype: _packing.unsupported(dtype, constants["weight"], 1),
+)  # fmt: skip
 
 
 def stem(
@@ -332,8 +245,5 @@ def stem(
     Raises:
         ValueError: shapes, devices, mean or std do not fit; TypeError: a dtype does not.
     """
-    if transformed():
-        _check(x, weight, scale, shift, mean, std, ceil_mode)
-        return reference(x, weight, scale, shift, mean, std, ceil_mode)
-    result: Tensor = torch.ops.resnet_fast.stem.default(x, weight, scale, shift, mean, std, ceil_mode)
-    return result
+    made: Tensor = OP(Arguments(x, weight, scale, shift, mean, std, ceil_mode))
+    return made

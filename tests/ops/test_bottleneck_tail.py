@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import resnet_fast as rf
+from resnet_fast import ops
 from resnet_fast.ops import bottleneck_tail as public
-from resnet_fast.ops import prepared
 from tests.numerics import assert_obeys_error_rule
 from tests.ops.test_conv_bn_act import plain as plain_conv
 
@@ -106,7 +106,7 @@ def check(arguments: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
     reference = bottleneck_reference(**{**rounded, **pairs})
     data = {name: rounded[name] for name in ("a", "residual")}
     constant = {name: value for name, value in rounded.items() if name not in data}
-    frozen = prepared.BottleneckTail(**{**constant, **pairs}, dtype=dtype)
+    frozen = ops.ALL["bottleneck_tail"].bind(**{**constant, **pairs}, dtype=dtype)
     forms = {"op": pair(public(**rounded)), "reference": reference, "prepared": pair(frozen(**data))}
     for form, outputs in forms.items():
         for what, ours, theirs, truth in zip(("y", "following"), outputs, same, want, strict=False):
@@ -117,9 +117,8 @@ def check(arguments: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def bottleneck_reference(**arguments: Any) -> tuple[Tensor, ...]:
-    from resnet_fast.ops.bottleneck_tail import reference
-
-    y, following = reference(**arguments)
+    op = ops.ALL["bottleneck_tail"]
+    y, following = op.reference(op.arguments(**arguments))
     if arguments.get("weight1") is None:
         assert following.shape == (0,) and following.dtype is y.dtype
         return (y,)
@@ -170,7 +169,10 @@ def test_a_second_output_only_where_asked_for(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reference_composes_the_reference_of_conv_bn_act(dtype: torch.dtype) -> None:
     """To the bit: b and y are rounded where the separate ops round them. Float32 and wider round no projection."""
-    from resnet_fast.ops.conv_bn_act import reference as conv
+    op = ops.ALL["conv_bn_act"]
+
+    def conv(*given: Any, **named: Any) -> Tensor:
+        return op.reference(op.arguments(*given, **named))
 
     for project in (None, 6) if dtype is torch.float32 else (None,):
         arguments, _ = in_dtype(problem(2, 8, (9, 9), stride=2, project=project, following=8), dtype)
@@ -218,7 +220,7 @@ def test_the_residual_is_left_alone(project: int | None) -> None:
     before = kept.clone()
     public(**arguments)
     constant = {n: v for n, v in arguments.items() if n not in ("a", "residual") and isinstance(v, Tensor)}
-    prepared.BottleneckTail(**constant)(arguments["a"], kept)
+    ops.ALL["bottleneck_tail"].bind(**constant)(arguments["a"], kept)
     assert torch.equal(kept, before)
 
 
@@ -415,7 +417,7 @@ def test_prepared_keeps_its_own_constants(following: int | None) -> None:
     arguments, _ = in_dtype(problem(1, 8, (5, 5), project=4, following=following), torch.float32)
     data = {name: arguments[name] for name in ("a", "residual")}
     constant = {n: v for n, v in arguments.items() if n not in data and isinstance(v, Tensor)}
-    frozen = prepared.BottleneckTail(**constant, dtype=torch.float32, backend="reference")
+    frozen = ops.ALL["bottleneck_tail"].bind(**constant, dtype=torch.float32, backend="reference")
     assert frozen.backend == "reference"
     before = [t.clone() for t in pair(frozen(**data))]
     constant["scale3"].mul_(2)

@@ -58,9 +58,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each time that the op's kernel runs from now on, whether there was a norm in front of the convolution."""
     found: list[bool] = []
 
-    def watching(x: Tensor, *rest: Any) -> Any:
-        found.append(rest[2] is not None)
-        return run(x, *rest)
+    def watching(a: op.Arguments) -> Any:
+        found.append(a.before is not None)
+        return run(a)
 
     run = op.run_kernel
     monkeypatch.setattr(op, "run_kernel", watching)

@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
+from resnet_fast import backends
 from resnet_fast.backends import cuda as native
 from resnet_fast.backends import triton
 from resnet_fast.cli import app
 from resnet_fast.kernels import _tables, bottleneck_tail, conv_bn_act, conv_statistics, cuda_choice, gpus
-from resnet_fast.ops._common import choose_kernel
 from resnet_fast.tuning import compile, cuda, ops, shapes, sweep
 from tests.cuda_device import DEVICE as CUDA_DEVICE
 from tests.cuda_device import installed
@@ -517,7 +517,8 @@ def test_both_are_measured_and_the_faster_runs_from_then_on(folders: tuple[Path,
         assert table["conv_bn_act"][problem().key()]["ms"] == pytest.approx(4e3 * floor, rel=1e-3, abs=1e-6)
         assert set(table["add_act.cuda"][adds[0].problem.key()]) == {"ms", "floor_ms"}
         for op, key, name in (("conv_bn_act", problem(), "sm90_fp16_128x128"), ("add_act", adds[0].problem, "add_act")):
-            assert choose_kernel(op, key, CPU, "auto") == (("cuda", name) if cuda_wins else ("triton", ""))
+            choice = backends.pick(op, (triton, native), key, CPU)
+            assert (choice.name, choice.kernel) == (("cuda", name) if cuda_wins else ("triton", ""))
         assert run(Pretender(), cases, path) == []
 
 
@@ -788,6 +789,5 @@ def test_a_sweep_of_both_kinds_of_kernel_on_the_gpu(folders: tuple[Path, Path]) 
     table = _tables.read(path)
     if all(outcome.finished for outcome in outcomes):
         times = [table[outcome.case.op][problem().key()]["ms"] for outcome in outcomes]
-        assert choose_kernel("conv_bn_act", problem(), device, "auto")[0] == (
-            "cuda" if times[1] < times[0] else "triton"
-        )
+        choice = backends.pick("conv_bn_act", (triton, native), problem(), device)
+        assert choice.name == ("cuda" if times[1] < times[0] else "triton")

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import resnet_fast as rf
-from resnet_fast import backends
+from resnet_fast import backends, ops
 from resnet_fast.backends import cuda, triton
 from resnet_fast.kernels import _tables, cuda_choice, gpus
 from resnet_fast.kernels.problems import AddAct, ConvBNAct, Head, Stem
-from resnet_fast.ops import _common, prepared
 from tests.cuda_device import DEVICE, installed, watch
 
 H100, A100 = gpus.known("h100"), gpus.known("a100")
@@ -63,6 +63,15 @@ class Fake:
         if "masked" in name:
             return ""
         return "a tensor that is not aligned to 16 bytes" if any(pointer % 16 for pointer in pointers) else ""
+
+
+AMONG: dict[str, tuple[backends.Backend, ...]] = {"auto": (triton, cuda), "triton": (triton,), "cuda": (cuda,)}
+
+
+def chosen(op: str, problem: Any, device: torch.device, among: str, *tensors: Tensor | None) -> tuple[str, str]:
+    """The backend and the kernel that :func:`backends.choose` finds, "" for none."""
+    choice = backends.choose(op, AMONG[among], problem, device, *tensors)
+    return "" if choice.backend is None else choice.backend.NAME, choice.kernel
 
 
 @pytest.fixture(autouse=True)
@@ -117,26 +126,26 @@ def test_by_itself_cuda_runs_where_both_were_measured_and_it_takes_less(
         ("conv_bn_act", CONV, "sm80_fp16_64x64"), ("stem", STEM, ""), ("head", HEAD, ""), ("add_act", ADD, "")
     ):  # fmt: skip
         table(folder, op, problem, triton_ms=triton_ms, cuda_ms=cuda_ms, name=name)
-        chosen = _common.choose_kernel(op, problem, CPU, "auto")
-        assert chosen == (("cuda", name or op) if runs == "cuda" else ("triton", ""))
-        assert _common.backend_for(op, problem, CPU, "auto") == runs
-        assert _common.choose_kernel(op, problem, CPU, "triton") == ("triton", "")
-        assert _common.choose_kernel(op, problem, CPU, "cuda")[0] == "cuda"
+        choice = chosen(op, problem, CPU, "auto")
+        assert choice == (("cuda", name or op) if runs == "cuda" else ("triton", ""))
+        assert backends.pick(op, AMONG["auto"], problem, CPU).name == runs
+        assert chosen(op, problem, CPU, "triton") == ("triton", "")
+        assert chosen(op, problem, CPU, "cuda")[0] == "cuda"
     assert backends.fallbacks() == {}
 
 
 @pytest.mark.usefixtures("fake")
 def test_a_time_counts_for_its_problem_gpu_and_kernel_alone(folder: Path) -> None:
     table(folder, "conv_bn_act", CONV, triton_ms=0.2, cuda_ms=0.1, name="sm80_fp16_64x64")
-    assert _common.choose_kernel("conv_bn_act", CONV, CPU, "auto")[0] == "cuda"
+    assert chosen("conv_bn_act", CONV, CPU, "auto")[0] == "cuda"
     for change in ({"n": 9}, {"residual": True}, {"precision": "bf16"}, {"dilation": (2, 2)}, {"h": 15}):
         other = dataclasses.replace(CONV, **change)
-        assert _common.choose_kernel("conv_bn_act", other, CPU, "auto") == ("triton", "")
+        assert chosen("conv_bn_act", other, CPU, "auto") == ("triton", "")
     with triton.assume(A100):
-        assert _common.choose_kernel("conv_bn_act", CONV, CPU, "auto") == ("triton", "")
+        assert chosen("conv_bn_act", CONV, CPU, "auto") == ("triton", "")
     # A kernel that this build has not: another one's time says nothing.
     table(folder, "conv_bn_act", CONV, triton_ms=0.2, cuda_ms=0.1, name="sm80_fp16_256x256")
-    assert _common.choose_kernel("conv_bn_act", CONV, CPU, "auto") == ("triton", "")
+    assert chosen("conv_bn_act", CONV, CPU, "auto") == ("triton", "")
 
 
 @pytest.mark.usefixtures("fake")
@@ -144,9 +153,9 @@ def test_addresses_that_the_measured_kernel_cannot_read(folder: Path) -> None:
     table(folder, "conv_bn_act", CONV, triton_ms=0.2, cuda_ms=0.1, name="sm80_fp16_64x64")
     flat = torch.zeros(64, dtype=torch.float16)
     assert cuda.alignment(flat[:8]) >= 16 and cuda.alignment(flat[:8], None, flat[3:]) == 2
-    assert _common.choose_kernel("conv_bn_act", CONV, CPU, "auto", flat) == ("cuda", "sm80_fp16_64x64")
-    assert _common.choose_kernel("conv_bn_act", CONV, CPU, "auto", flat, flat[1:]) == ("triton", "")
-    assert _common.choose_kernel("conv_bn_act", CONV, CPU, "cuda", flat[1:]) == ("cuda", "sm80_fp16_masked_64x16")
+    assert chosen("conv_bn_act", CONV, CPU, "auto", flat) == ("cuda", "sm80_fp16_64x64")
+    assert chosen("conv_bn_act", CONV, CPU, "auto", flat, flat[1:]) == ("triton", "")
+    assert chosen("conv_bn_act", CONV, CPU, "cuda", flat[1:]) == ("cuda", "sm80_fp16_masked_64x16")
 
 
 @pytest.mark.usefixtures("fake")
@@ -171,12 +180,12 @@ def test_what_no_cuda_kernel_computes_is_said_and_recorded() -> None:
         ("conv_bn_act", dataclasses.replace(CONV, w=2**31), "count sizes in 32 bits"),
         ("head", dataclasses.replace(HEAD, h=2**16, w=2**15), "count sizes in 32 bits"),
     ):
-        assert _common.backend_for(op, problem, CPU, "cuda") == "reference"
+        assert backends.pick(op, AMONG["cuda"], problem, CPU).name == "reference"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert _common.choose_kernel(op, problem, CPU, "auto") == ("triton", "")  # which computes it
+            assert chosen(op, problem, CPU, "auto") == ("triton", "")  # which computes it
         with pytest.warns(backends.FallbackWarning, match=f"{said}.*; the plain torch reference runs instead"):
-            assert _common.choose_kernel(op, problem, CPU, "cuda") == ("", "")
+            assert chosen(op, problem, CPU, "cuda") == ("", "")
     assert len(backends.fallbacks()) == 6
 
 
@@ -186,7 +195,7 @@ def test_what_no_cuda_kernel_computes_is_said_and_recorded() -> None:
 @pytest.mark.parametrize(
     ("asked", "no_triton", "no_cuda", "found", "said"),
     [
-        ("auto", "", "", "auto", ""),
+        ("auto", "", "", "triton cuda", ""),
         ("auto", "no triton", "", "cuda", ""),
         ("auto", "", "not built", "triton", ""),
         ("auto", "no triton", "not built", "", "no triton; not built"),
@@ -196,7 +205,7 @@ def test_what_no_cuda_kernel_computes_is_said_and_recorded() -> None:
         ("cuda", "", "not built", "", "not built"),
     ],
 )
-def test_whose_kernels_run(
+def test_which_kernels_run(
     asked: str, no_triton: str, no_cuda: str, found: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton, "unavailable", lambda: no_triton)
@@ -205,22 +214,29 @@ def test_whose_kernels_run(
         monkeypatch.setattr(module, "unsupported", lambda dtype, device: "")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        assert _common.kernels_on("head", torch.device("cuda", 0), torch.float16, asked) == found
+        usable = backends.candidates("head", torch.device("cuda", 0), torch.float16, asked)
+    assert " ".join(each.NAME for each in usable) == found
     assert [str(each.message) for each in seen] == (
         [f"head: {said}; the plain torch reference runs instead"] if said else []
     )
 
 
-def test_whose_kernels_may_run() -> None:
-    assert backends.kernels("cuda") == "auto" and backends.kernels("cpu") == "" and backends.kernels("meta") == ""
-    assert backends.kernels("cuda", "triton") == "triton" and backends.kernels("cuda", "cuda") == "cuda"
-    assert backends.kernels("cuda", "reference") == "" and backends.kernels("cpu", "onednn") == ""
+def test_which_kernels_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(device: str, asked: str = "auto") -> list[str]:
+        return [each.NAME for each in backends.candidates("head", torch.device(device), torch.float16, asked)]
+
+    for module in (triton, cuda):
+        monkeypatch.setattr(module, "unavailable", lambda: "")
+        monkeypatch.setattr(module, "unsupported", lambda dtype, device: "")
+    assert names("cuda") == ["triton", "cuda"] and names("cpu") == names("meta") == []
+    assert names("cuda", "triton") == ["triton"] and names("cuda", "cuda") == ["cuda"]
+    assert names("cuda", "reference") == names("cpu", "onednn") == []
     with pytest.raises(RuntimeError, match="backend 'cuda' runs on cuda tensors, got a tensor on 'cpu'"):
-        backends.kernels("cpu", "cuda")
+        names("cpu", "cuda")
     with cuda.substitute(Fake()):
-        assert backends.kernels("cpu", "cuda") == "cuda"
-        with backends.use("cuda"):
-            assert backends.kernels("cpu") == "cuda" and backends.kernels("cpu", "reference") == ""
+        assert names("cpu", "cuda") == ["cuda"]
+        monkeypatch.setattr(backends, "_selected", "cuda")
+        assert names("cpu") == ["cuda"] and names("cpu", "reference") == []
 
 
 @pytest.mark.parametrize(
@@ -363,8 +379,8 @@ def test_the_ops_run_what_the_table_says(folder: Path, monkeypatch: pytest.Monke
         pool, add = Head(1, 4, 4, 8, 3, "fp16"), AddAct(128, "fp16")
         name = cuda.kernel("conv_bn_act", conv, gpu)[0]
         fixed = (
-            prepared.ConvBNAct(weight, one, one, dtype=torch.float16),
-            prepared.Head(matrix, None, dtype=torch.float16),
+            ops.ALL["conv_bn_act"].bind(weight, one, one, dtype=torch.float16),
+            ops.ALL["head"].bind(matrix, None, dtype=torch.float16),
         )
         assert [each.backend for each in fixed] == ["auto", "auto"]
 

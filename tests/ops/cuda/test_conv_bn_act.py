@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 import resnet_fast as rf
-from resnet_fast import backends
+from resnet_fast import backends, ops
 from resnet_fast.backends import cuda, triton
-from resnet_fast.ops import prepared
 from resnet_fast.roofline.measure import tf32
 from tests.cuda_device import (
     DEVICE,
@@ -263,7 +262,7 @@ def test_prepared(late: bool, launched: list[str]) -> None:
     x, weight, scale, shift, residual = on_device(given).values()
     options = {"padding": (1, 1), "residual_after_activation": late}
     with kernels():
-        conv = prepared.ConvBNAct(weight.float(), scale, shift, dtype=torch.float16, **options)
+        conv = ops.ALL["conv_bn_act"].bind(weight.float(), scale, shift, dtype=torch.float16, **options)
         assert conv.weight.dtype is torch.float16  # packed once
         assert conv.weight.is_contiguous(memory_format=torch.channels_last)
         assert conv.backend == "cuda" and conv.backend_for(x.to("meta"), residual.to("meta")) == "cuda"
@@ -278,7 +277,7 @@ def test_prepared(late: bool, launched: list[str]) -> None:
 def test_prepared_for_cuda_alone_whatever_the_process_runs(launched: list[str]) -> None:
     x, weight, scale, shift, _ = on_device(narrow(problem(1, 8, 3, 4, 8, 1), torch.float16)).values()
     with kernels():
-        conv = prepared.ConvBNAct(weight, scale, shift, dtype=torch.float16, backend="cuda")
+        conv = ops.ALL["conv_bn_act"].bind(weight, scale, shift, dtype=torch.float16, backend="cuda")
         with backends.use("reference"):
             conv(x)
             assert len(launched) == 1
@@ -303,7 +302,7 @@ def test_float32_is_not_rounded_to_tf32_unasked(monkeypatch: pytest.MonkeyPatch,
     with kernels(), tf32(False):
         with pytest.warns(backends.FallbackWarning, match=said):
             y = rf.ops.conv_bn_act(**given, padding=1)
-        conv = prepared.ConvBNAct(given["weight"], given["scale"], given["shift"], padding=(1, 1))
+        conv = ops.ALL["conv_bn_act"].bind(given["weight"], given["scale"], given["shift"], padding=(1, 1))
         assert conv.backend_for(given["x"].to("meta")) == "reference"
     exact = plain(**doubled(given), padding=1)
     assert launched == [] and float((y.double() - exact).norm() / exact.norm()) < 1e-6
@@ -335,6 +334,6 @@ def test_a_launch_that_fails_is_an_error_with_the_shape() -> None:
 
 
 def _described(given: dict[str, Any]) -> Any:
-    from resnet_fast.ops.conv_bn_act import problem_of
-
-    return problem_of(given["x"], given["weight"], given["residual"], (1, 1), (0, 0), (1, 1), 1)
+    op = ops.ALL["conv_bn_act"]
+    assert op.problem is not None
+    return op.problem(op.arguments(**given))

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fast as rf
-from resnet_fast import backends
-from resnet_fast.ops import prepared
+from resnet_fast import backends, ops
 from resnet_fast.roofline.measure import tf32
 from tests.cuda_device import DEVICE, DTYPES, assert_obeys_error_rule, kernels, watch
 
@@ -145,7 +144,7 @@ def test_prepared(launched: list[str]) -> None:
     with kernels():
         for dtype in DTYPES:
             for offset in (bias, None):
-                head = prepared.Head(weight, offset, dtype=dtype)
+                head = ops.ALL["head"].bind(weight, offset, dtype=dtype)
                 assert head.backend == "cuda" and head.backend_for(x.to("meta", dtype)) == "cuda"
                 launched.clear()
                 ours = head(x.to(dtype))

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fast as rf
-from resnet_fast import backends
-from resnet_fast.ops import prepared
+from resnet_fast import backends, ops
 from resnet_fast.ops.stem import cuda_weight
 from resnet_fast.roofline.measure import tf32
 from tests.cuda_device import (
@@ -243,7 +242,7 @@ def test_prepared(ceil_mode: bool, launched: list[str]) -> None:
     given = problem(1, 3, 9, 14)
     x, *constants = on_device(given).values()
     with kernels():
-        stem = prepared.Stem(*constants, ceil_mode=ceil_mode, dtype=torch.float16)
+        stem = ops.ALL["stem"].bind(*constants, ceil_mode=ceil_mode, dtype=torch.float16)
         assert stem.backend == "cuda" and stem.backend_for(x.to("meta")) == "cuda"
         first, second = stem(x), stem(x)
         assert stem(x[:0]).shape[0] == 0
@@ -271,6 +270,6 @@ def test_what_it_cannot_compute_falls_back_and_says_so(
         with backends.use("reference"):
             assert torch.equal(y, rf.ops.stem(**given))
         if dtype is torch.float16:
-            stem = prepared.Stem(*list(given.values())[1:], dtype=dtype)
+            stem = ops.ALL["stem"].bind(*list(given.values())[1:], dtype=dtype)
             assert stem.backend_for(given["x"].to("meta")) == "reference" and torch.equal(stem(given["x"]), y)
     assert launched == []

@@ -196,14 +196,14 @@ def test_few_pixels_run_convolution_by_convolution(form: str, launched: list[str
 
 
 def test_the_prepared_form_runs_the_kernel(form: str, launched: list[str]) -> None:
-    from resnet_fast.ops import prepared
+    from resnet_fast import ops
 
     narrow, exact = in_dtype(problem(2, 16, (6, 8), 64, project=32, following=16), torch.float16)
     there = {name: t.to(DEVICE) if isinstance(t, Tensor) else t for name, t in narrow.items()}
     data = [there.pop(name) for name in ("a", "residual")]
     strides = {name: [value] * 2 for name, value in there.items() if name.endswith("stride")}
     with triton.assume(small(form)):
-        tail = prepared.BottleneckTail(**(there | strides), dtype=torch.float16, backend="triton")
+        tail = ops.ALL["bottleneck_tail"].bind(**(there | strides), dtype=torch.float16, backend="triton")
         ours = pair(tail(*data))
     assert tail.backend == "triton" and len(launched) == 1
     for a, b, c in zip(ours, plain(**narrow), plain(**exact), strict=True):

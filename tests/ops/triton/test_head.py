@@ -12,10 +12,10 @@ import resnet_fast as rf
 from tests.numerics import assert_obeys_error_rule
 
 pytest.importorskip("triton")
+from resnet_fast import ops
 from resnet_fast.backends import triton as adapter
 from resnet_fast.kernels import gpus
 from resnet_fast.kernels import head as kernel
-from resnet_fast.ops import prepared
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -121,13 +121,13 @@ def test_an_image_gives_the_same_bits_in_any_place() -> None:
 
 def test_prepared() -> None:
     x, weight, bias = randn(3, 12, 4, 5), randn(7, 12), randn(7)
-    head = prepared.Head(weight, bias)
+    head = ops.ALL["head"].bind(weight, bias)
     assert head.backend == "triton"
     compare(x, weight, bias, head(x))
     assert head(x[:0]).shape == (0, 7)
-    half = prepared.Head(weight, None, dtype=torch.float16)
+    half = ops.ALL["head"].bind(weight, None, dtype=torch.float16)
     compare(x.half(), weight.half(), None, half(x.half()))
-    assert prepared.Head(weight, bias, backend="reference").backend == "reference"
+    assert ops.ALL["head"].bind(weight, bias, backend="reference").backend == "reference"
 
 
 def test_no_outputs() -> None:

@@ -12,10 +12,10 @@ import resnet_fast as rf
 from tests.numerics import assert_obeys_error_rule
 
 pytest.importorskip("triton")
+from resnet_fast import ops
 from resnet_fast.backends import triton as adapter
 from resnet_fast.kernels import gpus
 from resnet_fast.kernels import stem as kernel
-from resnet_fast.ops import prepared
 from resnet_fast.ops.stem import kernel_weight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -219,14 +219,14 @@ def test_opcheck_and_autograd() -> None:
 def test_prepared() -> None:
     a = problem(1, 3, 9, 14)
     x = a.pop("x")
-    stem = prepared.Stem(*a.values(), ceil_mode=True)
+    stem = ops.ALL["stem"].bind(*a.values(), ceil_mode=True)
     assert stem.backend == "triton"
     compare({"x": x, **a}, True, stem(x))
-    half = prepared.Stem(*a.values(), dtype=torch.float16)
+    half = ops.ALL["stem"].bind(*a.values(), dtype=torch.float16)
     a["weight"] = a["weight"].half()
     compare({"x": x.half(), **a}, False, half(x.half()))
     assert half(x[:0].half()).shape == (0, 20, 3, 4)
-    assert prepared.Stem(*a.values(), backend="reference").backend == "reference"
+    assert ops.ALL["stem"].bind(*a.values(), backend="reference").backend == "reference"
 
 
 @pytest.mark.parametrize("name", ["a100", "h100", "b200", "l4"])
