@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import resnet_fast as rf
 from resnet_fast.benchmarking.cuda import DTYPES
 from resnet_fast.benchmarking.gate import judge
-from resnet_fast.ops import prepared
+from resnet_fast.ops import ALL
 from resnet_fast.roofline import Work, cost
 
 Result = Tensor | tuple[Tensor, Tensor]
@@ -181,7 +181,7 @@ def conv_bn_act(shape: ConvShape, batch: int, precision: str, device: str = "cpu
     how: dict[str, Any] = {
         "stride": (shape.stride,) * 2, "padding": (shape.kernel // 2,) * 2, "groups": shape.groups
     }  # fmt: skip
-    fixed = prepared.ConvBNAct(*constants, **how, activation=shape.activation, dtype=dtype)
+    fixed = ALL["conv_bn_act"].bind(*constants, **how, activation=shape.activation, dtype=dtype)
 
     def data(seed: int) -> tuple[Tensor, ...]:
         made = [noise(batch, shape.c, shape.size, shape.size, seed=10 + seed, dtype=dtype, device=device)]
@@ -286,7 +286,7 @@ def stem(size: int, batch: int, precision: str, device: str = "cpu", *, k: int =
         contestants={
             "plain": lambda x: plain(x, *constants),
             "op": lambda x: rf.ops.stem(x, *constants),
-            "prepared": prepared.Stem(*constants, dtype=dtype),
+            "prepared": ALL["stem"].bind(*constants, dtype=dtype),
         },
         exact=lambda x: plain(x.double(), *wide),
         work=cost.stem(batch, 3, (size, size), k, (pooled, pooled), itemsize=dtype.itemsize),
@@ -308,7 +308,7 @@ def head(channels: int, size: int, batch: int, precision: str, device: str = "cp
         contestants={
             "plain": lambda x: plain(x, weight, bias),
             "op": lambda x: rf.ops.head(x, weight, bias),
-            "prepared": prepared.Head(weight, bias, dtype=dtype),
+            "prepared": ALL["head"].bind(weight, bias, dtype=dtype),
         },
         exact=lambda x: plain(x.double(), weight.double(), bias.double()),
         work=cost.head(batch, channels, (size, size), k, itemsize=dtype.itemsize),
@@ -356,7 +356,7 @@ def bottleneck_tail(shape: TailShape, batch: int, precision: str, device: str = 
         "stride": (shape.stride,) * 2,
         "shortcut_stride": (shape.stride,) * 2 if shape.shortcut else (1, 1),
     }
-    fixed = prepared.BottleneckTail(*spatial, *expand, *project, *following, **how, dtype=dtype)
+    fixed = ALL["bottleneck_tail"].bind(*spatial, *expand, *project, *following, **how, dtype=dtype)
 
     def plain(a: Tensor, residual: Tensor, wide: bool) -> Result:
         def cast(given: Any) -> Any:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import ir, memory
+from . import memory
 from .guard import PASSED, Guard
 from .plan import Fused
 

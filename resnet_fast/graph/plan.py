@@ -42,9 +42,9 @@ class Fused(nn.Module):
         self.op = op.name
         self.options: dict[str, Any] = {}
         for name, value in constants.items():
-            if isinstance(value, Tensor):
-                self.register_buffer(name, value.detach())
-            elif value is not None:
+            if value is None or isinstance(value, Tensor):
+                self.register_buffer(name, None if value is None else value.detach())
+            else:
                 self.options[name] = value
         self.register_buffer("_place", torch.empty(0, device=device), persistent=False)
         self.dtype = dtype
@@ -69,9 +69,9 @@ class Fused(nn.Module):
     def prepare(self) -> Bound[Any]:
         """Return the bound op, made at the first use."""
         if self._bound is None:
-            self._bound = Bound(
-                self.declared, {**self.constants(), **self.options}, self.dtype, self.asked, self._place.device
-            )
+            constants = {**self.constants(), **self.options}
+            place = cast(Tensor, self._place).device
+            self._bound = Bound(self.declared, constants, self.dtype, self.asked, place)
         return self._bound
 
     @property
@@ -93,9 +93,7 @@ class Fused(nn.Module):
         """Compute the op itself on the constants in ``state``: for shapes."""
         self._check(inputs[0])
         op, dtype = self.declared, inputs[0].dtype
-        tensors = {
-            name: state[name] if _is_vector(name) else state[name].to(dtype) for name in self.constants()
-        }
+        tensors = {name: state[name] if _is_vector(name) else state[name].to(dtype) for name in self.constants()}
         a = op.arguments(**tensors, **self.options, **dict(zip(op.data, inputs, strict=False)))
         return op.single(a, op.overload(*a))
 
@@ -181,9 +179,7 @@ def _module(
     if op is None:
         return None
     a = ir.arguments_of(node)
-    constants = {
-        name: _constant(gm, value, dtype) for name, value in a._asdict().items() if name not in op.data
-    }
+    constants = {name: _constant(gm, value, dtype) for name, value in a._asdict().items() if name not in op.data}
     overwrites = node.target is ir.CONV_BN_ACT and _may_overwrite(gm, node, order)
     return Fused(op, constants, dtype, backend, device, overwrites, node.meta.get("image_size"))
 

@@ -15,7 +15,7 @@ from .. import backends, ops
 from ..ops import conv_statistics as statistics_of_conv
 from ..ops import recompute
 from ..ops._common import (
-    Geometry,
+    Pairs,
     as_pair,
     conv_geometry,
     conv_output_size,
@@ -25,8 +25,7 @@ from ..ops._common import (
     suggests_channels_last,
     transformed,
 )
-from ..ops.batch_norm_act import constant_statistics, from_moments, statistics
-from ..ops.recompute import Norm
+from ..ops.batch_norm_act import Norm, constant_statistics, from_moments, statistics
 from .pristine import is_frozen_batch_norm, ordinary, watched, why_called
 
 __all__ = [
@@ -301,7 +300,7 @@ def _finished(x: Tensor | Normalised) -> Tensor:
     return recompute.apply_norm(x.x, x.norm) if isinstance(x, Normalised) else x
 
 
-def geometry(conv: Any) -> Geometry | None:
+def geometry(conv: Any) -> Pairs | None:
     """Stride, padding and dilation of a Conv2d as pairs, in whatever form they were set; None if no op takes them."""
     if conv.padding_mode != "zeros":
         return None

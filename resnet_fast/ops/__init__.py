@@ -3,6 +3,8 @@
 ``ALL`` has the declarations of the ops that a network for inference is made of, by name.
 """
 
+from typing import Any
+
 from ._op import Op
 from .add_act import OP as _ADD_ACT
 from .add_act import add_act
@@ -16,6 +18,6 @@ from .head import head
 from .stem import OP as _STEM
 from .stem import stem
 
-ALL: dict[str, Op] = {op.name: op for op in (_CONV_BN_ACT, _STEM, _HEAD, _ADD_ACT, _BOTTLENECK_TAIL)}
+ALL: dict[str, Op[Any]] = {op.name: op for op in (_CONV_BN_ACT, _STEM, _HEAD, _ADD_ACT, _BOTTLENECK_TAIL)}
 
 __all__ = ["ALL", "Op", "add_act", "batch_norm_act", "bottleneck_tail", "conv_bn_act", "head", "stem"]

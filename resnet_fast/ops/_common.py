@@ -35,10 +35,12 @@ def as_pair(value: object) -> tuple[int, int] | None:
     return None
 
 
-Geometry: TypeAlias = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+#: Stride, padding, dilation and groups of a convolution.
+Geometry: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+Pairs: TypeAlias = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
-def conv_geometry(stride: object, padding: object, dilation: object, window: Sequence[int]) -> Geometry | None:
+def conv_geometry(stride: object, padding: object, dilation: object, window: Sequence[int]) -> Pairs | None:
     """A 2-D convolution's stride, padding and dilation, given as ``torch.nn.functional.conv2d`` takes them, as pairs.
 
     None for what an op cannot be given: a padding "same" that is not the same on both sides, and what torch refuses.
@@ -223,14 +225,11 @@ def convolution_backward(
     x: Tensor,
     weight: Tensor,
     bias_sizes: list[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch's gradients of a convolution for x, weight and bias, as far as ``wanted``."""
-    given = weight
+    given, (stride, padding, dilation, groups) = weight, geometry
     if spoils_memory(x, weight, stride):
         grad, x, weight = nchw(grad), nchw(x), nchw(weight)
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
@@ -245,10 +244,7 @@ def convolution_gradients(
     weight: Tensor,
     scale: Tensor,
     shift: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``conv(x, weight) * scale + shift`` for x, weight, scale and shift, None where not ``needed``.
@@ -263,7 +259,7 @@ def convolution_gradients(
     if need_x or need_weight or need_scale:
         scaled = (weight.to(scale.dtype) * per_channel).to(x.dtype)
         wanted = [need_x, need_weight or need_scale, False]
-        grad_x, unscaled, _ = convolution_backward(grad, x, scaled, None, stride, padding, dilation, groups, wanted)
+        grad_x, unscaled, _ = convolution_backward(grad, x, scaled, None, geometry, wanted)
         if need_weight:
             grad_weight = with_strides_of(weight, (unscaled.to(scale.dtype) * per_channel).to(weight.dtype))
         if need_scale:

@@ -98,9 +98,9 @@ class Op(Generic[A]):
         check: raises ValueError or TypeError for arguments that do not fit. empty: outputs without values of checked
             arguments: shapes, dtypes and strides.
         reference: the op in plain torch, any device and dtype.
-        kernel: the op by a kernel of one of the given backends; None if none has one for these arguments. native: the op
-            by faster functions of torch's than the reference, None if they do not compute it. Both keep what they make
-            of constants in the :class:`Bound` that they are given.
+        kernel: the op by a kernel of one of the given backends; None if none has one for these arguments. native: the
+            op by faster functions of torch's than the reference, None if they do not compute it. Both keep what they
+            make of constants in the :class:`Bound` that they are given.
         context, backward: as ``setup_context`` and ``backward`` of ``torch.library.register_autograd``, with the inputs
             as arguments; None for an op that is only called where no gradients are recorded.
         autocast: the arguments cast for an autocast dtype. ``torch.library.register_autocast`` would cast every
@@ -160,7 +160,7 @@ class Op(Generic[A]):
         return self.overload(*a) if needs_dispatcher(a) else self.run(a)
 
     def run(self, a: A, bound: Bound[A] | None = None) -> Any:
-        """Compute the op on CPU or CUDA tensors, without gradients: by a kernel, torch's functions, or the reference."""
+        """Compute the op without gradients: by a kernel, by torch's fused functions, or by the reference."""
         self._checked(a)
         x = a[0]
         if self.kernel is not None and x.numel():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import onednn
-from ._common import channels_last
+from ._common import Geometry, channels_last
 
 if TYPE_CHECKING:
     from ._op import Bound
@@ -184,7 +184,7 @@ def packed(
     weight: Tensor,
     scale: Tensor,
     shift: Tensor,
-    geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+    geometry: Geometry,
     bound: Bound[Any] | None,
 ) -> tuple[PackedConv, Folded] | None:
     """Return the packed form of a convolution for ``x`` in ``dtype``, None if oneDNN is not to compute it.

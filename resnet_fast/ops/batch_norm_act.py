@@ -333,7 +333,7 @@ def from_moments(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, None]:
-    """Return and update what :func:`statistics` does, of the mean and biased variance [C] of ``rows`` values a channel."""
+    """Do as :func:`statistics` for known moments: mean and biased variance [C] of ``rows`` values a channel."""
     with torch.no_grad():
         invstd = FROM_MOMENTS.overload(mean, variance, running_mean, running_var, rows, momentum, eps)
     return mean, invstd, None
@@ -351,7 +351,7 @@ class Arguments(NamedTuple):
     residual: Tensor | None
     activation: str
     of_batch: bool
-    count: Tensor | None
+    count: Tensor | None  # type: ignore[assignment]  # a tuple has such a method
     group: str
 
     @property
@@ -362,12 +362,15 @@ class Arguments(NamedTuple):
 def reference(a: Arguments) -> Tensor:
     """Compute ``act((x - mean) * invstd * gamma + beta + residual)`` in float32 (float64 for float64), rounded once."""
     dtype = accumulate_dtype(a.x.dtype)
-    gamma, beta, mean, invstd = (None if each is None else each.to(dtype).view(1, -1, 1, 1) for each in a[1:5])
-    y = (a.x.to(dtype) - mean) * invstd
-    if gamma is not None:
-        y = y * gamma
-    if beta is not None:
-        y = y + beta
+
+    def per_channel(vector: Tensor) -> Tensor:
+        return vector.to(dtype).view(1, -1, 1, 1)
+
+    y = (a.x.to(dtype) - per_channel(a.mean)) * per_channel(a.invstd)
+    if a.gamma is not None:
+        y = y * per_channel(a.gamma)
+    if a.beta is not None:
+        y = y + per_channel(a.beta)
     if a.residual is not None:
         y = y + a.residual.to(dtype)
     return result((y.relu() if a.activation == "relu" else y).to(a.x.dtype))
@@ -504,7 +507,7 @@ class Backward(NamedTuple):
     mean: Tensor
     invstd: Tensor
     of_batch: bool
-    count: Tensor | None
+    count: Tensor | None  # type: ignore[assignment]  # a tuple has such a method
     group: str
     need_x: bool
     need_sums: bool

@@ -14,6 +14,7 @@ from .. import backends
 from ..backends import Backend, cuda, triton
 from . import _packing
 from ._common import (
+    Geometry,
     accumulate_dtype,
     autocast_weight,
     cast,
@@ -34,6 +35,7 @@ from .conv_bn_act import Arguments as Conv
 NAME = "bottleneck_tail"
 
 _ONE, _NONE = (1, 1), (0, 0)
+_POINTWISE: Geometry = (_ONE, _NONE, _ONE, 1)
 
 
 class Arguments(NamedTuple):
@@ -220,7 +222,7 @@ def native(a: Arguments, bound: Bound[Arguments] | None = None) -> tuple[Tensor,
 
 
 def composed(a: Arguments, bound: Bound[Arguments] | None = None) -> tuple[Tensor, Tensor]:
-    """Compute its convolutions one after the other: the op for shapes that the kernel has no tile for, and on the CPU."""
+    """Compute its convolutions one after the other: for shapes that the kernel has no tile for, and on the CPU."""
 
     def conv(name: str, b: Conv, **promises: bool) -> Tensor:
         if bound is None:
@@ -261,7 +263,7 @@ def backward(ctx: Any, grad: Tensor | None, grad_following: Tensor | None) -> tu
     if weight1 is not None and grad_following is not None:
         behind = relu_gradient(grad_following, following)
         from_following, *gradients[11:14] = convolution_gradients(
-            behind, y, weight1, scale1, shift1, _ONE, _NONE, _ONE, 1, (need_y, *into1)
+            behind, y, weight1, scale1, shift1, _POINTWISE, (need_y, *into1)
         )
         if from_following is not None:
             grad = from_following if grad is None else grad + from_following
@@ -273,17 +275,17 @@ def backward(ctx: Any, grad: Tensor | None, grad_following: Tensor | None) -> tu
         gradients[7] = grad if need[7] else None
     elif any(into_shortcut):
         gradients[7:11] = convolution_gradients(
-            grad, residual, weight_shortcut, scale_shortcut, shift_shortcut, ctx.shortcut_stride, _NONE, _ONE, 1,
+            grad, residual, weight_shortcut, scale_shortcut, shift_shortcut, (ctx.shortcut_stride, _NONE, _ONE, 1),
             into_shortcut,
         )  # fmt: skip
     if any(into3):
         b = CONV_BN_ACT.overload(*Conv(a, weight2, scale2, shift2, stride=ctx.stride, padding=_ONE))
         grad_b, *gradients[4:7] = convolution_gradients(
-            grad, b, weight3, scale3, shift3, _ONE, _NONE, _ONE, 1, (any(into3[:4]), *into3[4:])
+            grad, b, weight3, scale3, shift3, _POINTWISE, (any(into3[:4]), *into3[4:])
         )
         if grad_b is not None:
             gradients[0:4] = convolution_gradients(
-                relu_gradient(grad_b, b), a, weight2, scale2, shift2, ctx.stride, _ONE, _ONE, 1, into3[:4]
+                relu_gradient(grad_b, b), a, weight2, scale2, shift2, (ctx.stride, _ONE, _ONE, 1), into3[:4]
             )
     return tuple(gradients)
 

@@ -14,6 +14,7 @@ from .. import backends
 from ..backends import Backend, cuda, triton
 from . import _packing
 from ._common import (
+    Geometry,
     accumulate_dtype,
     autocast_weight,
     cast,
@@ -51,7 +52,7 @@ class Arguments(NamedTuple):
     residual_after_activation: bool = False
 
     @property
-    def geometry(self) -> tuple[Sequence[int], Sequence[int], Sequence[int], int]:
+    def geometry(self) -> Geometry:
         return self[5:9]
 
 
@@ -115,11 +116,9 @@ def problem(a: Arguments) -> Problem:
 def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | None) -> Tensor | None:
     kept = {} if bound is None else bound.kept
     if "weight" not in kept:
-        kept["weight"], kept["vectors"] = (
-            kernel_weight(a.weight, a.x.dtype),
-            (kernel_vector(a.scale), kernel_vector(a.shift)),
-        )
-    x, weight, vectors = channels_last(a.x), kept["weight"], kept["vectors"]
+        kept["weight"] = kernel_weight(a.weight, a.x.dtype)
+        kept["scale"], kept["shift"] = kernel_vector(a.scale), kernel_vector(a.shift)
+    x, weight, scale, shift = channels_last(a.x), kept["weight"], kept["scale"], kept["shift"]
     residual = None if a.residual is None else channels_last(a.residual)
     asked = problem(a)
     out = empty_channels_last(x, [asked.n, asked.k, *asked.output])
@@ -128,13 +127,13 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
     choice = backends.choose(NAME, among, asked, x.device, x, weight, residual, out)
     form: Any = {"activation": a.activation, "residual_after_activation": a.residual_after_activation}
     if choice.backend is cuda:
-        cuda.conv_bn_act(choice.kernel, x, weight, *vectors, residual, out, asked, **form)
+        cuda.conv_bn_act(choice.kernel, x, weight, scale, shift, residual, out, asked, **form)
     elif choice.backend is triton:
         from resnet_fast.kernels import conv_bn_act as kernels
 
         config = kernels.choose(asked, triton.gpu_of(x.device))
         with triton.on(x.device):
-            kernels.launch(x, weight, *vectors, residual, out, asked, config, **form)()
+            kernels.launch(x, weight, scale, shift, residual, out, asked, config, **form)()
     return None if choice.backend is None else out
 
 
@@ -167,7 +166,8 @@ def context(ctx: Any, a: Arguments, output: Tensor) -> None:
 
 def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *tensors, output = ctx.saved_tensors
-    a = Arguments(*tensors, None, *ctx.rest)
+    x, weight, scale, shift = tensors
+    a = Arguments(x, weight, scale, shift, None, *ctx.rest)
     grad_residual = grad if ctx.has_residual else None
     if a.activation == "relu":
         if output is None:
@@ -175,7 +175,7 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad = relu_gradient(grad, output)
     if ctx.has_residual and not a.residual_after_activation:
         grad_residual = grad
-    gradients = convolution_gradients(grad, *a[:4], *a.geometry, ctx.needs_input_grad[:4])
+    gradients = convolution_gradients(grad, x, weight, scale, shift, a.geometry, ctx.needs_input_grad[:4])
     return *gradients, grad_residual, *([None] * 6)
 
 

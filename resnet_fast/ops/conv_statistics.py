@@ -53,7 +53,7 @@ class Arguments(NamedTuple):
     mean: Tensor | None
     invstd: Tensor | None
     of_batch: bool
-    count: Tensor | None
+    count: Tensor | None  # type: ignore[assignment]  # a tuple has such a method
     group: str
     weight: Tensor
     bias: Tensor | None
@@ -157,7 +157,7 @@ def _scale_and_shift(norm: Norm) -> tuple[Tensor, Tensor]:
 
 
 def plain(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the op by those that it stands for: ``batch_norm_act``, torch's convolution, the pass for its statistics."""
+    """Compute the op by those it stands for: ``batch_norm_act``, torch's convolution, the pass for statistics."""
     before = a.before
     y = convolve(a.x if before is None else apply_norm(a.x, before), *a[8:])
     return y, *moments(y)

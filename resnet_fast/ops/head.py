@@ -120,8 +120,8 @@ def freeze(constants: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 OP = Op(
-    NAME, Arguments, check, empty, reference, kernel, native, context, backward, autocast, problem=problem, freeze=freeze,
-    limits=lambda constants, dtype: onednn.unavailable(),
+    NAME, Arguments, check, empty, reference, kernel, native, context, backward, autocast, problem=problem,
+    freeze=freeze, limits=lambda constants, dtype: onednn.unavailable(),
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ._common import (
+    Geometry,
     cast,
     channels_last,
     check_image,
@@ -73,14 +74,11 @@ CONV_AGAIN = Op(
 
 
 def gradients_of_conv(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any], needed: Sequence[bool]
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients for x, weight and bias in their own dtypes."""
-    stride, padding, dilation, groups = geometry
     sizes = None if bias is None else [bias.shape[0]]
-    grad_x, grad_weight, grad_bias = convolution_backward(
-        grad, x, weight.to(x.dtype), sizes, stride, padding, dilation, groups, needed
-    )
+    grad_x, grad_weight, grad_bias = convolution_backward(grad, x, weight.to(x.dtype), sizes, geometry, needed)
     return (
         grad_x,
         grad_weight.to(weight.dtype) if needed[1] else None,
@@ -108,7 +106,7 @@ class NormActConv(NamedTuple):
     mean: Tensor
     invstd: Tensor
     of_batch: bool
-    count: Tensor | None
+    count: Tensor | None  # type: ignore[assignment]  # a tuple has such a method
     group: str
     weight: Tensor
     bias: Tensor | None
@@ -206,7 +204,7 @@ class ConvNormAct(NamedTuple):
     mean: Tensor
     invstd: Tensor
     of_batch: bool
-    count: Tensor | None
+    count: Tensor | None  # type: ignore[assignment]  # a tuple has such a method
     group: str
     residual: Tensor | None
     activation: str
@@ -331,7 +329,7 @@ class NormActPool(NamedTuple):
     mean: Tensor
     invstd: Tensor
     of_batch: bool
-    count: Tensor | None
+    count: Tensor | None  # type: ignore[assignment]  # a tuple has such a method
     group: str
     ceil_mode: bool
 

@@ -18,6 +18,7 @@ from .. import backends
 from ..backends import Backend, cuda, triton
 from . import _packing
 from ._common import (
+    Geometry,
     accumulate_dtype,
     autocast_weight,
     cast,
@@ -36,7 +37,7 @@ from .conv_bn_act import OP as CONV_BN_ACT
 
 NAME = "stem"
 KERNEL, STRIDE, PADDING = [7, 7], [2, 2], [3, 3]
-_GEOMETRY = (STRIDE, PADDING, [1, 1], 1)
+_GEOMETRY: Geometry = (STRIDE, PADDING, [1, 1], 1)
 
 
 class Arguments(NamedTuple):
@@ -175,7 +176,7 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
 
 
 def native(a: Arguments, bound: Bound[Arguments] | None = None) -> Tensor | None:
-    """Compute the op by oneDNN. ReLU and max commute (for NaN too): ReLU runs on the four times smaller pooled tensor."""
+    """Compute the op by oneDNN. ReLU and max commute (for NaN too): ReLU runs on the 4x smaller pooled tensor."""
     packed = _packing.packed(NAME, a.x, a.dtype, a.weight, a.scale, a.shift, _GEOMETRY, bound)
     if packed is None:
         return None
@@ -191,17 +192,18 @@ def context(ctx: Any, a: Arguments, output: Tensor) -> None:
 
 def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # The convolution's output is 4x the pooled one and was never kept: computed again, then the three steps backwards.
-    a = Arguments(*ctx.saved_tensors, ctx.mean, ctx.std, ctx.ceil_mode)
-    image = a.x
+    x, weight, scale, shift = ctx.saved_tensors
+    a = Arguments(x, weight, scale, shift, ctx.mean, ctx.std, ctx.ceil_mode)
+    image = x
     if a.mean is not None and a.std is not None:
         image = normalise(a.x, a.mean, a.std, accumulate_dtype(a.dtype)).to(a.dtype)
-    inner = CONV_BN_ACT.overload(image, *a[1:4], None, *_GEOMETRY, "relu", False)
+    inner = CONV_BN_ACT.overload(image, weight, scale, shift, None, *_GEOMETRY, "relu", False)
     padding = [0, 0] if a.ceil_mode else [1, 1]
     pooling = ([3, 3], [2, 2], padding, [1, 1], a.ceil_mode)
     _, indices = torch.ops.aten.max_pool2d_with_indices.default(inner, *pooling)
     grad = torch.ops.aten.max_pool2d_with_indices_backward.default(grad, inner, *pooling, indices)
     grad = relu_gradient(grad, inner)
-    gradients = convolution_gradients(grad, image, *a[1:4], *_GEOMETRY, needed=ctx.needs_input_grad[:4])
+    gradients = convolution_gradients(grad, image, weight, scale, shift, _GEOMETRY, ctx.needs_input_grad[:4])
     return *gradients, None, None, None
 
 

@@ -270,12 +270,12 @@ def _conv_launch(kernel: ModuleType, tensors: Tensors, case: Case, config: Any) 
 
 
 def _conv_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
-    from resnet_fast.ops.conv_bn_act import reference
+    from resnet_fast.ops.conv_bn_act import OP
 
     problem = case.problem
     arguments: list[Any] = [tensors[name] for name in ("x", "weight", "scale", "shift", "residual")]
     arguments += [problem.stride, problem.padding, problem.dilation, problem.groups, case.form or "relu"]
-    return {"out": reference(*arguments)}
+    return {"out": OP.reference(OP.arguments(*arguments))}
 
 
 def _conv_work(problem: Any) -> Work:
@@ -547,13 +547,13 @@ def _stem_launch(kernel: ModuleType, tensors: Tensors, case: Case, config: Any) 
 
 
 def _stem_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
-    from resnet_fast.ops.stem import reference
+    from resnet_fast.ops.stem import OP
 
     x, weight, scale, shift, normalise = (tensors[name] for name in ("x", "weight", "scale", "shift", "normalise"))
     assert x is not None and weight is not None and scale is not None and shift is not None
     if normalise is not None:  # pixel * factor + summand, before the padding with zeros
         x = (x.to(weight.dtype) * normalise[0] + normalise[1]).permute(0, 3, 1, 2)
-    return {"out": reference(x, weight, scale, shift, None, None, case.problem.ceil_mode)}
+    return {"out": OP.reference(OP.arguments(x, weight, scale, shift, None, None, case.problem.ceil_mode))}
 
 
 def _stem_work(problem: Any) -> Work:
@@ -587,10 +587,10 @@ def _head_launch(kernel: ModuleType, tensors: Tensors, case: Case, config: Any) 
 
 
 def _head_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
-    from resnet_fast.ops.head import reference
+    from resnet_fast.ops.head import OP
 
     arguments: Any = [tensors[name] for name in ("x", "weight", "bias")]
-    return {"out": reference(*arguments)}
+    return {"out": OP.reference(OP.arguments(*arguments))}
 
 
 def _head_work(problem: Any) -> Work:
@@ -671,16 +671,16 @@ def _tail_arguments(tensors: Tensors, problem: Any) -> Any:
 
 
 def _tail_parts(tensors: Tensors, case: Case) -> object:
-    from resnet_fast.ops.bottleneck_tail import composed
+    from resnet_fast.ops.bottleneck_tail import Arguments, composed
 
-    return composed(**_tail_arguments(tensors, case.problem))
+    return composed(Arguments(**_tail_arguments(tensors, case.problem)))
 
 
 def _tail_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
-    from resnet_fast.ops.bottleneck_tail import reference
+    from resnet_fast.ops.bottleneck_tail import OP
 
     problem = case.problem
-    y, following = reference(**_tail_arguments(tensors, problem))
+    y, following = OP.reference(OP.arguments(**_tail_arguments(tensors, problem)))
     return {"out": y, "out_following": following} if problem.following else {"out": y}
 
 

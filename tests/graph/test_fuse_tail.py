@@ -17,7 +17,7 @@ from torchvision.models.resnet import BasicBlock
 
 import resnet_fast as rf
 from resnet_fast.graph import OptimizedModule, fuse_tail, optimize
-from resnet_fast.graph.plan import FusedBottleneckTail
+from resnet_fast.graph.plan import Fused
 from resnet_fast.kernels import gpus
 from tests.networks import Lambda, assert_same, conv_bn, randomise, small
 from tests.numerics import assert_obeys_error_rule
@@ -50,8 +50,9 @@ def add_gpu(monkeypatch: pytest.MonkeyPatch, name: str, bandwidth: float, flops:
     )
 
 
-def tails(fused: OptimizedModule) -> dict[str, FusedBottleneckTail]:
-    return {name: m for name, m in fused.graph_module.named_modules() if isinstance(m, FusedBottleneckTail)}
+def tails(fused: OptimizedModule) -> dict[str, Fused]:
+    modules = fused.graph_module.named_modules()
+    return {name: module for name, module in modules if isinstance(module, Fused) and module.op == "bottleneck_tail"}
 
 
 def forms(fused: OptimizedModule) -> dict[str, str]:
@@ -401,7 +402,7 @@ def test_strides_of_version_1_blocks(any_size: None) -> None:
     fused = planned(block(function, a=conv_bn(8, 4, **strided), d=conv_bn(8, 8, **strided)))
     assert list(forms(fused).values()) == ["pf"]
     (tail,) = tails(fused).values()
-    assert tail.stride == [1, 1] and tail.shortcut_stride == [2, 2]
+    assert tail.options == {"stride": (1, 1), "shortcut_stride": (2, 2)}
 
 
 def test_graphs_that_write_in_place_are_not_planned(any_size: None) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 import resnet_fast as rf
 from resnet_fast import backends, models
-from resnet_fast.graph import cuda_graphs, plan
+from resnet_fast.graph import cuda_graphs
 from tests.cuda_device import DEVICE, assert_obeys_error_rule, kernels, watch
 from tests.models.test_on_triton import NETS, nets, without_the_wide_stages
 
@@ -115,8 +115,7 @@ def test_an_addition_that_no_convolution_can_carry(asked: str, launched: list[st
     with kernels():
         fused = rf.optimize(copy.deepcopy(net).to(DEVICE), backend=asked, dtype=torch.float16)
         assert {row.backend for row in fused.report().fused} == {"cuda"}
-        targets = {node.target for node in fused.graph_module.graph.nodes}
-        assert (plan.add_act_cuda in targets) == (asked == "cuda")
+        assert "add_act" in {getattr(module, "op", "") for module in fused.graph_module.children()}
         assert cuda_graphs.why_not_recordable(fused.graph_module) == ""
         compare(fused, net, torch.randn(2, 3, 9, 12), torch.float16)
     assert counted(launched) == {"conv_bn_act": 1, "add_act": 1}

@@ -107,7 +107,7 @@ def check(arguments: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
     data = {name: rounded[name] for name in ("a", "residual")}
     constant = {name: value for name, value in rounded.items() if name not in data}
     frozen = ops.ALL["bottleneck_tail"].bind(**{**constant, **pairs}, dtype=dtype)
-    forms = {"op": pair(public(**rounded)), "reference": reference, "prepared": pair(frozen(**data))}
+    forms = {"op": pair(public(**rounded)), "reference": reference, "prepared": pair(frozen(*data.values()))}
     for form, outputs in forms.items():
         for what, ours, theirs, truth in zip(("y", "following"), outputs, same, want, strict=False):
             assert_obeys_error_rule(ours, theirs, truth, f"{form} {what} {dtype}")
@@ -419,9 +419,9 @@ def test_prepared_keeps_its_own_constants(following: int | None) -> None:
     constant = {n: v for n, v in arguments.items() if n not in data and isinstance(v, Tensor)}
     frozen = ops.ALL["bottleneck_tail"].bind(**constant, dtype=torch.float32, backend="reference")
     assert frozen.backend == "reference"
-    before = [t.clone() for t in pair(frozen(**data))]
+    before = [t.clone() for t in pair(frozen(*data.values()))]
     constant["scale3"].mul_(2)
-    assert all(torch.equal(x, y) for x, y in zip(pair(frozen(**data)), before, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(pair(frozen(*data.values())), before, strict=True))
 
 
 @pytest.mark.gpu

@@ -22,7 +22,7 @@ from resnet_fast.models import resnet
 from resnet_fast.nn import fused
 from resnet_fast.ops import conv_statistics as op
 from resnet_fast.ops import recompute
-from resnet_fast.ops.batch_norm_act import from_moments, statistics
+from resnet_fast.ops.batch_norm_act import Norm, from_moments, statistics
 from tests.numerics import assert_obeys_error_rule
 from tests.triton_device import DEVICE, FORMS, kernels
 
@@ -72,13 +72,13 @@ def image(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.3) ->
     return made.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def norm(x: Tensor) -> recompute.Norm:
+def norm(x: Tensor) -> Norm:
     """A BatchNorm of x with the batch's statistics."""
     c = x.shape[1]
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     gamma, beta = (torch.rand(c, device=DEVICE, dtype=wide) + 0.5 for _ in range(2))
     mean, invstd, total = statistics(x)
-    return recompute.Norm(gamma, beta - 0.7, mean, invstd, True, total, "")
+    return Norm(gamma, beta - 0.7, mean, invstd, True, total, "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ def test_values(conv: Conv, before: bool, form: str, launched: list[bool]) -> No
     with _on(form):
         y, mean, variance = op.conv_statistics(x, given, weight, *rest)
     assert launched == [before] and y.is_contiguous(memory_format=torch.channels_last)
-    same, *_ = op.plain(x, *(recompute.NO_NORM if given is None else given), weight, *rest)
+    same, *_ = op.plain(op.Arguments(x, *(recompute.NO_NORM if given is None else given), weight, *rest))
     a = x.double()
     if given is not None:
         vectors = [t.double() for t in given[:4] if t is not None]
@@ -183,7 +183,7 @@ def test_gradients(form: str, before: bool) -> None:
     def gradients(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
         given = [None if t is None else t.to(dtype).requires_grad_() for t in (x, weight, bias, *known[:2])]
         statistics = [t.to(dtype) for t in known[2:4]]
-        first = recompute.Norm(given[3], given[4], statistics[0], statistics[1], True, None, "") if before else None
+        first = Norm(given[3], given[4], statistics[0], statistics[1], True, None, "") if before else None
         wanted = [t for t in given[: 5 if before else 3] if t is not None]
         y = function(given[0], first, given[1], given[2], *geometry)
         pattern = torch.arange(y.numel(), device=DEVICE, dtype=torch.float64).sin().view(y.shape)
@@ -194,7 +194,7 @@ def test_gradients(form: str, before: bool) -> None:
         assert y.requires_grad and not (mean.requires_grad or variance.requires_grad)
         return y
 
-    def parts(x: Tensor, first: recompute.Norm | None, *conv: Any) -> Tensor:
+    def parts(x: Tensor, first: Norm | None, *conv: Any) -> Tensor:
         return recompute.convolve(x, *conv) if first is None else recompute.norm_act_conv(x, first, *conv)
 
     with backends.use("auto") if form == "plain" else _on(form):

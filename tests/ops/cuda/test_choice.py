@@ -368,7 +368,7 @@ def test_info_of_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_ops_run_what_the_table_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both may run: CUDA is launched where it was measured to be faster, Triton elsewhere; live and prepared."""
     if DEVICE == "cpu":  # by themselves kernels run on a GPU only
-        monkeypatch.setattr(backends, "kernels", lambda device, asked="auto": "auto" if asked == "auto" else asked)
+        monkeypatch.setattr(backends, "candidates", lambda *_: (triton, cuda))
     launched, device = watch(monkeypatch), torch.device(DEVICE)
     x = torch.randn(1, 8, 4, 4, dtype=torch.float16, device=device)
     weight, one = torch.randn(8, 8, 1, 1, dtype=torch.float16, device=device), torch.ones(8, device=device)

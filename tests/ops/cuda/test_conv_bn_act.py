@@ -263,14 +263,15 @@ def test_prepared(late: bool, launched: list[str]) -> None:
     options = {"padding": (1, 1), "residual_after_activation": late}
     with kernels():
         conv = ops.ALL["conv_bn_act"].bind(weight.float(), scale, shift, dtype=torch.float16, **options)
-        assert conv.weight.dtype is torch.float16  # packed once
-        assert conv.weight.is_contiguous(memory_format=torch.channels_last)
         assert conv.backend == "cuda" and conv.backend_for(x.to("meta"), residual.to("meta")) == "cuda"
         kept = residual.clone()
         ours = conv(x, residual, overwrite_residual=True)
+        packed = conv.kept["weight"]
+        assert packed.dtype is torch.float16 and packed.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(residual, kept) or ours.data_ptr() == residual.data_ptr()
         assert conv(x[:0]).shape == (0, 16, 5, 4)
-        assert len(launched) == 1
+        assert torch.equal(conv(x, residual.copy_(kept)), ours) and conv.kept["weight"] is packed
+        assert len(launched) == 2
     assert_obeys_error_rule(ours.cpu(), plain(**given, **options), plain(**doubled(given), **options))
 
 
