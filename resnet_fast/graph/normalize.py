@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_fast.nn import pristine
 from resnet_fast.nn.pristine import is_frozen_batch_norm
-from resnet_fast.ops._common import as_pair, conv_geometry
+from resnet_fast.ops.common import as_pair, conv_geometry
 
 from . import ir, memory
 

@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 
 from resnet_fast import backends
 from resnet_fast.backends import cuda, triton
+from resnet_fast.backends.layouts import suggests_channels_last
 from resnet_fast.kernels import gpus
-from resnet_fast.ops._common import as_pair, suggests_channels_last
+from resnet_fast.ops.common import as_pair
 from resnet_fast.roofline import cost
 
 from . import batching, finite, ir, memory, plan, shapes

@@ -12,20 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, ops
+from ..backends.layouts import looks_channels_last, nchw, spoils_memory, suggests_channels_last
 from ..ops import conv_statistics as statistics_of_conv
 from ..ops import recompute
-from ..ops._common import (
-    Pairs,
-    as_pair,
-    conv_geometry,
-    conv_output_size,
-    looks_channels_last,
-    nchw,
-    spoils_memory,
-    suggests_channels_last,
-    transformed,
-)
 from ..ops.batch_norm_act import Norm, constant_statistics, from_moments, statistics
+from ..ops.common import Pairs, as_pair, conv_geometry, conv_output_size, transformed
 from .pristine import is_frozen_batch_norm, ordinary, watched, why_called
 
 __all__ = [

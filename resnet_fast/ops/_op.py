@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import Backend
-from ._common import transformed
+from .common import transformed
 
 A = TypeVar("A", bound=tuple[Any, ...])
 

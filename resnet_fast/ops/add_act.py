@@ -14,8 +14,9 @@ from resnet_fast.kernels.problems import AddAct as Problem
 
 from .. import backends
 from ..backends import Backend, cuda, triton
-from ._common import accumulate_dtype, cast, check_activation, relu_gradient, transformed
+from . import checks
 from ._op import Bound, Op
+from .common import accumulate_dtype, cast, relu_gradient, transformed
 
 NAME = "add_act"
 
@@ -27,7 +28,7 @@ class Arguments(NamedTuple):
 
 
 def check(a: Arguments) -> None:
-    check_activation(NAME, a.activation)
+    checks.activation(NAME, a.activation)
     _check_alike(NAME, x=a.x, y=a.y)
 
 

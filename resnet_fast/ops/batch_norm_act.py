@@ -18,20 +18,10 @@ from resnet_fast.kernels.problems import BatchNormAct as Problem
 
 from .. import backends
 from ..backends import Backend, cuda, triton, triton_batch_norm_act
-from ._common import (
-    accumulate_dtype,
-    cast,
-    channels_last,
-    check_activation,
-    check_device,
-    check_image,
-    empty_channels_last,
-    kernel_vector,
-    relu_gradient,
-    result,
-    transformed,
-)
+from ..backends.layouts import channels_last, empty_channels_last, kernel_vector
+from . import checks
 from ._op import Bound, Op
+from .common import accumulate_dtype, cast, relu_gradient, result, transformed
 
 NAME = "batch_norm_act"
 
@@ -69,8 +59,8 @@ def check_all(
     activation: str = "none",
 ) -> None:
     """``mean`` and ``other`` (a variance or inverse deviation) are [C], as gamma and beta."""
-    check_activation(NAME, activation)
-    check_image(NAME, x)
+    checks.activation(NAME, activation)
+    checks.image(NAME, x)
     channels = x.shape[1]
     narrow = (x.dtype, torch.float32) if x.dtype is not torch.float64 else (torch.float64,)
     for name, vector in {"gamma": gamma, "beta": beta, "mean": mean, "variance": other}.items():
@@ -87,7 +77,7 @@ def check_all(
             f"{NAME}: residual is {residual.dtype} of shape {list(residual.shape)}, x is {x.dtype} of shape "
             f"{list(x.shape)}; they must be the same"
         )
-    check_device(NAME, x, gamma=gamma, beta=beta, mean=mean, variance=other, residual=residual)
+    checks.device(NAME, x, gamma=gamma, beta=beta, mean=mean, variance=other, residual=residual)
 
 
 def _rows(x: Tensor) -> int:
@@ -518,14 +508,14 @@ _Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _check_backward(a: Backward) -> None:
-    check_image(f"{NAME}_backward", a.x)
+    checks.image(f"{NAME}_backward", a.x)
     for name, tensor in {"grad": a.grad, "output": a.output}.items():
         if tensor is not None and (tensor.shape != a.x.shape or tensor.dtype is not a.x.dtype):
             raise ValueError(
                 f"{NAME}_backward: {name} is {tensor.dtype} of shape {list(tensor.shape)}, x is {a.x.dtype} of shape "
                 f"{list(a.x.shape)}; they must be the same"
             )
-    check_device(f"{NAME}_backward", a.x, grad=a.grad, output=a.output)
+    checks.device(f"{NAME}_backward", a.x, grad=a.grad, output=a.output)
 
 
 def _shares(sums: tuple[Tensor, Tensor], rows: int, count: Tensor | None, group: str) -> tuple[Tensor, Tensor]:

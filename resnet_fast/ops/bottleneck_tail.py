@@ -11,24 +11,21 @@ from torch import Tensor
 from resnet_fast.kernels.bottleneck_tail_choice import Problem
 
 from .. import backends
-from ..backends import Backend, cuda, triton
-from . import _packing
-from ._common import (
-    Geometry,
+from ..backends import Backend, cuda, packing, triton
+from ..backends.layouts import channels_last, empty_channels_last, kernel_vector, kernel_weight
+from ..backends.packing import Geometry
+from . import checks
+from ._op import Bound, Op
+from .common import (
     accumulate_dtype,
     autocast_weight,
     cast,
-    channels_last,
-    check_device,
     conv_output_size,
     convolution_gradients,
-    empty_channels_last,
-    kernel_vector,
-    kernel_weight,
+    freeze_constants,
     pair,
     relu_gradient,
 )
-from ._op import Bound, Op
 from .conv_bn_act import OP as CONV_BN_ACT
 from .conv_bn_act import Arguments as Conv
 
@@ -124,7 +121,7 @@ def check(arguments: Arguments) -> None:
         raise TypeError(f"{NAME}: a must be a floating point tensor, got {a.dtype}")
     if residual.dtype is not a.dtype:
         raise TypeError(f"{NAME}: residual is {residual.dtype}, a is {a.dtype}; they must be the same")
-    check_device(NAME, a, "a", **dict(zip(Arguments._fields[1:14], arguments[1:14], strict=True)))
+    checks.device(NAME, a, "a", **dict(zip(Arguments._fields[1:14], arguments[1:14], strict=True)))
     for name, values in (("stride", stride), ("shortcut_stride", shortcut_stride)):
         if len(values) != 2 or min(values) < 1:
             raise ValueError(f"{NAME}: {name} must be two ints >= 1, got {list(values)}")
@@ -300,8 +297,8 @@ def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
 
 OP = Op(
     NAME, Arguments, check, empty, reference, kernel, native, context, backward, autocast,
-    dtype=lambda a: a.a.dtype, data=("a", "residual"), freeze=lambda constants, dtype: _packing.freeze(constants),
-    limits=lambda constants, dtype: _packing.unsupported(dtype, constants["weight2"], 1),
+    dtype=lambda a: a.a.dtype, data=("a", "residual"), freeze=lambda constants, dtype: freeze_constants(constants),
+    limits=lambda constants, dtype: packing.unsupported(dtype, constants["weight2"], 1),
     single=lambda a, output: output[0] if a.weight1 is None else output, returns=tuple[Tensor, Tensor],
 )  # fmt: skip
 

@@ -11,29 +11,22 @@ from torch import Tensor
 from resnet_fast.kernels.problems import ConvBNAct as Problem
 
 from .. import backends
-from ..backends import Backend, cuda, triton
-from . import _packing
-from ._common import (
-    Geometry,
+from ..backends import Backend, cuda, packing, triton
+from ..backends.layouts import channels_last, empty_channels_last, kernel_vector, kernel_weight
+from ..backends.packing import Geometry
+from . import checks
+from ._op import Bound, Op
+from .common import (
     accumulate_dtype,
     autocast_weight,
     cast,
-    channels_last,
-    check_activation,
-    check_device,
-    check_image,
-    check_per_channel,
-    check_weight_dtype,
     conv_output_size,
     convolution_gradients,
-    empty_channels_last,
-    kernel_vector,
-    kernel_weight,
+    freeze_constants,
     pair,
     relu_gradient,
     result,
 )
-from ._op import Bound, Op
 
 NAME = "conv_bn_act"
 
@@ -64,11 +57,11 @@ def check(a: Arguments) -> None:
         raise ValueError(f"{NAME}: weight's window is {list(weight.shape[2:])}, it must be at least 1x1")
     if a.groups < 1 or weight.shape[0] % a.groups:
         raise ValueError(f"{NAME}: groups is {a.groups}; it must divide the {weight.shape[0]} output channels")
-    check_image(NAME, x, weight.shape[1] * a.groups)
-    check_weight_dtype(NAME, x, weight)
-    check_device(NAME, x, weight=weight, scale=a.scale, shift=a.shift, residual=a.residual)
-    check_per_channel(NAME, weight.shape[0], scale=a.scale, shift=a.shift)
-    check_activation(NAME, a.activation)
+    checks.image(NAME, x, weight.shape[1] * a.groups)
+    checks.weight_dtype(NAME, x, weight)
+    checks.device(NAME, x, weight=weight, scale=a.scale, shift=a.shift, residual=a.residual)
+    checks.per_channel(NAME, weight.shape[0], scale=a.scale, shift=a.shift)
+    checks.activation(NAME, a.activation)
     for name, values, least in (("stride", a.stride, 1), ("padding", a.padding, 0), ("dilation", a.dilation, 1)):
         if len(values) != 2 or min(values) < least:
             raise ValueError(f"{NAME}: {name} must be two ints >= {least}, got {list(values)}")
@@ -146,7 +139,9 @@ def native(
         overwrite_residual: the result may be written into the residual. finite: neither NaN nor an overflow can reach
             the ReLU.
     """
-    packed = _packing.packed(NAME, a.x, a.x.dtype, a.weight, a.scale, a.shift, a.geometry, bound)
+    packed = packing.packed(
+        NAME, a.x, a.x.dtype, a.weight, a.scale, a.shift, a.geometry, None if bound is None else bound.kept
+    )
     if packed is None:
         return None
     conv, folded = packed
@@ -186,14 +181,14 @@ def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
 
 
 def freeze(constants: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    check_activation(NAME, constants.get("activation", "relu"))
-    return _packing.freeze(constants)
+    checks.activation(NAME, constants.get("activation", "relu"))
+    return freeze_constants(constants)
 
 
 OP = Op(
     NAME, Arguments, check, lambda a: empty_channels_last(a.x, output_shape(a)), reference, kernel, native, context,
     backward, autocast, data=("x", "residual"), problem=problem, freeze=freeze,
-    limits=lambda constants, dtype: _packing.unsupported(dtype, constants["weight"], constants.get("groups", 1)),
+    limits=lambda constants, dtype: packing.unsupported(dtype, constants["weight"], constants.get("groups", 1)),
 )  # fmt: skip
 
 

@@ -19,18 +19,11 @@ from resnet_fast.kernels.problems import ConvStatistics as Problem
 
 from .. import backends
 from ..backends import triton
-from ._common import (
-    accumulate_dtype,
-    cast,
-    channels_last,
-    check_device,
-    check_image,
-    empty_channels_last,
-    kernel_vector,
-    kernel_weight,
-)
+from ..backends.layouts import channels_last, empty_channels_last, kernel_vector, kernel_weight
+from . import checks
 from ._op import Op
 from .batch_norm_act import Norm, moments, norm_gradients
+from .common import accumulate_dtype, cast
 from .recompute import (
     NO_NORM,
     Ints,
@@ -73,9 +66,9 @@ def check(a: Arguments) -> None:
         raise ValueError(
             f"{NAME}: weight has shape {list(a.weight.shape)}, groups is {a.groups}: [K, C / groups, R, S]"
         )
-    check_image(NAME, a.x, a.weight.shape[1] * a.groups)
+    checks.image(NAME, a.x, a.weight.shape[1] * a.groups)
     vectors = {"gamma": a.gamma, "beta": a.beta, "mean": a.mean, "invstd": a.invstd}
-    check_device(NAME, a.x, **vectors, weight=a.weight, bias=a.bias)
+    checks.device(NAME, a.x, **vectors, weight=a.weight, bias=a.bias)
 
 
 def problem_of(x: Tensor, dtype: torch.dtype, weight: Tensor, geometry: Sequence[Any], normalised: bool) -> Problem:

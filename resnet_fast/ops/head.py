@@ -11,17 +11,10 @@ from resnet_fast.kernels.problems import Head as Problem
 
 from .. import backends
 from ..backends import Backend, cuda, onednn, triton
-from ._common import (
-    accumulate_dtype,
-    autocast_weight,
-    cast,
-    channels_last,
-    check_device,
-    check_image,
-    check_weight_dtype,
-    kernel_vector,
-)
+from ..backends.layouts import channels_last, kernel_vector
+from . import checks
 from ._op import Bound, Op
+from .common import accumulate_dtype, autocast_weight, cast
 
 NAME = "head"
 
@@ -36,9 +29,9 @@ def check(a: Arguments) -> None:
     x, weight, bias = a
     if weight.dim() != 2:
         raise ValueError(f"{NAME}: weight must be 2-D [K, C], got shape {list(weight.shape)}")
-    check_image(NAME, x, weight.shape[1])
-    check_weight_dtype(NAME, x, weight)
-    check_device(NAME, x, weight=weight, bias=bias)
+    checks.image(NAME, x, weight.shape[1])
+    checks.weight_dtype(NAME, x, weight)
+    checks.device(NAME, x, weight=weight, bias=bias)
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         raise ValueError(f"{NAME}: bias has shape {list(bias.shape)}, it must be [{weight.shape[0]}]")
 

@@ -16,19 +16,13 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ._common import (
-    Geometry,
-    cast,
-    channels_last,
-    check_image,
-    conv_output_size,
-    convolution_backward,
-    empty_channels_last,
-    result,
-)
+from ..backends.layouts import channels_last, empty_channels_last
+from ..backends.packing import Geometry
+from . import checks
 from ._op import Op
 from .batch_norm_act import OP as BATCH_NORM_ACT
 from .batch_norm_act import Norm, norm_gradients
+from .common import cast, conv_output_size, convolution_backward, result
 
 Ints: TypeAlias = Sequence[int]
 
@@ -67,7 +61,7 @@ class ConvAgain(NamedTuple):
 
 # The convolution as an op without gradients. A compiler that saw the same one in the forward would keep its result.
 CONV_AGAIN = Op(
-    "conv_again", ConvAgain, lambda a: check_image("conv_again", a.x, a.weight.shape[1] * a.groups),
+    "conv_again", ConvAgain, lambda a: checks.image("conv_again", a.x, a.weight.shape[1] * a.groups),
     lambda a: convolved(*a), lambda a: convolve(*a),
     autocast=lambda dtype, a: a,  # a backward inside of autocast computes as the forward did
 )  # fmt: skip
@@ -149,7 +143,7 @@ def _norm_act_conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 NORM_ACT_CONV = Op(
-    "norm_act_conv", NormActConv, lambda a: check_image("norm_act_conv", a.x, a.weight.shape[1] * a.groups),
+    "norm_act_conv", NormActConv, lambda a: checks.image("norm_act_conv", a.x, a.weight.shape[1] * a.groups),
     lambda a: convolved(a.x, *a[8:]), lambda a: convolve(apply_norm(a.x, a.norm), *a[8:]),
     context=_norm_act_conv_context, backward=_norm_act_conv_backward,
     autocast=lambda dtype, a: a._replace(x=cast(a.x, dtype)),

@@ -15,24 +15,21 @@ from torch import Tensor
 from resnet_fast.kernels.problems import Stem as Problem
 
 from .. import backends
-from ..backends import Backend, cuda, triton
-from . import _packing
-from ._common import (
-    Geometry,
+from ..backends import Backend, cuda, packing, triton
+from ..backends.layouts import kernel_vector
+from ..backends.packing import Geometry
+from . import checks
+from ._op import Bound, Op
+from .common import (
     accumulate_dtype,
     autocast_weight,
     cast,
-    check_device,
-    check_image,
-    check_per_channel,
-    check_weight_dtype,
     conv_output_size,
     convolution_gradients,
-    kernel_vector,
+    freeze_constants,
     relu_gradient,
     result,
 )
-from ._op import Bound, Op
 from .conv_bn_act import OP as CONV_BN_ACT
 
 NAME = "stem"
@@ -79,12 +76,12 @@ def check(a: Arguments) -> None:
         if x.dim() != 4 or x.shape[3] != weight.shape[1]:
             raise ValueError(f"{NAME}: uint8 x must be [N, H, W, {weight.shape[1]}], got {list(x.shape)}")
     else:
-        check_image(NAME, x, weight.shape[1])
-        check_weight_dtype(NAME, x, weight)
+        checks.image(NAME, x, weight.shape[1])
+        checks.weight_dtype(NAME, x, weight)
         if mean is not None or std is not None:
             raise ValueError(f"{NAME}: mean and std go with uint8 images; normalise {x.dtype} images beforehand")
-    check_device(NAME, x, weight=weight, scale=a.scale, shift=a.shift)
-    check_per_channel(NAME, weight.shape[0], scale=a.scale, shift=a.shift)
+    checks.device(NAME, x, weight=weight, scale=a.scale, shift=a.shift)
+    checks.per_channel(NAME, weight.shape[0], scale=a.scale, shift=a.shift)
     (height, width), size = _sizes(a)
     least = 2 if a.ceil_mode else 1
     if size[0] < least or size[1] < least:
@@ -177,7 +174,9 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
 
 def native(a: Arguments, bound: Bound[Arguments] | None = None) -> Tensor | None:
     """Compute the op by oneDNN. ReLU and max commute (for NaN too): ReLU runs on the 4x smaller pooled tensor."""
-    packed = _packing.packed(NAME, a.x, a.dtype, a.weight, a.scale, a.shift, _GEOMETRY, bound)
+    packed = packing.packed(
+        NAME, a.x, a.dtype, a.weight, a.scale, a.shift, _GEOMETRY, None if bound is None else bound.kept
+    )
     if packed is None:
         return None
     conv, folded = packed
@@ -216,8 +215,8 @@ def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
 
 OP = Op(
     NAME, Arguments, check, empty, reference, kernel, native, context, backward, autocast, dtype=lambda a: a.dtype,
-    problem=problem, freeze=lambda constants, dtype: _packing.freeze(constants),
-    limits=lambda constants, dtype: _packing.unsupported(dtype, constants["weight"], 1),
+    problem=problem, freeze=lambda constants, dtype: freeze_constants(constants),
+    limits=lambda constants, dtype: packing.unsupported(dtype, constants["weight"], 1),
 )  # fmt: skip
 
 

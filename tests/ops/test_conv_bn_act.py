@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import resnet_fast as rf
 from resnet_fast import backends
-from resnet_fast.ops import _packing
+from resnet_fast.backends import packing
 from tests.numerics import assert_obeys_error_rule
 
 pytestmark = [
@@ -267,7 +267,7 @@ class TestPackedWeightsFollowTheParameters:
     @pytest.mark.parametrize("hasher", ["xxhash", "hashlib"])
     def test_in_place_edits(self, name: str, through_data: bool, hasher: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if hasher == "hashlib":  # where xxhash is not installed
-            monkeypatch.setattr(_packing, "_xxhash", None)
+            monkeypatch.setattr(packing, "_xxhash", None)
         a = self.fresh()
         a["weight"] = a["weight"].contiguous(memory_format=torch.channels_last)
         rf.ops.conv_bn_act(**a)
@@ -306,7 +306,7 @@ class TestPackedWeightsFollowTheParameters:
 
     def test_a_dead_weight_takes_its_packed_copies_along(self) -> None:
         rf.ops.conv_bn_act(**(a := self.fresh()))
-        (_, conv), *others = _packing._cache[a["weight"].untyped_storage()].values()
+        (_, conv), *others = packing._cache[a["weight"].untyped_storage()].values()
         packed = weakref.ref(conv)
         assert not others
         view = a["weight"][:1]  # another tensor on the same memory
@@ -319,8 +319,8 @@ class TestPackedWeightsFollowTheParameters:
     def test_an_unchanged_weight_stays_packed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Another model's optimizer, a new version of the same values, inference mode: no reasons to pack anew."""
         a, packed = self.fresh(), []
-        build = _packing.PackedConv.__post_init__
-        monkeypatch.setattr(_packing.PackedConv, "__post_init__", lambda self: (packed.append(self), build(self))[0])
+        build = packing.PackedConv.__post_init__
+        monkeypatch.setattr(packing.PackedConv, "__post_init__", lambda self: (packed.append(self), build(self))[0])
         wide = torch.randn(8, 16, 3, 3)
         for weight in (a["weight"], wide[:, ::2], wide[:, :8].permute(1, 0, 2, 3)):
             a["weight"] = weight
@@ -369,7 +369,7 @@ class TestPackedWeightsFollowTheParameters:
             with backends.use("reference"):
                 want = rf.ops.conv_bn_act(**a)
             assert torch.allclose(rf.ops.conv_bn_act(**a), want, rtol=1e-4, atol=1e-4)
-        assert len(_packing._cache[bank.untyped_storage()]) == 64
+        assert len(packing._cache[bank.untyped_storage()]) == 64
 
     def test_checks_do_not_depend_on_what_came_before(self) -> None:
         a = self.fresh()
@@ -403,7 +403,7 @@ class TestPackedWeightsFollowTheParameters:
     def test_packed_copies_are_bounded_over_all_sizes(self, kernel: int, stride: int, groups: int) -> None:
         weight, ones, zeros = torch.randn(64, 64 // groups, kernel, kernel), torch.ones(64), torch.zeros(64)
         geometry = ([stride, stride], [kernel // 2] * 2, [1, 1], groups)
-        conv, folded = _packing.packed_conv(weight, ones, zeros, torch.float32, *geometry)
+        conv, folded = packing.packed_conv(weight, ones, zeros, torch.float32, *geometry)
         for i in range(400):
             x = torch.randn(1 + i % 3, 64, 1 + i % 34, 3 + i % 29).contiguous(memory_format=torch.channels_last)
             conv.run(x, folded)
@@ -415,15 +415,15 @@ class TestPackedWeightsFollowTheParameters:
     def test_a_dropped_layout_is_packed_again(self, layouts: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """Each size of image has a layout of its own here; how many oneDNN wants depends on the processor."""
         number = itertools.count()
-        monkeypatch.setattr(_packing, "_LAYOUTS_KEPT", layouts)
-        monkeypatch.setattr(_packing.onednn, "layout", lambda packed: str(next(number)))
+        monkeypatch.setattr(packing, "_LAYOUTS_KEPT", layouts)
+        monkeypatch.setattr(packing.onednn, "layout", lambda packed: str(next(number)))
         a = self.fresh()
         for h in [3, 4, 5, 3, 5, 4, 4, 3]:
             a["x"] = torch.randn(1, 8, h, 7)
             with backends.use("reference"):
                 want = rf.ops.conv_bn_act(**a)
             assert torch.allclose(rf.ops.conv_bn_act(**a), want, rtol=1e-5, atol=1e-5)
-        ((_, conv),) = _packing._cache[a["weight"].untyped_storage()].values()
+        ((_, conv),) = packing._cache[a["weight"].untyped_storage()].values()
         assert len(conv._by_layout) == len(conv._by_shape) == layouts
 
 

@@ -11,18 +11,15 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import onednn
-from ._common import Geometry, channels_last
-
-if TYPE_CHECKING:
-    from ._op import Bound
+from . import onednn
+from .layouts import channels_last
 
 _xxhash: Any = None  # as in a checkout that runs without being installed
 with contextlib.suppress(ImportError):
@@ -34,6 +31,9 @@ _SHAPES_KEPT = 256
 _LAYOUTS_KEPT = 2
 #: Weights on one storage of which packed copies are kept: the parts of a bank of weights, say.
 _WEIGHTS_KEPT = 64
+
+#: Stride, padding, dilation and groups of a convolution.
+Geometry: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 
 #: Makes the plain folded weight, and says whether it belongs to the packed convolution, or was edited meanwhile.
 Folded = Callable[[], tuple[Tensor, bool]]
@@ -169,14 +169,6 @@ def unsupported(dtype: torch.dtype, weight: Tensor, groups: int) -> str:
     return onednn.unsupported(dtype)
 
 
-def freeze(constants: dict[str, Any]) -> dict[str, Any]:
-    """Return a convolution's constants without gradients, the vectors as copies."""
-    return {
-        name: value if not isinstance(value, Tensor) else value.detach() if value.dim() == 4 else value.detach().clone()
-        for name, value in constants.items()
-    }
-
-
 def packed(
     op: str,
     x: Tensor,
@@ -185,13 +177,13 @@ def packed(
     scale: Tensor,
     shift: Tensor,
     geometry: Geometry,
-    bound: Bound[Any] | None,
+    kept: dict[str, Any] | None,
 ) -> tuple[PackedConv, Folded] | None:
     """Return the packed form of a convolution for ``x`` in ``dtype``, None if oneDNN is not to compute it.
 
-    Of constants (``bound``) it is made once.
+    Of constants it is made once, and ``kept``.
     """
-    if bound is None:
+    if kept is None:
         if not x.numel() or not backends.runs("onednn", x.device.type):
             return None
         reason = unsupported(dtype, weight, geometry[3])
@@ -199,12 +191,12 @@ def packed(
             return packed_conv(weight, scale, shift, dtype, *geometry)
         backends.fallback(op, f"{reason}; the plain torch reference runs instead")
         return None
-    if "packed" not in bound.kept:
+    if "packed" not in kept:
         stride, padding, dilation, groups = geometry
         conv = PackedConv(shift.to(dtype), weight.shape, list(stride), list(padding), list(dilation), groups)
-        bound.kept["packed"] = conv, lambda: (fold(weight, scale, dtype), True)
-    kept: tuple[PackedConv, Folded] = bound.kept["packed"]
-    return kept
+        kept["packed"] = conv, lambda: (fold(weight, scale, dtype), True)
+    made: tuple[PackedConv, Folded] = kept["packed"]
+    return made
 
 
 def packed_conv(

@@ -1,4 +1,4 @@
-"""What ops share: argument checks, dtypes, layouts, a convolution's gradients. No op and no backend is known here."""
+"""What ops share: geometry, dtypes, results, a convolution's gradients. No op is known here."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_functorch: Any = torch._C._functorch
+from ..backends.layouts import channels_last, nchw, spoils_memory, with_strides_of
+from ..backends.packing import Geometry
 
-ACTIVATIONS = ("none", "relu")
+_functorch: Any = torch._C._functorch
 
 
 def pair(value: int | Sequence[int], name: str) -> list[int]:
@@ -35,8 +36,6 @@ def as_pair(value: object) -> tuple[int, int] | None:
     return None
 
 
-#: Stride, padding, dilation and groups of a convolution.
-Geometry: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 Pairs: TypeAlias = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
@@ -65,87 +64,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def check_activation(op: str, activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
-
-
-def check_image(op: str, x: Tensor, channels: int | None = None) -> None:
-    """``x`` is a floating point [N, C, H, W] tensor, with ``channels`` channels where given."""
-    if x.dim() != 4:
-        raise ValueError(f"{op}: x must be 4-D [N, C, H, W], got {x.dim()}-D of shape {list(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: x must be a floating point tensor, got {x.dtype}")
-    if channels is not None and x.shape[1] != channels:
-        raise ValueError(f"{op}: x has {x.shape[1]} channels, weight expects {channels}")
-
-
-def check_weight_dtype(op: str, x: Tensor, weight: Tensor) -> None:
-    """Weights come in x's dtype, or in float32 beside a narrower x (rounded once, when they are packed)."""
-    if weight.dtype is x.dtype or (weight.dtype is torch.float32 and x.dtype is not torch.float64):
-        return
-    allowed = {torch.float32: "torch.float32", torch.float64: "torch.float64"}.get(
-        x.dtype, f"{x.dtype} or torch.float32"
-    )
-    raise TypeError(f"{op}: weight is {weight.dtype}, x is {x.dtype}; weight must be {allowed}")
-
-
-def check_device(op: str, x: Tensor, called: str = "x", /, **others: Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(
-                f"{op}: {name} is on {tensor.device}, {called} is on {x.device}; they must be on one device"
-            )
-
-
-def check_per_channel(op: str, channels: int, **vectors: Tensor) -> None:
-    for name, vector in vectors.items():
-        if vector.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{op}: {name} is {vector.dtype}; it must be torch.float32 (or float64), never narrower")
-        if vector.dim() != 1 or vector.shape[0] != channels:
-            raise ValueError(
-                f"{op}: {name} has shape {list(vector.shape)}, weight has {channels} output channels; "
-                f"{name} must be [{channels}]"
-            )
-
-
 def conv_output_size(
     size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> list[int]:
     """[P, Q] of a convolution over [H, W]."""
     return [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
-
-
-def empty_channels_last(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised channels_last tensor of ``shape`` with x's dtype and device: what the fake kernels return."""
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """``x`` with exactly a dense channels_last tensor's strides; no copy where only those of size-1 dims differ."""
-    n, c, h, w = x.shape
-    wanted = (h * w * c, 1, w * c, c)
-    if x.stride() == wanted and x.numel() > 0:
-        return x
-    x = x.contiguous(memory_format=torch.channels_last)
-    if x.numel() == 0:
-        return empty_channels_last(x, x.shape)
-    return x if x.stride() == wanted else x.as_strided((n, c, h, w), wanted)
-
-
-def suggests_channels_last(x: Tensor) -> bool:
-    """Whether torch takes a 4-D tensor for channels_last and answers in it: its strides are ordered C, W, H, N.
-
-    As torch's own ``suggest_memory_format``: tensors of both layouts, as of one channel, count as NCHW.
-    """
-    shape, strides, least = x.shape, x.stride(), 0
-    if strides[1] == 0:
-        return False
-    for axis in (1, 3, 2, 0):
-        if shape[axis] == 0 or strides[axis] < least or (axis == 0 and least == strides[1]):
-            return False
-        least = strides[axis] * (shape[axis] if shape[axis] > 1 else 1)
-    return True
 
 
 def result(y: Tensor) -> Tensor:
@@ -173,51 +96,9 @@ def _vmapped() -> bool:
     return stack is not None and any(each.key() == _functorch.TransformType.Vmap for each in stack)
 
 
-def kernel_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A convolution's weight as the kernels read it: ``dtype``, dense channels_last; no copy where it is so."""
-    return channels_last(weight.detach().to(dtype))
-
-
-def kernel_vector(vector: Tensor) -> Tensor:
-    """A per-channel vector as the kernels read it: float32, dense."""
-    return vector.detach().float().contiguous()
-
-
 def relu_gradient(grad: Tensor, output: Tensor) -> Tensor:
     """torch's ReLU backward: ``grad`` where ``output`` is not <= 0 (so it passes where output is NaN), else 0."""
     return torch.ops.aten.threshold_backward.default(grad, output, 0)
-
-
-def spoils_memory(x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
-    """Whether oneDNN's weight gradient of this convolution writes beyond its memory if x is stored channels_last.
-
-    1x1 with a stride, float32, fewer input channels than a vector register holds (uxlfoundation/oneDNN#6035). No ResNet
-    has one; such images are handed over as NCHW.
-    """
-    pointwise = weight.shape[2] == weight.shape[3] == 1 and max(stride) > 1
-    return x.device.type == "cpu" and pointwise and weight.shape[1] < 16
-
-
-def nchw(x: Tensor) -> Tensor:
-    """``x`` with exactly a dense NCHW tensor's strides, also where those of channels_last mean the same memory."""
-    return x.contiguous().flatten().view(x.shape)
-
-
-def looks_channels_last(weight: Tensor) -> bool:
-    """Whether torch may take a weight with NCHW strides for channels_last, as it does 1x1 ones beside such images."""
-    _, c, r, s = weight.shape
-    return weight.stride() == (c * r * s, r * s, s, 1) and weight.is_contiguous(memory_format=torch.channels_last)
-
-
-def with_strides_of(weight: Tensor, grad: Tensor) -> Tensor:
-    """A gradient with its weight's strides where only those of dimensions of size 1 differ; it is the same memory.
-
-    torch's rule for ``.grad``, which autograd does not enforce there, and DistributedDataParallel's buckets.
-    """
-    strides = zip(weight.shape, weight.stride(), grad.stride(), strict=True)
-    if grad.stride() == weight.stride() or any(size != 1 and ours != theirs for size, ours, theirs in strides):
-        return grad
-    return grad.as_strided(weight.shape, weight.stride())
 
 
 def convolution_backward(
@@ -280,3 +161,11 @@ def autocast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a weight as an op takes it beside x of ``dtype``: in another half type it goes through float32, which
     holds both."""
     return weight if weight.dtype in (dtype, torch.float32, torch.float64) else weight.float()
+
+
+def freeze_constants(constants: dict[str, Any]) -> dict[str, Any]:
+    """Return a convolution's constants without gradients, the vectors as copies."""
+    return {
+        name: value if not isinstance(value, Tensor) else value.detach() if value.dim() == 4 else value.detach().clone()
+        for name, value in constants.items()
+    }

@@ -1,0 +1,82 @@
+"""Memory layouts: what kernels read, what torch suggests, and what oneDNN must not be given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def empty_channels_last(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised channels_last tensor of ``shape`` with x's dtype and device: what the fake kernels return."""
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` with exactly a dense channels_last tensor's strides; no copy where only those of size-1 dims differ."""
+    n, c, h, w = x.shape
+    wanted = (h * w * c, 1, w * c, c)
+    if x.stride() == wanted and x.numel() > 0:
+        return x
+    x = x.contiguous(memory_format=torch.channels_last)
+    if x.numel() == 0:
+        return empty_channels_last(x, x.shape)
+    return x if x.stride() == wanted else x.as_strided((n, c, h, w), wanted)
+
+
+def suggests_channels_last(x: Tensor) -> bool:
+    """Whether torch takes a 4-D tensor for channels_last and answers in it: its strides are ordered C, W, H, N.
+
+    As torch's own ``suggest_memory_format``: tensors of both layouts, as of one channel, count as NCHW.
+    """
+    shape, strides, least = x.shape, x.stride(), 0
+    if strides[1] == 0:
+        return False
+    for axis in (1, 3, 2, 0):
+        if shape[axis] == 0 or strides[axis] < least or (axis == 0 and least == strides[1]):
+            return False
+        least = strides[axis] * (shape[axis] if shape[axis] > 1 else 1)
+    return True
+
+
+def spoils_memory(x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
+    """Whether oneDNN's weight gradient of this convolution writes beyond its memory if x is stored channels_last.
+
+    1x1 with a stride, float32, fewer input channels than a vector register holds (uxlfoundation/oneDNN#6035). No ResNet
+    has one; such images are handed over as NCHW.
+    """
+    pointwise = weight.shape[2] == weight.shape[3] == 1 and max(stride) > 1
+    return x.device.type == "cpu" and pointwise and weight.shape[1] < 16
+
+
+def nchw(x: Tensor) -> Tensor:
+    """``x`` with exactly a dense NCHW tensor's strides, also where those of channels_last mean the same memory."""
+    return x.contiguous().flatten().view(x.shape)
+
+
+def looks_channels_last(weight: Tensor) -> bool:
+    """Whether torch may take a weight with NCHW strides for channels_last, as it does 1x1 ones beside such images."""
+    _, c, r, s = weight.shape
+    return weight.stride() == (c * r * s, r * s, s, 1) and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def with_strides_of(weight: Tensor, grad: Tensor) -> Tensor:
+    """A gradient with its weight's strides where only those of dimensions of size 1 differ; it is the same memory.
+
+    torch's rule for ``.grad``, which autograd does not enforce there, and DistributedDataParallel's buckets.
+    """
+    strides = zip(weight.shape, weight.stride(), grad.stride(), strict=True)
+    if grad.stride() == weight.stride() or any(size != 1 and ours != theirs for size, ours, theirs in strides):
+        return grad
+    return grad.as_strided(weight.shape, weight.stride())
+
+
+def kernel_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A convolution's weight as the kernels read it: ``dtype``, dense channels_last; no copy where it is so."""
+    return channels_last(weight.detach().to(dtype))
+
+
+def kernel_vector(vector: Tensor) -> Tensor:
+    """A per-channel vector as the kernels read it: float32, dense."""
+    return vector.detach().float().contiguous()

@@ -1,0 +1,52 @@
+"""Argument checks that ops share; each error names the op, the argument, what it was and what would be right."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("none", "relu")
+
+
+def activation(op: str, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
+
+
+def image(op: str, x: Tensor, channels: int | None = None) -> None:
+    """``x`` is a floating point [N, C, H, W] tensor, with ``channels`` channels where given."""
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x must be 4-D [N, C, H, W], got {x.dim()}-D of shape {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: x must be a floating point tensor, got {x.dtype}")
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"{op}: x has {x.shape[1]} channels, weight expects {channels}")
+
+
+def weight_dtype(op: str, x: Tensor, weight: Tensor) -> None:
+    """Weights come in x's dtype, or in float32 beside a narrower x (rounded once, when they are packed)."""
+    if weight.dtype is x.dtype or (weight.dtype is torch.float32 and x.dtype is not torch.float64):
+        return
+    allowed = {torch.float32: "torch.float32", torch.float64: "torch.float64"}.get(
+        x.dtype, f"{x.dtype} or torch.float32"
+    )
+    raise TypeError(f"{op}: weight is {weight.dtype}, x is {x.dtype}; weight must be {allowed}")
+
+
+def device(op: str, x: Tensor, called: str = "x", /, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device}, {called} is on {x.device}; they must be on one device"
+            )
+
+
+def per_channel(op: str, channels: int, **vectors: Tensor) -> None:
+    for name, vector in vectors.items():
+        if vector.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{op}: {name} is {vector.dtype}; it must be torch.float32 (or float64), never narrower")
+        if vector.dim() != 1 or vector.shape[0] != channels:
+            raise ValueError(
+                f"{op}: {name} has shape {list(vector.shape)}, weight has {channels} output channels; "
+                f"{name} must be [{channels}]"
+            )
