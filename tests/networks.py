@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
+from resnet_fast.ops import Op
 from tests import _torchvision_stub  # noqa: F401 - before torchvision
 
 
@@ -84,3 +86,16 @@ def small(layers: tuple[int, ...] = (2, 1, 1, 2), block: Any = Bottleneck, **kwa
         if name.endswith("bn3") and isinstance(module, nn.BatchNorm2d):
             module.weight.data.mul_(0.3)
     return model
+
+
+def watch_ops(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """Return a list of the ops that run from now on, by name and arguments."""
+    found: list[tuple[str, Any]] = []
+    run = Op.run
+
+    def watching(op: Op[Any], a: Any) -> Any:
+        found.append((op.name, a))
+        return run(op, a)
+
+    monkeypatch.setattr(Op, "run", watching)
+    return found

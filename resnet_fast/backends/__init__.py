@@ -42,7 +42,8 @@ _DEVICES: dict[str, tuple[str, ...]] = {
 _OF_KERNELS: tuple[Backend, ...] = (triton, cuda)
 
 _lock = threading.Lock()
-_selected = "auto"
+#: The choice in force for the whole process, made by :class:`use`.
+selected = "auto"
 _fallbacks: dict[tuple[str, str], int] = {}
 
 
@@ -62,7 +63,7 @@ def available() -> dict[str, str]:
 
 def current() -> str:
     """The backend chosen with :func:`use`: ``"auto"`` (the fastest that is available) unless somebody chose."""
-    return _selected
+    return selected
 
 
 class use:  # lower case: reads as a verb at the call site, with or without `with`
@@ -77,7 +78,7 @@ class use:  # lower case: reads as a verb at the call site, with or without `wit
     """
 
     def __init__(self, name: str) -> None:
-        global _selected
+        global selected
         states = available()
         if name != "auto" and name not in states:
             raise ValueError(f"backends.use: unknown backend {name!r}; choose one of {['auto', *states]}")
@@ -85,7 +86,7 @@ class use:  # lower case: reads as a verb at the call site, with or without `wit
         if reason:
             raise RuntimeError(f"backends.use: {name!r} cannot be used here: {reason}")
         with _lock:
-            self._previous, _selected = _selected, name
+            self._previous, selected = selected, name
 
     def __enter__(self) -> use:
         return self
@@ -93,9 +94,9 @@ class use:  # lower case: reads as a verb at the call site, with or without `wit
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _selected
+        global selected
         with _lock:
-            _selected = self._previous
+            selected = self._previous
 
 
 def runs(name: str, device: str, asked: str = "auto") -> bool:
@@ -104,7 +105,7 @@ def runs(name: str, device: str, asked: str = "auto") -> bool:
     Raises:
         RuntimeError: the chosen backend does not run on tensors of this device type.
     """
-    chosen = asked if asked != "auto" else _selected
+    chosen = asked if asked != "auto" else selected
     if chosen == "auto":
         return not _DEVICES[name] or device in _DEVICES[name]
     devices = _DEVICES[chosen]
@@ -130,7 +131,7 @@ def candidates(op: str, device: torch.device, dtype: torch.dtype, asked: str = "
     Raises:
         RuntimeError: as :func:`runs`.
     """
-    chosen = asked if asked != "auto" else _selected
+    chosen = asked if asked != "auto" else selected
     if chosen == "auto":
         wanted = _OF_KERNELS if device.type == "cuda" else ()
     else:

@@ -25,6 +25,17 @@ def channels_last(x: Tensor) -> Tensor:
     return x if x.stride() == wanted else x.as_strided((n, c, h, w), wanted)
 
 
+def owned(y: Tensor) -> Tensor:
+    """Return ``y`` as :func:`channels_last`, and not as a view.
+
+    If autograd saw an op's output as a view of a tensor inside the op, callers could not modify it in place.
+    """
+    _, c, h, w = y.shape
+    if y.stride() != (h * w * c, 1, w * c, c) or not y.numel():
+        y = channels_last(y)
+    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride()) if y._is_view() else y
+
+
 def suggests_channels_last(x: Tensor) -> bool:
     """Whether torch takes a 4-D tensor for channels_last and answers in it: its strides are ordered C, W, H, N.
 

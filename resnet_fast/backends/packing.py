@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import backends
 from . import onednn
-from .layouts import channels_last
+from .layouts import channels_last, owned
 
 _xxhash: Any = None  # as in a checkout that runs without being installed
 with contextlib.suppress(ImportError):
@@ -81,9 +81,6 @@ class PackedConv:
         return padded
 
     def _packed(self, size: tuple[int, ...], folded: Folded) -> Tensor:
-        found = self._by_shape.get(size)
-        if found is not None:
-            return found
         weight, keep = folded()
         if self._pads:
             weight = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, 1))
@@ -115,14 +112,22 @@ class PackedConv:
         finite: bool = False,
     ) -> Tensor:
         """The op; ``finite``: the caller knows that no NaN can reach the ReLU."""
-        x = self._input(x)
-        residual = None if residual is None else channels_last(residual)
+        _, c, h, w = shape = x.shape
+        if self._pads or x.dtype is not self.bias.dtype or x.stride() != (h * w * c, 1, w * c, c):
+            x = self._input(x)
+            shape = x.shape
+        if residual is not None:
+            _, c, h, w = residual.shape
+            if residual.stride() != (h * w * c, 1, w * c, c):
+                residual = channels_last(residual)
         relu = activation == "relu"
         late = residual if residual_after_activation else None
         early = None if residual_after_activation else residual
         geometry = (self.padding, self.stride, self.dilation, self.groups)
         post_op = relu and finite
-        packed = self._packed(tuple(x.shape), folded)
+        packed = self._by_shape.get(shape)
+        if packed is None:
+            packed = self._packed(shape, folded)
         if early is None:
             y = onednn.conv(x, packed, self.bias, *geometry, relu=post_op)
         elif overwrite_residual:
@@ -133,7 +138,9 @@ class PackedConv:
             y.relu_()
         if late is not None:
             y += late
-        return y
+        _, c, h, w = y.shape
+        usual = y.stride() == (h * w * c, 1, w * c, c) and y.numel() and not y._is_view()
+        return y if usual else owned(y)
 
 
 #: By storage, so that an entry goes with the last tensor on the weight's memory: a digest, and what it is valid for.
@@ -142,21 +149,18 @@ _cache: WeakKeyDictionary[torch.UntypedStorage, dict[tuple[object, ...], tuple[b
 )
 
 
-def _bytes(tensor: Tensor) -> Any:
-    """The tensor's bytes in a fixed order, without a copy if it is dense."""
-    if tensor.dim() == 4 and not tensor.is_contiguous():
-        tensor = tensor.permute(0, 2, 3, 1)
-    tensor = tensor.contiguous()
-    return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy(force=True)
-
-
 def _digest(*tensors: Tensor) -> bytes:
-    """128 bits of the tensors' bytes, at the speed of memory: of random edits one in 2^128 would be missed."""
+    """Return 128 bits of the tensors' bytes, at the speed of memory: of random edits one in 2^128 would be missed."""
     if _xxhash is None:
         backends.fallback("packed weights", "xxhash is not installed; finding edits of live models takes 20x the time")
     state = hashlib.blake2b(digest_size=16) if _xxhash is None else _xxhash.xxh3_128()
     for tensor in tensors:
-        state.update(_bytes(tensor))
+        if tensor.dim() == 4 and not tensor.is_contiguous():
+            tensor = tensor.permute(0, 2, 3, 1)
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+        content: Any = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+        state.update(content.numpy(force=True))
     digest: bytes = state.digest()
     return digest
 
@@ -169,6 +173,10 @@ def unsupported(dtype: torch.dtype, weight: Tensor, groups: int) -> str:
     return onednn.unsupported(dtype)
 
 
+#: What was found to run on oneDNN: dtype and weight's shape and groups, and whether torch lets oneDNN run.
+_supported: set[tuple[object, ...]] = set()
+
+
 def packed(
     op: str,
     x: Tensor,
@@ -179,50 +187,44 @@ def packed(
     geometry: Geometry,
     kept: dict[str, Any] | None,
 ) -> tuple[PackedConv, Folded] | None:
-    """Return the packed form of a convolution for ``x`` in ``dtype``, None if oneDNN is not to compute it.
+    """Return a convolution packed for ``x`` in ``dtype``, and what packs more of it; None if oneDNN does not run it.
 
-    Of constants it is made once, and ``kept``.
+    Cached while weight, scale and shift do not change. Whoever edits them while this runs gets one answer of the old
+    values, the new ones or both, but none later: what is packed was hashed.
+
+    Args:
+        kept: keeps the packed form of constants, which are not looked at again; None if they are none.
     """
-    if kept is None:
-        if not x.numel() or not backends.runs("onednn", x.device.type):
-            return None
-        reason = unsupported(dtype, weight, geometry[3])
-        if not reason:
-            return packed_conv(weight, scale, shift, dtype, *geometry)
-        backends.fallback(op, f"{reason}; the plain torch reference runs instead")
+    stride, padding, dilation, groups = geometry
+    if kept is not None:
+        if "packed" not in kept:
+            conv = PackedConv(shift.to(dtype), weight.shape, list(stride), list(padding), list(dilation), groups)
+            kept["packed"] = conv, lambda: (fold(weight, scale, dtype), True)
+        made: tuple[PackedConv, Folded] = kept["packed"]
+        return made
+    usual = x.is_cpu and backends.selected == "auto"
+    if not x.numel() or not (usual or backends.runs("onednn", x.device.type)):
         return None
-    if "packed" not in kept:
-        stride, padding, dilation, groups = geometry
-        conv = PackedConv(shift.to(dtype), weight.shape, list(stride), list(padding), list(dilation), groups)
-        kept["packed"] = conv, lambda: (fold(weight, scale, dtype), True)
-    made: tuple[PackedConv, Folded] = kept["packed"]
-    return made
-
-
-def packed_conv(
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    dtype: torch.dtype,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> tuple[PackedConv, Folded]:
-    """The packed form of weight, scale and shift for inputs of ``dtype``, and what its ``run`` needs to pack more.
-
-    Cached while none of the three changes. Whoever edits them while this runs gets one answer of the old values, the
-    new ones or both, but none later: what is packed was hashed.
-    """
-    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    key = (weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, dtype, *geometry)
+    shape = weight.shape
+    able = (dtype, shape, groups, torch.backends.mkldnn.enabled)
+    if able not in _supported:
+        if reason := unsupported(dtype, weight, groups):
+            backends.fallback(op, f"{reason}; the plain torch reference runs instead")
+            return None
+        if len(_supported) > _SHAPES_KEPT:
+            _supported.clear()
+        _supported.add(able)
+    key = (
+        weight.storage_offset(), shape, weight.stride(), weight.dtype, dtype, tuple(stride), tuple(padding),
+        tuple(dilation), groups,
+    )  # fmt: skip
     entries = _cache.setdefault(weight.untyped_storage(), {})
     digest = _digest(weight, scale, shift)
     found = entries.get(key)
     if found is None or found[0] != digest:
         own = shift.clone()
         digest = _digest(weight, scale, own)
-        conv = PackedConv(own.to(dtype), weight.shape, list(stride), list(padding), list(dilation), groups)
+        conv = PackedConv(own.to(dtype), shape, list(stride), list(padding), list(dilation), groups)
         entries.pop(key, None)
         entries[key] = found = (digest, conv)
         for old in list(entries)[:-_WEIGHTS_KEPT]:

@@ -52,6 +52,11 @@ def _conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, out_planes, 1, stride=stride, bias=False)
 
 
+#: What runs the inner layers of a block, and its last one.
+_USUAL: tuple[Any, Any] = (fused.conv_bn_act, fused.conv_bn_act)
+_LEAN: tuple[Any, Any] = (fused.lean_inner, fused.lean_last)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (He et al. 2015, arXiv:1512.03385, figure 5 left).
 
@@ -89,10 +94,10 @@ class BasicBlock(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        lean = self.memory_efficient
-        out = fused.inner(x, self.conv1, self.bn1, self.relu, lean)
-        identity = fused.shortcut(x, self.downsample, lean)
-        out = fused.last(out, self.conv2, self.bn2, self.relu, identity, lean)
+        inner, last = _LEAN if self.memory_efficient else _USUAL
+        out = inner(x, self.conv1, self.bn1, self.relu)
+        identity = x if self.downsample is None else fused.shortcut(x, self.downsample, self.memory_efficient)
+        out = last(out, self.conv2, self.bn2, self.relu, identity)
         return fused.laid_out(out, x, self.conv1, self.conv2)
 
 
@@ -134,11 +139,11 @@ class Bottleneck(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        lean = self.memory_efficient
-        out = fused.inner(x, self.conv1, self.bn1, self.relu, lean)
-        out = fused.inner(out, self.conv2, self.bn2, self.relu, lean)
-        identity = fused.shortcut(x, self.downsample, lean)
-        out = fused.last(out, self.conv3, self.bn3, self.relu, identity, lean)
+        inner, last = _LEAN if self.memory_efficient else _USUAL
+        out = inner(x, self.conv1, self.bn1, self.relu)
+        out = inner(out, self.conv2, self.bn2, self.relu)
+        identity = x if self.downsample is None else fused.shortcut(x, self.downsample, self.memory_efficient)
+        out = last(out, self.conv3, self.bn3, self.relu, identity)
         return fused.laid_out(out, x, self.conv1, self.conv2, self.conv3)
 
 
@@ -305,9 +310,10 @@ def _inside(x: Tensor, layer: nn.Module, nchw: bool) -> Tensor:
     if not nchw:
         return x
     own = (nn.Sequential, BasicBlock, Bottleneck, nn.AdaptiveAvgPool2d)
-    seen = _has_any_global_hook() or any(
-        type(part) not in own or hooked(part) or "forward" in vars(part) for part in (layer, *layer.children())
-    )
+    parts = (layer, *layer.children())
+    seen = _has_any_global_hook() or hooked(*parts)
+    for part in parts:
+        seen = seen or type(part) not in own or "forward" in part.__dict__
     return x.contiguous() if seen else x.contiguous(memory_format=torch.channels_last)
 
 

@@ -15,14 +15,32 @@ from .. import backends, ops
 from ..backends.layouts import looks_channels_last, nchw, spoils_memory, suggests_channels_last
 from ..ops import conv_statistics as statistics_of_conv
 from ..ops import recompute
+from ..ops._op import unobserved
 from ..ops.batch_norm_act import Norm, constant_statistics, from_moments, statistics
 from ..ops.common import Pairs, as_pair, conv_geometry, conv_output_size, transformed
+from ..ops.conv_bn_act import OP as CONV_BN_ACT
+from ..ops.conv_bn_act import Arguments
 from .pristine import is_frozen_batch_norm, ordinary, watched, why_called
 
 __all__ = [
-    "Normalised", "bn_act", "conv_bn_act", "frozen", "geometry", "head", "inner", "laid_out", "last", "scale_and_shift",
-    "shortcut", "stem", "torch_gives_nchw",
+    "Normalised",
+    "bn_act",
+    "conv_bn_act",
+    "frozen",
+    "geometry",
+    "head",
+    "laid_out",
+    "lean_inner",
+    "lean_last",
+    "scale_and_shift",
+    "shortcut",
+    "stem",
+    "torch_gives_nchw",
 ]  # fmt: skip
+
+
+_POINTWISE: Pairs = ((1, 1), (0, 0), (1, 1))
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def must_be_plain(x: object, *others: Tensor | None) -> bool:
@@ -60,34 +78,48 @@ def untouched(*modules: nn.Module | None) -> bool:
 
 def _constant_statistics(bn: nn.Module) -> bool:
     """BatchNorm that uses stored statistics: eval mode with running statistics, or frozen."""
-    if type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+    if type(bn) in _NORMS:
         return not bn.training and bn.running_mean is not None
     return is_frozen_batch_norm(bn)
 
 
 def _batch_statistics(bn: nn.Module) -> bool:
     """BatchNorm that uses the batch's statistics: train mode, or without running statistics."""
-    return type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm) and (bn.training or bn.running_mean is None)
+    return type(bn) in _NORMS and (bn.training or bn.running_mean is None)
 
 
-def _fusable(conv: Any, bn: Any, act: nn.Module | None) -> bool:
-    """Whether the three are what fused ops compute, with constant statistics or the batch's."""
-    return (
-        type(conv) is nn.Conv2d
-        and (act is None or type(act) is nn.ReLU)
-        and untouched(conv, bn, act)
-        and geometry(conv) is not None
-        and (_constant_statistics(bn) or _batch_statistics(bn))
-        and _ordinary(conv.weight, conv.bias, *_vectors(bn))
-    )
+def _fusable(conv: Any, bn: Any, act: nn.Module | None, quiet: bool = False) -> Pairs | None:
+    """The convolution's geometry if the three are what fused ops compute, with constant statistics or the batch's.
+
+    quiet: their parameters are known to be torch's own tensors.
+    """
+    if type(conv) is not nn.Conv2d or not (act is None or type(act) is nn.ReLU):
+        return None
+    if reason := why_called(conv, bn, act):
+        _note(reason)
+        return None
+    if not quiet and not ((type(bn) in _NORMS or is_frozen_batch_norm(bn)) and _ordinary(conv, bn)):
+        return None
+    stride, padding, dilation = conv.stride, conv.padding, conv.dilation
+    if (
+        type(stride) is type(padding) is type(dilation) is tuple
+        and len(stride) == len(padding) == len(dilation) == 2
+        and type(stride[0]) is type(stride[1]) is type(padding[0]) is type(padding[1]) is int
+        and type(dilation[0]) is type(dilation[1]) is int
+        and conv.padding_mode == "zeros"
+    ):
+        return stride, padding, dilation  # the usual form, seen at each call of a layer
+    return geometry(conv)
 
 
-def _vectors(bn: Any) -> tuple[Tensor | None, ...]:
-    return bn.weight, bn.bias, bn.running_mean, bn.running_var
+def _tensors(*modules: Any) -> tuple[Tensor | None, ...]:
+    """The parameters and statistics of convolutions, norms and linear layers."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    return tuple([getattr(module, name, None) for module in modules for name in names])
 
 
-def _ordinary(*tensors: Tensor | None) -> bool:
-    if ordinary(*tensors):
+def _ordinary(*modules: Any) -> bool:
+    if ordinary(*_tensors(*modules)):
         return True
     _note("a weight is a tensor subclass: its block runs unfused")
     return False
@@ -161,7 +193,7 @@ def bn_act(x: Tensor, bn: nn.Module, act: nn.Module | None = None, residual: Ten
     """
     known = _batch_statistics(bn) or _constant_statistics(bn)
     usual = known and (act is None or type(act) is nn.ReLU) and not must_be_plain(x, residual)
-    if usual and untouched(bn, act) and _ordinary(*_vectors(bn)):
+    if usual and untouched(bn, act) and _ordinary(bn):
         return _normalise(x, _norm(x, bn), act, residual)
     out: Tensor = bn(x)
     if residual is not None:
@@ -171,7 +203,7 @@ def bn_act(x: Tensor, bn: nn.Module, act: nn.Module | None = None, residual: Ten
 
 def frozen(x: Tensor, bn: Any) -> Tensor:
     """A FrozenBatchNorm2d by itself: ``(x - running_mean) / sqrt(running_var + eps) * weight + bias``."""
-    if not must_be_plain(x, *_vectors(bn)):
+    if not must_be_plain(x, *_tensors(bn)):
         return laid_out(_normalise(x, _norm(x, bn), None, None), x)
     if isinstance(x, Tensor) and x.dim() != 4:
         raise ValueError(f"expected 4D input (got {x.dim()}D input)")
@@ -189,27 +221,36 @@ def conv_bn_act(
         x: [N, C, H, W]. residual: as the output, or None.
         conv, bn, act: the layers, called as they are wherever fusing could be noticed.
     """
-    if not must_be_plain(x, residual) and _fusable(conv, bn, act) and _fits(x, conv, residual):
-        if _batch_statistics(bn):
-            return _normalise(*_convolved(x, conv, bn), act, residual)
-        scale, shift = scale_and_shift(conv, bn)
-        weight, _, stride, padding, dilation, groups = _conv(conv)
-        activation = "none" if act is None else "relu"
-        return ops.conv_bn_act(x, weight, scale, shift, residual, stride, padding, dilation, groups, activation)
+    # Asked once: if nobody but the op would see the call, neither modes and transforms nor the dispatcher are asked.
+    quiet = (
+        type(x) is Tensor
+        and type(conv) is nn.Conv2d
+        and (type(bn) in _NORMS or is_frozen_batch_norm(bn))
+        and unobserved((x, residual, conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var))
+        and x.dim() == 4
+    )
+    if quiet or not must_be_plain(x, residual):
+        pairs = _fusable(conv, bn, act, quiet)
+        if pairs is not None and (residual is None or _fits(x, conv, residual, pairs)):
+            if type(bn) in _NORMS and (bn.training or bn.running_mean is None):
+                return _normalise(*_convolved(x, conv, bn), act, residual)
+            activation = "none" if act is None else "relu"
+            a = Arguments(x, conv.weight, *scale_and_shift(conv, bn), residual, *pairs, conv.groups, activation)
+            made: Tensor = CONV_BN_ACT.run(a) if quiet else CONV_BN_ACT(a)
+            return made
     out: Tensor = bn(conv(x))
     if residual is not None:
         out += residual
     return out if act is None else act(out)
 
 
-def _fits(x: Tensor, conv: Any, residual: Tensor | None) -> bool:
+def _fits(x: Tensor, conv: Any, residual: Tensor, pairs: Pairs) -> bool:
     """Whether an op can add the residual: torch's addition broadcasts and casts as well."""
-    if residual is None:
-        return True
-    weight, _, *geometry, _ = _conv(conv)
-    size = conv_output_size(x.shape[2:], weight.shape[2:], *geometry)
-    same_dtype = residual.dtype is x.dtype or torch.is_autocast_enabled(x.device.type)
-    return same_dtype and residual.shape == (x.shape[0], weight.shape[0], *size)
+    if residual.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return False
+    window = conv.weight.shape[2:]
+    size = x.shape[2:] if window == (1, 1) and pairs == _POINTWISE else conv_output_size(x.shape[2:], window, *pairs)
+    return residual.shape == (x.shape[0], conv.weight.shape[0], *size)
 
 
 def _convolve(x: Tensor, conv: Any) -> Tensor:
@@ -242,32 +283,28 @@ class Normalised(NamedTuple):
     norm: Norm
 
 
-def inner(x: Tensor | Normalised, conv: Any, bn: nn.Module, act: nn.Module, lean: bool = False) -> Tensor | Normalised:
-    """:func:`conv_bn_act` of a layer that only another convolution of the same block reads.
+def lean_inner(x: Tensor | Normalised, conv: Any, bn: nn.Module, act: nn.Module) -> Tensor | Normalised:
+    """:func:`conv_bn_act` of a layer that only another convolution of its block reads; keeps less for the backward.
 
-    lean: keep less for the backward. In train mode the result is then the convolution's output with the norm that is
-    still to be applied; it goes to :func:`inner` or :func:`last`.
+    In train mode the result is the convolution's output with the norm that is still to be applied; it goes to
+    :func:`lean_inner` or :func:`lean_last`.
     """
-    if not lean or not _is_lean(x, conv, bn, act):
+    if not _is_lean(x, conv, bn, act):
         return conv_bn_act(_finished(x), conv, bn, act)
     source, before = x if isinstance(x, Normalised) else (x, None)
     return Normalised(*_convolved(source, conv, bn, before))
 
 
-def last(
-    x: Tensor | Normalised,
-    conv: Any,
-    bn: nn.Module,
-    act: nn.Module | None,
-    residual: Tensor | None = None,
-    lean: bool = False,
+def lean_last(
+    x: Tensor | Normalised, conv: Any, bn: nn.Module, act: nn.Module | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """:func:`conv_bn_act` of a block's last layer.
 
-    lean: keep x for the backward instead of the convolution's output, which the backward computes again.
+    It keeps x for the backward instead of the convolution's output, which the backward computes again.
     """
     source, before = x if isinstance(x, Normalised) else (x, None)
-    if not lean or not ordinary(residual) or not _is_lean(x, conv, bn, act) or not _fits(source, conv, residual):
+    fits = ordinary(residual) and _is_lean(x, conv, bn, act)
+    if not fits or not (residual is None or _fits(source, conv, residual, geometry(conv))):  # type: ignore[arg-type]
         return conv_bn_act(_finished(x), conv, bn, act, residual)
     with torch.no_grad():
         y, norm = _convolved(source, conv, bn, before)
@@ -320,20 +357,20 @@ def laid_out(y: Tensor, x: Tensor, *convs: Any) -> Tensor:
     Args:
         convs: the convolutions between the two.
     """
+    if isinstance(x, Tensor) and x.dim() == 4 and suggests_channels_last(x):
+        return y  # as torch's layers answer, too
     if not isinstance(y, Tensor) or y.dim() != 4 or transformed() or y.is_contiguous():
         return y
     return y.contiguous() if torch_gives_nchw(x, *convs) else y
 
 
-def shortcut(x: Tensor, downsample: nn.Module | None, lean: bool = False) -> Tensor:
-    """A block's shortcut: ``x`` itself, ``Sequential(conv, bn)`` fused, anything else called.
+def shortcut(x: Tensor, downsample: nn.Module, lean: bool = False) -> Tensor:
+    """A block's shortcut: ``Sequential(conv, bn)`` fused, anything else called.
 
-    lean: keep less for the backward, as :func:`last`.
+    lean: keep less for the backward, as :func:`lean_last`.
     """
-    if downsample is None:
-        return x
     if type(downsample) is nn.Sequential and len(downsample) == 2 and not must_be_plain(x) and untouched(downsample):
-        return last(x, downsample[0], downsample[1], None, None, lean)
+        return (lean_last if lean else conv_bn_act)(x, downsample[0], downsample[1])
     return downsample(x)
 
 
@@ -356,11 +393,9 @@ def stem(x: Tensor, conv: Any, bn: nn.Module, act: nn.Module, pool: nn.Module, l
         return pool(conv_bn_act(x, conv, bn, act))
     if lean and _is_lean(x, conv, bn, act):
         return recompute.norm_act_pool(*_convolved(x, conv, bn), ceil_mode)
-    if (
-        _fusable(conv, bn, act)
-        and not _batch_statistics(bn)
-        and (conv.weight.shape[2:], conv.groups, geometry(conv)) == ((7, 7), 1, ((2, 2), (3, 3), (1, 1)))
-    ):
+    pairs = _fusable(conv, bn, act)
+    window = None if pairs is None or _batch_statistics(bn) else (conv.weight.shape[2:], conv.groups, pairs)
+    if window == ((7, 7), 1, ((2, 2), (3, 3), (1, 1))):
         return ops.stem(x, conv.weight, *scale_and_shift(conv, bn), ceil_mode=ceil_mode)
     return pool(conv_bn_act(x, conv, bn, act))
 
@@ -368,6 +403,6 @@ def stem(x: Tensor, conv: Any, bn: nn.Module, act: nn.Module, pool: nn.Module, l
 def head(x: Tensor, avgpool: nn.Module, fc: Any) -> Tensor:
     """``fc(flatten(avgpool(x), 1))``, fused into one op for a global average pool and a linear layer."""
     usual = type(avgpool) is nn.AdaptiveAvgPool2d and as_pair(avgpool.output_size) == (1, 1) and type(fc) is nn.Linear
-    if usual and not must_be_plain(x) and untouched(avgpool, fc) and _ordinary(fc.weight, fc.bias):
+    if usual and not must_be_plain(x) and untouched(avgpool, fc) and _ordinary(fc):
         return ops.head(x, fc.weight, fc.bias)
     return fc(torch.flatten(avgpool(x), 1))

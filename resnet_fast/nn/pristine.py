@@ -47,7 +47,7 @@ _OF_INSTANCES = (
 #: Tensors that are what they seem: torch's own classes, and those that its compiler and its exporter trace with.
 _ORDINARY = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None)))
 
-_MODULE_CALL = nn.Module.__call__
+_MODULE_CALL: Any = nn.Module.__call__
 
 _T = TypeVar("_T")
 
@@ -66,6 +66,10 @@ def own(value: Any, package: str = "torch") -> bool:
     return isinstance(value, BuiltinFunctionType) or (
         isinstance(value, type) and value.__module__.partition(".")[0] == package
     )
+
+
+#: Whether ``nn.Module.__call__`` was torch's when this package was imported.
+_ORIGINAL = own(_MODULE_CALL)
 
 
 def know(kind: type[nn.Module], *methods: str, functions: tuple[tuple[Any, str], ...] = ()) -> None:
@@ -111,17 +115,22 @@ def is_frozen_batch_norm(module: nn.Module) -> bool:
 
 
 @_constant
-def _class_changed(kind: type[nn.Module]) -> str:
-    path = _known.get(kind, ())
-    if path == ():
-        return f"there is no fused form of {kind.__module__}.{kind.__qualname__}"
-    if kind.__call__ is not nn.Module.__call__:
-        path = None
-    for get, owner, values in path or ():
-        if get(owner) != values:
+def _classes_changed(*kinds: type[nn.Module]) -> str:
+    """Why modules of one of these classes may compute something else than it is known for; "" if they do not."""
+    call = nn.Module.__call__
+    for kind in kinds:
+        path = _known.get(kind, ())
+        if path == ():
+            return f"there is no fused form of {kind.__module__}.{kind.__qualname__}"
+        if kind.__call__ is not call:
             path = None
-            break
-    return "" if path else f"somebody replaced a method of {kind.__name__} or a function that it calls"
+        for get, owner, values in path or ():
+            if get(owner) != values:
+                path = None
+                break
+        if not path:
+            return f"somebody replaced a method of {kind.__name__} or a function that it calls"
+    return ""
 
 
 @_constant
@@ -129,45 +138,50 @@ def _calls_replaced() -> bool:
     """Whether ``nn.Module.__call__`` was replaced, by others than torch.fx, which does so while it traces."""
     call: Any = nn.Module.__call__
     if call is _MODULE_CALL:
-        return not own(call)
+        return not _ORIGINAL
     by_fx = getattr(call, "__globals__", None) is vars(fx._symbolic_trace)
     return not (by_fx and call.__wrapped__ is _MODULE_CALL)
 
 
 def changed(module: nn.Module) -> str:
     """Why the module computes, or may compute, something else than its class is known for; "" if it does not."""
-    reason = _class_changed(type(module))
+    reason = _classes_changed(type(module))
     if reason:
         return reason
-    attributes = module.__dict__
     for name in _OF_INSTANCES:
-        if name in attributes:
+        if name in module.__dict__:
             return f"somebody replaced {name} of a {type(module).__name__}"
     return ""
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether this module's own hooks run when it is called, or when the gradient passes it."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def hooked(*modules: nn.Module) -> bool:
+    """Whether one of these modules' own hooks runs when it is called, or when the gradient passes it."""
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return True
+    return False
 
 
 def why_called(*modules: nn.Module | None) -> str:
     """Why one of these modules must be called rather than computed by a fused op; "" if nobody would notice."""
     if _has_any_global_hook():
         return "a global module hook is registered, so the plain layers run and it fires"
-    if _calls_replaced():
+    if (nn.Module.__call__ is not _MODULE_CALL or not _ORIGINAL) and _calls_replaced():
         return "somebody replaced torch.nn.Module.__call__, so the plain layers run"
+    kinds = []
     for module in modules:
         if module is None:
             continue
-        if hooked(module):
+        # As `hooked` and `changed` ask, in one place: this is asked at each call of each layer.
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"a hook on a {type(module).__name__}: its block runs unfused so that it fires"
-        reason = changed(module)
-        if reason:
-            return f"{reason}: its block runs unfused"
-    return ""
+        attributes = module.__dict__
+        for name in _OF_INSTANCES:
+            if name in attributes:
+                return f"{changed(module)}: its block runs unfused"
+        kinds.append(type(module))
+    reason = _classes_changed(*kinds)
+    return f"{reason}: its block runs unfused" if reason else ""
 
 
 def ordinary(*tensors: Any) -> bool:

@@ -14,12 +14,13 @@ import functools
 import inspect
 import operator
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import backends
 from ..backends import Backend
@@ -47,33 +48,38 @@ _OF_TENSORS = frozenset(
     )
     for keys in (_keys(dense, autocast), _keys(dense, autocast, _KEY.ADInplaceOrView, autograd))
 )
+_OURS = frozenset((Tensor, torch.nn.Parameter))
 #: What a thread includes if nothing watches it: no mode, no transform; in inference mode the second is off.
 _OF_THREADS = frozenset(
     keys.raw_repr() for keys in (_keys(_KEY.BackendSelect, _KEY.ADInplaceOrView), _keys(_KEY.BackendSelect))
 )
 
 
-def needs_dispatcher(tensors: Sequence[Any]) -> bool:
-    """Whether torch's dispatcher has work of its own on a call with these arguments.
+def unobserved(tensors: Iterable[Any]) -> bool:
+    """Whether torch's dispatcher would do nothing of its own with a call on these tensors: it may be left out.
 
-    It has none unless gradients are recorded, somebody traces, compiles, transforms or watches, autocast is on, or a
-    tensor is more than memory with strides.
+    Somebody may trace, compile, transform, profile or watch; autocast or gradients may be on; a tensor may be more than
+    memory with strides.
     """
-    if torch.compiler.is_compiling() or _C._get_tracing_state() is not None:
-        return True
-    if _C._dispatch_tls_local_include_set().raw_repr() not in _OF_THREADS:
-        return True
-    if _C._len_torch_function_stack() or _C._autograd._profiler_enabled():
-        return True
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return True
+    if (
+        torch.compiler.is_compiling()
+        or _C._dispatch_tls_local_include_set().raw_repr() not in _OF_THREADS
+        or _C._get_tracing_state() is not None
+        or _C._len_torch_function_stack()
+        or _C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+        or _C._is_any_autocast_enabled()
+    ):
+        return False
     grad = torch.is_grad_enabled()
     for tensor in tensors:
-        if isinstance(tensor, Tensor) and (
-            (grad and tensor.requires_grad) or _C._dispatch_keys(tensor).raw_repr() not in _OF_TENSORS
+        if tensor is not None and (
+            type(tensor) not in _OURS
+            or (grad and tensor.requires_grad)
+            or _C._dispatch_keys(tensor).raw_repr() not in _OF_TENSORS
         ):
-            return True
-    return False
+            return False
+    return True
 
 
 def _schema(name: str, arguments: type[Any], returns: Any) -> str:
@@ -157,29 +163,11 @@ class Op(Generic[A]):
         if transformed():  # the op has reverse-mode formulas only, plain torch has all
             self.check(a)
             return self.reference(a)
-        return self.overload(*a) if needs_dispatcher(a) else self.run(a)
+        return self.run(a) if unobserved([value for value in a if isinstance(value, Tensor)]) else self.overload(*a)
 
-    def run(self, a: A, bound: Bound[A] | None = None) -> Any:
+    def run(self, a: A) -> Any:
         """Compute the op without gradients: by a kernel, by torch's fused functions, or by the reference."""
-        self._checked(a)
         x = a[0]
-        if self.kernel is not None and x.numel():
-            candidates = backends.candidates(self.kind, x.device, self.dtype(a))
-            if candidates and (y := self.kernel(candidates, a, bound)) is not None:
-                return y
-        if self.native is not None and (y := self.native(a)) is not None:
-            return y
-        return self.reference(a)
-
-    def bind(
-        self, *constants: Any, dtype: torch.dtype = torch.float32, backend: str = "auto", **named: Any
-    ) -> Bound[A]:
-        """Return the op on constants, given in the order of the arguments without data, or by name (:class:`Bound`)."""
-        names = [name for name in self._names if name not in self.data]
-        return Bound(self, {**dict(zip(names, constants, strict=False)), **named}, dtype, backend)
-
-    def _checked(self, a: A) -> None:
-        """Check the arguments, unless others of these shapes, dtypes, devices and options have passed."""
         key: list[Any] = []
         for value in a:
             if isinstance(value, Tensor):
@@ -187,11 +175,24 @@ class Op(Generic[A]):
             else:
                 key.append(tuple(value) if type(value) is list else value)
         passed = tuple(key)
-        if passed not in self._passed:
+        if passed not in self._passed:  # others of these shapes, dtypes, devices and options need no second look
             self.check(a)
             if len(self._passed) > _CHECKS_KEPT:
                 self._passed.clear()
             self._passed.add(passed)
+        if self.kernel is not None and not (x.is_cpu and backends.selected == "auto") and x.numel():
+            candidates = backends.candidates(self.kind, x.device, self.dtype(a))
+            if candidates and (y := self.kernel(candidates, a, None)) is not None:
+                return y
+        y = None if self.native is None else self.native(a)
+        return self.reference(a) if y is None else y
+
+    def bind(
+        self, *constants: Any, dtype: torch.dtype = torch.float32, backend: str = "auto", **named: Any
+    ) -> Bound[A]:
+        """Return the op on constants, given in the order of the arguments without data, or by name (:class:`Bound`)."""
+        names = [name for name in self._names if name not in self.data]
+        return Bound(self, {**dict(zip(names, constants, strict=False)), **named}, dtype, backend)
 
     def _plain(self, a: A) -> Any:
         self.check(a)

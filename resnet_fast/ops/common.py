@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.layouts import channels_last, nchw, spoils_memory, with_strides_of
+from ..backends.layouts import channels_last, nchw, owned, spoils_memory, with_strides_of
 from ..backends.packing import Geometry
 
 _functorch: Any = torch._C._functorch
@@ -68,20 +68,17 @@ def conv_output_size(
     size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> list[int]:
     """[P, Q] of a convolution over [H, W]."""
-    return [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    h, w, r, s = *size, *kernel
+    p = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
+    q = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
+    return [p, q]
 
 
 def result(y: Tensor) -> Tensor:
-    """``y``, made by the op itself, as an op returns it: :func:`channels_last`, and not a view.
-
-    What autograd takes for a view of something inside an op nobody could change in place afterwards.
-    """
+    """Return ``y``, made by the op itself, as an op returns it: channels_last, and not a view."""
     if _vmapped():  # whose tensors know no memory format
         return y
-    y = channels_last(y)
-    if transformed() or not y._is_view():
-        return y
-    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
+    return channels_last(y) if transformed() else owned(y)
 
 
 def transformed() -> bool:

@@ -139,17 +139,15 @@ def native(
         overwrite_residual: the result may be written into the residual. finite: neither NaN nor an overflow can reach
             the ReLU.
     """
-    packed = packing.packed(
-        NAME, a.x, a.x.dtype, a.weight, a.scale, a.shift, a.geometry, None if bound is None else bound.kept
-    )
+    kept = None if bound is None else bound.kept
+    packed = packing.packed(NAME, a.x, a.x.dtype, a.weight, a.scale, a.shift, a[5:9], kept)
     if packed is None:
         return None
     conv, folded = packed
-    y = conv.run(
+    return conv.run(
         a.x, folded, a.residual, overwrite_residual=overwrite_residual, activation=a.activation,
         residual_after_activation=a.residual_after_activation, finite=finite,
     )  # fmt: skip
-    return result(y)
 
 
 def context(ctx: Any, a: Arguments, output: Tensor) -> None:

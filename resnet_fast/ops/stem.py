@@ -16,7 +16,7 @@ from resnet_fast.kernels.problems import Stem as Problem
 
 from .. import backends
 from ..backends import Backend, cuda, packing, triton
-from ..backends.layouts import kernel_vector
+from ..backends.layouts import kernel_vector, owned
 from ..backends.packing import Geometry
 from . import checks
 from ._op import Bound, Op
@@ -181,7 +181,7 @@ def native(a: Arguments, bound: Bound[Arguments] | None = None) -> Tensor | None
         return None
     conv, folded = packed
     image = a.x if a.mean is None or a.std is None else normalise(a.x, a.mean, a.std, torch.float32)
-    return result(_pool(conv.run(image, folded), a.ceil_mode).relu_())
+    return owned(_pool(conv.run(image, folded), a.ceil_mode).relu_())
 
 
 def context(ctx: Any, a: Arguments, output: Tensor) -> None:

@@ -13,9 +13,8 @@ from torchvision import models as torchvision_models
 import resnet_fast as rf
 from resnet_fast.graph import optimize
 from resnet_fast.models import BasicBlock, Bottleneck, ResNet
-from resnet_fast.ops import recompute
 from tests.graph.test_graph import ops
-from tests.networks import randomise, small, smooth
+from tests.networks import randomise, small, smooth, watch_ops
 from tests.numerics import assert_obeys_error_rule
 from tests.training.test_training_models import assert_obeys, batches, train
 
@@ -47,22 +46,8 @@ def pair(option: str, **kwargs: Any) -> tuple[ResNet, nn.Module]:
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """Names of this project's ops that the live models call, and whether they pool in ceil mode."""
-    calls: list[tuple[str, Any]] = []
-
-    def spy(module: Any, name: str) -> None:
-        op = getattr(module, name)
-
-        def recorded(*args: Any, **options: Any) -> Any:
-            calls.append((name, options.get("ceil_mode", args[-1])))
-            return op(*args, **options)
-
-        monkeypatch.setattr(module, name, recorded)
-
-    for name in ("stem", "conv_bn_act", "head"):
-        spy(rf.ops, name)
-    spy(recompute, "norm_act_pool")
-    return calls
+    """This project's ops that run, by name and arguments."""
+    return watch_ops(monkeypatch)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -74,10 +59,10 @@ def test_eval_and_optimized(option: str, size: tuple[int, int], called: list[tup
     with torch.no_grad():
         same, exact = theirs(x), copy.deepcopy(theirs).double()(x.double())
         assert_obeys_error_rule(ours(x), same, exact, option)
+        assert (called[0][0], called[0][1].ceil_mode) == ("stem", OPTIONS[option].get("unpadded_pool", False))
+        assert [name for name, _ in called[1:]] == ["conv_bn_act"] * (3 * sum(LAYERS) + 4) + ["head"]
         fused = optimize(ours)
         assert_obeys_error_rule(fused(x), same, exact, f"{option}, optimized")
-    assert called[0] == ("stem", OPTIONS[option].get("unpadded_pool", False))
-    assert [name for name, _ in called[1:]] == ["conv_bn_act"] * (3 * sum(LAYERS) + 4) + ["head"]
     assert ops(fused).count("stem") == 1
     assert "MaxPool2d" not in ops(fused)
 
@@ -95,7 +80,7 @@ def test_one_training_step(option: str, lean: bool, called: list[tuple[str, Any]
     data, exact = batches(1, 4, 65), copy.deepcopy(theirs).double()
     found = train(ours, data)
     assert_obeys(found, train(theirs, data), train(exact, data))
-    pooled = [last for name, last in called if name == "norm_act_pool"]
+    pooled = [a.ceil_mode for name, a in called if name == "norm_act_pool"]
     assert pooled == ([OPTIONS[option].get("unpadded_pool", False)] if lean else [])
 
 

@@ -403,7 +403,10 @@ class TestPackedWeightsFollowTheParameters:
     def test_packed_copies_are_bounded_over_all_sizes(self, kernel: int, stride: int, groups: int) -> None:
         weight, ones, zeros = torch.randn(64, 64 // groups, kernel, kernel), torch.ones(64), torch.zeros(64)
         geometry = ([stride, stride], [kernel // 2] * 2, [1, 1], groups)
-        conv, folded = packing.packed_conv(weight, ones, zeros, torch.float32, *geometry)
+        x = torch.randn(1, 64, 3, 3)
+        packed = packing.packed("conv_bn_act", x, torch.float32, weight, ones, zeros, geometry, None)
+        assert packed is not None
+        conv, folded = packed
         for i in range(400):
             x = torch.randn(1 + i % 3, 64, 1 + i % 34, 3 + i % 29).contiguous(memory_format=torch.channels_last)
             conv.run(x, folded)

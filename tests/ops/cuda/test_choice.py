@@ -235,7 +235,7 @@ def test_which_kernels_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
         names("cpu", "cuda")
     with cuda.substitute(Fake()):
         assert names("cpu", "cuda") == ["cuda"]
-        monkeypatch.setattr(backends, "_selected", "cuda")
+        monkeypatch.setattr(backends, "selected", "cuda")
         assert names("cpu") == ["cuda"] and names("cpu", "reference") == []
 
 
@@ -369,6 +369,7 @@ def test_the_ops_run_what_the_table_says(folder: Path, monkeypatch: pytest.Monke
     """Both may run: CUDA is launched where it was measured to be faster, Triton elsewhere; live and prepared."""
     if DEVICE == "cpu":  # by themselves kernels run on a GPU only
         monkeypatch.setattr(backends, "candidates", lambda *_: (triton, cuda))
+        monkeypatch.setattr(backends, "selected", "cuda")  # or CPU tensors ask for no candidates
     launched, device = watch(monkeypatch), torch.device(DEVICE)
     x = torch.randn(1, 8, 4, 4, dtype=torch.float16, device=device)
     weight, one = torch.randn(8, 8, 1, 1, dtype=torch.float16, device=device), torch.ones(8, device=device)
