@@ -16,7 +16,8 @@ from .. import backends
 from ..backends import Backend, cuda, triton
 from . import checks
 from ._op import Bound, Op
-from .common import accumulate_dtype, cast, relu_gradient, transformed
+from .common import accumulate_dtype, cast, transformed
+from .gradients import relu_gradient
 
 NAME = "add_act"
 

@@ -19,14 +19,14 @@ from resnet_fast.kernels.problems import BatchNormAct as Problem
 from .. import backends
 from ..backends import Backend, cuda, triton, triton_batch_norm_act
 from ..backends.layouts import channels_last, empty_channels_last, kernel_vector
+from ..backends.torch_batch_norm import moments as welford
+from ..backends.torch_batch_norm import moments_cpu, row_count, sums_of, variance_of
 from . import checks
 from ._op import Bound, Op
-from .common import accumulate_dtype, cast, relu_gradient, result, transformed
+from .common import accumulate_dtype, cast, result, transformed
+from .gradients import relu_gradient
 
 NAME = "batch_norm_act"
-
-#: Values of a row for torch's CPU statistics, whose sums then fit into a core's cache.
-_WIDEST = 32768
 
 
 class Norm(NamedTuple):
@@ -80,12 +80,6 @@ def check_all(
     checks.device(NAME, x, gamma=gamma, beta=beta, mean=mean, variance=other, residual=residual)
 
 
-def _rows(x: Tensor) -> int:
-    """How many values a channel has."""
-    n, _, h, w = x.shape
-    return n * h * w
-
-
 def _vector(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if vector is None else vector.detach().to(dtype)
 
@@ -94,75 +88,12 @@ def _kernels(
     among: tuple[Backend, ...], x: Tensor, step: str, relu: bool = False, residual: bool = False
 ) -> ModuleType | None:
     """Return the module whose launches compute a step (of ``Problem``) for ``x``, None if there is none."""
-    problem = Problem(_rows(x), x.shape[1], triton.precision(x.dtype), step, relu, residual)
+    problem = Problem(row_count(x), x.shape[1], triton.precision(x.dtype), step, relu, residual)
     choice = backends.choose(NAME, among, problem, x.device)
     return {"cuda": cuda, "triton": triton_batch_norm_act}.get(choice.name)
 
 
 # --- statistics
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, as float64 tensors: plain torch (Welford), any device and dtype."""
-    var, mean = torch.var_mean(x.to(accumulate_dtype(x.dtype)), (0, 2, 3), correction=0)
-    return mean.double(), var.double()
-
-
-def _moments_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`_moments`, by torch's CPU kernels.
-
-    That for channels_last sums each channel in float32, so it is told of more channels and fewer pixels than there are,
-    and these short sums are merged in float64 (Chan, Golub & LeVeque 1983). Where a mean is many deviations from 0,
-    whose digits float32 sums would lose, they are taken a second time of the differences from that mean.
-    """
-    if x.dtype is torch.float64:
-        return _moments(x)
-    x = channels_last(x)
-    mean, var = _merged(x, None)
-    if bool((mean.square() > 64 * var).any()):
-        far = mean.to(torch.float32)
-        difference, var = _merged(x, far)
-        mean = far.double() + difference
-    return mean, var
-
-
-def _side_by_side(x: Tensor) -> list[tuple[int, int, int]]:
-    """How to cut the pixels of an image stored channels_last: (first, last + 1, how many next to each other).
-
-    Memory that holds [pixels, C] is also [pixels / n, n * C]: torch's float32 sums over its rows are n times shorter.
-    """
-    rows, channels = _rows(x), x.shape[1]
-    most = min(_WIDEST // channels, rows // 32)
-    times = 1 << (most.bit_length() - 1) if most else 1
-    even = rows - rows % times
-    return [(0, even, times)] + ([(even, rows, 1)] if even < rows else [])
-
-
-def _rows_of(x: Tensor, first: int, end: int, times: int) -> Tensor:
-    """Those pixels as an image of ``times * C`` channels, a view of x's memory."""
-    matrix = x.permute(0, 2, 3, 1).reshape(_rows(x), x.shape[1])[first:end]
-    return matrix.reshape(1, (end - first) // times, 1, times * x.shape[1]).permute(0, 3, 1, 2)
-
-
-def _merged(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and variance in float64 of ``x - shift``, for x stored channels_last."""
-    rows, channels = _rows(x), x.shape[1]
-    means, variances, counts = [], [], []
-    for first, end, times in _side_by_side(x):
-        image = _rows_of(x, first, end, times)
-        if shift is not None:
-            image = image - shift.repeat(times).view(1, -1, 1, 1)
-        running = (None, None)
-        if x.dtype is not torch.float32:  # running statistics in float32 make it give its results in that too
-            running = tuple(torch.zeros(2, times * channels))
-        mean, variance = torch.batch_norm_update_stats(image, *running, 0.0)
-        means.append(mean.double().view(times, channels))
-        variances.append(variance.double().view(times, channels))
-        counts += [(end - first) // times] * times
-    weights = torch.tensor(counts, dtype=torch.float64).view(-1, 1) / rows
-    each = torch.cat(means)
-    mean = (each * weights).sum(0)
-    return mean, ((torch.cat(variances) + (each - mean).square()) * weights).sum(0)
 
 
 def _update(running: Tensor | None, batch: Tensor, momentum: float | Tensor) -> None:
@@ -232,12 +163,12 @@ def _increment_versions(*running: Tensor | None) -> None:
 def _statistics(a: Statistics) -> tuple[Tensor, Tensor, Tensor]:
     if not a.x.numel():
         return _finished(a, *(torch.zeros(a.x.shape[1], dtype=torch.float64, device=a.x.device) for _ in range(2)))
-    return _finished(a, *(_moments_cpu if a.x.device.type == "cpu" and _by_torch(a.x) else _moments)(a.x))
+    return _finished(a, *(moments_cpu if a.x.device.type == "cpu" and _by_torch(a.x) else welford)(a.x))
 
 
 def _finished(a: Statistics, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Merge this process's statistics with the others', and bring the running statistics up to date."""
-    dtype, rows = accumulate_dtype(a.x.dtype), _rows(a.x)
+    dtype, rows = accumulate_dtype(a.x.dtype), row_count(a.x)
     count: Tensor | None = None
     unbiased: Any = rows / (rows - 1) if rows > 1 else torch.nan
     weight: float | Tensor = a.momentum if rows else 0.0  # a batch without pixels leaves them as they are, as in torch
@@ -388,16 +319,11 @@ def native(a: Arguments, bound: Bound[Arguments] | None = None) -> Tensor | None
     if not a.x.numel() or not _by_torch(a.x):
         return None
     dtype = accumulate_dtype(a.x.dtype)
-    vectors = (_vector(a.gamma, dtype), _vector(a.beta, dtype), a.mean.to(dtype), _variance(a.invstd, dtype))
+    vectors = (_vector(a.gamma, dtype), _vector(a.beta, dtype), a.mean.to(dtype), variance_of(a.invstd, dtype))
     out = torch.native_batch_norm(channels_last(a.x), *vectors, False, 0.0, 0.0)[0]
     if a.residual is not None:
         out += a.residual
     return result(out.relu_() if a.activation == "relu" else out)
-
-
-def _variance(invstd: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what torch's kernels, which take a variance and eps, are to be given with eps = 0."""
-    return invstd.double().square().reciprocal().to(dtype)
 
 
 def context(ctx: Any, a: Arguments, output: Tensor) -> None:
@@ -466,7 +392,7 @@ def _differentiable(
     factor = invstd.to(dtype) if gamma is None else invstd.to(dtype) * gamma.to(dtype)
     inner = g
     if of_batch:
-        inner = g - (sum_grad.view(one) + xhat * sum_grad_xhat.view(one)) / _rows(x)
+        inner = g - (sum_grad.view(one) + xhat * sum_grad_xhat.view(one)) / row_count(x)
     return (
         (inner * factor.view(one)).to(x.dtype) if needed[0] else None,
         sum_grad_xhat.to(gamma.dtype) if needed[1] and gamma is not None else None,
@@ -542,8 +468,8 @@ def _backward_reference(a: Backward) -> _Gradients:
     factor = invstd.to(dtype) if gamma is None else invstd.to(dtype) * gamma.to(dtype)
     inner = g
     if of_batch and need_x:  # when to communicate is the same for all processes, whatever computes there
-        first, second = _shares(sums, _rows(x), count, group)
-        inner = g - (first.view(one) + xhat * second.view(one)) / _rows(x)
+        first, second = _shares(sums, row_count(x), count, group)
+        inner = g - (first.view(one) + xhat * second.view(one)) / row_count(x)
     grad_x = result((inner * factor.view(one)).to(x.dtype)) if need_x else x.new_empty(0)
     return (
         grad_x,
@@ -567,7 +493,7 @@ def _backward_kernel(among: tuple[Backend, ...], a: Backward, bound: Bound[Backw
         sums = (vector, torch.empty_like(vector))
         kernels.batch_norm_act_reduce(grad, x, output, mean, invstd, *sums)
         if need_shares:
-            shares = _shares(sums, _rows(x), a.count, a.group)
+            shares = _shares(sums, row_count(x), a.count, a.group)
     grad_x = empty_channels_last(x, x.shape) if a.need_x else None
     grad_residual = empty_channels_last(x, x.shape) if a.need_residual else None
     if a.need_x or a.need_residual:
@@ -590,40 +516,17 @@ def _backward_native(a: Backward, bound: Bound[Backward] | None = None) -> _Grad
     x = channels_last(a.x)
     if a.need_x:
         # Statistics of the batch are given as what a forward in train mode saves, constant ones as running statistics.
-        saved = (None, None, mean, invstd) if a.of_batch else (mean, _variance(invstd, dtype), None, None)
+        saved = (None, None, mean, invstd) if a.of_batch else (mean, variance_of(invstd, dtype), None, None)
         grad_x = torch.ops.aten.native_batch_norm_backward.default(
             g, x, one, *saved, a.of_batch, 0.0, [True, False, False]
         )[0]
     if a.need_sums:
-        sums = _sums(g, x, mean, invstd)
+        sums = sums_of(g, x, mean, invstd)
     return (
         result(grad_x) if a.need_x else nothing,
         *sums,
         (g.clone() if a.output is None else g) if a.need_residual else nothing.clone(),
     )
-
-
-def _sums(g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over pixels of g and of g * xhat, by torch's CPU kernel for constant statistics, cut as for the statistics.
-
-    Those that the gradient of x takes inside are not cut: divided by the number of pixels their errors are small there.
-    """
-    if x.device.type != "cpu" or x.dtype is torch.float64:
-        pieces = [(0, _rows(x), 1)]
-    else:
-        pieces = _side_by_side(x)
-    var, channels = _variance(invstd, mean.dtype), x.shape[1]
-    total = torch.zeros(2, channels, dtype=torch.float64, device=x.device)
-    for first, end, times in pieces:
-        vectors = (torch.ones_like(mean), mean, var)
-        gamma, centre, variance = (vector.repeat(times) for vector in vectors)
-        _, sum_grad_xhat, sum_grad = torch.ops.aten.native_batch_norm_backward.default(
-            _rows_of(g, first, end, times), _rows_of(x, first, end, times), gamma, centre, variance, None, None, False,
-            0.0, [False, True, True],
-        )  # fmt: skip
-        total += torch.stack([sum_grad, sum_grad_xhat]).double().view(2, times, channels).sum(1)
-    both = total.to(mean.dtype)
-    return both[0].clone(), both[1].clone()
 
 
 def _backward_empty(a: Backward) -> _Gradients:
@@ -714,15 +617,17 @@ def batch_norm_act(
         raise ValueError(f"{NAME}: running_mean and running_var must both be given or both be None")
     if not training and running_mean is None:
         raise ValueError(f"{NAME}: without training it needs running_mean and running_var")
-    if training and not group and _rows(x) == 1:
+    if training and not group and row_count(x) == 1:
         raise ValueError(f"{NAME}: in training a channel must have more than 1 value, got x of shape {list(x.shape)}")
     if transformed():
         if group:
             raise NotImplementedError(f"{NAME}: torch.func and forward mode do not go over several processes")
-        return _plain(
-            x, gamma, beta, running_mean, running_var, residual, training, momentum, eps, activation,
-            residual_after_activation,
-        )  # fmt: skip
+        # torch's layers, which all of its transforms can follow.
+        y = torch.nn.functional.batch_norm(x, running_mean, running_var, gamma, beta, training, momentum, eps)
+        if residual is not None and not residual_after_activation:
+            y = y + residual
+        y = y.relu() if activation == "relu" else y
+        return y + residual if residual is not None and residual_after_activation else y
     if training:
         mean, invstd, count = statistics(x, running_mean, running_var, momentum, eps, group)
     else:
@@ -733,24 +638,3 @@ def batch_norm_act(
         x, gamma, beta, mean, invstd, early, activation, training, count, group if training else ""
     )
     return out if late is None else out + late
-
-
-def _plain(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    activation: str,
-    residual_after_activation: bool,
-) -> Tensor:
-    """torch's layers, which torch.func and forward-mode AD can follow."""
-    y = torch.nn.functional.batch_norm(x, running_mean, running_var, gamma, beta, training, momentum, eps)
-    if residual is not None and not residual_after_activation:
-        y = y + residual
-    y = y.relu() if activation == "relu" else y
-    return y + residual if residual is not None and residual_after_activation else y

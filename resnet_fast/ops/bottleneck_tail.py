@@ -16,18 +16,10 @@ from ..backends.layouts import channels_last, empty_channels_last, kernel_vector
 from ..backends.packing import Geometry
 from . import checks
 from ._op import Bound, Op
-from .common import (
-    accumulate_dtype,
-    autocast_weight,
-    cast,
-    conv_output_size,
-    convolution_gradients,
-    freeze_constants,
-    pair,
-    relu_gradient,
-)
+from .common import accumulate_dtype, autocast_weight, cast, conv_output_size, freeze_constants, pair
 from .conv_bn_act import OP as CONV_BN_ACT
 from .conv_bn_act import Arguments as Conv
+from .gradients import convolution_gradients, relu_gradient
 
 NAME = "bottleneck_tail"
 
@@ -96,17 +88,10 @@ def _check_conv(
             f"{NAME}: weight{suffix} has shape {list(weight.shape)}; "
             f"it must be [K, {channels}, {kernel}, {kernel}], since {source} has {channels} channels"
         )
-    if weight.dtype is not a.dtype and not (weight.dtype is torch.float32 and a.dtype is not torch.float64):
-        wanted = a.dtype if a.dtype in (torch.float32, torch.float64) else f"{a.dtype} or torch.float32"
-        raise TypeError(f"{NAME}: weight{suffix} is {weight.dtype}, a is {a.dtype}; weight{suffix} must be {wanted}")
-    for name, vector in ((f"scale{suffix}", scale), (f"shift{suffix}", shift)):
-        if vector.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{NAME}: {name} is {vector.dtype}; it must be torch.float32 (or float64), never narrower")
-        if vector.dim() != 1 or vector.shape[0] != weight.shape[0]:
-            raise ValueError(
-                f"{NAME}: {name} has shape {list(vector.shape)}, weight{suffix} has {weight.shape[0]} output "
-                f"channels; {name} must be [{weight.shape[0]}]"
-            )
+    checks.weight_dtype(NAME, a, weight, "a", f"weight{suffix}")
+    checks.per_channel(
+        NAME, weight.shape[0], f"weight{suffix}", **{f"scale{suffix}": scale, f"shift{suffix}": shift}
+    )  # fmt: skip
 
 
 def check(arguments: Arguments) -> None:

@@ -23,14 +23,14 @@ def image(op: str, x: Tensor, channels: int | None = None) -> None:
         raise ValueError(f"{op}: x has {x.shape[1]} channels, weight expects {channels}")
 
 
-def weight_dtype(op: str, x: Tensor, weight: Tensor) -> None:
+def weight_dtype(op: str, x: Tensor, weight: Tensor, image: str = "x", name: str = "weight") -> None:
     """Weights come in x's dtype, or in float32 beside a narrower x (rounded once, when they are packed)."""
     if weight.dtype is x.dtype or (weight.dtype is torch.float32 and x.dtype is not torch.float64):
         return
     allowed = {torch.float32: "torch.float32", torch.float64: "torch.float64"}.get(
         x.dtype, f"{x.dtype} or torch.float32"
     )
-    raise TypeError(f"{op}: weight is {weight.dtype}, x is {x.dtype}; weight must be {allowed}")
+    raise TypeError(f"{op}: {name} is {weight.dtype}, {image} is {x.dtype}; {name} must be {allowed}")
 
 
 def device(op: str, x: Tensor, called: str = "x", /, **others: Tensor | None) -> None:
@@ -41,12 +41,12 @@ def device(op: str, x: Tensor, called: str = "x", /, **others: Tensor | None) ->
             )
 
 
-def per_channel(op: str, channels: int, **vectors: Tensor) -> None:
+def per_channel(op: str, channels: int, weight: str = "weight", /, **vectors: Tensor) -> None:
     for name, vector in vectors.items():
         if vector.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{op}: {name} is {vector.dtype}; it must be torch.float32 (or float64), never narrower")
         if vector.dim() != 1 or vector.shape[0] != channels:
             raise ValueError(
-                f"{op}: {name} has shape {list(vector.shape)}, weight has {channels} output channels; "
+                f"{op}: {name} has shape {list(vector.shape)}, {weight} has {channels} output channels; "
                 f"{name} must be [{channels}]"
             )

@@ -16,17 +16,8 @@ from ..backends.layouts import channels_last, empty_channels_last, kernel_vector
 from ..backends.packing import Geometry
 from . import checks
 from ._op import Bound, Op
-from .common import (
-    accumulate_dtype,
-    autocast_weight,
-    cast,
-    conv_output_size,
-    convolution_gradients,
-    freeze_constants,
-    pair,
-    relu_gradient,
-    result,
-)
+from .common import accumulate_dtype, autocast_weight, cast, conv_output_size, freeze_constants, pair, result
+from .gradients import convolution_gradients, relu_gradient
 
 NAME = "conv_bn_act"
 

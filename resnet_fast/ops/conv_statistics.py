@@ -22,7 +22,7 @@ from ..backends import triton
 from ..backends.layouts import channels_last, empty_channels_last, kernel_vector, kernel_weight
 from . import checks
 from ._op import Op
-from .batch_norm_act import Norm, moments, norm_gradients
+from .batch_norm_act import Norm, moments
 from .common import accumulate_dtype, cast
 from .recompute import (
     NO_NORM,
@@ -30,8 +30,8 @@ from .recompute import (
     apply_norm,
     convolve,
     convolved,
-    differentiate,
-    gradients_of_conv,
+    norm_and_conv_backward,
+    save_norm_and_conv,
 )
 
 NAME = "conv_statistics"
@@ -174,39 +174,12 @@ def empty(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def context(ctx: Any, a: Arguments, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.of_batch, ctx.group, ctx.geometry = a.of_batch, a.group, a[10:]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*a[:5], a.count, a.weight, a.bias)
-
-
-def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
-    x, gamma, beta, mean, invstd, count, weight, bias = ctx.saved_tensors
-    before = None if mean is None else Norm(gamma, beta, mean, invstd, ctx.of_batch, count, ctx.group)
-    needed = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[8:10])  # x, gamma, beta, weight, bias
-
-    def all_of(x: Any, gamma: Any, beta: Any, weight: Any, bias: Any) -> tuple[Any, ...]:
-        return x, gamma, beta, *([None] * 5), weight, bias, *([None] * 4)
-
-    if grad is None:
-        return all_of(*([None] * 5))
-    if torch.is_grad_enabled():
-
-        def plainly(x: Tensor, gamma: Any, beta: Any, weight: Tensor, bias: Any) -> Tensor:
-            a = x if before is None else apply_norm(x, before._replace(gamma=gamma, beta=beta))
-            return convolve(a, weight, bias, *ctx.geometry)
-
-        return all_of(*differentiate(plainly, (x, gamma, beta, weight, bias), needed, grad))
-    inside = any(needed[:3])
-    a = channels_last(x) if before is None else apply_norm(x, before)
-    grad_a, *grads = gradients_of_conv(grad, a, weight, bias, ctx.geometry, (inside, *needed[3:]))
-    if before is None or grad_a is None or not inside:
-        return all_of(grad_a, None, None, *grads)
-    return all_of(*norm_gradients(grad_a, x, a, before, (*needed[:3], False))[:3], *grads)
+    save_norm_and_conv(ctx, a)
 
 
 OP = Op(
-    NAME, Arguments, check, empty, compute, context=context, backward=backward,
+    NAME, Arguments, check, empty, compute, context=context, backward=norm_and_conv_backward,
     autocast=lambda dtype, a: a._replace(x=cast(a.x, dtype)), returns=tuple[Tensor, Tensor, Tensor],
 )  # fmt: skip
 

@@ -22,7 +22,8 @@ from . import checks
 from ._op import Op
 from .batch_norm_act import OP as BATCH_NORM_ACT
 from .batch_norm_act import Norm, norm_gradients
-from .common import cast, conv_output_size, convolution_backward, result
+from .common import cast, conv_output_size, result
+from .gradients import convolution_backward
 
 Ints: TypeAlias = Sequence[int]
 
@@ -80,6 +81,27 @@ def gradients_of_conv(
     )
 
 
+def gradients_of_norm_and_conv(
+    grad: Tensor,
+    x: Tensor,
+    a: Tensor,
+    before: Norm | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``conv(a, weight, bias)`` for x, before's gamma and beta, weight and bias, None if not ``needed``.
+
+    ``a`` is ``relu(before(x))``, x itself if there is no norm before.
+    """
+    inside = any(needed[:3])
+    grad_a, *grads = gradients_of_conv(grad, a, weight, bias, geometry, (inside, *needed[3:]))
+    if before is None or grad_a is None or not inside:
+        return grad_a, None, None, *grads
+    return *norm_gradients(grad_a, x, a, before, (needed[0], needed[1], needed[2], False))[:3], *grads
+
+
 def differentiate(function: Any, inputs: Sequence[Any], needed: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
     """Gradients by torch's own differentiation of ``function(*inputs)``: for gradients of gradients."""
     with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
@@ -114,38 +136,36 @@ class NormActConv(NamedTuple):
         return Norm(*self[1:8])
 
 
-def _norm_act_conv_context(ctx: Any, a: NormActConv, output: Tensor) -> None:
+def save_norm_and_conv(ctx: Any, a: Any, *_: Any) -> None:
+    """Save the arguments of a convolution with a norm and ReLU before it for :func:`norm_and_conv_backward`."""
     ctx.of_batch, ctx.group, ctx.geometry = a.of_batch, a.group, a[10:]
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*a[:5], a.count, a.weight, a.bias)
 
 
-def _norm_act_conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def norm_and_conv_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+    """Differentiate ``conv(relu(norm(x)), weight, bias)``, or without the norm if there is none."""
     x, gamma, beta, mean, invstd, count, weight, bias = ctx.saved_tensors
-    norm = Norm(gamma, beta, mean, invstd, ctx.of_batch, count, ctx.group)
-    need_x, need_gamma, need_beta, *_, need_weight, need_bias = ctx.needs_input_grad[:10]
-    inside = need_x or need_gamma or need_beta
-    if torch.is_grad_enabled():
+    before = None if mean is None else Norm(gamma, beta, mean, invstd, ctx.of_batch, count, ctx.group)
+    needed = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[8:10])  # x, gamma, beta, weight, bias
+    grads: Sequence[Tensor | None] = [None] * 5
+    if grad is not None and torch.is_grad_enabled():
 
         def plainly(x: Tensor, gamma: Any, beta: Any, weight: Tensor, bias: Any) -> Tensor:
-            return convolve(apply_norm(x, norm._replace(gamma=gamma, beta=beta)), weight, bias, *ctx.geometry)
+            a = x if before is None else apply_norm(x, before._replace(gamma=gamma, beta=beta))
+            return convolve(a, weight, bias, *ctx.geometry)
 
-        needed = (need_x, need_gamma, need_beta, need_weight, need_bias)
         grads = differentiate(plainly, (x, gamma, beta, weight, bias), needed, grad)
-        return *grads[:3], *([None] * 5), *grads[3:], *([None] * 4)
-    a = apply_norm(x, norm)
-    grad_a, grad_weight, grad_bias = gradients_of_conv(
-        grad, a, weight, bias, ctx.geometry, (inside, need_weight, need_bias)
-    )
-    grads = [None] * 4
-    if grad_a is not None and inside:
-        grads = list(norm_gradients(grad_a, x, a, norm, (need_x, need_gamma, need_beta, False)))
-    return *grads[:3], *([None] * 5), grad_weight, grad_bias, *([None] * 4)
+    elif grad is not None:
+        a = channels_last(x) if before is None else apply_norm(x, before)
+        grads = gradients_of_norm_and_conv(grad, x, a, before, weight, bias, ctx.geometry, needed)
+    return *grads[:3], *([None] * 5), *grads[3:], *([None] * 4)
 
 
 NORM_ACT_CONV = Op(
     "norm_act_conv", NormActConv, lambda a: checks.image("norm_act_conv", a.x, a.weight.shape[1] * a.groups),
     lambda a: convolved(a.x, *a[8:]), lambda a: convolve(apply_norm(a.x, a.norm), *a[8:]),
-    context=_norm_act_conv_context, backward=_norm_act_conv_backward,
+    context=save_norm_and_conv, backward=norm_and_conv_backward,
     autocast=lambda dtype, a: a._replace(x=cast(a.x, dtype)),
 )  # fmt: skip
 
@@ -218,55 +238,35 @@ def _conv_norm_act_context(ctx: Any, a: ConvNormAct, output: Tensor) -> None:
 
 def _conv_norm_act_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, gamma0, beta0, mean0, invstd0, count0, weight, bias, gamma, beta, mean, invstd, count, output = ctx.saved_tensors
-    before = Norm(gamma0, beta0, mean0, invstd0, ctx.fixed[0], count0, ctx.fixed[1])
+    before = Norm(gamma0, beta0, mean0, invstd0, ctx.fixed[0], count0, ctx.fixed[1]) if ctx.has_before else None
     norm = Norm(gamma, beta, mean, invstd, ctx.fixed[2], count, ctx.fixed[3])
-    needs = ctx.needs_input_grad
-    need_x, need_gamma0, need_beta0 = needs[1:4]
-    need_weight, need_bias = needs[9:11]
-    need_gamma, need_beta, need_residual = needs[15], needs[16], needs[22]
-
-    def all_of(
-        x: Any, gamma0: Any, beta0: Any, weight: Any, bias: Any, gamma: Any, beta: Any, residual: Any
-    ) -> tuple[Any, ...]:
-        none = [None] * 4
-        return (None, x, gamma0, beta0, *none, None, weight, bias, *none, gamma, beta, *none, None, residual, None)
-
+    positions = (1, 2, 3, 9, 10, 15, 16, 22)  # of x, gamma0, beta0, weight, bias, gamma, beta, residual
+    needed = tuple(ctx.needs_input_grad[position] for position in positions)
+    found: list[Tensor | None] = [None] * 8
     if torch.is_grad_enabled():
-        zero = torch.zeros_like(grad).requires_grad_() if need_residual else None
+        zero = torch.zeros_like(grad).requires_grad_() if needed[7] else None
 
         def plainly(
             x: Tensor, gamma0: Any, beta0: Any, weight: Any, bias: Any, gamma: Any, beta: Any, zero: Any
         ) -> Tensor:
-            a = apply_norm(x, before._replace(gamma=gamma0, beta=beta0)) if ctx.has_before else x
-            y = apply_norm(
-                convolve(a, weight, bias, *ctx.geometry), norm._replace(gamma=gamma, beta=beta), zero, "none"
-            )
+            a = x if before is None else apply_norm(x, before._replace(gamma=gamma0, beta=beta0))
+            y = convolve(a, weight, bias, *ctx.geometry)
+            y = apply_norm(y, norm._replace(gamma=gamma, beta=beta), zero, "none")
             # The residual is not kept; the output shows what of the sum went through.
             return y if output is None else torch.where(output <= 0, 0.0, y).to(y.dtype)
 
-        needed = (need_x, need_gamma0, need_beta0, need_weight, need_bias, need_gamma, need_beta, need_residual)
-        return all_of(*differentiate(plainly, (x, gamma0, beta0, weight, bias, gamma, beta, zero), needed, grad))
-    inside = need_x or need_gamma0 or need_beta0
-    need_y = inside or need_weight or need_bias
-    a = apply_norm(x, before) if ctx.has_before else channels_last(x)
-    y = CONV_AGAIN.overload(a, weight, bias, *ctx.geometry)
-    grad_y, grad_gamma, grad_beta, grad_residual = norm_gradients(
-        grad, y, output, norm, (need_y, need_gamma, need_beta, need_residual)
-    )
-    del y
-    grad_a = grad_weight = grad_bias = None
-    if grad_y is not None and need_y:
-        grad_a, grad_weight, grad_bias = gradients_of_conv(
-            grad_y, a, weight, bias, ctx.geometry, (inside, need_weight, need_bias)
-        )
-    grad_x, grad_gamma0, grad_beta0 = grad_a, None, None
-    if ctx.has_before and grad_a is not None and inside:
-        grad_x, grad_gamma0, grad_beta0, _ = norm_gradients(
-            grad_a, x, a, before, (need_x, need_gamma0, need_beta0, False)
-        )
-    return all_of(
-        grad_x, grad_gamma0, grad_beta0, grad_weight, grad_bias, grad_gamma, grad_beta, grad_residual
-    )  # fmt: skip
+        found = differentiate(plainly, (x, gamma0, beta0, weight, bias, gamma, beta, zero), needed, grad)
+    else:
+        a = channels_last(x) if before is None else apply_norm(x, before)
+        y = CONV_AGAIN.overload(a, weight, bias, *ctx.geometry)
+        grad_y, *found[5:] = norm_gradients(grad, y, output, norm, (any(needed[:5]), *needed[5:]))
+        del y
+        if grad_y is not None:
+            found[:5] = gradients_of_norm_and_conv(grad_y, x, a, before, weight, bias, ctx.geometry, needed[:5])
+    every: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for position, gradient in zip(positions, found, strict=True):
+        every[position] = gradient
+    return tuple(every)
 
 
 def _conv_norm_act_autocast(dtype: torch.dtype, a: ConvNormAct) -> ConvNormAct:

@@ -20,17 +20,9 @@ from ..backends.layouts import kernel_vector, owned
 from ..backends.packing import Geometry
 from . import checks
 from ._op import Bound, Op
-from .common import (
-    accumulate_dtype,
-    autocast_weight,
-    cast,
-    conv_output_size,
-    convolution_gradients,
-    freeze_constants,
-    relu_gradient,
-    result,
-)
+from .common import accumulate_dtype, autocast_weight, cast, conv_output_size, freeze_constants, result
 from .conv_bn_act import OP as CONV_BN_ACT
+from .gradients import convolution_gradients, relu_gradient
 
 NAME = "stem"
 KERNEL, STRIDE, PADDING = [7, 7], [2, 2], [3, 3]
