@@ -6,6 +6,7 @@ It imports neither triton nor a kernel, so that asking costs nothing. The ops ho
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -138,3 +139,16 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda":
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def launch(op: str, problem: Any, device: torch.device, *arguments: Any, function: str = "launch", **form: Any) -> None:
+    """Run an op's kernel as it is chosen for the problem.
+
+    Args:
+        arguments, form: what the kernel's ``launch`` takes before and after the problem and the choice.
+        function: of the kernel's module.
+    """
+    kernels = importlib.import_module(f"resnet_fast.kernels.{op}")
+    config = kernels.choose(problem, gpu_of(device))
+    with on(device):
+        getattr(kernels, function)(*arguments, problem, config, **form)()

@@ -76,11 +76,7 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
     if choice.backend is cuda:
         cuda.add_act(x, y, out, activation=a.activation)
     elif choice.backend is triton:
-        from resnet_fast.kernels import add_act as kernels
-
-        with triton.on(x.device):
-            config = kernels.choose(asked, triton.gpu_of(x.device))
-            kernels.launch(x, y, out, asked, config, activation=a.activation)()
+        triton.launch(NAME, asked, x.device, x, y, out, activation=a.activation)
     return None if choice.backend is None else out
 
 
@@ -130,11 +126,7 @@ def _gradient_kernel(among: tuple[Backend, ...], a: Gradient, bound: Bound[Gradi
     if choice.backend is cuda:
         cuda.add_act_backward(grad, output, out)
     elif choice.backend is triton:
-        from resnet_fast.kernels import add_act as kernels
-
-        with triton.on(output.device):
-            config = kernels.choose(asked, triton.gpu_of(output.device))
-            kernels.launch_backward(grad, output, out, asked, config)()
+        triton.launch(NAME, asked, output.device, grad, output, out, function="launch_backward")
     return None if choice.backend is None else out
 
 

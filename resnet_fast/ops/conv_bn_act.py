@@ -113,11 +113,7 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
     if choice.backend is cuda:
         cuda.conv_bn_act(choice.kernel, x, weight, scale, shift, residual, out, asked, **form)
     elif choice.backend is triton:
-        from resnet_fast.kernels import conv_bn_act as kernels
-
-        config = kernels.choose(asked, triton.gpu_of(x.device))
-        with triton.on(x.device):
-            kernels.launch(x, weight, scale, shift, residual, out, asked, config, **form)()
+        triton.launch(NAME, asked, x.device, x, weight, scale, shift, residual, out, **form)
     return None if choice.backend is None else out
 
 

@@ -63,12 +63,8 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
         bias = None if a.bias is None else kernel_vector(a.bias)
         cuda.head(x, weight, bias, out, asked, triton.gpu_of(x.device))
     elif choice.backend is triton:
-        from resnet_fast.kernels import head as kernels
-
         bias = None if a.bias is None else a.bias.detach().contiguous()
-        config = kernels.choose(asked, triton.gpu_of(x.device))
-        with triton.on(x.device):
-            kernels.launch(x, weight, bias, out, asked, config)()
+        triton.launch(NAME, asked, x.device, x, weight, bias, out)
     return None if choice.backend is None else out
 
 

@@ -153,14 +153,11 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
     if choice.name not in kept:
         kept[choice.name] = PACKED[choice.name](a.weight, a.dtype), kernel_vector(a.scale), kernel_vector(a.shift)
     normalisation = None if a.mean is None or a.std is None else _normalisation(tuple(a.mean), tuple(a.std), a.x.device)
-    arguments = (a.x, *kept[choice.name], normalisation, out, asked)
+    weight, scale, shift = kept[choice.name]
     if choice.backend is cuda:
-        cuda.stem(*arguments)
+        cuda.stem(a.x, weight, scale, shift, normalisation, out, asked)
     else:
-        from resnet_fast.kernels import stem as kernels
-
-        with triton.on(a.x.device):
-            kernels.launch(*arguments, kernels.choose(asked, triton.gpu_of(a.x.device)))()
+        triton.launch(NAME, asked, a.x.device, a.x, weight, scale, shift, normalisation, out)
     return out
 
 
