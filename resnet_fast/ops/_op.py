@@ -68,7 +68,8 @@ def unobserved(tensors: Iterable[Any]) -> bool:
         or _C._len_torch_function_stack()
         or _C._autograd._profiler_enabled()
         or forward_ad._current_level >= 0
-        or _C._is_any_autocast_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
     ):
         return False
     grad = torch.is_grad_enabled()
