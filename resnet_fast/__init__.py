@@ -1,7 +1,15 @@
-"""resnet_fast: ResNets made of fused kernels, with the parameters and answers of the ResNets made of layers.
+"""Provide ResNets that run as fused kernels, with torchvision's parameters and answers.
 
-The public names of the package; what they are made of lives in the subpackages, imports running downward only:
+This file lists the public names. The subpackages hold the code, and import downward only:
 caffe -> models, graph -> nn -> ops -> backends and kernels.
+
+Examples:
+    >>> import torch
+    >>> import resnet_fast as rf
+    >>> model = rf.resnet18().eval()  # weights="DEFAULT" for the published parameters
+    >>> fast = rf.optimize(model)  # a frozen, fused copy for inference
+    >>> fast(torch.rand(1, 3, 224, 224)).shape
+    torch.Size([1, 1000])
 """
 
 from __future__ import annotations
@@ -12,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# The command line shows its help without torch. Everywhere else `import resnet_fast` imports all but Caffe's part, for
-# that also registers torch.ops.resnet_fast, which exported programs need. `python -m` has "-m" in place of the name.
+# The command line shows its help without torch. Everywhere else `import resnet_fast` imports everything but the Caffe
+# part, because importing also registers torch.ops.resnet_fast, which exported programs need. Under `python -m`,
+# sys.argv[0] is "-m" instead of the module's name.
 _COMMAND_LINE = "resnet_fast_cli" in sys.modules or (
     sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv) :][:1] in (["resnet_fast"], ["resnet_fast.cli"])
 )
@@ -21,7 +30,7 @@ _COMMAND_LINE = "resnet_fast_cli" in sys.modules or (
 if TYPE_CHECKING or not _COMMAND_LINE:
     from . import backends, models, nn, ops
     from ._info import Info, info
-    from .graph.optimize import optimize  # the module of the same name would hide it from mypy in this block
+    from .graph.optimize import optimize  # not from .graph: mypy would take the module of the same name
     from .models import (
         resnet18,
         resnet34,
@@ -72,4 +81,4 @@ else:
         return getattr(importlib.import_module(home, __name__), name)
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return list(__all__)

@@ -1,4 +1,4 @@
-"""What is installed, what runs and why not something faster: the report behind ``resnet_fast.info()``."""
+"""Report what is installed, which backend runs, and why not a faster one: ``resnet_fast.info()``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .backends import cuda
 _PACKAGES = ("triton", "torchvision", "numpy", "safetensors", "Pillow", "protobuf", "onnxruntime", "openvino")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Info:
-    """A snapshot of this process; ``str()`` is the readable report, :meth:`as_dict` the same for machines."""
+    """A snapshot of this process: ``print(info)`` shows the whole report, :meth:`as_dict` gives it as data."""
 
     version: str
     python: str
@@ -35,7 +35,16 @@ class Info:
     fallbacks: list[str]
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain dicts, lists, strings and numbers."""
         return asdict(self)
+
+    def __repr__(self) -> str:
+        usable = ", ".join(name for name, why in self.backends.items() if not why)
+        fell_back = f"{len(self.fallbacks)} fallbacks" if len(self.fallbacks) != 1 else "1 fallback"
+        return (
+            f"<resnet_fast {self.version}, torch {self.torch}, {', '.join(self.gpus) or 'no GPU'}, backend "
+            f"{self.backend} (available: {usable}), {fell_back}; print() shows all>"
+        )
 
     def __str__(self) -> str:
         rows = [
@@ -56,7 +65,7 @@ class Info:
 
 
 def _native(found: dict[str, Any]) -> str:
-    """The CUDA C++ module in a line; the reason where there is none, in full: a compiler's may have several lines."""
+    """Return one line on the CUDA C++ module, or why there is none: a compiler's message may have several lines."""
     if not found["built"]:
         return str(found["reason"])
     archs = ", ".join(found["archs"]) or "no GPU"
@@ -74,7 +83,7 @@ def _cpu_name() -> str:
                 if line.startswith("model name"):
                     return line.partition(":")[2].strip()
     except OSError:
-        pass  # not Linux: platform knows a name there
+        pass  # not Linux: platform.processor() has the name
     return platform.processor() or platform.machine()
 
 
@@ -86,7 +95,15 @@ def _version(package: str) -> str | None:
 
 
 def info() -> Info:
-    """What is built, found and used in this process, and why not something faster."""
+    """Return what is built, found and used in this process, and why not something faster.
+
+    Examples:
+        >>> import resnet_fast as rf
+        >>> rf.info()  # one line; print() shows all  # doctest: +ELLIPSIS
+        <resnet_fast ...; print() shows all>
+        >>> rf.info().backends["reference"]  # the reason why a backend cannot be used; "" if it can
+        ''
+    """
     from . import __version__
 
     found = {package: _version(package) for package in _PACKAGES}
@@ -106,5 +123,8 @@ def info() -> Info:
         native=cuda.described(),
         backend=backends.current(),
         backends=backends.available(),
-        fallbacks=[f"{what}: {why} ({count} times)" for (what, why), count in backends.fallbacks().items()],
+        fallbacks=[
+            f"{what}: {why} ({'once' if count == 1 else f'{count} times'})"
+            for (what, why), count in backends.fallbacks().items()
+        ],
     )

@@ -1,6 +1,6 @@
-"""Pictures of results: horizontal bars, one colour for ours and one for the others. matplotlib is imported on use.
+"""Draw results as horizontal bars, with one colour for resnet_fast and one for the others. Imports matplotlib on use.
 
-A picture repeats numbers that a result already holds; it computes none.
+A picture repeats numbers from a result; nothing is computed here.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ PARTS = {
     "overflow guards": "#8fb8a8",
     "other": "#c9ced6",
 }
-"""What time can go to, and its colour in a breakdown."""
+"""Kinds of work that a breakdown shows, and the colour of each."""
 
 
 class PlotError(RuntimeError):
-    """A plot that cannot be made: matplotlib is missing, or the file name has no known ending."""
+    """Raised for a plot that cannot be made: matplotlib is missing, or the file name has an unknown ending."""
 
 
 def check(path: str | os.PathLike[str]) -> None:
-    """Raises PlotError now if a plot could not be written to ``path`` later."""
+    """Raise PlotError now if a plot could not be written to ``path`` later."""
     if importlib.util.find_spec("matplotlib") is None:
         raise PlotError("plots need matplotlib: pip install 'resnet_fast[plot]'")
     if Path(path).suffix.lower() not in FORMATS:
@@ -49,7 +49,7 @@ def check(path: str | os.PathLike[str]) -> None:
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Writes ``figure`` to ``path`` atomically; the same data gives the same SVG."""
+    """Write ``figure`` to ``path`` atomically; the same data gives the same SVG."""
     check(path)
     import matplotlib
 
@@ -62,7 +62,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
 
 
 def comparison(result: dict[str, Any]) -> Figure:
-    """Bars of the median time per batch of every timed contestant, with the tenth and ninetieth percentile."""
+    """Return bars of the median time per batch of every timed runtime, with the 10th and 90th percentile."""
     from matplotlib.figure import Figure
 
     setting, cpu, version = result["setting"], result["machine"]["cpu"], result["machine"]["versions"]["torch"]
@@ -76,11 +76,11 @@ def comparison(result: dict[str, Any]) -> Figure:
         whiskers = [[middle - 1e3 * seconds["p10"]], [1e3 * seconds["p90"] - middle]]
         axes.barh(position, middle, color=OURS if row["ours"] else THEIRS, height=0.7,
                   xerr=whiskers, error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2})  # fmt: skip
-        axes.text(1e3 * seconds["p90"], position, f"  {middle:.4g} ms", va="center", color=INK, fontsize=9)
+        _label(axes, 1e3 * seconds["p90"], position, f"{middle:.4g} ms")
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.2e3 * max(row["seconds"]["p90"] for row in rows))
-    axes.set_xlabel("ms per batch (median; whiskers: 10th and 90th percentile)")
+    axes.set_xlabel("ms per batch, lower is better (median; whiskers: 10th and 90th percentile)")
     axes.set_title(
         f"{setting['arch']}, {setting['dtype']}, batch {setting['batch']}, {setting['image_size']} px\n"
         f"{cpu}, {threads_text(setting['threads'])}, torch {version}",
@@ -91,7 +91,7 @@ def comparison(result: dict[str, Any]) -> Figure:
 
 
 def breakdown(title: str, bars: dict[str, dict[str, float]]) -> Figure:
-    """Stacked bars: bar label -> part (a key of ``PARTS``) -> seconds."""
+    """Return stacked bars: bar label -> part (a key of ``PARTS``) -> seconds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 1.4 + 0.55 * len(bars)))
@@ -102,11 +102,11 @@ def breakdown(title: str, bars: dict[str, dict[str, float]]) -> Figure:
             width = 1e3 * parts.get(part, 0.0)
             axes.barh(position, width, left=left, color=color, height=0.65)
             left += width
-        axes.text(left, position, f"  {left:.4g} ms", va="center", color=INK, fontsize=9)
+        _label(axes, left, position, f"{left:.1f} ms")
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15e3 * max(sum(parts.values()) for parts in bars.values()))
-    axes.set_xlabel("ms per image")
+    axes.set_xlabel("ms per image, lower is better")
     axes.set_title(title, fontsize=10, loc="left")
     used = [part for part in PARTS if any(parts.get(part, 0.0) > 0 for parts in bars.values())]
     handles = [axes.barh(0, 0, color=PARTS[part]) for part in used]
@@ -117,7 +117,7 @@ def breakdown(title: str, bars: dict[str, dict[str, float]]) -> Figure:
 
 
 def throughput(title: str, groups: dict[str, dict[str, float]], ours: set[str]) -> Figure:
-    """Grouped bars: what was run -> contestant -> images per second; those in ``ours`` in our colour."""
+    """Return grouped bars: case -> runtime -> images per second; those in ``ours`` have resnet_fast's colour."""
     from matplotlib.figure import Figure
 
     bars = [(group, name, rate) for group, found in groups.items() for name, rate in found.items()]
@@ -128,7 +128,7 @@ def throughput(title: str, groups: dict[str, dict[str, float]], ours: set[str]) 
         ticks.append((position + (len(found) - 1) / 2, group))
         for name, rate in found.items():
             axes.barh(position, rate, color=OURS if name in ours else THEIRS, height=0.85)
-            axes.text(rate, position, f"  {name} {rate:,.0f}", va="center", color=INK, fontsize=8)
+            _label(axes, rate, position, f"{name} {rate:,.0f}", fontsize=8)
             position += 1
         position += 0.8
     axes.set_yticks([tick for tick, _ in ticks], [group for _, group in ticks])
@@ -141,14 +141,14 @@ def throughput(title: str, groups: dict[str, dict[str, float]], ours: set[str]) 
 
 
 def shares(title: str, rows: dict[str, float]) -> Figure:
-    """Bars of the share of its floor's speed, between 0 and about 1, that each kernel reaches."""
+    """Return bars of the share of its floor's speed, between 0 and about 1, that each kernel reaches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 1.1 + 0.27 * len(rows)))
     axes = figure.add_subplot()
     for position, share in enumerate(rows.values()):
         axes.barh(position, 100 * share, color=OURS, height=0.75)
-        axes.text(100 * share, position, f"  {100 * share:.0f} %", va="center", color=INK, fontsize=8)
+        _label(axes, 100 * share, position, f"{100 * share:.0f} %", fontsize=8)
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 115 * max(1.0, *rows.values()))
@@ -157,6 +157,11 @@ def shares(title: str, rows: dict[str, float]) -> Figure:
     axes.set_title(title, fontsize=10, loc="left")
     _plain_frame(axes)
     return figure
+
+
+def _label(axes: Any, x: float, y: float, text: str, fontsize: int = 9) -> None:
+    """Write ``text`` to the right of (x, y). The gap is in points: SVG drops leading blanks."""
+    axes.annotate(text, (x, y), xytext=(6, 0), textcoords="offset points", va="center", color=INK, fontsize=fontsize)
 
 
 def _plain_frame(axes: Any) -> None:

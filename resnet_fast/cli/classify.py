@@ -103,6 +103,10 @@ def load_network(arch: str | None, weights: str | None) -> Network:
         prepare = registry.preprocessing_of(resolved, metadata)
         if arch is None:
             arch_or_default = registry.arch_of(resolved, metadata) or arch_or_default
+        elif metadata.get("arch", arch) != arch and metadata["arch"] in models.list_models():
+            raise ValueError(
+                f"{resolved}: weights of {metadata['arch']} by its metadata, but --arch is {arch}; leave --arch out"
+            )
         head = state.get("fc.weight")
         outputs = len(head) if head is not None and head.ndim == 2 and len(head) else 1000
         wiring = {"stride_in_1x1": True} if metadata.get("stride_in_1x1") == "true" else {}

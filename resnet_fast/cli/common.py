@@ -1,4 +1,4 @@
-"""What several commands need: the error a user sees, argument checks, consoles, progress bars. Imports no torch."""
+"""Share what several commands need: errors for users, argument checks, consoles, progress bars. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import contextlib
 import enum
 import signal
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 if TYPE_CHECKING:
     import torch
 
 
 class UserError(Exception):
-    """Something the user can put right; the message is one line that says what was given and what would be right."""
+    """An error the user can correct; the message is one line that says what was given and what would be right."""
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM ended a command; the message, if there is one, says what is kept and how to go on."""
+    """Ctrl-C or SIGTERM ended a command; the message, if any, says what was kept and how to continue."""
 
     def __init__(self, message: str | None, status: int) -> None:
         super().__init__(message)
@@ -31,17 +33,17 @@ class Stopped(Exception):
 
 _say_if_stopped: list[Callable[[], str | None]] = []
 _outputs: dict[Path, int | None] = {}
-"""The files that this command is to write, and when each was written before; None: it did not exist."""
+"""Output files of the running command, with each one's modification time before; None if it did not exist."""
 
 
 def if_stopped(say: Callable[[], str | None]) -> None:
-    """From here on ``say`` gives the line that the user reads if Ctrl-C or SIGTERM ends this command; None: no line."""
+    """Register ``say``, which returns the line shown if Ctrl-C or SIGTERM ends this command; None for no line."""
     _say_if_stopped[:] = [say]
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Runs a command: a KeyboardInterrupt becomes a Stopped with the line that the command has last given."""
+    """Turn a KeyboardInterrupt inside the block into Stopped, with the line last registered by ``if_stopped``."""
     _outputs.clear()
     if_stopped(_stopped)
     _pending.clear()
@@ -49,7 +51,7 @@ def stoppable() -> Iterator[None]:
         yield
         check_interrupted()
     except BaseException as error:
-        # An import that is interrupted may also end with an error of its own.
+        # An interrupted import may end with an error of its own instead of the KeyboardInterrupt.
         kind = _pending[0] if _pending else type(error)
         if not issubclass(kind, KeyboardInterrupt):
             raise
@@ -74,35 +76,35 @@ def _written(path: Path) -> int | None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does, with another exit status."""
+    """Raised by SIGTERM, which ends a command as Ctrl-C does but with another exit status."""
 
 
 def stopped_status(kind: type[BaseException]) -> int:
-    """The exit status of a process that Ctrl-C, or SIGTERM, has ended."""
+    """Return the exit status of a process ended by Ctrl-C or SIGTERM."""
     return 143 if issubclass(kind, Terminated) else 130
 
 
 _pending: list[type[KeyboardInterrupt]] = []
-"""What a signal has raised, until it has ended the command."""
+"""The exception that a signal raised, until it has ended the command."""
 
 
 def interrupt(number: int, frame: object) -> None:
-    """The handler of SIGINT and SIGTERM."""
+    """Handle SIGINT and SIGTERM."""
     _pending[:] = [Terminated if number == signal.SIGTERM else KeyboardInterrupt]
     raise _pending[0]
 
 
 def check_interrupted() -> None:
-    """Raises once more what was lost in code that drops exceptions, as imports of torch and numpy do in places."""
+    """Raise a pending interrupt again if other code swallowed it, as imports of torch and numpy sometimes do."""
     if _pending:
         raise _pending[0]
 
 
 def training_stopped(checkpoint: Path, resume: bool) -> str:
-    """The line for a training that was stopped: where its checkpoint is, if it has one."""
+    """Return the line for a stopped training: where its checkpoint is, if there is one."""
     if not checkpoint.is_file():
         return f"stopped before the first checkpoint, {checkpoint}, was written; the same command starts again"
-    return f"stopped; the same command{'' if resume else ' with --resume'} goes on from {checkpoint}"
+    return f"stopped; the same command{'' if resume else ' with --resume'} continues from {checkpoint}"
 
 
 class Precision(str, enum.Enum):
@@ -119,26 +121,26 @@ class Precision(str, enum.Enum):
         return found
 
 
-Arch = Annotated[str, typer.Option("--arch", "-a", metavar="NAME", help="One of the ten ResNets, as resnet50.")]
-Dtype = Annotated[Precision, typer.Option("--dtype", help="Number format to compute in.")]
+Arch = Annotated[str, typer.Option("--arch", "-a", metavar="NAME", help="Model name, e.g. resnet50.")]
+Dtype = Annotated[Precision, typer.Option("--dtype", help="Precision of the computation.")]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, max=1024, help="Threads to compute with; by default torch's choice.")
+    int | None, typer.Option("--threads", min=1, max=1024, help="Number of CPU threads (default: torch's choice).")
 ]
 
 
 def printable(text: str) -> str:
-    """``text`` with escapes for what no terminal should get: control characters, bytes of a name that is no UTF-8."""
+    """Return ``text`` with control characters, and bytes of file names that are not UTF-8, written as escapes."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def one_line(text: object, limit: int = 600) -> str:
-    """``text`` without line breaks, printable, cut where it gets too long to read."""
+    """Return ``text`` without line breaks, printable, and cut to ``limit`` characters."""
     line = printable(" ".join(str(text).split())) or type(text).__name__
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def check_arch(arch: str) -> str:
-    """``arch``, if it is one of the ten; otherwise a UserError that lists them."""
+    """Return ``arch`` if it is one of the ten; raise a UserError that lists them otherwise."""
     from resnet_fast import models
 
     known = models.list_models()
@@ -148,7 +150,7 @@ def check_arch(arch: str) -> str:
 
 
 def set_threads(threads: int | None) -> int:
-    """Makes torch compute with ``threads`` threads, and returns how many it does compute with."""
+    """Set torch's number of threads if ``threads`` is given, and return the number in use."""
     import torch
 
     if threads is not None:
@@ -157,7 +159,7 @@ def set_threads(threads: int | None) -> int:
 
 
 def check_output(path: Path | None) -> None:
-    """Fails now if a file could not be written to ``path`` later."""
+    """Raise UserError now if a file could not be written to ``path`` later."""
     if path is None:
         return
     if path.is_dir():
@@ -169,7 +171,7 @@ def check_output(path: Path | None) -> None:
 
 @contextlib.contextmanager
 def as_user_errors(*kinds: type[BaseException]) -> Iterator[None]:
-    """Turns errors of ``kinds`` into a UserError with the same message."""
+    """Turn errors of ``kinds`` into a UserError with the same message."""
     try:
         yield
     except kinds as error:
@@ -177,41 +179,64 @@ def as_user_errors(*kinds: type[BaseException]) -> Iterator[None]:
 
 
 def err_console() -> Console:
-    """Where everything that is not the answer goes."""
+    """Return the console for stderr: everything but the command's answer."""
     return Console(stderr=True, highlight=False)
 
 
 def out_console() -> Console:
-    """Where the answer goes; wide enough for tables where nobody is watching."""
+    """Return the console for stdout, the command's answer; 120 columns wide if that is not a terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=120)
 
 
+class _Clock(ProgressColumn):
+    """The time since the bar appeared. rich's TimeElapsedColumn stops when a stage reaches 100 %."""
+
+    def render(self, task: Task) -> Text:
+        return Text(str(timedelta(seconds=int(task.get_time() - task.fields["began"]))), style="progress.elapsed")
+
+
 @contextlib.contextmanager
-def progress_bar(total: float | None = 1.0) -> Iterator[Callable[[str, float], None]]:
-    """A bar on stderr, gone when done; the function it gives takes what is being done and how much of it is done."""
-    console = err_console()
+def progress_bar(total: float | None = 1.0, *, lines: Console | None = None) -> Iterator[Callable[[str, float], None]]:
+    """Show a bar that disappears when done, and yield a function of the current stage and the part of it done (0 to 1).
+
+    The bar has the time since it appeared and the time left in the stage; a part that falls begins another stage. It
+    is on stderr, and only on a terminal.
+
+    Args:
+        total: None shows a bar without a percentage, for work of unknown length.
+        lines: the console that lines are printed to meanwhile. If it is a terminal the bar is shown there, since only
+            rich's own console can print above a bar.
+    """
+    console = lines if lines is not None and lines.is_terminal else err_console()
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
         TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
+        _Clock(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     )
     with bar:
-        task = bar.add_task("starting", total=total)
+        task = bar.add_task("starting", total=total, began=bar.get_time())
+        done = 0.0
 
         def show(stage: str, fraction: float) -> None:
+            nonlocal done
             check_interrupted()
+            if fraction < done:
+                bar.reset(task)  # the speed of the stage before says nothing about this one
+            done = fraction
             bar.update(task, description=stage, completed=fraction)
 
         yield show
 
 
 def write_json(data: Any, target: str) -> None:
-    """``data`` as JSON to stdout for ``-``, otherwise to the file ``target``, whole or not at all."""
+    """Write ``data`` as JSON to stdout if ``target`` is ``-``, otherwise to that file, whole or not at all."""
     from resnet_fast.benchmarking import results
 
     if target == "-":

@@ -1,6 +1,6 @@
-"""``resnet-fast demo``: two photographs through plain and through fused layers: answers, error, speed, why.
+"""``resnet-fast demo``: run two photographs through plain and fused layers; compare answers, error and speed.
 
-Then a training, which is `train_residual`'s, on small digits and without files.
+A short training follows: `train_residual`'s, on small digits and without files.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from resnet_fast.benchmarking.timing import Samples
 
 DIGITS_SIDE = 16
-"""Height and width of the second act's digits: with the 28 of `train residual` it would take three times as long."""
+"""Height and width of the digits; at the 28 pixels of `train residual` the training would take three times as long."""
 
 PHOTOS = ("china.jpg", "flower.jpg")
 PATIENCE = 4.0
@@ -50,7 +50,7 @@ PATIENCE = 4.0
 
 @dataclass(frozen=True)
 class Answers:
-    """Scores [photos, classes] of plain and fused layers in float32, the exact ones, and a verdict for each photo."""
+    """Scores [photos, classes] of plain and fused layers in float32, those in float64, and a verdict for each photo."""
 
     plain: Tensor
     fused: Tensor
@@ -66,24 +66,25 @@ def demo(
             "--weights",
             "-w",
             metavar="NAME|PATH|random",
-            help="By default the best published ones, or random ones where those cannot be had.",
+            help="Published weights by name, a file, or random (default: the best published ones, or random ones if "
+            "those cannot be downloaded).",
         ),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="PATH", help="The plot: .png, .svg or .pdf.")
+        Path, typer.Option("--output", "-o", metavar="PATH", help="Plot to write: .png, .svg or .pdf.")
     ] = Path("resnet_fast_demo.png"),
     threads: Threads = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time to spend on measuring speed.")] = 12.0,
-    image_size: Annotated[int, typer.Option("--image-size", min=33, help="Height and width the network sees.")] = 224,
+    image_size: Annotated[int, typer.Option("--image-size", min=33, help="Height and width of the images.")] = 224,
     epochs: Annotated[
-        int, typer.Option("--epochs", min=0, help="How long the second act trains on digits; 0 leaves it out.")
+        int, typer.Option("--epochs", min=0, help="Epochs of the training at the end; 0 leaves it out.")
     ] = 5,
 ) -> int:
-    """Run two real photographs through plain torch layers and through the fused network, and compare.
+    """Run two photographs through plain torch layers and through the fused network, and compare.
 
-    Shows both top-5, the largest difference, the speed, and where the time went, and draws a plot. Then trains the
-    small residual network on handwritten digits, and compares its plain and fused predictions. The exit status is 1 if
-    any answers disagree.
+    Shows both top-5, the largest difference, the speed and where the time goes, and draws a plot. Then trains a small
+    residual network on handwritten digits and compares its plain and fused predictions.
+    The exit status is 1 if any answers differ.
     """
     import torch
 
@@ -116,22 +117,23 @@ def demo(
     with progress_bar() as progress:
         samples = _measure(tasks, seconds, lambda fraction: progress("measuring speed", fraction))
     busy = disturbance.cores()
-    ratio = _show_speed(console, samples, dtypes)
+    speeds = _show_speed(console, samples, dtypes)
     _warn_if_disturbed(console, busy)
 
     disturbance = machine.Disturbance()
     breakdowns: dict[torch.dtype, tuple[list[NodeTime], list[NodeTime]]] = {}
     with progress_bar() as progress:
         for position, dtype in enumerate(dtypes):
-            progress(f"looking where the time goes in {name_of(dtype)}", position / len(dtypes))
-            breakdowns[dtype] = _breakdown(network, batch[:1], dtype)
+            progress(f"timing each layer in {name_of(dtype)}", position / len(dtypes))
+            breakdowns[dtype] = _breakdown(network, batch[:1], dtype, speeds[dtype])
     busy = disturbance.cores()
     _show_breakdown(console, breakdowns)
     _warn_if_disturbed(console, busy)
     _show_traffic(console, network)
-    _draw(console, output, f"{arch}, batch 1, {image_size} px, {machine.describe().summary}", breakdowns)
+    faster = f"fused is {' and '.join(f'{speeds[d].ratio:.2f} times as fast in {name_of(d)}' for d in dtypes)}"
+    _draw(console, output, f"{arch}, batch 1, {image_size} px, {machine.describe().summary}\n{faster}", breakdowns)
     if agreed:
-        console.print(f"[bold green]The answers agree.[/] Fused is {ratio:.2f} times as fast in float32.")
+        console.print(f"[bold green]The answers agree[/]; {faster}.")
     else:
         console.print("[bold red]The answers disagree.[/]")
     if epochs:
@@ -140,7 +142,7 @@ def demo(
 
 
 def _train_on_digits(console: Console, epochs: int) -> bool:
-    """The second act. Returns whether plain and fused predictions agree."""
+    """Train the small residual network; return whether its plain and fused predictions agree."""
     from resnet_fast.cli import train_residual
     from resnet_fast.training import digits
     from resnet_fast.training.residual import Settings
@@ -155,7 +157,7 @@ def _train_on_digits(console: Console, epochs: int) -> bool:
 
 
 def _photographs() -> list[Path]:
-    """The two photographs that come with scikit-learn, found without importing it."""
+    """Return the paths of scikit-learn's two photographs, without importing it."""
     spec = importlib.util.find_spec("sklearn")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("the photographs come with scikit-learn: pip install 'resnet_fast[demo]'")
@@ -168,7 +170,7 @@ def _photographs() -> list[Path]:
 
 
 def _network(arch: str, weights: str | None, paths: list[Path], image_size: int) -> tuple[Network, str]:
-    """The network, and what to tell about its weights."""
+    """Return the network, and a line about its weights."""
     reason = "as asked" if weights == "random" else ""
     if weights is None:
         reason = _out_of_reach(arch)
@@ -184,12 +186,12 @@ def _network(arch: str, weights: str | None, paths: list[Path], image_size: int)
     network = _random_network(arch, paths, image_size)
     return network, (
         f"[yellow]Random weights[/] ({escape(one_line(reason))}): seeded, BatchNorm statistics measured on the "
-        "photographs and disturbed. The classes mean nothing; that both sides find the same ones does."
+        "photographs and disturbed. The class names mean nothing here; only whether both sides agree does."
     )
 
 
 def _out_of_reach(arch: str) -> str:
-    """Why the published weights cannot be had within a few seconds of asking; empty if they can."""
+    """Return why the published weights cannot be downloaded, found out within seconds; "" if they can."""
     import urllib.error
     import urllib.request
 
@@ -227,7 +229,7 @@ def _random_network(arch: str, paths: list[Path], image_size: int) -> Network:
 
 
 def _batch(network: Network, paths: list[Path], image_size: int) -> Tensor:
-    """The photographs as float32 [2, 3, image_size, image_size], by the weights' own preprocessing."""
+    """Return the photographs as float32 [2, 3, image_size, image_size], by the weights' own preprocessing."""
     import torch
 
     prepare = network.preprocessing
@@ -276,8 +278,11 @@ def _warn_if_disturbed(console: Console, busy: float | None) -> None:
         console.print(f"[yellow]Other processes kept {busy:.2f} cores busy meanwhile: do not trust these times.[/]")
 
 
-def _breakdown(network: Network, x: Tensor, dtype: torch.dtype) -> tuple[list[NodeTime], list[NodeTime]]:
-    """Node times of the plain and of the fused network."""
+def _breakdown(network: Network, x: Tensor, dtype: torch.dtype, speed: Speed) -> tuple[list[NodeTime], list[NodeTime]]:
+    """Return the node times of the plain and of the fused network, in proportion, so that they sum to ``speed``'s.
+
+    One node at a time, they take less or more than within a whole forward.
+    """
     import torch
 
     from resnet_fast.benchmarking.peers import plain
@@ -288,11 +293,16 @@ def _breakdown(network: Network, x: Tensor, dtype: torch.dtype) -> tuple[list[No
     ordinary = plain(network.model).to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fused = optimize(network.model, dtype=dtype)
     plain_times, fused_times = node_times([ordinary, fused.graph_module], x)
-    return plain_times, fused_times
+    return _scaled(plain_times, speed.plain), _scaled(fused_times, speed.fused)
+
+
+def _scaled(times: list[NodeTime], total: float) -> list[NodeTime]:
+    factor = total / sum(time.seconds for time in times)
+    return [dataclasses.replace(time, seconds=factor * time.seconds) for time in times]
 
 
 def _show_answers(console: Console, answers: Answers, paths: list[Path], network: Network) -> bool:
-    """Both top-5 for every photograph. Returns whether they are the same, up to ties within the error rule."""
+    """Show both top-5 of every photograph; return whether they are the same, up to ties within the error rule."""
     table = Table(title="The same answers (float32)", title_justify="left", header_style="bold")
     table.add_column("photograph")
     table.add_column("plain torch layers")
@@ -320,7 +330,7 @@ def _show_answers(console: Console, answers: Answers, paths: list[Path], network
 
 
 def _show_differences(console: Console, answers: dict[torch.dtype, Answers]) -> bool:
-    """How far the fused answers are from plain ones and from float64. Returns whether the error rule holds."""
+    """Show how far the fused answers are from plain ones and from float64; return whether the error rule holds."""
     from resnet_fast.benchmarking.peers import name_of
 
     table = Table(title="The largest difference", title_justify="left", header_style="bold")
@@ -345,21 +355,32 @@ def _show_differences(console: Console, answers: dict[torch.dtype, Answers]) -> 
             "holds" if passed else f"[bold red]BROKEN[/]: {escape(verdict.reason)}",
         )
     console.print(table)
-    console.print("Error rule: the fused answer's distance from float64 may be twice that of plain torch at the same "
-                  "precision,\nplus one rounding; distances are relative to the norm of all scores.\n")  # fmt: skip
+    console.print(
+        "Error rule: at most twice as far from float64 as plain torch at the same precision, plus one rounding.\n"
+        "Distances are relative to the norm of all scores.\n"
+    )
     return agreed
 
 
-def _show_speed(console: Console, samples: Samples, dtypes: list[torch.dtype]) -> float:
-    """Prints medians and ratios; returns the first precision's ratio."""
+@dataclass(frozen=True)
+class Speed:
+    """Median seconds of a forward, plain and fused, and the median of how many times as fast fused is."""
+
+    plain: float
+    fused: float
+    ratio: float
+
+
+def _show_speed(console: Console, samples: Samples, dtypes: list[torch.dtype]) -> dict[torch.dtype, Speed]:
+    """Show medians and ratios, and return them by precision."""
     from resnet_fast.benchmarking.peers import name_of
     from resnet_fast.benchmarking.timing import flatten, paired_ratio, summarize
 
     table = Table(title="Speed, one image, interleaved", title_justify="left", header_style="bold")
     table.add_column("precision")
-    for heading in ("plain torch, ms", "fused, ms", "fused is faster by", "samples"):
+    for heading in ("plain torch, ms", "fused, ms", "speed-up of fusing", "samples"):
         table.add_column(heading, justify="right")
-    ratios = []
+    speeds = {}
     for dtype in dtypes:
         ordinary, fused = samples[f"eager {name_of(dtype)}"], samples[f"optimize {name_of(dtype)}"]
         left, right, ratio = summarize(flatten(ordinary)), summarize(flatten(fused)), paired_ratio(fused, ordinary)
@@ -370,11 +391,11 @@ def _show_speed(console: Console, samples: Samples, dtypes: list[torch.dtype]) -
             f"{ratio.p50:.2f}x ({ratio.p10:.2f} - {ratio.p90:.2f})",
             str(right.count),
         )
-        ratios.append(ratio.p50)
+        speeds[dtype] = Speed(left.p50, right.p50, ratio.p50)
     console.print(table)
     if len(dtypes) == 1:
         console.print("This processor has no bfloat16 instructions, so only float32 was measured.")
-    return ratios[0]
+    return speeds
 
 
 def _show_breakdown(console: Console, breakdowns: dict[torch.dtype, tuple[list[NodeTime], list[NodeTime]]]) -> None:
@@ -382,24 +403,26 @@ def _show_breakdown(console: Console, breakdowns: dict[torch.dtype, tuple[list[N
     from resnet_fast.benchmarking.profile import STAGES, by_part, by_stage
 
     for dtype, (ordinary, fused) in breakdowns.items():
-        table = Table(title=f"Where the time went, ms, {name_of(dtype)}", title_justify="left", header_style="bold")
-        table.add_column("by kind")
+        table = Table(title=f"Where the time goes, ms, {name_of(dtype)}", title_justify="left", header_style="bold")
+        table.add_column("by kind of work")
         table.add_column("plain", justify="right")
         table.add_column("fused", justify="right")
         left, right = by_part(ordinary), by_part(fused)
         for part in [*left, *(part for part in right if part not in left)]:
             table.add_row(part, *(f"{1e3 * side[part]:.2f}" if part in side else "" for side in (left, right)))
         table.add_section()
+        table.add_row("[bold]by stage of the network[/]")
         stages_left, stages_right = by_stage(ordinary), by_stage(fused)
         for stage in STAGES:
             table.add_row(stage, f"{1e3 * stages_left[stage]:.2f}", f"{1e3 * stages_right[stage]:.2f}")
         table.add_section()
-        table.add_row("[bold]all[/]", f"{1e3 * sum(left.values()):.2f}", f"{1e3 * sum(right.values()):.2f}")
+        table.add_row("[bold]whole network[/]", f"{1e3 * sum(left.values()):.2f}", f"{1e3 * sum(right.values()):.2f}")
         console.print(table)
+    console.print("The totals are the medians above, divided in proportion to times measured layer by layer.\n")
 
 
 def _show_traffic(console: Console, network: Network) -> None:
-    """The last line of the optimizer's own report: layers fused, bytes moved before and after."""
+    """Show the last lines of the optimizer's report: layers fused, bytes moved before and after."""
     from resnet_fast.graph import optimize
 
     lines = str(optimize(network.model).report()).strip().splitlines()

@@ -238,7 +238,7 @@ def imagenet(
                 first = processes.first
                 if_stopped(lambda: training_stopped(out / imagenet.CHECKPOINT, resume) if first else None)
                 torch.backends.cudnn.benchmark = True  # all batches have the same shape
-                with progress_bar() if first else contextlib.nullcontext(_silent) as show:
+                with progress_bar(lines=console) if first else contextlib.nullcontext(_silent) as show:
                     imagenet.train(
                         options, processes, progress=show,
                         say=lambda line: console.print(escape(printable(line)), soft_wrap=True),

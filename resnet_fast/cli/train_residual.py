@@ -119,7 +119,7 @@ def train(
         console.print(f"nothing left to train: --epochs {epochs} or more are done", soft_wrap=True)
     while run.epochs_done < epochs:
         number = run.epochs_done
-        with progress_bar() as progress:
+        with progress_bar(lines=console) as progress:
             found = run.epoch(lambda fraction, n=number: progress(f"epoch {n}", fraction))  # type: ignore[misc]
         console.print(_line(number, found), soft_wrap=True)
         if out is not None and metrics is not None:
@@ -157,7 +157,7 @@ def show_agreement(console: Console, run: Run) -> bool:
     from resnet_fast.training.residual import agreement
 
     held_out = run.data.held_out
-    with progress_bar(total=None) as progress:
+    with progress_bar(total=None, lines=console) as progress:
         progress("comparing answers", 0.0)
         found = agreement(run.model, held_out)
     differences = ", ".join(f"{name} {value:.1e}" for name, value in found.largest.items())

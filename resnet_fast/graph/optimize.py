@@ -246,7 +246,7 @@ def optimize(
     backend: str = "auto",
     gpu: str | None = None,
 ) -> OptimizedModule:
-    """A frozen copy of ``model`` for inference whose layers run fused; ``model`` itself is not changed.
+    """Return a frozen copy of ``model`` for inference whose layers run fused; ``model`` itself is not changed.
 
     Fused are convolution + BatchNorm (eval mode or frozen) + residual + ReLU, the stem with its max-pool, global
     average pool + linear, and addition + ReLU; for a GPU also bottleneck blocks from their 3x3 to the next block's
@@ -271,6 +271,15 @@ def optimize(
     Raises:
         ValueError: the model or one of its batch norms is in training mode, or an argument has an impossible value.
         TypeError: the model cannot be traced (or is no module), or an argument has the wrong type.
+
+    Examples:
+        >>> import torch
+        >>> import resnet_fast as rf
+        >>> fast = rf.optimize(rf.resnet18().eval())  # or any torchvision ResNet
+        >>> fast(torch.rand(1, 3, 224, 224)).shape
+        torch.Size([1, 1000])
+        >>> fast.report()  # one line; print() shows what became of every layer
+        <Report: 69 of 69 layers fused, ...>
     """
     if isinstance(model, OptimizedModule):
         raise TypeError("optimize: this module is the result of optimize() already; give it the original model")
@@ -321,7 +330,8 @@ def optimize(
     _freeze(gm, target)
     guards = finite.certify(gm)
     if guards:
-        notes.add(f"{guards} tensors are measured at each run for values near overflow; not counted in the bytes moved")
+        measured = "1 tensor is" if guards == 1 else f"{guards} tensors are"
+        notes.add(f"{measured} measured at each run for values near overflow; not counted in the bytes moved")
     recorded = _records(gm, cuda_graphs, device, notes)
     report = _report(gm, type(model).__name__, layers, inputs, target, original, backend, notes)
     result = OptimizedModule(

@@ -1,4 +1,4 @@
-"""What ``optimize`` did to each layer, as data and as a table. It computes nothing about the graph itself."""
+"""Report what ``optimize`` did to each layer, as data and as a table. This file computes nothing about the graph."""
 
 from __future__ import annotations
 
@@ -30,12 +30,17 @@ class Row:
     bytes_after: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """The layers in the model's order, the example inputs that the shapes and bytes belong to, and remarks.
+    """What ``optimize`` did: ``print(report)`` shows the whole table, :meth:`as_dict` gives it as data.
 
-    ``batch`` is the number of images in the example inputs; None if that is unknown. ``dtype_before`` is the original
-    model's, in which its bytes are counted.
+    Attributes:
+        model, dtype: the original model's class, and what the optimized one computes in.
+        example: the example inputs that the shapes and bytes are counted for.
+        rows: the layers in the model's order.
+        notes: remarks on the whole model.
+        batch: number of images in the example inputs; None if unknown.
+        dtype_before: the original model's dtype, in which ``bytes_before`` is counted.
     """
 
     model: str
@@ -87,6 +92,9 @@ class Report:
             row["shape"] = None if row["shape"] is None else list(row["shape"])
         return {**data, "rows": list(data["rows"]), "example": list(self.example), "notes": list(self.notes), **totals}
 
+    def __repr__(self) -> str:
+        return f"<Report: {self._counts()}; {self._traffic()}; print() shows all layers>"
+
     def __str__(self) -> str:
         header = ("layer", "kind", "fused into", "runs here on", "output", "before", "after")
         lines = [header, *(self._cells(row) for row in self.rows)]
@@ -99,18 +107,21 @@ class Report:
 
         text = [f"{self.model} in {self.dtype}, example input {', '.join(self.example) or 'unknown'}", ""]
         text += [line(header), "  ".join("-" * width for width in widths), *(line(cells) for cells in lines[1:])]
-        text += ["", f"{len(self.fused)} of {len(self.rows)} layers fused, {len(self.not_fused)} not fused"]
-        before, after = self.bytes_before, self.bytes_after
-        if before is not None and after is not None:
-            ratio = f" ({before / after:.2f} times less)" if after else ""
-            each = f", {_size(after // self.batch)} per image" if self.batch and self.batch > 1 else ""
-            differ = self.dtype_before not in ("", self.dtype)
-            kinds = [f" ({kind})" if differ else "" for kind in (self.dtype_before, self.dtype)]
-            text.append(f"bytes moved: {_size(before)} before{kinds[0]}, {_size(after)} after{kinds[1]}{ratio}{each}")
-        else:
-            text.append("bytes moved: unknown")
-        text += [f"note: {note}" for note in self.notes]
+        text += ["", self._counts(), self._traffic(), *(f"note: {note}" for note in self.notes)]
         return "\n".join(text)
+
+    def _counts(self) -> str:
+        return f"{len(self.fused)} of {len(self.rows)} layers fused, {len(self.not_fused)} not fused"
+
+    def _traffic(self) -> str:
+        before, after = self.bytes_before, self.bytes_after
+        if before is None or after is None:
+            return "bytes moved: unknown"
+        ratio = f" ({before / after:.2f} times less)" if after else ""
+        each = f", {_size(after // self.batch)} per image" if self.batch and self.batch > 1 else ""
+        differ = self.dtype_before not in ("", self.dtype)
+        kinds = [f" ({kind})" if differ else "" for kind in (self.dtype_before, self.dtype)]
+        return f"bytes moved: {_size(before)} before{kinds[0]}, {_size(after)} after{kinds[1]}{ratio}{each}"
 
     @staticmethod
     def _cells(row: Row) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
-"""The ten ResNets, their weights and preprocessing; drop-in for torchvision.models where these are concerned.
+"""Provide the ten ResNets, their weights and preprocessing, as drop-in replacements for torchvision.models.
 
-Beside them the small `residual_network`, which torchvision has not and `list_models` does not list.
+The package also has the small `residual_network`, which torchvision does not have and `list_models` does not list.
 
-`ResNet18_Weights` ... `Wide_ResNet101_2_Weights` are found here too: torchvision's enums where it is installed, enums
-of the same names otherwise. They are made on first use, so importing this package imports no torchvision.
+`ResNet18_Weights` ... `Wide_ResNet101_2_Weights` are here too: torchvision's enums if torchvision is installed,
+otherwise enums of the same names. They are created on first use, so importing this package imports no torchvision.
 """
 
 from __future__ import annotations
@@ -79,15 +79,26 @@ _CONSTRUCTORS: dict[str, Callable[..., ResNet]] = {
 
 
 def list_models() -> list[str]:
-    """Names of the ten models."""
+    """Return the names of the ten models.
+
+    Examples:
+        >>> import resnet_fast as rf
+        >>> rf.models.list_models()[:3]
+        ['resnet18', 'resnet34', 'resnet50']
+    """
     return list(_CONSTRUCTORS)
 
 
 def get_model(name: str, **config: Any) -> ResNet:
-    """`get_model("resnet50", weights="DEFAULT")` is `resnet50(weights="DEFAULT")`.
+    """Return the model called `name`: `get_model("resnet50", weights="DEFAULT")` is `resnet50(weights="DEFAULT")`.
 
     Raises:
         ValueError: for an unknown name.
+
+    Examples:
+        >>> import resnet_fast as rf
+        >>> rf.models.get_model("resnet18", num_classes=10).fc
+        Linear(in_features=512, out_features=10, bias=True)
     """
     if name not in _CONSTRUCTORS:
         raise ValueError(f"unknown model {name!r}, expected one of {', '.join(_CONSTRUCTORS)}")
@@ -102,4 +113,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *enum_names()})
+    return [*__all__, *enum_names()]

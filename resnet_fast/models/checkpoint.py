@@ -57,23 +57,31 @@ _MAX_CONFIG_BYTES = 2**20
 
 
 class WeightsError(RuntimeError):
-    """Weights that cannot be had, read, or loaded. The message is one line."""
+    """Raised for weights that cannot be downloaded, read or loaded. The message is one line."""
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of anything `torch.save` wrote, by name, on the CPU.
+    """Return the tensors of a safetensors file, or of anything `torch.save` wrote, by name, on the CPU.
 
-    The content decides what a file is, not its suffix. Of a ResNet's file the network is taken, under any dictionaries
-    and prefixes (`{"state_dict": {"module.conv1.weight": ...}}`), by torchvision's names, into which those of Hugging
-    Face transformers, pretrainedmodels and OpenMMLab are changed. Optimizers, arguments and whatever else a training
-    script has saved are not read. With an average of the network beside it the network itself is taken, with a warning.
+    A file's content decides its format, not its suffix. A ResNet is found under any dictionaries and prefixes
+    (`{"state_dict": {"module.conv1.weight": ...}}`) and returned under torchvision's names; names of Hugging Face
+    transformers, pretrainedmodels and OpenMMLab are translated. Optimizers, arguments and anything else that a training
+    script saved are not read. If the file also has an average of the network, the network itself is returned, with a
+    warning.
 
     Args:
-        path: of the file; `FILE:PART` names one of several networks, as `last.pth:model_ema`.
+        path: of the file; `FILE:PART` selects one of several networks, such as `last.pth:model_ema`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        WeightsError: if it is too large, truncated, no checkpoint, holds several networks, or no tensors by name alone.
+        WeightsError: if it is too large, truncated, not a checkpoint, holds several networks, or no tensors by name.
+
+    Examples:
+        >>> import torch
+        >>> import resnet_fast as rf
+        >>> torch.save({"epoch": 3, "state_dict": rf.resnet18().state_dict()}, "last.pth")
+        >>> rf.models.read_checkpoint("last.pth")["fc.weight"].shape
+        torch.Size([1000, 512])
     """
     return read_with_metadata(path)[0]
 

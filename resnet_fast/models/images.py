@@ -44,26 +44,32 @@ _UPRIGHT = {
 
 
 class ImageError(ValueError):
-    """An image that cannot be read; the message is one line and begins with its name."""
+    """Raised for an image that cannot be read; the message is one line and begins with the image's name."""
 
 
 class UnopenedImageError(ImageError):
-    """An image file that the system does not give, so that nothing is known of what it holds."""
+    """Raised if the operating system cannot open or read an image file, so that its content is unknown."""
 
 
 def read_image(source: Source) -> Image:
-    """The image in `source`, RGB with 8 bits a channel, turned as its EXIF tag says; of an animation the first frame.
+    """Return the image in `source` as RGB with 8 bits per channel, rotated as its EXIF tag says.
 
-    Every format that Pillow decodes is read. Colours become RGB as Pillow's `convert` makes them: a palette is looked
-    up, transparency is dropped, grey is repeated, CMYK inverted. 16-bit grey is scaled to 8 bits. Broken EXIF counts
-    as none.
+    Every format that Pillow decodes is read; of an animation the first frame. Colours become RGB as by Pillow's
+    `convert`: a palette is looked up, transparency is dropped, grey is repeated, CMYK inverted. 16-bit grey is scaled
+    to 8 bits. Broken EXIF data is ignored.
 
     Args:
-        source: a path, or a binary file that can be sought in.
+        source: a path, or a seekable binary file.
 
     Raises:
         UnopenedImageError: if there is no such file, it may not be read, or is a folder, a device or a pipe.
-        ImageError: if it is no image, damaged, larger than MAX_PIXELS, or has floating point pixels.
+        ImageError: if it is not an image, damaged, larger than MAX_PIXELS, or has floating point pixels.
+
+    Examples:
+        >>> import resnet_fast as rf
+        >>> image = rf.models.read_image("photo.jpg")
+        >>> image.mode, image.size
+        ('RGB', (640, 427))
     """
     with _opened(source) as image:
         method = _UPRIGHT.get(_orientation(image))  # type: ignore[call-overload]
@@ -76,7 +82,7 @@ def read_image(source: Source) -> Image:
 
 
 def check_image(source: Source) -> None:
-    """Reads the header alone: finds what is no image at all, and not what is damaged further on.
+    """Read the header alone, which finds files that are not images, but not damage further on.
 
     Raises:
         UnopenedImageError, ImageError: as `read_image`.

@@ -1,7 +1,7 @@
-"""From an image to the tensor a model was trained on: resize, centre crop, scale, normalise.
+"""Turn an image into the tensor a model expects: resize, centre crop, scale, normalise.
 
-The same numbers as torchvision's ImageClassification preset gives for a Pillow image, without torchvision or numpy.
-Files of weights say what they expect in their metadata, by `Preprocessing.to_metadata`.
+The numbers are those of torchvision's ImageClassification preset for a Pillow image, without torchvision or numpy.
+Weights files keep what they expect in their metadata, by `Preprocessing.to_metadata`.
 """
 
 from __future__ import annotations
@@ -24,28 +24,33 @@ if TYPE_CHECKING:
 __all__ = ["MAX_SIZE", "Preprocessing"]
 
 MAX_SIZE = 4096
-"""Files that ask for larger images are refused, since a batch of them takes gigabytes before any layer runs."""
+"""Files that ask for larger images are refused: a batch of them would take gigabytes before any layer runs."""
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _SUPPORT = 3
-"""Pixels, or pixels of the result, that the widest filter reaches to each side."""
+"""Reach of the widest filter to each side, in pixels of the image or of the result, whichever are larger."""
 
 _MAX_RESIZED = 2**26
-"""Pixels of a resized image that is made whole; of larger ones the crop alone is."""
+"""Largest resized image, in pixels, that is made whole; of larger ones only the crop is made."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Turns an image of any size into a float32 tensor [3, crop_size, crop_size].
+    """Turn an image of any size into a float32 tensor [3, crop_size, crop_size].
 
-    A Pillow image is taken as it is, as torchvision's presets take it; a path, or a binary file, is read by
-    `resnet_fast.models.read_image`, which also turns it as its EXIF tag says.
+    A Pillow image is used as it is, as by torchvision's presets; a path, or a binary file, is read by
+    `resnet_fast.models.read_image`, which also rotates it as its EXIF tag says.
 
     Args:
         resize_size: pixels of the shorter side after resizing.
-        crop_size: pixels of both sides of the centre crop; what is missing is filled with black.
-        mean, std: of each channel, for values in 0..1.
-        interpolation: Pillow's filter by name; Pillow always antialiases.
+        crop_size: pixels of both sides of the centre crop; smaller images are padded with black.
+        mean, std: of each channel, for values from 0 to 1.
+        interpolation: name of Pillow's filter; Pillow always antialiases.
+
+    Examples:
+        >>> prepare = Preprocessing(resize_size=256, crop_size=224)
+        >>> prepare("photo.jpg").shape
+        torch.Size([3, 224, 224])
     """
 
     resize_size: int = 256
@@ -69,7 +74,7 @@ class Preprocessing:
 
     @classmethod
     def from_transforms(cls, transforms: Any) -> Preprocessing:
-        """From what `weights.transforms()` returns: one of these, or torchvision's ImageClassification preset."""
+        """Convert the result of `weights.transforms()`: a `Preprocessing`, or torchvision's ImageClassification."""
         if isinstance(transforms, cls):
             return transforms
         return cls(
@@ -82,10 +87,10 @@ class Preprocessing:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Preprocessing | None:
-        """What `to_metadata` noted; None where the metadata says nothing of it, by having no `crop_size`.
+        """Return what `to_metadata` wrote; None if the metadata has no `crop_size`.
 
         Raises:
-            ValueError: naming the key whose value is missing or unusable.
+            ValueError: for a missing or unusable value, with its key.
         """
         if "crop_size" not in metadata:
             return None
@@ -105,22 +110,22 @@ class Preprocessing:
         return cls(**found)
 
     def to_metadata(self) -> dict[str, str]:
-        """Every argument as text, under its name: numbers and lists of numbers as JSON."""
+        """Return every argument as text, by name: numbers and lists of numbers as JSON."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
     def for_size(self, crop_size: int | None = None, resize_size: int | None = None) -> Preprocessing:
-        """The same for crops of another size, with the shorter side in proportion unless `resize_size` is given."""
+        """Return a copy for another crop size; the shorter side changes in proportion unless `resize_size` is given."""
         crop_size = self.crop_size if crop_size is None else crop_size
         if resize_size is None:
             resize_size = max(1, round(crop_size * self.resize_size / self.crop_size))
         return replace(self, crop_size=crop_size, resize_size=resize_size)
 
     def crop(self, image: Image) -> Image:
-        """The resized and cropped RGB image, [crop_size x crop_size] pixels: what the model gets to see.
+        """Return the resized and cropped RGB image, [crop_size x crop_size] pixels: what the model sees.
 
-        Of an image so long that resizing it whole would take more than 2**26 pixels, only what the crop shows is
-        resized; the two differ by rounding.
+        If resizing the whole image would make more than 2**26 pixels, only the part inside the crop is resized; the
+        results differ by rounding.
         """
         from PIL import Image as pillow
 
@@ -141,11 +146,11 @@ class Preprocessing:
             box = (left - inside[0], top - inside[1], box[2] - inside[0], box[3] - inside[1])
         elif size != image.size:
             image = image.resize(size, pillow.Resampling[self.interpolation.upper()])
-        # Outside the image Pillow's crop is black.
+        # Pillow fills a crop outside the image with black.
         return image.crop(box)
 
     def _resized_part(self, image: Image, size: tuple[int, int], box: tuple[int, int, int, int]) -> Image:
-        """What `image.resize(size).crop(box)` shows, without making the rest; `box` lies inside."""
+        """Return `image.resize(size).crop(box)` without resizing the rest; `box` lies inside."""
         from PIL import Image as pillow
 
         kept, within = [0] * 4, [0.0] * 4
@@ -153,7 +158,7 @@ class Preprocessing:
             scale = image.size[axis] / size[axis]
             begin, end = box[axis] * scale, box[axis + 2] * scale
             margin = _SUPPORT * max(1.0, scale) + 1
-            # Pillow takes positions as float32: they are small in the part of the image that the filter reaches.
+            # Pillow rounds positions to float32, so they are given relative to the part that the filter reaches.
             kept[axis] = max(0, math.floor(begin - margin))
             kept[axis + 2] = min(image.size[axis], math.ceil(end + margin))
             within[axis], within[axis + 2] = begin - kept[axis], min(end, image.size[axis]) - kept[axis]
@@ -164,7 +169,7 @@ class Preprocessing:
         )
 
     def __call__(self, image: Image | str | os.PathLike[str] | IO[bytes]) -> Tensor:
-        """float32 [3, crop_size, crop_size], normalised. `tensor.unsqueeze(0)` or `torch.stack` makes the batch.
+        """Return float32 [3, crop_size, crop_size], normalised; `tensor[None]` or `torch.stack` makes a batch.
 
         Raises:
             TypeError: if `image` is not a Pillow image, a path or a binary file.
@@ -184,5 +189,5 @@ def _single(size: Any) -> int:
 
 
 def crop_offset(extent: int, crop: int) -> int:
-    """Where the crop starts: torchvision rounds half to even when cutting and pads the smaller half first."""
+    """Return where the crop starts: as torchvision, rounding half to even, and padding the smaller half first."""
     return round((extent - crop) / 2.0) if extent >= crop else -((crop - extent) // 2)

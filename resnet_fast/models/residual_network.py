@@ -149,7 +149,7 @@ def _as_images(x: Tensor, first: nn.Module) -> Tensor:
 
 
 def residual_network(num_outputs: int = 10, in_channels: int = 1) -> ResidualNetwork:
-    """The residual network of TensorFlow's early MNIST examples: twelve bottlenecks, no BatchNorm.
+    """Return the residual network of TensorFlow's early MNIST examples: twelve bottlenecks, no BatchNorm.
 
     7x7/2 convolution to 64 channels, ReLU, max-pool 3x3/2, 1x1 to 128; four blocks of three repeats with 128, 256, 512
     and 1024 filters and bottlenecks of 32, 64, 128 and 256, at one resolution; global average; linear without bias.
@@ -165,5 +165,11 @@ def residual_network(num_outputs: int = 10, in_channels: int = 1) -> ResidualNet
 
     Raises:
         ValueError: for a number below 1.
+
+    Examples:
+        >>> import torch
+        >>> import resnet_fast as rf
+        >>> rf.residual_network()(torch.rand(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
     """
     return ResidualNetwork(num_outputs, in_channels)

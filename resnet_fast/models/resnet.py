@@ -348,10 +348,10 @@ def _check_images(x: Tensor, first: Any) -> None:
         raise ValueError(f"{expected}, got {x.dtype} of shape {list(x.shape)}{advice}")
 
 
-def _fix(kwargs: dict[str, Any], name: str, value: Any) -> None:
-    """Sets a keyword that the architecture or the weights decide; another value given by the caller is an error."""
+def _fix(kwargs: dict[str, Any], name: str, value: Any, advice: str = "") -> None:
+    """Set a keyword that the architecture or the weights decide; another value given by the caller is an error."""
     if kwargs.setdefault(name, value) != value:
-        raise ValueError(f"{name} must be {value} here, got {kwargs[name]}")
+        raise ValueError(f"{name} must be {value} here, got {kwargs[name]}{advice}")
 
 
 def _resnet(
@@ -366,7 +366,8 @@ def _resnet(
     if chosen is None:
         return ResNet(block, layers, **kwargs)
     if isinstance(chosen, Enum):
-        _fix(kwargs, "num_classes", _weights.num_classes(chosen))
+        replace = "; for other classes replace the head afterwards: model.fc = nn.Linear(model.fc.in_features, ...)"
+        _fix(kwargs, "num_classes", _weights.num_classes(chosen), replace)
         path = _weights.download(_weights.url(chosen), progress=progress)
         state = read_checkpoint(path)
     else:
@@ -419,6 +420,27 @@ class _WeightsOf(GenericAlias):
 
 _P = ParamSpec("_P")
 
+_ARGUMENTS = """
+
+    Args:
+        weights: None for fresh parameters; a member of `resnet_fast.models.{enum}` (or torchvision's) or its name, such
+            as "DEFAULT"; or the path of a local `.pth`, `.pt` or `.safetensors` file.
+        progress: show a progress bar while downloading.
+        **kwargs: passed to `ResNet`. `num_classes` is taken from the weights if they are given.
+
+    Raises:
+        ValueError: for unknown weights, or a `num_classes` that is not theirs.
+        WeightsError: if the weights cannot be downloaded or read, or do not fit.
+
+    Examples:
+        >>> import torch
+        >>> import resnet_fast as rf
+        >>> model = rf.{name}(num_classes=10).eval()
+        >>> model(torch.rand(1, 3, 64, 64)).shape
+        torch.Size([1, 10])
+    """
+"""What follows the first line of each model function's docstring."""
+
 
 def _builder(builder: Callable[_P, ResNet]) -> Callable[_P, ResNet]:
     """Makes a model's function what torchvision's are: registrable, and callable in the old ways.
@@ -427,6 +449,8 @@ def _builder(builder: Callable[_P, ResNet]) -> Callable[_P, ResNet]:
     """
     name = builder.__name__
     builder.__annotations__["weights"] = _WeightsOf(name)
+    if builder.__doc__:  # python -OO drops docstrings
+        builder.__doc__ += _ARGUMENTS.format(name=name, enum=_weights.enum_name(name))
 
     @functools.wraps(builder)
     def wrapper(*args: Any, **kwargs: Any) -> ResNet:
@@ -472,44 +496,37 @@ def _builder(builder: Callable[_P, ResNet]) -> Callable[_P, ResNet]:
 
 @_builder
 def resnet18(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-18 (arXiv:1512.03385).
-
-    Args:
-        weights: None for fresh parameters; a member of `resnet_fast.models.ResNet18_Weights` (or torchvision's) or
-            its name; or the path of a local `.pth`, `.pt` or `.safetensors` file.
-        progress: show a progress bar while downloading.
-        **kwargs: passed to `ResNet`. `num_classes` is taken from the weights when these are given.
-    """
+    """Return a ResNet-18 (arXiv:1512.03385)."""
     return _resnet("resnet18", BasicBlock, (2, 2, 2, 2), weights, progress, kwargs)
 
 
 @_builder
 def resnet34(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-34 (arXiv:1512.03385). Arguments as for `resnet18`."""
+    """Return a ResNet-34 (arXiv:1512.03385)."""
     return _resnet("resnet34", BasicBlock, (3, 4, 6, 3), weights, progress, kwargs)
 
 
 @_builder
 def resnet50(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-50 (arXiv:1512.03385), stride in the 3x3 convolutions. Arguments as for `resnet18`."""
+    """Return a ResNet-50 (arXiv:1512.03385), stride in the 3x3 convolutions."""
     return _resnet("resnet50", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs)
 
 
 @_builder
 def resnet101(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-101 (arXiv:1512.03385), stride in the 3x3 convolutions. Arguments as for `resnet18`."""
+    """Return a ResNet-101 (arXiv:1512.03385), stride in the 3x3 convolutions."""
     return _resnet("resnet101", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
 
 
 @_builder
 def resnet152(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-152 (arXiv:1512.03385), stride in the 3x3 convolutions. Arguments as for `resnet18`."""
+    """Return a ResNet-152 (arXiv:1512.03385), stride in the 3x3 convolutions."""
     return _resnet("resnet152", Bottleneck, (3, 8, 36, 3), weights, progress, kwargs)
 
 
 @_builder
 def resnext50_32x4d(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNeXt-50 32x4d (arXiv:1611.05431). Arguments as for `resnet18`."""
+    """Return a ResNeXt-50 32x4d (arXiv:1611.05431)."""
     _fix(kwargs, "groups", 32)
     _fix(kwargs, "width_per_group", 4)
     return _resnet("resnext50_32x4d", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs)
@@ -517,7 +534,7 @@ def resnext50_32x4d(*, weights: WeightsArgument = None, progress: bool = True, *
 
 @_builder
 def resnext101_32x8d(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNeXt-101 32x8d (arXiv:1611.05431). Arguments as for `resnet18`."""
+    """Return a ResNeXt-101 32x8d (arXiv:1611.05431)."""
     _fix(kwargs, "groups", 32)
     _fix(kwargs, "width_per_group", 8)
     return _resnet("resnext101_32x8d", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
@@ -525,7 +542,7 @@ def resnext101_32x8d(*, weights: WeightsArgument = None, progress: bool = True, 
 
 @_builder
 def resnext101_64x4d(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNeXt-101 64x4d (arXiv:1611.05431). Arguments as for `resnet18`."""
+    """Return a ResNeXt-101 64x4d (arXiv:1611.05431)."""
     _fix(kwargs, "groups", 64)
     _fix(kwargs, "width_per_group", 4)
     return _resnet("resnext101_64x4d", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
@@ -533,13 +550,13 @@ def resnext101_64x4d(*, weights: WeightsArgument = None, progress: bool = True, 
 
 @_builder
 def wide_resnet50_2(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """Wide ResNet-50-2 (arXiv:1605.07146), 3x3 convolutions twice as wide. Arguments as for `resnet18`."""
+    """Return a Wide ResNet-50-2 (arXiv:1605.07146), 3x3 convolutions twice as wide."""
     _fix(kwargs, "width_per_group", 128)
     return _resnet("wide_resnet50_2", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs)
 
 
 @_builder
 def wide_resnet101_2(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """Wide ResNet-101-2 (arXiv:1605.07146), 3x3 convolutions twice as wide. Arguments as for `resnet18`."""
+    """Return a Wide ResNet-101-2 (arXiv:1605.07146), 3x3 convolutions twice as wide."""
     _fix(kwargs, "width_per_group", 128)
     return _resnet("wide_resnet101_2", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)

@@ -1,7 +1,7 @@
-"""Pretrained weights by name: which there are, what they expect, and their download.
+"""List and download pretrained weights by name, and say what they expect.
 
-With torchvision installed its weights enums are used, otherwise enums of the same names made from `weights.json`.
-torchvision is looked for only when weights are asked for, never on import.
+If torchvision is installed its weights enums are used, otherwise enums of the same names made from `weights.json`.
+torchvision is imported only when weights are asked for, never on import.
 """
 
 from __future__ import annotations
@@ -105,10 +105,18 @@ def _table() -> dict[str, Any]:
 
 
 def categories(weights: Enum | str | os.PathLike[str] | None = None) -> tuple[str, ...]:
-    """Names of the classes in the order of the outputs: of `weights` as for `preprocessing`, or ImageNet-1K's 1000.
+    """Return the names of the classes, in the order of the outputs.
+
+    Args:
+        weights: as for `preprocessing`; None for ImageNet-1K's 1000 classes.
 
     Raises:
         WeightsError: if it is a file that does not name its classes.
+
+    Examples:
+        >>> import resnet_fast as rf
+        >>> rf.models.categories()[:2]
+        ('tench', 'goldfish')
     """
     if weights is None:
         return _imagenet_categories()
@@ -145,8 +153,14 @@ def _torchvision_models() -> ModuleType | None:
 
 
 def enum_names() -> tuple[str, ...]:
-    """Names of the ten enums, as `ResNet50_Weights`."""
+    """Return the names of the ten enums, such as `ResNet50_Weights`."""
     return tuple(entry["enum"] for entry in _table().values())
+
+
+def enum_name(model: str) -> str:
+    """Return the name of a model's enum: `ResNet50_Weights` for `resnet50`."""
+    name: str = _table()[model]["enum"]
+    return name
 
 
 @functools.cache
@@ -168,7 +182,16 @@ def _own_enum(model: str) -> type[WeightsEnum]:
 
 
 def get_model_weights(model: str | Callable[..., Any]) -> type[Enum]:
-    """The weights enum of a model, given by its name or its constructor: torchvision's where that imports."""
+    """Return the weights enum of a model, given by its name or its constructor: torchvision's if that imports.
+
+    Raises:
+        ValueError: for an unknown model.
+
+    Examples:
+        >>> import resnet_fast as rf
+        >>> [weights.name for weights in rf.models.get_model_weights("resnet50")]
+        ['IMAGENET1K_V1', 'IMAGENET1K_V2']
+    """
     name = model if isinstance(model, str) else getattr(model, "__name__", str(model))
     if name not in _table():
         raise ValueError(f"unknown model {name!r}, expected one of {', '.join(_table())}")
@@ -182,11 +205,22 @@ def model_of(enum_name: str) -> str | None:
 
 
 def get_weight(name: str) -> Enum:
-    """The member that a full name such as `"ResNet50_Weights.IMAGENET1K_V2"` stands for."""
+    """Return the enum member of a full name such as `"ResNet50_Weights.IMAGENET1K_V2"`.
+
+    Raises:
+        ValueError: if there is no such enum or member.
+
+    Examples:
+        >>> import resnet_fast as rf
+        >>> rf.models.get_weight("ResNet50_Weights.IMAGENET1K_V2").meta["_metrics"]["ImageNet-1K"]["acc@1"]
+        80.858
+    """
     enum_name, _, member = name.partition(".")
     model = model_of(enum_name)
     if model is not None:
         return _member(model, member, name)
+    if any(name in entry["weights"] for entry in _table().values()):
+        raise ValueError(f"{name!r} does not say which model's weights; 'ResNet50_Weights.{name}', for example, does")
     raise ValueError(f"unknown weights {name!r}, expected for example 'ResNet50_Weights.IMAGENET1K_V2'")
 
 
@@ -262,13 +296,21 @@ def url(member: Enum) -> str:
 
 
 def preprocessing(weights: Enum | str | os.PathLike[str] | None = None) -> Preprocessing:
-    """How to prepare images for `weights`: an enum member or its full name, a local file, or None for the usual one.
+    """Return how images are prepared for `weights`.
 
-    A file's is what its metadata says (`Preprocessing.to_metadata`), that of the published file of the same name, or
-    else the usual ImageNet evaluation.
+    Args:
+        weights: an enum member or its full name; or a local file: its metadata decides (`Preprocessing.to_metadata`),
+            else the published file of the same name; otherwise, and for None, the usual ImageNet evaluation.
 
     Raises:
-        WeightsError: if it is a file that cannot be read, or says something unusable.
+        ValueError: for an unknown name.
+        WeightsError: if it is a file that cannot be read, or its metadata is unusable.
+
+    Examples:
+        >>> import resnet_fast as rf
+        >>> prepare = rf.models.preprocessing("ResNet50_Weights.IMAGENET1K_V2")
+        >>> prepare("photo.jpg").shape
+        torch.Size([3, 224, 224])
     """
     if weights is None:
         return Preprocessing()

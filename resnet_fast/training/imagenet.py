@@ -67,8 +67,11 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 WARMUP_FACTOR = 0.01
 """The first step's learning rate, as a part of the full one."""
 
+TELL_SECONDS = 2.0
+"""Time between two looks at loss and speed during an epoch, each of which waits for the device."""
+
 Progress = Callable[[str, float], None]
-"""Hears what is being done and the fraction of it that is done, between 0 and 1."""
+"""Called with the current stage and the fraction of it that is done, between 0 and 1."""
 
 
 class Diverged(RuntimeError):
@@ -700,7 +703,8 @@ def train(
         say(_closing(training.epoch, options.epochs, row, len(val_folder)))
     if table is not None:
         _write_models(training)
-        _draw(table, say)
+        classes = f"{len(train_folder.classes)} classes of {options.data}"
+        _draw(table, f"{options.model}, {options.precision}, {classes}", say)
         say(f"written: {options.out / MODEL}" + ("" if training.ema is None else f" and {EMA_MODEL}"))
     return training
 
@@ -745,17 +749,22 @@ def _train_epoch(training: Training, images: imagefolder.TrainImages, path: Path
     )  # fmt: skip
     training.model.train()
     batches = _counted(training, loader)
-    what = f"epoch {training.epoch + 1}/{options.epochs}"
-    started = time.perf_counter()
+    epoch = what = f"epoch {training.epoch + 1}/{options.epochs}"
+    per_step = options.images_per_step(processes)
+    started = told = time.perf_counter()
+    told_step = training.step
     while training.step < training.steps_per_epoch:
         loss = take_step(training, itertools.islice(batches, options.accumulate))
-        if training.step % 50 == 1:
-            what = f"epoch {training.epoch + 1}/{options.epochs}, loss {float(loss):.3f}"
+        if time.perf_counter() - told > TELL_SECONDS:
+            what = f"{epoch}, loss {float(loss):.3f}"  # waits for the device, so the clock is read after it
+            now = time.perf_counter()
+            what += f", {(training.step - told_step) * per_step / (now - told):.4g} images/s"
+            told, told_step = now, training.step
         progress(what, training.step / training.steps_per_epoch)
         if training.step % options.checkpoint_every == 0 and training.step < training.steps_per_epoch:
             save(training, path)
     float(training.sums.sum())  # waits for the device
-    done = (training.steps_per_epoch - skipped) * options.images_per_step(processes)
+    done = (training.steps_per_epoch - skipped) * per_step
     return done / (time.perf_counter() - started)
 
 
@@ -850,12 +859,12 @@ def _closing(epoch: int, epochs: int, row: Mapping[str, float], val_images: int)
     )
 
 
-def _draw(table: Metrics, say: Callable[[str], None]) -> None:
+def _draw(table: Metrics, title: str, say: Callable[[str], None]) -> None:
     path = table.path.with_name(PLOT)
     if not table.rows:
         return
     try:
-        draw(table.rows, path, "training")
+        draw(table.rows, path, title)
     except (PlotError, ImportError, OSError) as error:
         say(f"no plot: {error}")
     else:

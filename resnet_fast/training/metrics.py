@@ -1,6 +1,6 @@
-"""The figures of a training run: a CSV file with one row an epoch that survives interruptions, and its plot.
+"""Keep the figures of a training run: a CSV file with one row per epoch that survives interruptions, and its plot.
 
-It keeps what a loop gives it and computes nothing. matplotlib is imported on use.
+Nothing is computed here. matplotlib is imported on use.
 """
 
 from __future__ import annotations
@@ -22,22 +22,31 @@ if TYPE_CHECKING:
 __all__ = ["Metrics", "draw", "read"]
 
 MAX_BYTES = 64 * 2**20
-"""Larger files are refused before they are read."""
+"""Larger files are refused unread."""
+
+EMA = "#3b6fb6"
+"""The colour of the moving average's curves."""
 
 Row = dict[str, float]
 
 
 class Metrics:
-    """Rows by epoch in a CSV file, which is written anew, whole, with every row.
+    """One row per epoch in a CSV file. Each new row rewrites the whole file.
 
     Args:
-        path: of the file; its folder is made if needed.
-        columns: the names behind ``epoch``, which is the first column.
-        resume_after: the last epoch to keep of the file that is there; later rows belong to the interrupted part of a
-            run and are dropped. None starts a new file with the first row.
+        path: of the file; its folder is created if needed.
+        columns: the names after ``epoch``, which is the first column.
+        resume_after: the last epoch to keep of an existing file; later rows belong to the interrupted part of a run
+            and are dropped. None starts a new file with the first row.
 
     Raises:
-        ValueError: if the file to be continued has other columns or is no such file.
+        ValueError: if the file to be continued has other columns or is not a metrics file.
+
+    Examples:
+        >>> metrics = Metrics("metrics.csv", ["train_loss", "val_accuracy"])
+        >>> metrics.append(1, train_loss=6.5, val_accuracy=0.01)
+        >>> read("metrics.csv")
+        [{'epoch': 1, 'train_loss': 6.5, 'val_accuracy': 0.01}]
     """
 
     def __init__(self, path: str | os.PathLike[str], columns: Sequence[str], resume_after: int | None = None) -> None:
@@ -53,16 +62,16 @@ class Metrics:
             self.rows = [row for row in found if row["epoch"] <= resume_after]
 
     def append(self, epoch: int, **values: float) -> None:
-        """Adds a row and writes the file, atomically. Floats are written so that reading gives the same bits.
+        """Add a row and write the file atomically. Floats are written so that reading them gives the same bits.
 
         Raises:
-            ValueError: for other names than the columns, or an epoch that is not behind the last.
+            ValueError: for names other than the columns, or an epoch that does not follow the last one.
             OSError: if the file cannot be written.
         """
         if set(values) != set(self.columns[1:]):
             raise ValueError(f"metrics: got {', '.join(values)}; the columns are {', '.join(self.columns[1:])}")
         if self.rows and epoch <= self.rows[-1]["epoch"]:
-            raise ValueError(f"metrics: epoch {epoch} comes behind epoch {self.rows[-1]['epoch']}")
+            raise ValueError(f"metrics: epoch {epoch} comes after epoch {self.rows[-1]['epoch']}")
         self.rows.append({"epoch": epoch, **{name: values[name] for name in self.columns[1:]}})
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -73,11 +82,10 @@ class Metrics:
 
 
 def read(path: str | os.PathLike[str]) -> list[Row]:
-    """The rows of a metrics file, whole numbers as int.
+    """Return the rows of a metrics file, whole numbers as int.
 
     Raises:
-        ValueError: if it is too large, has no column ``epoch``, or a row is not made of as many numbers as there are
-            columns.
+        ValueError: if it is too large, has no column ``epoch``, or a row does not have one number per column.
     """
     path = Path(path)
     if path.stat().st_size > MAX_BYTES:
@@ -85,9 +93,9 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
     try:
         header, *lines = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8")), strict=True)) or [[]]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no metrics file: {error}") from None
+        raise ValueError(f"{path}: not a metrics file: {error}") from None
     if header[:1] != ["epoch"] or len(set(header)) != len(header):
-        raise ValueError(f"{path}: no metrics file: its first line must be column names, the first of them epoch")
+        raise ValueError(f"{path}: not a metrics file: its first line must be column names, the first of them epoch")
     rows: list[Row] = []
     for number, line in enumerate(lines, 2):
         try:
@@ -105,7 +113,9 @@ def _number(text: str) -> float:
 
 
 def draw(rows: Sequence[Mapping[str, float]], path: str | os.PathLike[str], title: str) -> Path:
-    """Plots losses (columns ending in ``loss``) above accuracies (``accuracy``, as fractions) over the epochs.
+    """Plot losses (columns ending in ``loss``) above accuracies (``accuracy``, as fractions) over the epochs.
+
+    A column's first word decides its curve's colour (train, val or valid, ema); top-5 accuracies are dashed.
 
     Raises:
         plot.PlotError: in one line, if matplotlib is missing or the file's ending is not .png, .svg or .pdf.
@@ -117,11 +127,11 @@ def draw(rows: Sequence[Mapping[str, float]], path: str | os.PathLike[str], titl
 
 def _figure(rows: Sequence[Mapping[str, float]], title: str) -> Figure:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     if not rows:
         raise ValueError("metrics: there are no rows to draw")
-    figure = Figure(figsize=(7, 6))
+    figure = Figure(figsize=(8, 6))
     upper, lower = figure.subplots(2, 1, sharex=True)
     epochs = [row["epoch"] for row in rows]
     for axes, ending, scale, label in (
@@ -132,12 +142,17 @@ def _figure(rows: Sequence[Mapping[str, float]], title: str) -> Figure:
         for name in names:
             _line(axes, epochs, [scale * row[name] for row in rows], name)
         axes.set_ylabel(label)
-        if names:
-            axes.legend(frameon=False, fontsize=9)
+        if names:  # beside the axes: inside it would hide curves
+            axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    if all(row[name] > 0 for row in rows for name in row if name.endswith("loss")):
+    losses = [row[name] for row in rows for name in row if name.endswith("loss") and math.isfinite(row[name])]
+    if losses and min(losses) > 0:
         upper.set_yscale("log")
+        decades = max(losses) / min(losses) >= 10
+        upper.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if decades else MaxNLocator(6))
+        upper.yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
+        upper.yaxis.set_minor_formatter(NullFormatter())
     lower.set_xlabel("epoch")
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     upper.set_title(title, fontsize=10, loc="left")
@@ -145,6 +160,8 @@ def _figure(rows: Sequence[Mapping[str, float]], title: str) -> Figure:
 
 
 def _line(axes: Any, epochs: list[float], values: list[float], name: str) -> None:
-    color = plot.THEIRS if name.startswith("train") else plot.OURS
+    color = {"train": plot.THEIRS, "ema": EMA}.get(name.partition("_")[0], plot.OURS)
+    style = "--" if "top5" in name else "-"
     shown = [value if math.isfinite(value) else math.nan for value in values]
-    axes.plot(epochs, shown, color=color, marker="o", markersize=3, label=name.replace("_", " "))
+    label = name.replace("_", " ").replace("top5", "top-5").replace("ema", "EMA")
+    axes.plot(epochs, shown, style, color=color, marker="o", markersize=3, label=label)

@@ -454,6 +454,8 @@ def test_lookup(without_torchvision: None) -> None:
     for wrong in ("ResNet50_Weights.V9", "ResNet50_Weights", "V1", "ResNet20_Weights.DEFAULT"):
         with pytest.raises(ValueError, match="unknown weights"):
             models.get_weight(wrong)
+    with pytest.raises(ValueError, match=r"does not say which model's weights; 'ResNet50_Weights\.IMAGENET1K_V1'"):
+        models.preprocessing("IMAGENET1K_V1")
     with pytest.raises(ValueError, match="unknown model 'resnet20'"):
         models.get_model_weights("resnet20")
 
@@ -678,7 +680,7 @@ def test_weights_by_name_end_to_end(
         assert os.listdir(hub) == [name]
         assert list(member.get_state_dict(progress=False)) == list(published)
         assert_loaded(models.get_model("resnet18", weights="DEFAULT", num_classes=1000), published)
-        with pytest.raises(ValueError, match="num_classes must be 1000 here, got 10"):
+        with pytest.raises(ValueError, match=r"num_classes must be 1000 here, got 10; .* model.fc = "):
             models.resnet18(weights="DEFAULT", num_classes=10)
         for arguments, keywords in (
             ((True,), {}),

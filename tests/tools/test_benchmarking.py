@@ -374,6 +374,8 @@ def test_plots_are_drawn(result: dict[str, Any], tmp_path: Path) -> None:
     first = plot.save(plot.comparison(result), tmp_path / "a.svg").read_bytes()
     assert b"resnet_fast.optimize()" in first
     assert plot.save(plot.comparison(result), tmp_path / "b.svg").read_bytes() == first
+    labels = [text for text in plot.comparison(result).axes[0].texts if text.get_text().endswith("ms")]
+    assert labels and all(text.xyann[0] >= 4 and text.get_text() == text.get_text().strip() for text in labels)
     bars = {"plain": {"convolution": 0.2, "relu": 0.1}, "fused": {"fused head": 0.1}}
     assert plot.save(plot.breakdown("title", bars), tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(plot.PlotError, match="must end in"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -15,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
@@ -303,6 +307,10 @@ def test_the_file_says_which_network_it_is_of(folder: Path, tmp_path: Path) -> N
     run("classify", folder / "photo.jpg", "-w", tmp_path / "small.safetensors").failed(
         "'residual_network', which is none"
     )
+    save_file(state, tmp_path / "small.safetensors", {"arch": "resnet18"})
+    run("classify", folder / "photo.jpg", "-a", "resnet50", "-w", tmp_path / "small.safetensors").failed(
+        "weights of resnet18 by its metadata, but --arch is resnet50; leave --arch out"
+    )
     facts = models.Preprocessing(40, 32, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), "bicubic")
     save_file(state, tmp_path / "w.safetensors", {"arch": "resnet18", **facts.to_metadata()})
     network = classify.load_network(None, str(tmp_path / "w.safetensors"))
@@ -399,6 +407,50 @@ def test_bench_refuses_before_it_measures(arguments: list[str], mention: str) ->
     run("bench", "-a", "resnet18", *arguments).failed(mention)
 
 
+# --- progress
+
+
+def test_lines_are_printed_above_the_bar() -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=100, color_system=None)
+    with common.progress_bar(lines=console) as show:
+        show("epoch 1/2", 0.5)
+        console.print("a line")
+    # The bar is erased, the line written, and the bar drawn again below it.
+    assert re.search(r"\r\x1b\[2Ka line\n[^\n]* left", file.getvalue()), file.getvalue()
+    piped = io.StringIO()
+    with common.progress_bar(lines=Console(file=piped)) as show:
+        show("epoch 1/2", 0.5)
+    assert piped.getvalue() == ""
+
+
+def test_the_bars_clock_goes_on_and_has_the_time_left_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, file, bars = [100.0], io.StringIO(), []
+
+    class ByHand(Progress):
+        def __init__(self, *columns: Any, **options: Any) -> None:
+            super().__init__(*columns, auto_refresh=False, **options)
+            bars.append(self)
+
+    monkeypatch.setattr(common, "Progress", ByHand)
+    console = Console(file=file, force_terminal=True, width=100, color_system=None, get_time=lambda: now[0])
+    with common.progress_bar(lines=console) as show:
+
+        def drawn(stage: str, fraction: float, seconds: float) -> str:
+            now[0] += seconds
+            show(stage, fraction)
+            file.truncate(0)
+            bars[0].refresh()
+            return file.getvalue()
+
+        drawn("epoch 1", 0.25, 10)
+        assert re.search(r"epoch 1 .* 50% 0:00:20 00:20 left", drawn("epoch 1", 0.5, 10))
+        assert re.search(r"epoch 1 .* 100% 0:00:40 ", drawn("epoch 1", 1.0, 20))
+        drawn("validation", 0.25, 20)
+        drawn("validation", 0.5, 1)
+        assert re.search(r"validation .* 75% 0:01:02 00:01 left", drawn("validation", 0.75, 1))
+
+
 # --- info, version, help, errors
 
 
@@ -453,16 +505,25 @@ def test_importing_the_command_line_is_light() -> None:
 SMALL = ("-a", "resnet18", "-w", "random", "--image-size", "64", "--seconds", "0.2", "--epochs", "0")
 
 
-def test_demo_agrees_and_draws(tmp_path: Path) -> None:
+def test_demo_agrees_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
+    from resnet_fast.benchmarking import plot
+
+    bars: dict[str, dict[str, float]] = {}
+    draw = plot.breakdown
+    monkeypatch.setattr(plot, "breakdown", lambda title, made: draw(title, bars.update(made) or made))
     found = run("demo", *SMALL, "-o", tmp_path / "demo.png")
     assert found.code == 0, (found.out, found.err)
-    for part in ("Random weights", "china.jpg", "flower.jpg", "error rule", "faster by", "batch norm", "fused stem",
-                 "bytes moved", "The answers agree"):  # fmt: skip
+    for part in ("Random weights", "china.jpg", "flower.jpg", "error rule", "speed-up of fusing", "batch norm",
+                 "fused stem", "bytes moved", "The answers agree"):  # fmt: skip
         assert part in found.out, part
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert "epoch" not in found.out
+    # Table and picture show the same figures.
+    row = next(line for line in found.out.splitlines() if re.match(r"│ float32 +│ +\d+\.\d \(", line))
+    shown = [cell.split()[0] for cell in row.split("│")[2:4]]
+    assert shown == [f"{1e3 * sum(bars[f'{who}, float32'].values()):.1f}" for who in ("plain", "fused")]
 
 
 @pytest.mark.parametrize("wrong", [False, True])

@@ -314,7 +314,7 @@ def test_metrics_keep_bits_and_drop_what_is_done_again(tmp_path: Path) -> None:
         {"epoch": 0, "train_loss": math.pi, "count": 0},
         {"epoch": 1, "train_loss": 0.5, "count": 7},
     ]
-    with pytest.raises(ValueError, match="epoch 1 comes behind epoch 1"):
+    with pytest.raises(ValueError, match="epoch 1 comes after epoch 1"):
         again.append(1, train_loss=0.5, count=7)
     with pytest.raises(ValueError, match="the columns are train_loss, count"):
         again.append(2, loss=0.5)
@@ -341,6 +341,11 @@ def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     text = (tmp_path / "a.svg").read_text()
     assert all(part in text for part in ("title", "train loss", "valid accuracy", "epoch"))
+    names = ("train_loss", "val_loss", "ema_loss", "val_accuracy", "val_top5_accuracy", "ema_top5_accuracy")
+    (upper, lower), curves = metrics._figure([{"epoch": 1, **dict.fromkeys(names, 0.5)}], "").axes, set()
+    for line in (*upper.lines, *lower.lines):
+        curves.add((line.get_color(), line.get_linestyle(), line.axes is upper))
+    assert len(curves) == len(names)  # all can be told apart
     metrics.draw([{"epoch": 0, "train_loss": math.nan, "valid_accuracy": 0.0}], tmp_path / "c.png", "")
     with pytest.raises(ValueError, match="no rows"):
         metrics.draw([], tmp_path / "d.png", "")
