@@ -1,6 +1,6 @@
-# `make demo` and `make test` are all that a newcomer needs. Both work in .venv, which they make on the first call.
+# A newcomer needs `make demo` and `make test` alone. Both work in .venv, which they create on the first call.
 #   PY=python3.12      the Python that .venv is made from
-#   JOBS=0             tests one after the other in one process, as --pdb and -s want it; by default two at once
+#   JOBS=0             run tests one after the other in one process, for --pdb and -s; by default two at once
 #   ARGS="..."         further arguments for resnet-fast demo, pytest or resnet-fast bench
 #   PIP_FLAGS="..."    further arguments for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
 #   NATIVE_FLAGS="..." arguments for csrc/native_build.py, such as --archs "80;90a" --sm90 ci --jobs 4
@@ -12,9 +12,9 @@ PIP_FLAGS ?=
 NATIVE_FLAGS ?=
 
 BIN := $(VENV)/bin
-# `make native` is what builds the CUDA kernels here: pip would, at each of these installations.
+# RESNET_FAST_BUILD=keep: `make native` builds the CUDA kernels; otherwise pip would, at each of these installations.
 PIP := RESNET_FAST_BUILD=keep $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
-# Threads that wait without spinning: the processes hardly slow each other down, or are slowed down by others.
+# Threads that wait do not spin, so that two processes, and others on this machine, hardly slow each other down.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --durations=10 -n $(JOBS) --dist worksteal
 DESCRIBES_INSTALL := pyproject.toml setup.py constraints.txt
 NATIVE := build/native
@@ -31,8 +31,8 @@ demo: $(VENV)/.demo ## classify two photographs with plain torch and fused, comp
 	@echo "==> resnet-fast demo"
 	@$(BIN)/resnet-fast demo $(ARGS)
 
-test: $(VENV)/.test ## run the tests but those marked slow (ARGS="-k stem -x" goes to pytest)
-	@echo "==> pytest, without the tests that are marked slow: make test-all runs everything"
+test: $(VENV)/.test ## run all tests but the slow ones (ARGS="-k stem -x" goes to pytest)
+	@echo "==> pytest, without the tests marked slow"
 	@$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.test ## run all tests, the slow ones too
@@ -58,7 +58,7 @@ bench: $(VENV)/.bench ## time ResNet-50 on this machine against torch and the in
 	@echo "==> resnet-fast bench"
 	@$(BIN)/resnet-fast bench $(ARGS)
 
-# Nothing is installed, since nothing may be installable: the python3 that has torch runs what is in this folder.
+# Installs nothing: GPU machines may have no network access. The python3 that has torch runs what is in this folder.
 gpu: ## on a machine with a GPU: check, time and tune everything in 9 minutes (ARGS="--budget 300 --out FOLDER")
 	@$(PY) -m benchmarks.gpu $(ARGS)
 
@@ -82,7 +82,7 @@ clean: ## delete what was built and cached; the environment stays (rm -r .venv f
 	rm -rf resnet_fast/_C.*.so resnet_fast/_build_record.json build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-# Each file $(VENV)/.<extra> says that the extra is installed as these files describe it, so a second call is quick.
+# Each file $(VENV)/.<extra> records that the extra is installed as these files describe it, so a second call is quick.
 $(VENV)/.made:
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "needs Python 3.10 or newer: make PY=python3.12 ...")'
 	@echo "==> making $(VENV) with $$($(PY) --version)"
@@ -94,7 +94,7 @@ $(VENV)/.demo: $(DESCRIBES_INSTALL) | $(VENV)/.made
 	@$(PIP) -e '.[demo]'
 	@touch $@
 
-# torchvision is what the tests compare with. Without --no-deps it would bring its own choice of torch.
+# The tests compare with torchvision. Without --no-deps it would bring its own choice of torch.
 $(VENV)/.test: $(DESCRIBES_INSTALL) | $(VENV)/.made
 	@echo "==> installing resnet_fast and what the tests need in $(VENV) (torch takes a minute or so the first time)"
 	@$(PIP) -e '.[test,demo]'
@@ -106,7 +106,7 @@ $(VENV)/.dev: $(DESCRIBES_INSTALL) | $(VENV)/.made
 	@$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
-# Of CUTLASS's package only the headers are wanted, not what its Python part depends on.
+# Only the headers of CUTLASS's package are needed, not the dependencies of its Python part.
 $(VENV)/.native: $(DESCRIBES_INSTALL) | $(VENV)/.made
 	@echo "==> installing resnet_fast and what the native build needs in $(VENV)"
 	@$(PIP) -e '.[dev]'

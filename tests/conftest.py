@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             refusals = _refusals() if refusals is None else refusals
             if refusals[name]:
                 item.add_marker(pytest.mark.skip(reason=refusals[name]))
+
+
+_LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    if items:
+        stash = items[0].config.stash
+        stash[_LEFT_OUT] = stash.get(_LEFT_OUT, 0) + len(items)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # in a process of xdist, which does not report these itself
+        session.config.workeroutput["left_out"] = session.config.stash.get(_LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    node.config.stash[_LEFT_OUT] = getattr(node, "workeroutput", {}).get(
+        "left_out", 0
+    )  # every process selects the same
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    count = config.stash.get(_LEFT_OUT, 0)
+    if count and config.option.markexpr == "not slow" and not config.option.keyword:
+        terminalreporter.write_line(f"left out, since marked slow: {count} of the tests; `make test-all` runs all")
 
 
 @pytest.fixture(autouse=True)

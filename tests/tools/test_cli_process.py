@@ -142,7 +142,7 @@ def test_a_training_says_where_it_goes_on(resume: bool, tmp_path: Path) -> None:
     assert str(path) in common.training_stopped(path, resume)
     assert "before the first checkpoint" in common.training_stopped(path, resume)
     path.write_bytes(b"")
-    assert common.training_stopped(path, resume).endswith(f" goes on from {path}")
+    assert common.training_stopped(path, resume).endswith(f" continues from {path}")
     assert ("--resume" in common.training_stopped(path, resume)) != resume
 
 
@@ -244,13 +244,13 @@ def test_a_stopped_training_goes_on(tmp_path: Path) -> None:
     first.wait_for(path.exists)
     output, said = first.end(signal.SIGINT, group=True)
     assert first.process.returncode == 130, (first.process.returncode, output, said)
-    assert said == f"resnet-fast: stopped; the same command with --resume goes on from {path}\n"
+    assert said == f"resnet-fast: stopped; the same command with --resume continues from {path}\n"
 
     before = path.stat().st_mtime_ns
     second = Training(tmp_path / "data", out, "--resume")
     second.wait_for(lambda: path.stat().st_mtime_ns != before)
     output, said = second.end(signal.SIGTERM, group=True)
     assert second.process.returncode == 143, (second.process.returncode, output, said)
-    assert said == f"resnet-fast: stopped; the same command goes on from {path}\n"
+    assert said == f"resnet-fast: stopped; the same command continues from {path}\n"
     assert "; resumed in epoch " in output
     assert {each.name for each in out.iterdir()} <= {path.name, "metrics.csv"}  # no temporary file
