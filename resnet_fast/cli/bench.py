@@ -1,4 +1,4 @@
-"""``resnet-fast bench``: one network on this machine, fused, against plain torch and every other runtime installed."""
+"""``resnet-fast bench``: time one network on this machine, fused, against plain torch and other installed runtimes."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def bench(
             "--weights",
             "-w",
             metavar="NAME|PATH",
-            help="Published weights by name, or a checkpoint file; by default random ones, which are as fast.",
+            help="Published weights by name, or a checkpoint file (default: random ones).",
         ),
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Images in a batch.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Images per batch.")] = 1,
     dtype: Dtype = Precision.float32,
     threads: Threads = None,
     peers: Annotated[
@@ -46,8 +46,7 @@ def bench(
         typer.Option(
             "--peers",
             metavar="NAMES",
-            help="Comma-separated: live, eager, inductor, onnxruntime, openvino; or all. The optimized network "
-            "always takes part.",
+            help="Comma-separated: live, eager, inductor, onnxruntime, openvino; or all. optimize() is always timed.",
         ),
     ] = "all",
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time to spend on timed rounds.")] = 20.0,
@@ -62,10 +61,10 @@ def bench(
         Path | None, typer.Option("--plot", metavar="PATH", help="Draw the result: .png, .svg or .pdf.")
     ] = None,
 ) -> int:
-    """Measure one network on this machine against plain torch and every other runtime that is installed.
+    """Time one network on this machine against plain torch and every other installed runtime.
 
-    All start from the same parameters, and get the same inputs and number of threads. Who breaks the error rule is not
-    timed. Rounds are interleaved in changing order; ratios are medians over the rounds.
+    All have the same parameters, inputs and number of threads. A runtime that fails the accuracy check is not timed.
+    Rounds are interleaved in changing order; ratios are medians over the rounds.
     """
     check_arch(arch)
     if json_target not in (None, "-"):
@@ -112,7 +111,7 @@ def bench(
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints ``result`` as a table with what a reader needs to judge it by."""
+    """Print ``result`` as a table, with the machine and setting it belongs to."""
     from resnet_fast.benchmarking.machine import DISTURBED, threads_text
 
     setting, machine = result["setting"], result["machine"]
@@ -123,11 +122,13 @@ def show(result: dict[str, Any]) -> None:
         title_justify="left",
         header_style="bold",
     )
-    table.add_column("who")
-    for heading in ("median ms", "p10 - p90", "images/s", "fused is faster by", "error / allowed"):
+    table.add_column("runtime", no_wrap=True)  # in a narrow terminal the figures are wrapped, no name is cut off
+    for heading in ("median ms", "p10 - p90", "images/s", "optimize() vs. this", "error / allowed"):
         table.add_column(heading, justify="right")
     for name, row in result["contestants"].items():
-        label = f"[bold]{escape(row['label'])}[/]" if row["ours"] else escape(row["label"])
+        label = escape(row["label"].replace(", ", ",\n"))
+        if row["ours"]:
+            label = f"[bold]{label}[/]"
         if row["status"] != "timed":
             continue
         seconds, gate = row["seconds"], row["gate"]

@@ -1,4 +1,4 @@
-"""``resnet-fast classify``: what is on these pictures, by a pretrained, a local or a Caffe network, run fused."""
+"""``resnet-fast classify``: classify images by a pretrained, a local or a Caffe network, run fused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MAX_LABELS_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Network:
-    """A loaded network with what belongs to its weights: where they are from, how to prepare images, class names."""
+    """A loaded network and what belongs to its weights: their source, preprocessing and class names."""
 
     model: nn.Module
     source: str
@@ -54,14 +54,14 @@ class Network:
 
 @dataclass(frozen=True)
 class Classifier:
-    """What classifying takes.
+    """What is needed to classify.
 
     Attributes:
-        model: of batches [N, 3, size, size].
-        name, source: of the network and of its weights.
-        prepare: makes an image [3, size, size].
-        labels: of the classes; None for the usual ones.
-        probabilities: whether that is what the model gives, and not scores.
+        model: takes batches [N, 3, size, size].
+        name, source: names of the network and of its weights.
+        prepare: turns an image into a tensor [3, size, size].
+        labels: names of the classes.
+        probabilities: whether the model returns probabilities instead of scores.
     """
 
     model: nn.Module
@@ -74,11 +74,14 @@ class Classifier:
 
 
 def load_network(arch: str | None, weights: str | None) -> Network:
-    """The network ``arch`` with ``weights``: a name ("DEFAULT" if None) or a local checkpoint of any number of classes.
+    """Load a network.
 
-    Without ``arch`` it is what the weights say they are of, or resnet50.
+    Args:
+        arch: the model's name; None for the one that the weights name, or resnet50.
+        weights: a name ("DEFAULT" if None) or a local checkpoint with any number of classes.
 
-    Raises UserError where they cannot be had or do not fit.
+    Raises:
+        UserError: if the weights cannot be downloaded or read, or do not fit.
     """
     from resnet_fast import models
     from resnet_fast.models import checkpoint
@@ -97,8 +100,8 @@ def load_network(arch: str | None, weights: str | None) -> Network:
         state, metadata = checkpoint.read_with_metadata(resolved)
         if metadata.get("unpadded_pool") == "true":
             raise ValueError(
-                f"{resolved}: weights of a Caffe ResNet; strides, pool and preprocessing are others than "
-                f"{arch_or_default}'s. resnet-fast classify takes the network with --prototxt and --caffemodel"
+                f"{resolved}: weights of a Caffe ResNet; its strides, pool and preprocessing differ from "
+                f"{arch_or_default}'s. Give the network with --prototxt and --caffemodel instead"
             )
         prepare = registry.preprocessing_of(resolved, metadata)
         if arch is None:
@@ -116,7 +119,7 @@ def load_network(arch: str | None, weights: str | None) -> Network:
 
 
 def _labels(outputs: int, metadata: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """The names that ``train imagenet`` left in the metadata, else ImageNet's for a thousand, else numbers."""
+    """Return the names in the metadata, as ``train imagenet`` writes them, else ImageNet's if 1000, else numbers."""
     from resnet_fast import models
     from resnet_fast.models.weights import named_classes
 
@@ -128,9 +131,10 @@ def _labels(outputs: int, metadata: Mapping[str, str] | None = None) -> tuple[st
 
 
 def read_labels(path: Path, outputs: int) -> tuple[str, ...]:
-    """The names in a text file, one a line, without the WordNet number before each in Caffe's synset_words.txt.
+    """Return the names in a text file, one per line, without the WordNet numbers of Caffe's synset_words.txt.
 
-    Raises UserError for anything but ``outputs`` lines of readable text.
+    Raises:
+        UserError: for anything but ``outputs`` lines of readable text.
     """
     with as_user_errors(OSError):
         if not path.is_file():
@@ -156,7 +160,7 @@ def read_labels(path: Path, outputs: int) -> tuple[str, ...]:
 
 
 def _caffe(prototxt: Path, caffemodel: Path, mean: str | None, scale: float | None) -> Classifier:
-    """The network of a Caffe definition and its weights, with Caffe's preprocessing."""
+    """Load the network of a Caffe definition and its weights, with Caffe's preprocessing."""
     from resnet_fast import caffe
 
     with as_user_errors(ValueError, OSError):
@@ -169,7 +173,7 @@ def _caffe(prototxt: Path, caffemodel: Path, mean: str | None, scale: float | No
 
 
 def _input_size(net: Net) -> int:
-    """Pixels of both sides of the images that the network takes."""
+    """Return height and width, in pixels, of the images that the network takes."""
     source, inputs = net.definition.source, net.definition.inputs
     shown = " and ".join(f"{entry.name!r} {'x'.join(map(str, entry.shape))}" for entry in inputs)
     if len(inputs) != 1:
@@ -185,7 +189,7 @@ def _input_size(net: Net) -> int:
 
 
 def _classes(net: Net, size: int) -> tuple[int, bool]:
-    """How many classes the network tells apart, and whether it gives probabilities: whether it ends with a Softmax."""
+    """Return the number of classes, and whether the network ends with a Softmax and so returns probabilities."""
     from resnet_fast.caffe import definition
 
     source, outputs = net.definition.source, net.definition.outputs
@@ -207,9 +211,9 @@ def _classes(net: Net, size: int) -> tuple[int, bool]:
 
 
 def _caffe_preprocessing(mean: str | None, scale: float | None, size: int, entry: Input) -> Callable[[Image], Tensor]:
-    """The published models': the shorter side 256 for a crop of 224, and in proportion for others.
+    """Return the published models' preprocessing: the shorter side 256 for a crop of 224, in proportion for others.
 
-    Mean and scale are those of the options, or what the definition's data layer says.
+    Mean and scale are the options', or those of the definition's data layer.
     """
     from resnet_fast.caffe.preprocessing import CHANNEL_MEANS, Preprocessing
 
@@ -242,9 +246,9 @@ def _caffe_preprocessing(mean: str | None, scale: float | None, size: int, entry
 
 
 def top(scores: Tensor, labels: tuple[str, ...], count: int, probabilities: bool = False) -> list[dict[str, Any]]:
-    """The ``count`` most probable classes of one image, most probable first.
+    """Return the ``count`` most probable classes of one image, the most probable first.
 
-    ``scores`` are probabilities already if ``probabilities`` says so.
+    ``probabilities`` says that ``scores`` are probabilities already.
     """
     found = scores.double() if probabilities else scores.double().softmax(0)
     values, indices = found.topk(min(count, len(labels)))
@@ -264,7 +268,7 @@ def classify(
     arch: Annotated[
         str | None,
         typer.Option(
-            "--arch", "-a", metavar="NAME", help="One of the ten ResNets; by default what the weights say, or resnet50."
+            "--arch", "-a", metavar="NAME", help="Model name (default: the one that the weights name, or resnet50)."
         ),
     ] = None,
     weights: Annotated[
@@ -273,7 +277,7 @@ def classify(
             "--weights",
             "-w",
             metavar="NAME|PATH",
-            help="Published weights by name, or a .pth or .safetensors file; by default the best published ones.",
+            help="Published weights by name, or a .pth or .safetensors file (default: the best published ones).",
         ),
     ] = None,
     prototxt: Annotated[
@@ -287,8 +291,8 @@ def classify(
         typer.Option(
             "--mean",
             metavar="FILE|B,G,R",
-            help="What is subtracted from a Caffe network's images: a .binaryproto file, or three numbers for blue, "
-            "green and red; by default those of the published ResNets.",
+            help="Mean of a Caffe network's images: a .binaryproto file, or three numbers for blue, green and red "
+            "(default: the published ResNets').",
         ),
     ] = None,
     scale: Annotated[
@@ -296,27 +300,27 @@ def classify(
         typer.Option(
             "--scale",
             metavar="X",
-            help="What a Caffe network's images are multiplied by after the mean; 1 unless its definition says more.",
+            help="Factor for a Caffe network's images after subtracting the mean (default: its definition's, or 1).",
         ),
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option("--labels", metavar="FILE", help="Names of the classes, one a line, as in synset_words.txt."),
+        typer.Option("--labels", metavar="FILE", help="Names of the classes, one per line, as in synset_words.txt."),
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option("--image-size", min=1, max=4096, help="Height and width to crop to; by default the weights' own."),
+        typer.Option("--image-size", min=1, max=4096, help="Height and width to crop to (default: the weights')."),
     ] = None,
     resize_size: Annotated[
         int | None,
-        typer.Option("--resize-size", min=1, max=4096, help="Shorter side before that; by default the weights' own."),
+        typer.Option("--resize-size", min=1, max=4096, help="Shorter side before cropping (default: the weights')."),
     ] = None,
-    topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="Classes to show for every image.")] = 5,
+    topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="Number of classes to show per image.")] = 5,
     dtype: Dtype = Precision.float32,
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
-    """Say what is on each IMAGE: the most probable classes, with the weights' own preprocessing.
+    """Classify images: show the most probable classes of each, using the weights' own preprocessing.
 
     The network is one of the ten ResNets, or a Caffe network with --prototxt and --caffemodel.
 
@@ -324,7 +328,7 @@ def classify(
     """
     _check_options(arch, weights, prototxt, caffemodel, mean, scale, image_size or resize_size)
     given, errors = given_images(images)
-    for position, image in enumerate(given):  # bad files are found before anything is downloaded or built
+    for position, image in enumerate(given):  # find bad files before anything is downloaded or built
         if position not in errors:
             try:
                 image.read()
@@ -371,7 +375,7 @@ def _check_options(
     scale: float | None,
     size: int | None,
 ) -> None:
-    """Which network is meant must be clear."""
+    """Raise UserError unless the options name one network."""
     if prototxt is None:
         for option, given in (("--caffemodel", caffemodel), ("--mean", mean), ("--scale", scale)):
             if given is not None:
@@ -391,7 +395,7 @@ def _check_options(
 
 
 def _classifier(arch: str | None, weights: str | None, image_size: int | None, resize_size: int | None) -> Classifier:
-    """The network of ``load_network``; sizes that are given win over those that belong to the weights."""
+    """Return ``load_network``'s network; sizes given as options override the weights'."""
     network = load_network(arch, weights)
     prepare = network.preprocessing
     if image_size is not None or resize_size is not None:
@@ -400,7 +404,7 @@ def _classifier(arch: str | None, weights: str | None, image_size: int | None, r
 
 
 Answers = list[tuple[str, list[dict[str, Any]]]]
-"""Of each image, its name and the rows of ``top``."""
+"""Each image's name and its rows of ``top``."""
 
 
 def _run(network: Classifier, images: list[Given], topk: int, dtype: Precision) -> Answers:

@@ -1,4 +1,4 @@
-"""``resnet-fast convert``: weights from one kind of file to another. What names and files mean is known elsewhere."""
+"""``resnet-fast convert``: convert weights from one kind of file to another, using the readers of other modules."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CAFFEMODEL = (b"\x0a", b"\x12", b"\x1a", b"\xa2")
 
 
 class Names(str, enum.Enum):
-    """How tensors are called in a file."""
+    """Naming of the tensors in a file."""
 
     caffe = "caffe"
     torchvision = "torchvision"
@@ -38,7 +38,7 @@ class Names(str, enum.Enum):
 
 @dataclass(frozen=True)
 class _Tensors:
-    """A file of tensors by name: what it holds, its metadata, and whose names they are (None if nobody's)."""
+    """A file of tensors by name: the tensors, its metadata, and its naming (None if unknown)."""
 
     path: Path
     state: dict[str, Tensor]
@@ -52,7 +52,7 @@ def convert(
         typer.Argument(
             metavar="SOURCE",
             help="A caffemodel, a safetensors file, or what torch.save wrote, whatever its suffix. FILE:PART names "
-            "one of several networks, as last.pth:model_ema.",
+            "one of several networks, e.g. last.pth:model_ema.",
         ),
     ],
     target: Annotated[
@@ -64,7 +64,7 @@ def convert(
             "--prototxt",
             "-p",
             metavar="FILE",
-            help="The definition that belongs to a caffemodel. On the way back, one for files that hold none.",
+            help="Definition of the caffemodel, or of a file with Caffe's names that holds none.",
         ),
     ] = None,
     to: Annotated[
@@ -78,8 +78,8 @@ def convert(
         bool,
         typer.Option(
             "--v1",
-            help="Say that a file with torchvision's names is of a network with the stride in the first 1x1 and the "
-            "unpadded pool. Its names do not tell, and torchvision's own weights are not.",
+            help="Declare that a file with torchvision's names is of a network with the stride in the first 1x1 and an "
+            "unpadded pool, which the names do not show; torchvision's own weights are of another.",
         ),
     ] = False,
     write_prototxt: Annotated[
@@ -89,7 +89,7 @@ def convert(
 ) -> None:
     """Convert weights between Caffe's .caffemodel, .safetensors and .pth.
 
-    The metadata of .safetensors and .pth files keeps what the way back needs.
+    The metadata of .safetensors and .pth files keeps what converting back needs.
     """
     from resnet_fast.models.checkpoint import file_and_part
 
@@ -121,7 +121,7 @@ def convert(
 
 
 def _kind_of_source(path: Path) -> str:
-    """By the content; a caffemodel has no mark of its own, only likely first bytes."""
+    """Return the kind of a file by its content; a caffemodel has no magic number, only likely first bytes."""
     from resnet_fast.models.checkpoint import file_format
 
     named = SUFFIXES.get(path.suffix.lower())
@@ -153,7 +153,7 @@ def _kind_of_target(path: Path) -> str:
 
 
 def _check_apart(source: Path, target: Path, prototxt: Path | None, write_prototxt: Path | None) -> None:
-    """What is written must not be what is read."""
+    """Raise UserError if an output file is one of the inputs."""
     read = [path.resolve() for path in (source, prototxt) if path is not None]
     written = [path.resolve() for path in (target, write_prototxt) if path is not None]
     for path in written:
@@ -191,7 +191,7 @@ def _read(source: Path) -> _Tensors:
 
 
 def _network(found: _Tensors, prototxt: Path | None, v1: bool) -> Net:
-    """The network in Caffe's form that a file of tensors has the weights of."""
+    """Return the Caffe network whose weights a file of tensors holds."""
     if found.names is Names.torchvision:
         if prototxt is not None:
             raise UserError(
@@ -251,7 +251,7 @@ def _from_torchvision(found: _Tensors, v1: bool) -> Net:
 
 
 def _depth(state: Mapping[str, Any]) -> int | None:
-    """50, 101 or 152, by the number of bottlenecks in the four stages."""
+    """Return 50, 101 or 152, by the number of bottlenecks in the four stages."""
     blocks = {key.rsplit(".", 2)[0] for key in state if key.startswith("layer") and key.endswith(".conv3.weight")}
     count = [sum(block.startswith(f"layer{stage}.") for block in blocks) for stage in (1, 2, 3, 4)]
     known = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
@@ -259,14 +259,14 @@ def _depth(state: Mapping[str, Any]) -> int | None:
 
 
 def _widest(state: Mapping[str, Tensor]) -> torch.dtype:
-    """What a caffemodel holds such tensors in."""
+    """Return the number format in which a caffemodel holds such tensors."""
     import torch
 
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in state.values()) else torch.float32
 
 
 def _widened(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All floating point tensors in one dtype, which is exact."""
+    """Return the tensors with all floating point ones in one dtype that holds them exactly."""
     dtype = _widest(state)
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
@@ -282,7 +282,7 @@ def _write_tensors(target: Path, state: Mapping[str, Tensor], metadata: Mapping[
         if SUFFIXES[target.suffix.lower()] == "safetensors":
             write_model(target, state, metadata)
         else:
-            # Clones: a view would bring the whole of its storage along.
+            # Clones, since torch.save writes the whole storage of a view.
             tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
             save_torch(target, with_metadata(tensors, metadata))
 

@@ -1,4 +1,4 @@
-"""The images that a command is given: files, folders of them, and pipes. They are read by ``resnet_fast.models``."""
+"""Collect the images that a command is given: files, folders, pipes. ``resnet_fast.models`` reads them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIPE_BYTES = 2**28
-"""Pipes that give more are refused: what comes through one is held in memory."""
+"""Pipes that give more are refused, since their content is held in memory."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """One image that was asked for: its name as it was given, and where it is, a path or the bytes from a pipe."""
+    """One image of the command line: its name as given, and its path or the bytes from a pipe."""
 
     name: str
     content: str | bytes
 
     def read(self) -> Image:
-        """The image. Raises UserError, in one line that begins with its name."""
+        """Return the image; raise UserError, in one line that begins with its name."""
         return read_image(Path(self.content) if isinstance(self.content, str) else _Named(self.content, self.name))
 
 
@@ -41,7 +41,7 @@ class _Named(io.BytesIO):
 
 
 def read_image(source: Path | IO[bytes]) -> Image:
-    """``resnet_fast.models.read_image``, whose errors are the user's."""
+    """Call ``resnet_fast.models.read_image``, with its errors as UserError."""
     from resnet_fast import models
 
     with as_user_errors(models.ImageError):
@@ -49,9 +49,9 @@ def read_image(source: Path | IO[bytes]) -> Image:
 
 
 def given_images(arguments: Sequence[str]) -> tuple[list[Given], dict[int, UserError]]:
-    """What the arguments stand for, in their order: a file, each image below a folder, ``-`` and pipes.
+    """Return the images that the arguments stand for, in their order: files, each image below a folder, ``-``, pipes.
 
-    Returns also the errors, by the position that the image would have had.
+    Also returns the errors, by the position that the image would have had.
     """
     from resnet_fast.models.images import find_images
 
@@ -76,7 +76,7 @@ def given_images(arguments: Sequence[str]) -> tuple[list[Given], dict[int, UserE
 
 
 def _pipe(argument: str, seen: dict[tuple[int, int], bytes]) -> bytes | None:
-    """What comes through the pipe that is meant, the same each time it is named; None for a file."""
+    """Return a pipe's content, the same each time it is named; None for a file."""
     if argument == "-":
         if sys.stdin is None or sys.stdin.isatty():
             raise UserError("-: standard input is a terminal or closed; pipe an image into it")
@@ -87,7 +87,7 @@ def _pipe(argument: str, seen: dict[tuple[int, int], bytes]) -> bytes | None:
     else:
         try:
             status = os.stat(argument)
-        except (OSError, ValueError):  # which the reader says better
+        except (OSError, ValueError):  # the reader has the better message
             return None
         if not stat.S_ISFIFO(status.st_mode):
             return None

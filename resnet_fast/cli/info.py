@@ -1,4 +1,4 @@
-"""``resnet-fast info``: what is installed, found and used, and why not something faster."""
+"""``resnet-fast info``: show what is installed, found and used, and why not something faster."""
 
 from __future__ import annotations
 

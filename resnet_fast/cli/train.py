@@ -1,4 +1,4 @@
-"""``resnet-fast train``: a command for each kind of training, in a file of its own; only their list is here."""
+"""``resnet-fast train``: list the kinds of training; each is a command in its own file."""
 
 from __future__ import annotations
 

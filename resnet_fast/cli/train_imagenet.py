@@ -1,6 +1,6 @@
-"""``resnet-fast train imagenet``: a ResNet on images in folders, alone or under torchrun.
+"""``resnet-fast train imagenet``: train a ResNet on folders of images, alone or under torchrun.
 
-Here are the options, the progress bar and how errors are shown; the work is ``resnet_fast.training.imagenet``.
+This file has the options, the progress bar and the display of errors; ``resnet_fast.training.imagenet`` trains.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from resnet_fast.cli.common import (
 
 
 class TrainPrecision(str, enum.Enum):
-    """What a training step computes in; parameters and optimizer are float32 with all of them."""
+    """Precision of a training step; parameters and optimizer are always float32."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -45,7 +45,7 @@ class TrainDevice(str, enum.Enum):
 
 
 class OnError(str, enum.Enum):
-    """What to do about an image whose content cannot be read."""
+    """What to do about a damaged image."""
 
     skip = "skip"
     stop = "stop"
@@ -72,7 +72,7 @@ def imagenet(
             "--image-size",
             min=32,
             max=4096,
-            help="Height and width of the images; by default the weights' own, or 224.",
+            help="Height and width of the images (default: the weights' own, or 224).",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -82,29 +82,30 @@ def imagenet(
             "--resize-size",
             min=1,
             max=4096,
-            help="Shorter side in validation before cropping; by default in the weights' proportion, or 8/7.",
+            help="Shorter side in validation before cropping (default: in the weights' proportion, or 8/7).",
             rich_help_panel=DATA,
         ),
     ] = None,
     min_scale: Annotated[
-        float, typer.Option("--min-scale", help="Least part of an image in a training crop.", rich_help_panel=DATA)
+        float,
+        typer.Option(
+            "--min-scale", help="Smallest training crop, as a fraction of the image's area.", rich_help_panel=DATA
+        ),
     ] = 0.08,
     workers: Annotated[
-        int, typer.Option("--workers", min=0, help="Reading processes for each training process.", rich_help_panel=DATA)
+        int, typer.Option("--workers", min=0, help="Data-loading workers per training process.", rich_help_panel=DATA)
     ] = 4,
     on_error: Annotated[
         OnError,
         typer.Option(
             "--on-error",
-            help="skip: leave damaged images out and count them; stop: end at the first.",
+            help="skip: leave damaged images out and count them; stop: end at the first one.",
             rich_help_panel=DATA,
         ),
     ] = OnError.skip,
     arch: Annotated[
         str | None,
-        typer.Option(
-            "--arch", "-a", metavar="NAME", help="One of the ten ResNets; by default that of the weights, or resnet50."
-        ),
+        typer.Option("--arch", "-a", metavar="NAME", help="Model name (default: the weights' own, or resnet50)."),
     ] = None,
     weights: Annotated[
         str | None,
@@ -112,22 +113,22 @@ def imagenet(
             "--weights",
             "-w",
             metavar="NAME|PATH",
-            help="Start from published weights, or a file; a classifier of other classes is replaced.",
+            help="Start from published weights or a file; a classifier for other classes is replaced.",
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs in all.", rich_help_panel=RECIPE)] = 90,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Number of epochs.", rich_help_panel=RECIPE)] = 90,
     batch_size: Annotated[
         int,
-        typer.Option("--batch-size", "-b", min=1, help="Images in one forward of one process.", rich_help_panel=RECIPE),
+        typer.Option("--batch-size", "-b", min=1, help="Images per forward and process.", rich_help_panel=RECIPE),
     ] = 128,
     accumulate: Annotated[
-        int, typer.Option("--accumulate", min=1, help="Forwards whose gradients make a step.", rich_help_panel=RECIPE)
+        int, typer.Option("--accumulate", min=1, help="Forwards per optimizer step.", rich_help_panel=RECIPE)
     ] = 1,
     lr: Annotated[
         float | None,
         typer.Option(
             "--lr",
-            help="Learning rate after the warm-up; by default 0.1 for 256 images a step, and in proportion.",
+            help="Learning rate after the warm-up (default: 0.1 per 256 images in a step).",
             rich_help_panel=RECIPE,
         ),
     ] = None,
@@ -135,54 +136,70 @@ def imagenet(
         float | None,
         typer.Option(
             "--warmup-epochs",
-            help="Epochs of linear warm-up, by default 5, or a tenth of few epochs.",
+            help="Epochs of linear warm-up (default: 5, or a tenth of fewer than 50 epochs).",
             rich_help_panel=RECIPE,
         ),
     ] = None,
-    momentum: Annotated[float, typer.Option("--momentum", help="Nesterov's momentum.", rich_help_panel=RECIPE)] = 0.9,
+    momentum: Annotated[float, typer.Option("--momentum", help="Nesterov momentum.", rich_help_panel=RECIPE)] = 0.9,
     weight_decay: Annotated[
         float,
-        typer.Option("--weight-decay", help="Of filters and matrices, not norms and biases.", rich_help_panel=RECIPE),
+        typer.Option(
+            "--weight-decay",
+            help="Weight decay of filters and matrices; norms and biases have none.",
+            rich_help_panel=RECIPE,
+        ),
     ] = 1e-4,
     label_smoothing: Annotated[
-        float, typer.Option("--label-smoothing", help="Of the training loss.", rich_help_panel=RECIPE)
+        float,
+        typer.Option(
+            "--label-smoothing",
+            help="Label smoothing of the training loss.",
+            rich_help_panel=RECIPE,
+        ),
     ] = 0.1,
     clip_norm: Annotated[
         float | None,
-        typer.Option("--clip-norm", help="Greatest norm of the gradient; by default any.", rich_help_panel=RECIPE),
+        typer.Option(
+            "--clip-norm", help="Clip the gradient norm to this value (default: off).", rich_help_panel=RECIPE
+        ),
     ] = None,
     ema_decay: Annotated[
         float,
         typer.Option(
-            "--ema-decay", help="Keep a moving average with this decay per step; 0: none.", rich_help_panel=RECIPE
+            "--ema-decay", help="Keep a moving average with this decay per step; 0 for none.", rich_help_panel=RECIPE
         ),
     ] = 0.0,
     zero_init_residual: Annotated[
         bool,
-        typer.Option("--zero-init-residual", help="Start every block as identity.", rich_help_panel=RECIPE),
+        typer.Option("--zero-init-residual", help="Start every block as the identity.", rich_help_panel=RECIPE),
     ] = False,
     sync_bn: Annotated[
         bool,
-        typer.Option("--sync-bn", help="Statistics of BatchNorm over all processes.", rich_help_panel=RECIPE),
+        typer.Option(
+            "--sync-bn",
+            help="Compute BatchNorm's statistics over all processes.",
+            rich_help_panel=RECIPE,
+        ),
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Decides everything random.", rich_help_panel=RECIPE)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed.", rich_help_panel=RECIPE)] = 0,
     precision: Annotated[
-        TrainPrecision, typer.Option("--precision", help="To compute in, with autocast.", rich_help_panel=COMPUTING)
+        TrainPrecision,
+        typer.Option("--precision", help="Precision of the computation, by autocast.", rich_help_panel=COMPUTING),
     ] = TrainPrecision.float32,
     device: Annotated[
-        TrainDevice, typer.Option("--device", help="auto: CUDA if there is any.", rich_help_panel=COMPUTING)
+        TrainDevice, typer.Option("--device", help="auto: a CUDA GPU if there is one.", rich_help_panel=COMPUTING)
     ] = TrainDevice.auto,
     compile_it: Annotated[
-        bool, typer.Option("--compile", help="torch.compile the training step.", rich_help_panel=COMPUTING)
+        bool, typer.Option("--compile", help="Run the training step under torch.compile.", rich_help_panel=COMPUTING)
     ] = False,
     memory_efficient: Annotated[
         bool,
-        typer.Option("--memory-efficient", help="Keep less for the backward.", rich_help_panel=COMPUTING),
+        typer.Option("--memory-efficient", help="Keep less memory for the backward pass.", rich_help_panel=COMPUTING),
     ] = False,
     threads: Threads = None,
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", metavar="FOLDER", help="Gets everything that is written.", rich_help_panel=FILES),
+        typer.Option("--out", "-o", metavar="FOLDER", help="Output folder.", rich_help_panel=FILES),
     ] = Path("runs/imagenet"),
     checkpoint_every: Annotated[
         int,
@@ -190,7 +207,7 @@ def imagenet(
             "--checkpoint-every",
             min=1,
             metavar="STEPS",
-            help="Steps between checkpoints in an epoch.",
+            help="Steps between checkpoints within an epoch.",
             rich_help_panel=FILES,
         ),
     ] = 500,
@@ -200,15 +217,15 @@ def imagenet(
     ] = False,
     allow_changes: Annotated[
         bool,
-        typer.Option("--allow-changes", help="Also if images were added or removed since.", rich_help_panel=FILES),
+        typer.Option("--allow-changes", help="Resume even if images were added or removed.", rich_help_panel=FILES),
     ] = False,
 ) -> None:
-    """Train one of the ten ResNets on images in folders, as ImageNet's or your own.
+    """Train one of the ten ResNets on folders of images, ImageNet's or your own.
 
-    Alone, or under torchrun with as many processes as there are GPUs, on one machine or on many:
+    Runs alone, or under torchrun with one process per GPU, on one machine or several:
     torchrun --standalone --nproc-per-node 8 -m resnet_fast.cli train imagenet --data DIR
 
-    In --out: checkpoint.safetensors and metrics.csv after every epoch, model.safetensors and a plot in the end.
+    Writes checkpoint.safetensors and metrics.csv after every epoch, model.safetensors and a plot at the end.
     """
     if arch is not None:
         check_arch(arch)
@@ -244,7 +261,7 @@ def imagenet(
                         say=lambda line: console.print(escape(printable(line)), soft_wrap=True),
                     )  # fmt: skip
         except (distributed.AgreedError, imagenet.Diverged) as error:
-            if not first:  # process 0 says it
+            if not first:  # process 0 reports it
                 raise typer.Exit(1) from error
             raise UserError(one_line(error)) from error
         except ImageError as error:
@@ -254,13 +271,13 @@ def imagenet(
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the GPU's memory is too small for --batch-size {batch_size}; a smaller one with --accumulate, or "
-                "--memory-efficient, would fit"
+                "--memory-efficient, may fit"
             ) from error
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             raise UserError(
                 f"a process that reads images died ({one_line(error, 200)}), perhaps because memory or /dev/shm is "
-                f"full; fewer --workers need less, 0 reads without such processes. --resume continues from the last "
-                "checkpoint"
+                "full; fewer --workers need less, and 0 reads in the training process. --resume continues from the "
+                "last checkpoint"
             ) from error

@@ -1,4 +1,4 @@
-"""``resnet-fast train residual``: trains the small residual network and checks that fused answers are plain ones."""
+"""``resnet-fast train residual``: train the small residual network, and compare fused with plain answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT, MODEL, METRICS, PLOT = "checkpoint.safetensors", "model.safetensors", "metrics.csv", "metrics.png"
 EPOCHS = 5
-"""The original's."""
+"""As in the original."""
 
 
 def residual(
@@ -41,22 +41,24 @@ def residual(
         ),
     ] = "digits",
     epochs: Annotated[
-        int, typer.Option("--epochs", min=1, help="Epochs in all, those before --resume included.")
+        int, typer.Option("--epochs", min=1, help="Number of epochs, those before --resume included.")
     ] = EPOCHS,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per step.")] = 50,
     lr: Annotated[float, typer.Option("--lr", help="Adam's learning rate.")] = 1e-3,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the initial values, the order and the split.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed (initial values, order, split).")] = 0,
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FOLDER", help=f"Gets {CHECKPOINT}, {MODEL}, {METRICS} and {PLOT}.")
+        Path,
+        typer.Option("--out", "-o", metavar="FOLDER", help=f"Folder for {CHECKPOINT}, {MODEL}, {METRICS}, {PLOT}."),
     ] = Path("residual_network"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in FOLDER.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in FOLDER.")] = False,
     device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where to train.")] = "cpu",
     threads: Threads = None,
 ) -> int:
-    """Train the small TensorFlow-style residual network on digits, and check that the fused network answers the same.
+    """Train the small TensorFlow-style residual network on digits, and check that fused predictions are the same.
 
-    Prints the accuracies of each epoch, keeps a checkpoint of the last one, and then runs the held-out images through
-    plain torch layers, the fused network and optimize(). The exit status is 1 if a prediction differs.
+    Prints the accuracies of each epoch, keeps a checkpoint of the last one, and runs the held-out images through plain
+    torch layers, the fused network and optimize().
+    The exit status is 1 if a prediction differs.
     """
     from resnet_fast.training import checkpoint, digits
     from resnet_fast.training.residual import Settings
@@ -64,9 +66,9 @@ def residual(
     check_device(device)
     path = out / CHECKPOINT
     if resume and not path.is_file():
-        raise UserError(f"{path}: no checkpoint to go on from; leave --resume away to start")
+        raise UserError(f"{path}: no checkpoint to continue from; leave --resume out to start")
     if not resume and path.exists():
-        raise UserError(f"{path} exists; give --resume to go on with it, or another folder")
+        raise UserError(f"{path} exists; give --resume to continue it, or another folder")
     if_stopped(lambda: training_stopped(path, resume))
     set_threads(threads)
     console = out_console()
@@ -79,7 +81,7 @@ def residual(
 
 
 def check_device(device: str) -> None:
-    """Raises UserError unless it is cpu, or cuda on a machine with a GPU."""
+    """Raise UserError unless it is cpu, or cuda on a machine with a GPU."""
     import torch
 
     if device not in ("cpu", "cuda"):
@@ -98,7 +100,7 @@ def train(
     out: Path | None = None,
     resume: bool = False,
 ) -> Run:
-    """Trains up to ``epochs`` epochs with a progress bar and a line for each; keeps files in ``out`` if it is given."""
+    """Train up to ``epochs`` epochs, with a progress bar and a line for each; keep files in ``out`` if it is given."""
     from resnet_fast.training import checkpoint
     from resnet_fast.training.metrics import Metrics
     from resnet_fast.training.residual import ABOUT, Epoch, Run
@@ -123,7 +125,7 @@ def train(
             found = run.epoch(lambda fraction, n=number: progress(f"epoch {n}", fraction))  # type: ignore[misc]
         console.print(_line(number, found), soft_wrap=True)
         if out is not None and metrics is not None:
-            # In this order: a row without its checkpoint is dropped on --resume, a checkpoint's row would be missing.
+            # In this order: --resume drops a row without its checkpoint, but could not restore a missing row.
             metrics.append(number, **found.as_dict())
             run.save(out / CHECKPOINT)
     if out is not None:
@@ -134,7 +136,7 @@ def train(
 
 
 def _line(number: int, found: Epoch) -> str:
-    """As the original prints it: epochs from 0, the mean accuracy of the batches, the validation accuracy."""
+    """Return the line the original prints: epochs from 0, mean accuracy of the batches, validation accuracy."""
     return f"epoch: {number} , train: {found.train_accuracy:.4f} , valid: {found.valid_accuracy:.4f}"
 
 
@@ -153,7 +155,7 @@ def _draw(console: Console, rows: list[dict[str, float]], path: Path, name: str)
 
 
 def show_agreement(console: Console, run: Run) -> bool:
-    """Prints how plain, fused and optimized answers to the held-out images compare; returns whether they agree."""
+    """Print how plain, fused and optimized answers to the held-out images compare; return whether they agree."""
     from resnet_fast.training.residual import agreement
 
     held_out = run.data.held_out
@@ -161,7 +163,7 @@ def show_agreement(console: Console, run: Run) -> bool:
         progress("comparing answers", 0.0)
         found = agreement(run.model, held_out)
     differences = ", ".join(f"{name} {value:.1e}" for name, value in found.largest.items())
-    ties = f" ({found.ties} ties apart)" if found.ties else ""
+    ties = f" (apart from {found.ties} tie{'s'[: found.ties != 1]})" if found.ties else ""
     console.print(
         f"held out: {found.images} images, {found.accuracy:.2%} right with plain torch layers; "
         f"largest difference of a logit (up to {found.scale:.1f}): {differences}",
@@ -170,5 +172,8 @@ def show_agreement(console: Console, run: Run) -> bool:
     if found.agrees:
         console.print(f"[bold green]All predictions agree[/]: plain layers, the fused network, optimize(){ties}.")
     else:
-        console.print(f"[bold red]{found.different} predictions of the fused network or optimize() differ[/]{ties}.")
+        noun = "prediction differs" if found.different == 1 else "predictions differ"
+        console.print(
+            f"[bold red]{found.different} {noun}[/] between plain layers and the fused network or optimize(){ties}."
+        )
     return found.agrees
