@@ -1,11 +1,11 @@
-"""The console script ``resnet-fast``. That it is imported tells resnet_fast to import torch only when it is needed.
+"""The console script ``resnet-fast``. If it is imported, resnet_fast imports torch only when needed.
 
-It lies beside the package because an import of anything in resnet_fast runs ``resnet_fast/__init__.py`` first.
+It is outside the package because importing anything in resnet_fast runs ``resnet_fast/__init__.py`` first.
 """
 
 
 def main() -> None:
-    """The entry point."""
+    """Run the command line."""
     try:
         from resnet_fast.cli import main
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
-"""What pyproject.toml cannot say: where the packages lie, what goes into the source archive, the native module.
+"""Declare what pyproject.toml cannot: the packages' folders, the content of the source archive, the native module.
 
-It imports no torch and needs no compiler: CMake builds csrc/, where csrc/native_build.py finds that possible. What lies
-in kernels/ at the top level is installed in resnet_fast/kernels/.
+This file imports no torch and needs no compiler: CMake builds csrc/ if csrc/native_build.py finds that possible. The
+top-level folder kernels/ is installed as resnet_fast/kernels/.
 """
 
 import sys
@@ -17,10 +17,12 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
-import native_build  # noqa: E402 - it lies in csrc/, which is no package
+import native_build  # noqa: E402 - it lies in csrc/, which is not a package
 
-# Everything that a source archive has beyond the packages, so that it can be tested and built like a checkout.
+# Everything but the packages that a source archive needs to be tested and built like a checkout.
 SOURCE_ARCHIVE = (
+    ".github/**/*",
+    ".pre-commit-config.yaml",
     "CHANGELOG.md",
     "CMakeLists.txt",
     "CONTRIBUTING.md",
@@ -37,7 +39,7 @@ SOURCE_ARCHIVE = (
 
 
 class SourceArchive(sdist):
-    """Adds SOURCE_ARCHIVE to what setuptools packs by itself."""
+    """Add SOURCE_ARCHIVE to the files that setuptools packs by itself."""
 
     def make_distribution(self) -> None:
         for pattern in SOURCE_ARCHIVE:
@@ -47,7 +49,7 @@ class SourceArchive(sdist):
 
 
 class BuildPython(build_py):
-    """Takes what is in kernels/ for resnet_fast.kernels, and __init__.py from where the package is."""
+    """Take the files of resnet_fast.kernels from kernels/, and its __init__.py from resnet_fast/kernels/."""
 
     def finalize_options(self) -> None:
         super().finalize_options()

@@ -1,4 +1,4 @@
-"""Ways to use resnet_fast, offline, with random weights: ``python examples/drop_in.py``."""
+"""Use resnet_fast in three ways, offline, with random weights: ``python examples/drop_in.py``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def main() -> None:
     torch.manual_seed(0)
     images = torch.randn(4, 3, 224, 224)  # stands for a preprocessed batch
 
-    # 1. A drop-in for torchvision.models.resnet50: same arguments, same state_dict, fused where that changes nothing.
+    # 1. A drop-in for torchvision.models.resnet50: same arguments and state_dict, fused if that changes nothing.
     model = rf.resnet50().eval()
     with torch.no_grad():
         scores = model(images)

@@ -1,7 +1,7 @@
 """The command line ``resnet-fast``: classify, convert, train, bench, roofline, tune, info, demo.
 
-One file each. Here is only what they share: the application, ``main``, and how errors are shown. Importing it imports
-typer and rich; everything heavier is imported by the command that needs it.
+Each command has its own file. This one has what they share: the application, ``main``, and the display of errors. It
+imports typer and rich; each command imports anything heavier that it needs.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from resnet_fast.cli import bench, classify, convert, demo, info, roofline, trai
 from resnet_fast.cli.common import Stopped, UserError, interrupt, one_line, stoppable, stopped_status
 
 _CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
-"""typer's base class of wrong arguments; it lives in another module in every other release."""
+"""typer's base class of wrong arguments, which moves between modules from release to release."""
 
 
 class _OneLineErrors(TyperGroup):
-    """Shows every error as one line on stderr and exits non-zero; the traceback appears with --debug alone."""
+    """Show every error as one line on stderr and exit non-zero; only --debug shows the traceback."""
 
     def main(self, args: Any = None, *, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
         if not standalone_mode:
@@ -33,7 +33,7 @@ class _OneLineErrors(TyperGroup):
         given = list(sys.argv[1:] if args is None else args)
         debug = os.environ.get("RESNET_FAST_DEBUG", "0") not in ("", "0")
         options = given[: given.index("--")] if "--" in given else given
-        if "--debug" in options:  # wherever it stands, so that it can be put behind a failed command
+        if "--debug" in options:  # at any position, so that it can be appended to a failed command
             given.remove("--debug")
             debug = True
         status = 2 if not given else 0
@@ -41,7 +41,7 @@ class _OneLineErrors(TyperGroup):
             returned = super().main(given or ["--help"], standalone_mode=False, **extra)
             status = returned if isinstance(returned, int) and returned else status
         except Stopped as error:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # nobody who presses it again wants a traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # pressed again it must not show a traceback
             status = error.status if error.message is None else _report(error.message, error.status, debug)
         except UserError as error:
             status = _report(str(error), 1, debug)
@@ -69,7 +69,7 @@ def _report(message: str, status: int, debug: bool) -> int:
 app = typer.Typer(
     name="resnet-fast",
     cls=_OneLineErrors,
-    help="ResNet made of fused kernels: classify images, measure this machine, see what is used and why.",
+    help="ResNets as fused kernels: classify images, train, time this machine, show what is used and why.",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -102,7 +102,7 @@ app.add_typer(train.app, name="train")
 
 
 def main() -> None:
-    """The entry point of the console script."""
+    """Run the console script."""
     warnings.formatwarning = lambda message, *_rest, **_more: f"resnet-fast: note: {one_line(message)}\n"
     handle_signals()
     try:
@@ -112,22 +112,22 @@ def main() -> None:
 
 
 def handle_signals() -> None:
-    """Lets Ctrl-C and SIGTERM end this process as ``stoppable`` says, and children as their parent wants it."""
+    """Let Ctrl-C and SIGTERM end this process as ``stoppable`` describes; children leave them to their parent."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell wants it of what it starts in the background
+        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell sets it for background jobs
             signal.signal(number, interrupt)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_leave_signals_to_the_parent)
 
 
 def _leave_signals_to_the_parent() -> None:
-    """Ctrl-C reaches every process of a terminal. Processes that read images are ended by the one that started them."""
+    """Ignore Ctrl-C, which reaches every process of a terminal: the parent ends processes that read images."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.excepthook = _report_unless_cut_off
 
 
 def _report_unless_cut_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """As Python does, but for a connection that the parent leaves as it stops: multiprocessing's thread reports it."""
+    """Report as Python does, except connections that the parent closes as it stops (from multiprocessing's thread)."""
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)

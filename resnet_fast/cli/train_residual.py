@@ -119,15 +119,15 @@ def train(
     )
     if run.epochs_done >= epochs:
         console.print(f"nothing left to train: --epochs {epochs} or more are done", soft_wrap=True)
-    while run.epochs_done < epochs:
-        number = run.epochs_done
-        with progress_bar(lines=console) as progress:
+    with progress_bar(lines=console) as progress:
+        while run.epochs_done < epochs:
+            number = run.epochs_done
             found = run.epoch(lambda fraction, n=number: progress(f"epoch {n}", fraction))  # type: ignore[misc]
-        console.print(_line(number, found), soft_wrap=True)
-        if out is not None and metrics is not None:
-            # In this order: --resume drops a row without its checkpoint, but could not restore a missing row.
-            metrics.append(number, **found.as_dict())
-            run.save(out / CHECKPOINT)
+            console.print(_line(number, found), soft_wrap=True)
+            if out is not None and metrics is not None:
+                # In this order: --resume drops a row without its checkpoint, but could not restore a missing row.
+                metrics.append(number, **found.as_dict())
+                run.save(out / CHECKPOINT)
     if out is not None:
         checkpoint.write_model(out / MODEL, run.model.state_dict(), ABOUT)
     if out is not None and metrics is not None:

@@ -1,4 +1,4 @@
-"""Checkpoint files: read without running any code they contain, and loaded completely or not at all.
+"""Read checkpoint files without running any code they contain, and load them completely or not at all.
 
 Knows nothing of URLs or of particular weights; that is `resnet_fast.models.weights`.
 """
@@ -42,13 +42,13 @@ __all__ = [
 ]
 
 MAX_CHECKPOINT_BYTES = 4 * 2**30
-"""Larger files are refused before they are read. The largest of the ten models has 0.5 GB of float32 parameters."""
+"""Larger files are refused unread. The largest of the ten models has 0.5 GB of float32 parameters."""
 
 MAX_METADATA_CHARACTERS = 32 * 2**20
-"""More text in a file's metadata is refused. A pickle says it shorter than it is, by naming one string many times."""
+"""Larger metadata is refused. A pickle can name one string many times, so the file itself may be much smaller."""
 
 TRAINING_FORMAT = "resnet_fast checkpoint"
-"""What the metadata of `resnet_fast.training.checkpoint`'s files calls their format."""
+"""The format's name in the metadata of `resnet_fast.training.checkpoint`'s files."""
 
 _METADATA = "resnet_fast"
 _SHOWN = 3
@@ -87,10 +87,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def read_with_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What `read_checkpoint` gives, and what the file says of it.
+    """Return what `read_checkpoint` returns, and the file's metadata.
 
     That is the metadata of a safetensors file, or what `with_metadata` gave a state_dict; empty for other files. A
-    `config.json` beside a file of transformers adds `stride_in_1x1`.
+    A `config.json` next to a file of transformers adds `stride_in_1x1`.
 
     Raises:
         FileNotFoundError, WeightsError: as `read_checkpoint`; also for longer metadata than
@@ -114,7 +114,7 @@ def read_with_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor],
 
 
 def file_format(path: Path) -> str:
-    """By its first bytes, whatever its name: "torch" (a zip file or a pickle), "safetensors", "hdf5", or "other"."""
+    """Return a file's format by its first bytes: "torch" (a zip file or a pickle), "safetensors", "hdf5" or "other"."""
     with path.open("rb") as file:
         start = file.read(9)
     if start[8:] == b"{" and int.from_bytes(start[:8], "little") < 2**32:  # the length of a header in JSON, and that
@@ -125,13 +125,13 @@ def file_format(path: Path) -> str:
 
 
 def file_and_part(path: Path) -> tuple[Path, str | None]:
-    """What `FILE:PART` stands for; a file may be called so, too."""
+    """Split `FILE:PART`, unless a file has this very name."""
     head, colon, part = str(path).rpartition(":")
     return (Path(head), part) if colon and not path.exists() and Path(head).is_file() else (path, None)
 
 
 def with_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> OrderedDict[str, Tensor]:
-    """A state_dict for `torch.save` that carries text about itself, for `read_checkpoint`; others see tensors alone.
+    """Return a state_dict for `torch.save` with metadata for `read_checkpoint`; other readers see only the tensors.
 
     torch keeps versions of modules in the attribute `_metadata` of a state_dict, and keys that it does not know.
     Copying the dictionary, or loading it into a module, loses the text.
@@ -143,7 +143,7 @@ def with_metadata(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 
 
 def open_safetensors(path: Path) -> safe_open:
-    """`safetensors.safe_open` of a file that others may replace, by renaming another: header and data of the same one.
+    """Open a safetensors file that may be replaced meanwhile, so that header and data belong to the same file.
 
     `safe_open` opens the name twice, for the header and for the data, and so can mix two files.
 
@@ -170,7 +170,7 @@ def open_safetensors(path: Path) -> safe_open:
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str, name: str, assign: bool = False) -> None:
-    """Copies `state` into `model` after checking every key, shape and dtype, so an error changes nothing.
+    """Copy `state` into `model` after checking every key, shape and dtype, so an error changes nothing.
 
     BatchNorm's `num_batches_tracked` counters may be missing or left over: old files and frozen BatchNorm lack them.
 
@@ -205,7 +205,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str, nam
 
 
 def write_whole(path: Path, write: Callable[[str], object]) -> Path:
-    """Writes a file whole or not at all: `write` is given a temporary name beside `path`, which it becomes.
+    """Write a file whole or not at all: `write` gets a temporary name next to `path`, which is renamed to `path`.
 
     Raises:
         OSError: if there is no such folder, or the file cannot be written; it names `path` and the cause.
@@ -238,7 +238,7 @@ def write_whole(path: Path, write: Callable[[str], object]) -> Path:
 
 
 def save_torch(path: Path, content: Any) -> Path:
-    """`torch.save`, whole or not at all, and with an error that says what is wrong.
+    """Call `torch.save`, writing the file whole or not at all, with an error that names the cause.
 
     Raises:
         OSError: as `write_whole`.
@@ -252,7 +252,7 @@ def save_torch(path: Path, content: Any) -> Path:
 
 
 def _system_error(error: BaseException | None) -> int | None:
-    """The system's number of an error, or of that which it came of: torch.save raises another one about the position
+    """Return the errno of an error or of its cause: torch.save raises another error about the position
     in the file, safetensors one of its own with the number in the text."""
     while error is not None:
         match = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
@@ -310,7 +310,7 @@ class _Stored:
 
 @dataclass(frozen=True)
 class _File:
-    """An open file of either kind: nested dictionaries, and how their leaves become tensors."""
+    """An open file of either kind: nested dictionaries, and a function that turns their leaves into tensors."""
 
     content: Any
     metadata: dict[str, str]
@@ -377,7 +377,7 @@ def _safetensors(path: Path) -> Iterator[_File]:
 
 
 def _chosen(path: Path, file: _File, part: str | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """Names and leaves of the network in the file or, if there is none, of its tensors; and their metadata."""
+    """Return names and leaves of the network in the file or, if there is none, of its tensors; and their metadata."""
 
     def same(one: layouts.Network, other: layouts.Network) -> bool:
         names = one.entries.keys()
@@ -401,13 +401,13 @@ def _chosen(path: Path, file: _File, part: str | None) -> tuple[dict[str, Any], 
 
 @dataclass(frozen=True)
 class _Told:
-    """What a file says of the network apart from names and shapes, by which some others are as the ten."""
+    """What a file says of its network besides names and shapes, which some other networks share with the ten."""
 
     path: Path
     content: Any
 
     def by_transformers(self) -> dict[str, str]:
-        """Where the strides are, by the `config.json` beside the file.
+        """Return the position of the strides, by the `config.json` next to the file.
 
         Raises:
             WeightsError: if it is a network that none of the ten is.
@@ -423,13 +423,13 @@ class _Told:
             return {}
         if told.get("downsample_in_first_stage") or told.get("hidden_act", "relu") != "relu":
             raise WeightsError(
-                f"{self.path}: refused: {config.name} beside it tells of a stride in the first stage, or of an "
+                f"{self.path}: refused: {config.name} next to it has a stride in the first stage, or an "
                 "activation other than ReLU, which none of the ten ResNets has"
             )
         return {"stride_in_1x1": "true"} if told.get("downsample_in_bottleneck") else {}
 
     def by_others(self, network: layouts.Network) -> dict[str, str]:
-        """The same by OpenMMLab's configuration in the file.
+        """Return the same, by OpenMMLab's configuration in the file.
 
         Raises:
             WeightsError: if timm's `arch` is one with anti-aliased convolutions.
@@ -452,7 +452,7 @@ class _Told:
 
 
 def _tensors_alone(path: Path, file: _File, part: str | None) -> Any:
-    """The dictionary of tensors in a file without a ResNet: the whole content, or the only one inside."""
+    """Return the dictionary of tensors in a file without a ResNet: the whole content, or the only one inside."""
     holders = [
         (keys, holder)
         for keys, holder in layouts.dictionaries(file.content)
@@ -473,7 +473,7 @@ def _tensors_alone(path: Path, file: _File, part: str | None) -> Any:
 
 
 def _metadata_of(state: Any) -> dict[str, str]:
-    """What `with_metadata` noted; of a file, so that everything may be anything."""
+    """Return what `with_metadata` stored; it comes from a file, so any value may be of any type."""
     found = state.state if isinstance(state, torchfile.Made) else None
     for key in ("_metadata", "", _METADATA):
         found = dict.get(found, key) if isinstance(found, dict) else None
@@ -492,11 +492,11 @@ def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
         for item in metadata.items():
             "".join(item).encode()
     except UnicodeEncodeError as error:
-        raise WeightsError(f"{path}: damaged: its metadata is no text ({error.reason})") from error
+        raise WeightsError(f"{path}: damaged: its metadata is not text ({error.reason})") from error
 
 
 def _state_dict(path: Path, file: _File, content: Any) -> dict[str, Any]:
-    """The leaves by name, if there is nothing but tensors."""
+    """Return the leaves by name, if all are tensors."""
     if not isinstance(content, dict) or (isinstance(content, torchfile.Made) and not content.is_dictionary):
         raise WeightsError(_not_tensors(path, content))
     if content and all(isinstance(key, str) and key.startswith("module.") for key in dict.keys(content)):
@@ -523,12 +523,12 @@ def _not_tensors(path: Path, value: Any, where: str = "") -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's text without line breaks, cut to a readable length."""
+    """Return the error's text without line breaks, cut to a readable length."""
     return readable(error) or type(error).__name__
 
 
 def readable(text: object, limit: int = 200) -> str:
-    """A text that a file may have written: on one line, cut to `limit` characters, unprintable ones escaped."""
+    """Return a text from a file on one line, cut to `limit` characters, unprintable ones escaped."""
     shown = " ".join(str(text).split())
     shown = shown if len(shown) <= limit else shown[: limit - 3] + "..."
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in shown)

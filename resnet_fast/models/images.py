@@ -1,4 +1,4 @@
-"""Image files: the one reader for training, validation and prediction. Upright, RGB, 8 bits, or refused in one line.
+"""Read image files, for training, validation and prediction alike: upright, RGB, 8 bits, or an error of one line.
 
 No preprocessing for a network happens here; that is `resnet_fast.models.preprocessing`. Pillow is imported on use.
 """
@@ -31,10 +31,10 @@ __all__ = [
 ]
 
 MAX_PIXELS = 150_000_000
-"""Larger images are refused before they are decoded: a small file can unfold to gigabytes."""
+"""Larger images are refused before they are decoded: a small file can decode to gigabytes."""
 
 _REFUSED = ("EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5")
-"""Formats that Pillow names and does not decode itself. For EPS it would run another program, Ghostscript."""
+"""Formats that Pillow lists but does not decode itself. For EPS it would run another program, Ghostscript."""
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -92,7 +92,7 @@ def check_image(source: Source) -> None:
 
 
 def to_rgb(image: Image) -> Image:
-    """A Pillow image of any mode in RGB, by the rule that `read_image` states.
+    """Convert a Pillow image of any mode to RGB, as described for `read_image`.
 
     Raises:
         ValueError: for floating point pixels, integers outside of 16 bits, and modes that Pillow does not convert.
@@ -109,7 +109,7 @@ def to_rgb(image: Image) -> Image:
 
 
 def _eight_bits(image: Image) -> Image:
-    """16-bit grey in 8 bits, rounded as PNG's specification says; Pillow's own conversion would clip it to white."""
+    """Convert 16-bit grey to 8 bits, rounded as PNG's specification says; Pillow's own conversion clips to white."""
     image = image.convert("I")
     low, high = cast("tuple[int, int]", image.getextrema())
     if not 0 <= low <= high <= 65535:
@@ -118,7 +118,7 @@ def _eight_bits(image: Image) -> Image:
 
 
 def find_images(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """Paths of the files below `folder` that end as images do, folder by folder in the order of their names.
+    """Yield the paths of image files below `folder`, by their suffixes, folder by folder in the order of their names.
 
     Hidden files and folders are left out. Links are followed, apart from those to a folder that they lie in.
 
@@ -143,7 +143,7 @@ def _walk(folder: str, above: tuple[str, ...], endings: frozenset[str]) -> Itera
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder or a link to one; not if it is a link to itself."""
+    """Return whether it is a folder or a link to one; False for a link to itself."""
     try:
         return entry.is_dir()
     except OSError:
@@ -151,7 +151,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def suffixes() -> frozenset[str]:
-    """How the names of files end that may be images, in lower case: those of the formats that are read."""
+    """Return the suffixes, in lower case, of the image formats that are read."""
     from PIL import Image
 
     read = {*_formats(), "MPO"}  # JPEG's reader opens that as well
@@ -167,7 +167,7 @@ def _formats() -> list[str]:
 
 @contextlib.contextmanager
 def _opened(source: Source) -> Iterator[Image]:
-    """The image with its header read and its size checked; whatever goes wrong with it becomes an ImageError."""
+    """Open an image, read its header and check its size; any error with it becomes an ImageError."""
     from PIL import Image, UnidentifiedImageError
 
     name = str(source if isinstance(source, str | os.PathLike) else getattr(source, "name", "image"))
@@ -200,7 +200,7 @@ def _opened(source: Source) -> Iterator[Image]:
 
 
 def _orientation(image: Image) -> object:
-    """The EXIF tag of that name, 1 if it cannot be had. Pillow's TIFF reader is kept from turning the image itself."""
+    """Return EXIF's orientation, 1 if it is unreadable. Pillow's TIFF reader is kept from rotating the image itself."""
     try:
         exif = image.getexif()
         found: object = exif.get(_ORIENTATION, 1)

@@ -1,4 +1,4 @@
-"""Where training scripts keep a network in a file, and what they call its parts.
+"""Find the networks in the files of training scripts, and translate the names of their tensors.
 
 Names only: a ResNet is found by them, whatever dictionary and prefix it is under, and given torchvision's. Files and
 tensors are the affair of `resnet_fast.models.checkpoint`.
@@ -33,7 +33,7 @@ _CLASSIFIERS = (("", "last_linear."), ("backbone.", "head.fc."), ("resnet.", "cl
 
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _COUNTERS = re.compile(r"(?:^|\.)(?:n_averaged|steps)$")
-"""How often torch's, and OpenMMLab's, averaged model was updated."""
+"""Name of the number of updates in torch's and OpenMMLab's averaged models."""
 
 _AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged?|shadow)(?:[._]|$)", re.IGNORECASE)
 
@@ -50,7 +50,7 @@ _OTHERS = (
 
 
 class Unclear(ValueError):
-    """Which network of a file is meant; the message goes on from the file's name."""
+    """Raised if a file holds several networks; the message continues from the file's name."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Network:
 
 
 def networks(content: Any, is_tensor: Callable[[Any], bool]) -> list[Network]:
-    """All ResNets in nested dictionaries whose leaves `is_tensor` knows, with or without classifier.
+    """Return all ResNets, with or without classifier, in nested dictionaries with leaves that `is_tensor` recognises.
 
     Raises:
         Unclear: if there are more than anybody can choose from.
@@ -89,7 +89,7 @@ def networks(content: Any, is_tensor: Callable[[Any], bool]) -> list[Network]:
 
 
 def dictionaries(content: Any) -> Iterator[tuple[tuple[str, ...], dict[Any, Any]]]:
-    """Every dictionary in nested ones, once, the outer first, with the keys that lead to it."""
+    """Yield every nested dictionary once, the outer first, with the keys that lead to it."""
     waiting: list[tuple[tuple[str, ...], dict[Any, Any]]] = [((), content)] if isinstance(content, dict) else []
     seen = {id(content)}
     for keys, holder in waiting:
@@ -133,7 +133,7 @@ def _in(keys: tuple[str, ...], holder: dict[Any, Any], is_tensor: Callable[[Any]
 
 
 def _renamed(names: Mapping[str, str], prefix: str) -> dict[str, str]:
-    """torchvision's names of what is under the prefix, and what it is called there."""
+    """Return torchvision's names of the tensors under the prefix, with their names there."""
     inside: dict[str, str] = {}
     for name in names:
         if name.startswith(prefix):
@@ -153,7 +153,7 @@ def _renamed(names: Mapping[str, str], prefix: str) -> dict[str, str]:
 
 
 def _torchvision(name: str) -> str:
-    """The name that torchvision has for one of transformers'; others as they are."""
+    """Translate a name of transformers to torchvision's; return others unchanged."""
     if not (match := _TRANSFORMERS.match(name)):
         return name
     stage, block, shortcut, index, kind = match.groups()
@@ -168,14 +168,14 @@ def _torchvision(name: str) -> str:
 
 
 def without_wrappers(name: str) -> str:
-    """The name without what torch.compile, FSDP and activation checkpointing put into it."""
+    """Return the name without the parts that torch.compile, FSDP and activation checkpointing insert."""
     return _WRAPPER.sub("", name)
 
 
 def choose(
     found: Sequence[Network], part: str | None, same: Callable[[Network, Network], bool]
 ) -> tuple[Network, str | None]:
-    """The network that is meant, and a remark if there are others.
+    """Return the network that is meant, and a remark if there are others.
 
     Of several state_dicts those with a classifier count, and of a network and its averages the network is taken.
 
@@ -218,5 +218,5 @@ def choose(
 
 
 def whose(names: Mapping[str, Any]) -> str | None:
-    """Whose names these are, if it is known that they are no plain ResNet's."""
+    """Return the library or network these names belong to, if it is known not to be a plain ResNet."""
     return next((whom for pattern, whom in _OTHERS if any(re.search(pattern, name) for name in names)), None)

@@ -1,4 +1,4 @@
-"""The small residual network without BatchNorm that TensorFlow examples train on MNIST; none of the ten ResNets.
+"""Define the small residual network without BatchNorm of TensorFlow's MNIST examples; not one of the ten ResNets.
 
 Only the wiring and the initial values are here: how a layer is computed is decided by `resnet_fast.nn`, how it is
 trained by `resnet_fast.training.residual`.
@@ -41,7 +41,7 @@ class MaxPool2dSame(nn.Module):
 
 
 class ResidualRepeat(nn.Module):
-    """1x1 to ``bottleneck`` channels, 3x3, 1x1 back to ``filters``, a ReLU behind each; then the input is added.
+    """1x1 to ``bottleneck`` channels, 3x3, 1x1 back to ``filters``, a ReLU after each; then the input is added.
 
     Nothing follows the addition. [N, filters, H, W] -> the same shape.
     """
@@ -111,14 +111,14 @@ class ResidualNetwork(nn.Module):
         nn.init.normal_(self.linear.weight, std=_STDDEV)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, num_outputs]; ``softmax(1)`` of them gives probabilities, losses are best computed from them.
+        """Return logits [N, num_outputs]. Probabilities are their ``softmax(1)``; losses are best computed from logits.
 
         Args:
             x: floating point, [N, in_channels, H, W] in any memory format, or, for one channel, [N, D * D].
 
         Raises:
-            TypeError: if `x` is no tensor, not floating point or, outside autocast, not of the parameters' dtype.
-            ValueError: if a flat image is no square, or the shape is another.
+            TypeError: if `x` is not a tensor, not floating point or, outside autocast, not of the parameters' dtype.
+            ValueError: if a flat image is not a square, or for any other shape.
         """
         if not isinstance(x, Proxy):  # a traced graph takes [N, C, H, W]
             x = _as_images(x, self.conv1)
@@ -140,7 +140,9 @@ def _as_images(x: Tensor, first: nn.Module) -> Tensor:
             )
         side = round(length**0.5)  # math.isqrt cannot be traced with a symbolic length
         if side * side != length or side == 0:
-            raise ValueError(f"a flat image must be a square, [N, D * D]; got {list(x.shape)}, {length} is no square")
+            raise ValueError(
+                f"a flat image must be a square, [N, D * D]; got {list(x.shape)}, {length} is not a square number"
+            )
         x = x.reshape(-1 if x.shape[0] else 0, 1, side, side)
     _check_images(x, first)
     if isinstance(x, Tensor) and 0 in x.shape[2:]:
@@ -153,7 +155,7 @@ def residual_network(num_outputs: int = 10, in_channels: int = 1) -> ResidualNet
 
     7x7/2 convolution to 64 channels, ReLU, max-pool 3x3/2, 1x1 to 128; four blocks of three repeats with 128, 256, 512
     and 1024 filters and bottlenecks of 32, 64, 128 and 256, at one resolution; global average; linear without bias.
-    A repeat is 1x1, 3x3, 1x1, each with bias and ReLU, and then **adds its input behind the last ReLU**. Padding is
+    A repeat is 1x1, 3x3, 1x1, each with bias and ReLU, and then **adds its input after the last ReLU**. Padding is
     TensorFlow's SAME (an odd row or column goes to the bottom or right), initial values are normal with a deviation of
     0.02, those of convolutions cut at two deviations.
 

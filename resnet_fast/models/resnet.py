@@ -1,7 +1,7 @@
-"""The ten ResNets with torchvision's signatures, module names, state_dict keys and initialisation.
+"""Define the ten ResNets with torchvision's signatures, module names, state_dict keys and initialisation.
 
 Only the wiring is here: how a layer is computed is decided by `resnet_fast.nn.fused`, where checkpoints come from by
-`resnet_fast.models.weights`. There is no kernel and no choice of backend in this file.
+`resnet_fast.models.weights`. This file has no kernels and chooses no backend.
 """
 
 import functools
@@ -216,7 +216,7 @@ class ResNet(nn.Module):
 
     @property
     def memory_efficient(self) -> bool:
-        """Whether training keeps less for the backward; setting it sets it for every block."""
+        """Whether training keeps less for the backward; setting it changes every block."""
         return bool(self.__dict__.get("_memory_efficient", False))
 
     @memory_efficient.setter
@@ -260,7 +260,7 @@ class ResNet(nn.Module):
         if stride != 1 or self.inplanes != out_planes:
             downsample = nn.Sequential(_conv1x1(self.inplanes, out_planes, stride), norm(out_planes))
 
-        # Named only where it is wanted: a block class of somebody's own need not take it.
+        # Passed only if it is set: a user's own block class need not accept it.
         option: dict[str, Any] = {"stride_in_1x1": True} if self.stride_in_1x1 else {}
         first = block(
             self.inplanes, planes, stride, downsample, self.groups, self.base_width, first_dilation, norm, **option
@@ -290,12 +290,12 @@ class ResNet(nn.Module):
         return fused.head(_inside(x, self.avgpool, nchw), self.avgpool, self.fc)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores [N, num_classes] of a floating point batch [N, 3, H, W], in any memory format.
+        """Return scores [N, num_classes] of a floating point batch [N, 3, H, W], in any memory format.
 
         What another first layer in place of `conv1` takes is its affair.
 
         Raises:
-            TypeError: if `x` is no tensor, not floating point or, outside autocast, not of the parameters' dtype.
+            TypeError: if `x` is not a tensor, not floating point or, outside autocast, not of the parameters' dtype.
             ValueError: if `x` is not 4-D or has another number of channels than `conv1` takes.
         """
         _check_images(x, self.conv1)
@@ -303,7 +303,7 @@ class ResNet(nn.Module):
 
 
 def _inside(x: Tensor, layer: nn.Module, nchw: bool) -> Tensor:
-    """What a layer of the network is given: channels_last, which fused ops read without a copy.
+    """Return the input for a layer: channels_last, which fused ops read without a copy.
 
     nchw: whether torch's layers would give it NCHW; then it gets that if it, or a hook, could tell the difference.
     """
@@ -318,7 +318,7 @@ def _inside(x: Tensor, layer: nn.Module, nchw: bool) -> Tensor:
 
 
 def _check_images(x: Tensor, first: Any) -> None:
-    """Refuses what a convolution in front cannot take; any other first layer, or one that was changed, is asked itself.
+    """Refuse images that a convolution as first layer cannot take; any other first layer checks for itself.
 
     Reads no symbolic size other than the channel count.
     """
@@ -383,7 +383,7 @@ def _resnet(
 
 
 def _check_wiring(path: os.PathLike[str], metadata: Mapping[str, str], kwargs: dict[str, Any]) -> None:
-    """Refuses weights whose file says that they are of another wiring than asked for: keys and shapes do not tell.
+    """Refuse weights with metadata of another wiring than asked for, which keys and shapes do not show.
 
     `resnet-fast convert --to torchvision` writes such files.
     """
@@ -403,7 +403,7 @@ def _check_wiring(path: os.PathLike[str], metadata: Mapping[str, str], kwargs: d
 class _WeightsOf(GenericAlias):
     """``WeightsArgument`` of one model, in which its enum is found: torchvision's registry reads it there.
 
-    The enum is looked up when somebody asks for the arguments, since torchvision is not imported before that.
+    The enum is looked up when the arguments are read, since torchvision is not imported before that.
     """
 
     def __new__(cls, model: str) -> "_WeightsOf":
@@ -439,11 +439,11 @@ _ARGUMENTS = """
         >>> model(torch.rand(1, 3, 64, 64)).shape
         torch.Size([1, 10])
     """
-"""What follows the first line of each model function's docstring."""
+"""The rest of each model function's docstring."""
 
 
 def _builder(builder: Callable[_P, ResNet]) -> Callable[_P, ResNet]:
-    """Makes a model's function what torchvision's are: registrable, and callable in the old ways.
+    """Make a model's function behave as torchvision's: registrable, and callable in the deprecated ways.
 
     `builder(True)`, `builder(None, False)` and `builder(pretrained=True)` work with torchvision's warnings.
     """

@@ -1,4 +1,4 @@
-"""Files that `torch.save` wrote, read as data: nothing that a pickle names is imported, and nothing is called.
+"""Read files of `torch.save` as data: nothing that a pickle names is imported, and nothing is called.
 
 A pickle is a program for a stack machine. The one here builds lists, tuples and dictionaries; whatever else a pickle
 makes stays a `Made`: the name of what would be called, and with which arguments. `TorchFile.tensor` knows those that
@@ -31,7 +31,7 @@ except ImportError:  # an interpreter without it refuses such files by another e
 __all__ = ["MAX_OPERATIONS", "MAX_PICKLE_BYTES", "Made", "NotATorchFile", "Refused", "TorchFile", "open_torch"]
 
 MAX_PICKLE_BYTES = 256 * 2**20
-"""Larger pickles are refused; tensors' data is beside them."""
+"""Larger pickles are refused; tensors' data is outside them."""
 
 MAX_OPERATIONS = 2_000_000
 """Longer pickles are refused. That of a ResNet-152 with an average and an optimizer has about 100,000."""
@@ -65,11 +65,11 @@ _DAMAGE = (RuntimeError, ValueError, OverflowError, LookupError, struct.error, z
 
 
 class NotATorchFile(ValueError):
-    """Damaged, cut off, or something else; the message says which, without the file's name."""
+    """Raised for a damaged, truncated or different file; the message says which, without the file's name."""
 
 
 class Refused(NotATorchFile):
-    """Readable, but not as data, or too large."""
+    """Raised for a file that cannot be read as data alone, or is too large."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Name:
 
 
 class Made(dict[Any, Any]):
-    """What a pickle makes by calling `maker`; items that it is given are its own, as those of an OrderedDict."""
+    """An object that a pickle would create by calling `maker`, with its items, such as those of an OrderedDict."""
 
     __slots__ = ("_maker", "arguments", "state")
 
@@ -124,7 +124,7 @@ class _Dense:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     marks: frozenset[Any]
-    """Operations left to be done on the data: "conj" and "neg"."""
+    """Pending operations on the data: "conj" and "neg"."""
 
 
 class TorchFile:
@@ -143,11 +143,11 @@ class TorchFile:
         return _dense(value) is not None
 
     def same(self, one: Any, other: Any) -> bool:
-        """Whether two tensors are the same memory of the file."""
+        """Return whether two tensors share memory in the file."""
         return _dense(one) == _dense(other)
 
     def tensor(self, value: Any) -> Tensor:
-        """The dense tensor that `value` stands for; those of one storage share it, unless marked.
+        """Return the dense tensor of `value`; those of one storage share it, unless marked.
 
         Raises:
             NotATorchFile: if its data is missing, or lies outside its storage.
@@ -182,7 +182,7 @@ class TorchFile:
 
 @contextmanager
 def open_torch(path: Path, check_size: Callable[[int], None] = lambda size: None) -> Iterator[TorchFile]:
-    """The file at `path`, in either format of `torch.save`.
+    """Open the file at `path`, in either format of `torch.save`.
 
     Args:
         check_size: called with the size of a zip file's content, unpacked, before anything is, and with that of the
@@ -195,7 +195,7 @@ def open_torch(path: Path, check_size: Callable[[int], None] = lambda size: None
     with path.open("rb") as file:
         start = file.read(262)
         if start[257:] == b"ustar" and not start.startswith(b"PK"):
-            raise Refused("refused: a tar archive, as torch wrote before 0.2; load it there and save it anew")
+            raise Refused("refused: a tar archive, as torch wrote before 0.2; load it there and save it again")
         archive = None
         if start.startswith(b"PK\x03\x04"):
             with _named_damage():
@@ -244,7 +244,7 @@ def _open_zip(archive: zipfile.ZipFile) -> tuple[Any, Callable[[_Storage], Tenso
 
 
 def _open_old(file: IO[bytes], size: int) -> tuple[Any, Callable[[_Storage], Tensor]]:
-    """Several pickles one after the other (a magic number, a version, the machine, the content, the storages' keys),
+    """Read several pickles in a row (a magic number, a version, the machine, the content, the storages' keys),
     and then each storage: its length in elements and its data."""
     file.seek(0)
     dtypes: dict[str, torch.dtype] = {}
@@ -284,7 +284,7 @@ def _bytes(data: bytes) -> Tensor:
 
 
 def _dense(value: Any) -> _Dense | None:
-    """What stands for a dense tensor or parameter, else None."""
+    """Return the dense tensor or parameter that `value` describes, else None."""
     for _ in range(8):  # a parameter is made of a tensor, and a tensor with attributes of another call
         if not isinstance(value, Made) or not value.arguments:
             return None
@@ -323,13 +323,13 @@ _NOTHING = {"PROTO", "FRAME"}
 
 
 def _run(file: IO[bytes], dtypes: dict[str, torch.dtype] | None = None) -> Any:
-    """What the pickle at the file's position describes; the position is behind it afterwards.
+    """Return what the pickle at the file's position describes, and move the position to its end.
 
     Args:
         dtypes: is filled with those of the storages, by key.
 
     Raises:
-        EOFError: if it is cut off. NotATorchFile: if it is no pickle, or a damaged one; Refused if it is too long.
+        EOFError: if it is truncated. NotATorchFile: if it is not a pickle, or damaged; Refused if it is too long.
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
@@ -355,7 +355,7 @@ def _run(file: IO[bytes], dtypes: dict[str, torch.dtype] | None = None) -> Any:
 
 
 class _Bounded:
-    """A pickle's bytes. A length in it is no reason to ask for that much memory."""
+    """A pickle's bytes, read without allocating as much memory as a length in it claims."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._left = file, MAX_PICKLE_BYTES
@@ -462,7 +462,7 @@ def _above_mark(stack: list[Any]) -> list[Any]:
 
 
 def _persistent(identity: Any) -> Any:
-    """What a persistent id stands for: ("storage", class, key, device, size), in the old format with a view behind it,
+    """Return the storage of a persistent id: ("storage", class, key, device, size), in the old format with a view,
     and there also ("module", class, file, source text)."""
     if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
         return identity[1]

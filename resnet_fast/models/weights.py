@@ -48,7 +48,7 @@ _CONNECT_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class _Entry:
-    """One line of `weights.json`."""
+    """One entry of `weights.json`."""
 
     url: str
     preprocessing: Preprocessing
@@ -58,7 +58,7 @@ class _Entry:
 
 
 class WeightsEnum(Enum):
-    """The weights of one model, for machines without torchvision; offers what torchvision's enums are used for."""
+    """The weights of one model, for machines without torchvision, with the usual attributes of torchvision's enums."""
 
     @property
     def url(self) -> str:
@@ -67,7 +67,7 @@ class WeightsEnum(Enum):
 
     @property
     def transforms(self) -> Callable[[], Preprocessing]:
-        """Call it for the `Preprocessing` that these weights were evaluated with."""
+        """A function that returns the `Preprocessing` with which these weights were evaluated."""
         entry: _Entry = self.value
         return lambda: entry.preprocessing
 
@@ -83,7 +83,7 @@ class WeightsEnum(Enum):
         }
 
     def get_state_dict(self, progress: bool = True, check_hash: bool = True) -> dict[str, Tensor]:
-        """Downloads the weights, or finds them in torch.hub's folder, and reads them. The hash is always checked."""
+        """Read the weights, downloaded or from torch.hub's folder. The hash is always checked."""
         return read_checkpoint(download(self.url, progress=progress))
 
     def __repr__(self) -> str:
@@ -136,7 +136,7 @@ def _imagenet_categories() -> tuple[str, ...]:
 
 
 def named_classes(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
-    """The classes' names by the key `classes`, a JSON list of strings; None if it is none."""
+    """Return the classes' names of the key `classes`, a JSON list of strings; None if it is not one."""
     try:
         found = json.loads(metadata.get("classes", "null"))
     except (ValueError, RecursionError):
@@ -200,7 +200,7 @@ def get_model_weights(model: str | Callable[..., Any]) -> type[Enum]:
 
 
 def model_of(enum_name: str) -> str | None:
-    """`resnet50` for `ResNet50_Weights`; None for anything that is not the name of an enum."""
+    """Return `resnet50` for `ResNet50_Weights`; None for anything but an enum's name."""
     return next((model for model, entry in _table().items() if entry["enum"] == enum_name), None)
 
 
@@ -235,7 +235,7 @@ def _member(model: str, member: str, given: str) -> Enum:
 
 
 def resolve(model: str, weights: Any) -> Enum | Path | None:
-    """What the argument `weights=` of `model` stands for: a member of its enum, a local file, or nothing.
+    """Resolve the argument `weights=` of `model`: a member of its enum, a local file, or None.
 
     A string is a path if it has a folder or a checkpoint's suffix or such a file exists, alone or before `:PART`;
     otherwise a name.
@@ -266,7 +266,7 @@ def resolve(model: str, weights: Any) -> Enum | Path | None:
 
 
 def _local_file(weights: Any) -> Path | None:
-    """The path that `weights` is, or None if it is a name or a member of an enum."""
+    """Return `weights` as a path, or None if it is a name or a member of an enum."""
     if isinstance(weights, os.PathLike):
         return Path(weights)
     if not isinstance(weights, str):
@@ -277,7 +277,7 @@ def _local_file(weights: Any) -> Path | None:
 
 
 def legacy_default(model: str) -> Enum:
-    """What `pretrained=True` stands for."""
+    """Return the weights of `pretrained=True`."""
     enum = get_model_weights(model)
     if "IMAGENET1K_V1" not in enum.__members__:
         raise ValueError(f"No weights available for model {model}")
@@ -285,13 +285,13 @@ def legacy_default(model: str) -> Enum:
 
 
 def num_classes(member: Enum) -> int:
-    """How many outputs a model with these weights has."""
+    """Return the number of outputs of a model with these weights."""
     meta: dict[str, Any] = member.meta  # type: ignore[attr-defined]
     return len(meta["categories"])
 
 
 def url(member: Enum) -> str:
-    """Where these weights are published."""
+    """Return the URL of these weights."""
     return str(member.url)  # type: ignore[attr-defined]
 
 
@@ -322,7 +322,7 @@ def preprocessing(weights: Enum | str | os.PathLike[str] | None = None) -> Prepr
 
 
 def preprocessing_of(path: Path, metadata: Mapping[str, str]) -> Preprocessing:
-    """That of `preprocessing`, for a file whose metadata was read already."""
+    """Return the `preprocessing` of a file with metadata that was read already."""
     try:
         found = Preprocessing.from_metadata(metadata)
     except ValueError as error:
@@ -334,7 +334,7 @@ def preprocessing_of(path: Path, metadata: Mapping[str, str]) -> Preprocessing:
 
 
 def arch_of(path: Path, metadata: Mapping[str, str]) -> str | None:
-    """The name of the model that a file says it is of by the key `arch`; None if it says nothing.
+    """Return the model's name by the metadata's key `arch`; None if there is none.
 
     Raises:
         WeightsError: if it is none of the ten.
@@ -346,7 +346,7 @@ def arch_of(path: Path, metadata: Mapping[str, str]) -> str | None:
 
 
 def download(url: str, *, progress: bool = True) -> Path:
-    """The file published at `url`, from torch.hub's folder `checkpoints` or downloaded into it.
+    """Return the file published at `url`, from torch.hub's folder `checkpoints` or downloaded into it.
 
     The file's name must end in the first digits of its SHA-256, as in `resnet50-11ad3fa6.pth`. They are compared on
     every call. An interrupted or wrong download leaves no file of that name.
@@ -380,7 +380,7 @@ def download(url: str, *, progress: bool = True) -> Path:
 
 
 def _connect(url: str) -> None:
-    """Fails soon where there is no connection: torch.hub waits for as long as the system does."""
+    """Fail soon without a connection: torch.hub waits for as long as the system does."""
     try:
         request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "torch.hub"})
         urllib.request.urlopen(request, timeout=_CONNECT_SECONDS).close()

@@ -1,1 +1,1 @@
-"""Training: checkpoints, metrics, data and loops. What the command line asks for and prints is in `resnet_fast.cli`."""
+"""Train: checkpoints, metrics, data and loops. Options and printing are in `resnet_fast.cli`."""

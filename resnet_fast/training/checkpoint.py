@@ -1,4 +1,4 @@
-"""Training checkpoints: one safetensors file that resumes a run, written whole or not at all, read without code in it.
+"""Save and load training checkpoints: one safetensors file, written whole or not at all; no code in it is run.
 
 Weights alone, of any origin, are `resnet_fast.models.checkpoint`'s affair; what a run keeps is decided by its loop.
 """
@@ -25,7 +25,7 @@ MAX_BYTES = 16 * 2**30
 """Larger files are refused, in both directions. The largest of the ten ResNets with Adam and an average has 2 GB."""
 
 MAX_STATE_BYTES = 32 * 2**20
-"""The same for everything that is no tensor, as JSON."""
+"""The same limit for everything but tensors, as JSON."""
 
 _FORMAT = TRAINING_FORMAT
 _VERSION = "1"
@@ -35,7 +35,7 @@ _RIGHT = "a checkpoint written by resnet_fast.training.checkpoint.save was expec
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `save` was given, tensors on the CPU and contiguous.
+    """The arguments of `save`, with tensors on the CPU and contiguous.
 
     Attributes:
         model: for `load_state_dict`. Tied tensors are one tensor under several names.
@@ -59,7 +59,7 @@ def save(
     tensors: Mapping[str, Tensor] | None = None,
     about: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes a checkpoint to ``path``, whose folder must exist; readers and crashes find the old file or the new one.
+    """Write a checkpoint to ``path``, whose folder must exist; readers and crashes find the old file or the new one.
 
     In the file tensors are called ``model/<name>``, ``optimizer/<parameter>/<name>`` and ``tensors/<name>``; the rest
     is JSON in the file's metadata. Values, shapes and dtypes are kept, strides are not (a channels_last parameter comes
@@ -73,7 +73,7 @@ def save(
         about: what the model is, as further metadata of the file: `arch`, `classes` and so on.
 
     Raises:
-        TypeError: for a value of another type, naming where it stands.
+        TypeError: for a value of another type, with its position.
         ValueError: for a tensor without dense data, or more than MAX_BYTES.
         OSError: if the file cannot be written.
     """
@@ -105,7 +105,7 @@ def save(
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint at ``path``. Nothing in the file is executed.
+    """Return the checkpoint at ``path``. Nothing in the file is executed.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -139,10 +139,10 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def read_about(path: str | os.PathLike[str]) -> dict[str, str]:
-    """What `save` was given as `about`, without reading the tensors.
+    """Return the `about` of a checkpoint without reading its tensors.
 
     Raises:
-        ValueError: if it is no checkpoint.
+        ValueError: if it is not a checkpoint.
     """
     metadata = _read(Path(path), tensors=False)[1]
     if metadata.get("format") != _FORMAT:
@@ -155,11 +155,11 @@ def _without_own(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 class _Damaged(ValueError):
-    """What is wrong with a file, without its name."""
+    """Raised with what is wrong with a file, without its name."""
 
 
 class _Writer:
-    """Tensors by their name in the file; one that is the same memory as an earlier one is noted as its alias."""
+    """Return the tensors by name; one that shares an earlier one's memory is stored as its alias."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -182,7 +182,7 @@ class _Writer:
             return
         self._seen[same] = name
         data = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        # Views of one storage that are no aliases are written as if they had one each.
+        # Views of one storage that are not aliases are written as if each had its own.
         if data.untyped_storage().nbytes() != data.nbytes or data.data_ptr() in self._pointers:
             data = data.clone()
         self._pointers.add(data.data_ptr())
@@ -197,7 +197,7 @@ class _Writer:
 
 
 def _encode(value: Any, where: str, tensor: Callable[[Tensor, str], Any]) -> Any:
-    """``value`` in JSON's types; what JSON has no type for becomes a dict with the key "$"."""
+    """Return ``value`` in JSON's types; other types become a dict with the key "$"."""
     if isinstance(value, Tensor):
         return tensor(value, where)
     if value is None or isinstance(value, bool):
@@ -242,7 +242,7 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         pairs = [(key, _decode(item, tensors)) for key, item in inner]
         if all(isinstance(key, str | int) for key, _ in pairs):
             return dict(pairs)
-    raise _Damaged(f"{str(kind)[:40]!r} {str(inner)[:80]!r} is no value of a checkpoint")
+    raise _Damaged(f"{str(kind)[:40]!r} {str(inner)[:80]!r} is not a value of a checkpoint")
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -255,18 +255,18 @@ def _parse(text: str) -> dict[str, Any]:
 
 
 def _checked_optimizer(optimizer: Any) -> dict[str, Any]:
-    """``optimizer`` if it has the form of an optimizer's state_dict, or is empty."""
+    """Return ``optimizer`` if it is empty or has the form of an optimizer's state_dict; raise otherwise."""
     if optimizer == {}:
         return {}
     if not isinstance(optimizer, dict):
         raise _Damaged(f"optimizer is a {type(optimizer).__name__}")
     state, groups = optimizer.get("state"), optimizer.get("param_groups")
     if not isinstance(state, dict) or not all(isinstance(value, dict) for value in state.values()):
-        raise _Damaged("optimizer's state is no dict of dicts")
+        raise _Damaged("optimizer's state is not a dict of dicts")
     if not isinstance(groups, list) or not all(
         isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
     ):
-        raise _Damaged("optimizer's param_groups is no list of dicts with params")
+        raise _Damaged("optimizer's param_groups is not a list of dicts with params")
     return optimizer
 
 
@@ -277,7 +277,7 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def write_model(
     path: str | os.PathLike[str], model: Mapping[str, Tensor], about: Mapping[str, str] | None = None
 ) -> Path:
-    """Writes parameters and buffers alone, in one step: a file for ``weights=``, or for ``load_state_dict``.
+    """Write parameters and buffers alone, atomically: a file for ``weights=``, or for ``load_state_dict``.
 
     Args:
         model: a ``state_dict()``. about: the file's metadata.
@@ -287,7 +287,7 @@ def write_model(
 
 
 def check_folder(folder: Path) -> None:
-    """Makes ``folder`` and sees whether a file can be written there, before hours of work are to end in it.
+    """Create ``folder`` and check that a file can be written there, before hours of training.
 
     Raises:
         ValueError: it is a file, or cannot be made or written to.

@@ -1,4 +1,4 @@
-"""Handwritten digits as tensors: scikit-learn's, MNIST, or files of one's own. No training, no model.
+"""Load handwritten digits as tensors: scikit-learn's, MNIST, or your own files. No training, no model.
 
 Images are float32 [N, 1, H, W], labels int64 [N]. Files are read with limits and never unpickled.
 """
@@ -26,14 +26,14 @@ SIDE = 28
 """Height and width of MNIST's images, to which scikit-learn's 8x8 are enlarged."""
 
 WHITE = 255.0
-"""The brightest value of scikit-learn's digits, as of 8-bit images; MNIST's go to 1, as its users are used to.
+"""The brightest value of scikit-learn's digits, as in 8-bit images; MNIST's values go to 1, as is usual for it.
 
 An epoch of the digits has 28 batches of 50, one of MNIST 1100. With values up to 1 the network, whose initial weights
 have a deviation of 0.02 and no BatchNorm to enlarge them, answers at random for about 150 steps; up to 255, for 40.
 """
 
 MAX_BYTES = 512 * 2**20
-"""What one file may unpack to. MNIST's largest has 47 MB."""
+"""Largest unpacked size of a file. MNIST's largest has 47 MB."""
 
 MAX_CLASSES = 1000
 
@@ -66,7 +66,7 @@ class Digits:
 
     Attributes:
         train, validation: what is learnt from, and what each epoch is measured on.
-        held_out: what neither training nor the choice of an epoch has seen; the validation part where there is no more.
+        held_out: images used neither in training nor to choose an epoch; the validation part if there are no others.
         classes: labels are below it. name: for people.
     """
 
@@ -78,7 +78,7 @@ class Digits:
 
 
 def load(source: str, seed: int = 0, side: int = SIDE) -> Digits:
-    """The data set that ``source`` names.
+    """Return the data set that ``source`` names.
 
     ``digits``: the 1797 that come with scikit-learn, 8x8, enlarged to ``side`` x ``side`` (bilinear), from 0 to 255, a
     fifth of every class for validation, chosen by ``seed``. ``mnist``: downloaded into torch.hub's folder
@@ -124,7 +124,7 @@ def _scikit_learn(seed: int, side: int) -> Digits:
 
 
 def _mnist_folder() -> Path:
-    """Where MNIST's files are, downloaded if need be. Each is verified, then renamed to the name it counts by."""
+    """Return the folder of MNIST's files, downloaded if needed. Each is verified before it gets its final name."""
     folder = Path(torch.hub.get_dir()).expanduser() / "datasets" / "mnist"
     for name, digest in MNIST_FILES.items():
         path = folder / f"{name}.gz"
@@ -199,7 +199,7 @@ def _idx_arrays(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def _idx(path: Path) -> np.ndarray[Any, Any]:
-    """An idx file of unsigned bytes (Y. LeCun's format: 0, 0, 8, dimensions, sizes as big-endian int32, data)."""
+    """Read an idx file of unsigned bytes (Y. LeCun's format: 0, 0, 8, dimensions, sizes as big-endian int32, data)."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)

@@ -1,4 +1,4 @@
-"""Small helpers around torch.distributed: which of torchrun's processes this is, and what all of them know together.
+"""Help with torch.distributed: which of torchrun's processes this is, and values that all of them share.
 
 Everything works unchanged in a single process that no launcher started. No training is here, no transport and no
 reduction of its own: torchrun starts the processes, torch.distributed connects them.
@@ -22,7 +22,7 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
 
 
 class AgreedError(ValueError):
-    """An error of one process that every process has heard of, so that one message is enough."""
+    """Raised in every process for an error of one of them, so that one message is enough."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Processes:
     Args:
         rank: its number, 0 to ``world_size - 1``; 0 writes the files and prints.
         local_rank: its number on this machine, of ``local_world_size``; with CUDA also the number of its GPU.
-        device: where it computes.
+        device: the device it computes on.
     """
 
     device: torch.device
@@ -47,13 +47,13 @@ class Processes:
 
     @property
     def connected(self) -> bool:
-        """Whether there is a process group; a single process that no launcher started has none."""
+        """Return whether there is a process group; a single process without a launcher has none."""
         return dist.is_available() and dist.is_initialized()
 
 
 @contextlib.contextmanager
 def start(device: str = "auto") -> Iterator[Processes]:
-    """Joins the processes that torchrun started, NCCL on CUDA and gloo on the CPU, and leaves them in the end.
+    """Join the processes that torchrun started, by NCCL on CUDA and gloo on the CPU, and leave them at the end.
 
     Args:
         device: "cuda", "cpu", or "auto" for CUDA where torch sees a GPU.
@@ -105,7 +105,7 @@ def start(device: str = "auto") -> Iterator[Processes]:
 
 @contextlib.contextmanager
 def agreed(processes: Processes) -> Iterator[None]:
-    """Around what may fail in one process alone: all of them then raise AgreedError with the first one's message.
+    """Guard a block that may fail in one process alone: then all raise AgreedError with the first one's message.
 
     Only ValueError and OSError are shared; anything else ends this process, and torchrun ends the others.
     """
@@ -127,7 +127,7 @@ def agreed(processes: Processes) -> Iterator[None]:
 
 
 def from_first(value: Any, processes: Processes) -> Any:
-    """What process 0 passed as ``value``, in every process. For plain values and CPU tensors of our own making."""
+    """Return process 0's ``value`` in every process. It is pickled: plain values and our own CPU tensors only."""
     if not processes.connected:
         return value
     box = [value if processes.first else None]
@@ -136,7 +136,7 @@ def from_first(value: Any, processes: Processes) -> Any:
 
 
 def total(values: Tensor, processes: Processes) -> Tensor:
-    """The sum over all processes, in ``values``' dtype, a new tensor: exact for integers."""
+    """Return the sum over all processes, in ``values``' dtype, a new tensor: exact for integers."""
     summed = values.detach().clone()
     if processes.connected:
         dist.all_reduce(summed)
@@ -144,17 +144,17 @@ def total(values: Tensor, processes: Processes) -> Tensor:
 
 
 def gather(values: Tensor, processes: Processes) -> Tensor:
-    """Everybody's ``values``, stacked by rank: [world_size, ...] on the CPU. All must have the same shape and dtype."""
+    """Return all processes' ``values``, stacked by rank: [world_size, ...] on the CPU, of one shape and dtype."""
     own = values.detach().to(processes.device)
     if not processes.connected:
         return own[None].cpu()
-    everybody = [torch.empty_like(own) for _ in range(processes.world_size)]
-    dist.all_gather(everybody, own)
-    return torch.stack(everybody).cpu()
+    parts = [torch.empty_like(own) for _ in range(processes.world_size)]
+    dist.all_gather(parts, own)
+    return torch.stack(parts).cpu()
 
 
 def broadcast_buffers(module: nn.Module, processes: Processes) -> None:
-    """Gives every process the buffers of process 0: BatchNorm's statistics differ where each sees its own images."""
+    """Copy process 0's buffers to every process: BatchNorm's statistics differ if each sees its own images."""
     if processes.connected and processes.world_size > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)

@@ -54,13 +54,13 @@ __all__ = [
 ]
 
 ON_ERROR = ("skip", "stop")
-"""What to do about an image whose content cannot be read."""
+"""Choices for damaged images."""
 
 MAX_NAMES_BYTES = 2**30
 """Longer lists of names are refused. That of ImageNet has 40 MB."""
 
 _WORTH_WORKERS = 1000
-"""Fewer images are checked sooner than processes have started."""
+"""Fewer images are checked without worker processes, which would take longer to start."""
 
 _CROP_ATTEMPTS = 10
 _ASPECT = (3 / 4, 4 / 3)
@@ -89,20 +89,20 @@ class ImageFolder:
         return self.root / os.fsdecode(bytes(self.files[index]))
 
     def digest(self) -> str:
-        """A hash of the classes' and files' names, not of ``root`` or the pixels: the same data has the same one."""
+        """Return a hash of the classes' and files' names, not of ``root`` or the pixels, to recognise the same data."""
         text = hashlib.sha256("\0".join(self.classes).encode("utf-8", "surrogateescape"))
         text.update(b"\0\0" + b"\0".join(self.files.tolist()))
         return text.hexdigest()[:16]
 
 
 def pack_names(folder: ImageFolder) -> Tensor:
-    """The files' names, compressed, for a checkpoint: uint8 [n]."""
+    """Return the files' names, compressed, for a checkpoint: uint8 [n]."""
     packed = zlib.compress(b"\0".join(folder.files.tolist()), 1)
     return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
 
 
 def unpack_names(packed: Tensor) -> set[bytes]:
-    """What `pack_names` packed.
+    """Return the names that `pack_names` packed.
 
     Raises:
         ValueError: if it is nothing of that kind, or longer than MAX_NAMES_BYTES.
@@ -118,7 +118,7 @@ def unpack_names(packed: Tensor) -> set[bytes]:
 
 
 def scan(root: Path, classes: Sequence[str] | None = None) -> ImageFolder:
-    """Finds the images of every class, sorted by name; classes in deeper folders belong to the topmost one.
+    """Find the images of every class, sorted by name; classes in deeper folders belong to the topmost one.
 
     Args:
         root: the folder that holds one folder for each class.
@@ -157,13 +157,13 @@ def scan(root: Path, classes: Sequence[str] | None = None) -> ImageFolder:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first three of them, and how many more there are."""
+    """Return the first three names, and how many more there are."""
     shown = ", ".join(repr(name) for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def reason(error: ImageError) -> str:
-    """The one line of an ImageError: a DataLoader's worker wraps it in its traceback, whose last line it then is."""
+    """Return the one line of an ImageError; a DataLoader's worker wraps it in a traceback, as its last line."""
     last = (str(error).strip().splitlines() or [""])[-1]
     return last.partition(f"{type(error).__name__}: ")[2] or last
 
@@ -171,7 +171,7 @@ def reason(error: ImageError) -> str:
 def crop_box(
     width: int, height: int, random: np.random.Generator, *, min_scale: float = 0.08
 ) -> tuple[int, int, int, int]:
-    """Left, upper, right and lower edge of a random part of an image: torchvision's RandomResizedCrop.
+    """Return the left, upper, right and lower edge of a random part of an image: torchvision's RandomResizedCrop.
 
     Its area is ``min_scale`` to 1 of the image's, evenly distributed, its aspect 3/4 to 4/3, evenly in the logarithm
     (Szegedy et al. 2014, arXiv:1409.4842, section 6). Where ten attempts do not fit, the largest centre crop that does.
@@ -234,7 +234,7 @@ class TrainImages(Dataset[tuple[Tensor, int, int]]):
         return _pixels(image), int(self.folder.targets[used]), int(used != index)
 
     def _read(self, index: int) -> tuple[Image, int]:
-        """The image ``index``, or the next one that can be read, and which it is."""
+        """Return image ``index``, or the next one that can be read, and its index."""
         first: ImageError | None = None
         for used in itertools.chain(range(index, len(self)), range(index)):
             try:
@@ -291,14 +291,14 @@ class _Checked(Dataset[int]):
 
 
 def _end_on_sigterm(_worker: int) -> None:
-    """A reading process ends without a word if the whole group is told to; torch lets only the parent tell it."""
+    """End a worker silently on a signal to the whole process group; torch expects one from the parent alone."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def unreadable(
     folder: ImageFolder, *, whole: bool, share: Sequence[int], workers: int = 0
 ) -> Iterator[tuple[int, list[ImageError]]]:
-    """Reads the images of ``share``, whole or their headers alone. Gives how many are done, and what is wrong."""
+    """Read the images of ``share``, whole or their headers alone; yield how many are done, and the errors."""
     workers = workers if len(share) >= _WORTH_WORKERS else 0
     loader = DataLoader(
         _Checked(folder, whole), batch_size=64, sampler=share, num_workers=workers, worker_init_fn=_end_on_sigterm
@@ -321,7 +321,7 @@ def _pixels(image: Image) -> Tensor:
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """float32 [N, 3, H, W], channels_last, from uint8 [N, H, W, 3]: the arithmetic of ``Preprocessing``."""
+    """Return float32 [N, 3, H, W], channels_last, from uint8 [N, H, W, 3], with the arithmetic of ``Preprocessing``."""
     mean = torch.tensor(preprocessing.mean, device=images.device).view(3, 1, 1)
     std = torch.tensor(preprocessing.std, device=images.device).view(3, 1, 1)
     return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
@@ -338,7 +338,7 @@ def train_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[Any]:
-    """Batches of one process in one epoch, full ones only, in an order drawn from the images' seed and the epoch.
+    """Return one process's batches of an epoch, full ones only, in an order drawn from the images' seed and the epoch.
 
     ``skip`` leaves out the first batches without reading them: the rest is what a loader without it would give.
     """
@@ -356,7 +356,7 @@ def train_loader(
 def val_loader(
     images: ValImages, *, batch: int, rank: int = 0, world_size: int = 1, workers: int = 0, pin_memory: bool = False
 ) -> DataLoader[Any]:
-    """One process's share of the images, each exactly once over all processes.
+    """Return one process's share of the images, each exactly once over all processes.
 
     Shares may differ by one image: DistributedSampler would repeat images to make them equal, and count these twice.
     """

@@ -1,8 +1,7 @@
-"""Training a ResNet on images in folders, with the usual recipe for ImageNet, in one process or in many.
+"""Train a ResNet on folders of images, with the usual recipe for ImageNet, in one process or several.
 
-Here are the options, the loop and what is kept in a checkpoint. It prints nothing and draws nothing: the command line
-does, through the two functions that ``train`` is given. Schedules, moving averages, loss scaling and the connection of
-processes are torch's own.
+This file has the options, the loop and the checkpoint's content. It prints nothing: the command line does, through two
+functions that it passes to ``train``. Schedules, moving averages, loss scaling and communication are torch's own.
 """
 
 from __future__ import annotations
@@ -65,52 +64,51 @@ METRICS = "metrics.csv"
 PLOT = "metrics.png"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WARMUP_FACTOR = 0.01
-"""The first step's learning rate, as a part of the full one."""
+"""The first step's learning rate, as a fraction of the full one."""
 
 TELL_SECONDS = 2.0
-"""Time between two looks at loss and speed during an epoch, each of which waits for the device."""
+"""Seconds between reports of loss and speed during an epoch; each report waits for the device."""
 
 Progress = Callable[[str, float], None]
 """Called with the current stage and the fraction of it that is done, between 0 and 1."""
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a finite number, in every process. A checkpoint on disk is from before that."""
+    """Raised in every process if the loss is no longer finite. A checkpoint on disk is from before that."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that a training run depends on, apart from the processes it runs in.
+    """Everything that a training run depends on, except its processes.
 
     Args:
         data: folder with ``train/<class>/`` and ``val/<class>/``. out: folder for everything that is written.
-        arch: one of the ten ResNets; None is that of the checkpoint that is resumed, of ``weights``, or resnet50.
-        weights: what to start from, a name of published weights or a file; None draws parameters from the seed. The
-            classifier is kept if it is of as many classes, and of the same where the file names them.
-        epochs: how often every training image is seen.
+        arch: one of the ten ResNets; None: that of the resumed checkpoint, of ``weights``, or resnet50.
+        weights: published weights by name, or a file, to start from; None draws parameters from the seed. The
+            classifier is kept if it has the same number of classes, and the same names if the file has names.
+        epochs: number of passes over the training images.
         batch_size: images in one forward of one process.
         accumulate: forwards whose gradients make one step. A step sees ``batch_size * accumulate * processes`` images.
         lr: learning rate after the warm-up; None is 0.1 for 256 images a step, and proportional to that number.
-        warmup_epochs: how long the rate rises linearly; it falls as a cosine to 0 afterwards.
+        warmup_epochs: epochs in which the rate rises linearly; afterwards it falls as a cosine to 0.
         weight_decay: for the weights of convolutions and of the classifier; norms and biases have none.
-        clip_norm: the gradient's 2-norm is cut to this; None leaves it.
+        clip_norm: the gradient's 2-norm is clipped to this; None: no clipping.
         ema_decay: of the exponential moving average of parameters and statistics, per step; 0 keeps none.
         precision: "float32", or "bfloat16" or "float16" for autocast; the latter with loss scaling.
-        compile: torch.compile the training step's forward and backward.
+        compile: run the training step's forward and backward under torch.compile.
         memory_efficient: the models' keyword of that name: less is kept for the backward.
         sync_bn: BatchNorm's statistics are those of all processes together.
-        image_size: height and width; None is that of the checkpoint, of ``weights``, or 224.
+        image_size: height and width; None: that of the checkpoint, of ``weights``, or 224.
         resize_size: pixels of the shorter side in validation, before ``image_size`` is cut out; None: in the
             proportion of ``expected``, usually 8/7.
-        expected: what the checkpoint or ``weights`` expect; mean, std and interpolation are taken from it. ``train``
-            fills it in.
-        min_scale: the least part of an image that a training crop shows.
-        workers: processes that read images, for each training process.
-        on_error: "skip" lets the next image stand in for a damaged one, "stop" ends the run. A file that the system
-            does not give ends it in any case.
+        expected: the preprocessing of the checkpoint or ``weights``; ``train`` sets it.
+        min_scale: smallest training crop, as a fraction of the image's area.
+        workers: data-loading processes per training process.
+        on_error: "skip" replaces a damaged image by the next one, "stop" ends the run. A file that cannot be opened or
+            read ends it in any case.
         checkpoint_every: steps between checkpoints; there is also one after every epoch.
         resume: continue from the checkpoint in ``out`` if there is one.
-        allow_changes: also if images were added or removed since.
+        allow_changes: resume even if images were added or removed.
 
     Raises:
         ValueError: an option that is out of range.
@@ -176,7 +174,7 @@ class Options:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What validation does to an image; training shares size, mean, standard deviation and interpolation."""
+        """The preprocessing of validation; training has the same size, mean, standard deviation and interpolation."""
         return self.expected.for_size(self.image_size, self.resize_size)
 
     @property
@@ -188,7 +186,7 @@ class Options:
         return self.batch_size * self.accumulate * processes.world_size
 
     def learning_rate(self, processes: Processes) -> float:
-        """The rate after the warm-up (Goyal et al. 2017, arXiv:1706.02677: proportional to the images of a step)."""
+        """Return the rate after the warm-up (Goyal et al., arXiv:1706.02677: proportional to the images of a step)."""
         return 0.1 * self.images_per_step(processes) / 256 if self.lr is None else self.lr
 
 
@@ -199,7 +197,7 @@ def _require(options: Options, name: str, holds: bool, right: str) -> None:
 
 @dataclass
 class Training:
-    """A run at one moment: everything that a checkpoint keeps, and what it is computed with.
+    """A run at one moment: everything that a checkpoint keeps, and the objects that compute it.
 
     Args:
         model: the network itself. forward: it, or what DistributedDataParallel and torch.compile made of it.
@@ -241,7 +239,7 @@ class Evaluation:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: matrices and filters with ``weight_decay``; scales, shifts and biases with none."""
+    """Return two groups for an optimizer: matrices and filters with ``weight_decay``, norms and biases without."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [each for each in trained if each.dim() > 1], "weight_decay": weight_decay},
@@ -250,7 +248,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, *, warmup_steps: int, steps: int) -> LRScheduler:
-    """One ``scheduler.step()`` for each step: up linearly from ``WARMUP_FACTOR``, then down as a cosine to 0.
+    """Return a schedule of one ``step()`` per training step: linearly up from ``WARMUP_FACTOR``, then a cosine to 0.
 
     The full rate is that of step ``warmup_steps``, the first after the warm-up (Loshchilov & Hutter 2016,
     arXiv:1608.03983, without restarts).
@@ -263,7 +261,7 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, *, warmup_steps: int, steps:
 
 
 def build(options: Options, processes: Processes, folder: ImageFolder) -> Training:
-    """A run at its beginning: the network with parameters from the seed or from weights, and everything around it.
+    """Return a run at its beginning: the network with parameters from the seed or from weights, and all else it needs.
 
     Raises:
         ValueError: the training images are fewer than one step takes, a step is too small for BatchNorm, or the
@@ -326,7 +324,7 @@ def build(options: Options, processes: Processes, folder: ImageFolder) -> Traini
 
 
 def _load_weights(model: nn.Module, options: Options, classes: Sequence[str]) -> str:
-    """Copies ``options.weights`` into ``model``, without the classifier if it is of other classes; says what it did."""
+    """Copy ``options.weights`` into ``model``, without a classifier for other classes; return a line about it."""
     try:
         source = registry.resolve(options.model, options.weights)
         named = registry.named_classes(read_with_metadata(source)[1]) if isinstance(source, Path) else None
@@ -344,7 +342,7 @@ def _load_weights(model: nn.Module, options: Options, classes: Sequence[str]) ->
 
 
 def _settings(options: Options, processes: Processes, folder: ImageFolder) -> dict[str, Any]:
-    """What decides the numbers of a run, by the name that a user knows."""
+    """Return the options that decide a run's numbers, by their names on the command line."""
     same = (
         "epochs", "batch_size", "accumulate", "momentum", "weight_decay", "label_smoothing", "warmup_epochs",
         "clip_norm", "ema_decay", "precision", "sync_bn", "min_scale", "seed",
@@ -357,7 +355,7 @@ def _settings(options: Options, processes: Processes, folder: ImageFolder) -> di
 
 
 def _about(training: Training) -> dict[str, str]:
-    """What files say of the model in them; everything that reads weights obeys it."""
+    """Return the metadata of the files, which everything that reads weights obeys."""
     names = {"arch": training.options.model, "classes": json.dumps(training.settings["classes"])}
     return names | training.options.preprocessing.to_metadata()
 
@@ -368,7 +366,7 @@ def _autocast(options: Options, device: torch.device) -> contextlib.AbstractCont
 
 
 def take_step(training: Training, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """One optimizer step on ``options.accumulate`` batches: images uint8 [N, H, W, 3] and targets int64 [N].
+    """Take one optimizer step on ``options.accumulate`` batches: images uint8 [N, H, W, 3] and targets int64 [N].
 
     Returns the last batch's mean loss, on the device.
     """
@@ -406,7 +404,7 @@ def take_step(training: Training, batches: Iterable[tuple[Tensor, Tensor]]) -> T
 def evaluate(
     model: nn.Module, images: imagefolder.ValImages, options: Options, processes: Processes, progress: Progress
 ) -> Evaluation:
-    """The model in eval mode on all images that can be read, each counted once whatever the number of processes.
+    """Evaluate the model on all images that can be read, each counted once whatever the number of processes.
 
     Raises:
         ValueError: none can be read.
@@ -446,11 +444,11 @@ def evaluate(
 
 
 def save(training: Training, path: Path) -> None:
-    """Writes the checkpoint, by process 0; all processes must call it.
+    """Write the checkpoint in process 0; all processes must call this.
 
     Raises:
         Diverged: a loss since the beginning of the epoch was infinite or NaN. Nothing is written then.
-        OSError: it cannot be written; what was there before is whole.
+        OSError: it cannot be written; the previous file stays complete.
     """
     processes = training.processes
     sums = distributed.gather(training.sums, processes)
@@ -482,13 +480,13 @@ def save(training: Training, path: Path) -> None:
 
 
 def restore(training: Training, path: Path, folders: Mapping[str, ImageFolder]) -> list[str]:
-    """Continues where the checkpoint was written. Process 0 reads it for all; all must call this.
+    """Continue from the checkpoint. Process 0 reads it for all; all must call this.
 
     Args:
-        folders: the images there are now, by the part, "train" and "val".
+        folders: the present images by part, "train" and "val".
 
     Returns:
-        what is no longer as it was, in words.
+        what has changed, in words.
 
     Raises:
         ValueError: it is of a run with other settings, no checkpoint of such a run, or damaged; or training images
@@ -526,7 +524,7 @@ def restore(training: Training, path: Path, folders: Mapping[str, ImageFolder]) 
 
 
 def _changes(packed: Tensor, folder: ImageFolder, path: Path) -> str:
-    """Which images were added or removed, in words; nothing if none was."""
+    """Return which images were added or removed, in words; "" if none."""
     try:
         before = imagefolder.unpack_names(packed)
     except ValueError as error:
@@ -555,7 +553,7 @@ def _adopt(
     processes = training.processes
     training.model.load_state_dict(model)
     training.epoch, training.step = int(state["epoch"]), min(int(state["step"]), training.steps_per_epoch)
-    if other_images:  # an epoch may have another number of steps: the schedule is taken to where the run is
+    if other_images:  # an epoch may have another number of steps: move the schedule to where the run is
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch expects a step of the optimizer before each
             for _ in range(training.epoch * training.steps_per_epoch + training.step):
@@ -576,7 +574,7 @@ def _adopt(
     if training.ema is not None:
         averaged = {name[4:]: tensor for name, tensor in tensors.items() if name.startswith("ema.")}
         training.ema.load_state_dict(averaged)
-    # Copies: torch reads a generator's state from where the tensor's storage begins, whatever the offset.
+    # Copies: torch reads a generator's state from the start of the tensor's storage, ignoring the offset.
     torch.set_rng_state(tensors["rng.cpu"][processes.rank].clone())
     if processes.device.type == "cuda" and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"][processes.rank].clone(), processes.device)
@@ -600,9 +598,9 @@ def _shown(setting: Any) -> str:
 
 
 def _described(options: Options, resumed: Path | None, processes: Processes) -> Options:
-    """With the network and the preprocessing that the checkpoint, or else the weights, say they are for.
+    """Return the options with network and preprocessing from the checkpoint's metadata, or else the weights'.
 
-    What is given in the options stays. Process 0 needs the checkpoint, each machine the weights.
+    Options that are given stay. Process 0 needs the checkpoint, each machine the weights.
     """
     found: tuple[str | None, Preprocessing] | None = None
     with distributed.agreed(processes):
@@ -619,7 +617,7 @@ def _described(options: Options, resumed: Path | None, processes: Processes) -> 
 
 
 def _of_weights(weights: str, arch: str | None) -> tuple[str | None, Preprocessing]:
-    """The network that weights are of, if they say it, and the preprocessing; published ones are downloaded."""
+    """Return the network named by weights, if any, and their preprocessing; download published ones."""
     arch = arch or registry.model_of(weights.partition(".")[0])
     source = registry.resolve(arch or "resnet50", weights)
     if isinstance(source, Enum):
@@ -637,11 +635,10 @@ def train(
     progress: Progress = lambda what, fraction: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Training:
-    """Trains to the last epoch, and writes into ``options.out`` a checkpoint, the table and picture of what each
-    epoch gave, and the trained parameters.
+    """Train to the last epoch. Write a checkpoint, figures and plot of the epochs, and the trained parameters.
 
     Args:
-        progress, say: for a bar and for lines of text; called in process 0 only.
+        progress, say: functions for a bar and for lines of text; called in process 0 only.
 
     Returns:
         the run at its end.
@@ -681,14 +678,14 @@ def train(
             table = Metrics(options.out / METRICS, _columns(options), training.epoch if resumed else None)
     say(_opening(training, train_folder, val_folder, resumed))
     if training.scaler.is_enabled():
-        # Where the scaler leaves out a step, the schedule still goes on, which torch would remark upon.
+        # If the scaler skips a step, the schedule continues nevertheless, which torch would warn about.
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     images = imagefolder.TrainImages(
         train_folder, options.preprocessing, min_scale=options.min_scale, seed=options.seed, on_error=options.on_error
     )
     val_images = imagefolder.ValImages(val_folder, options.preprocessing, on_error=options.on_error)
     if not resumed:
-        # Validation images whole, which takes as long as reading them once; of the others the headers.
+        # Decode the validation images, as one evaluation does; of the training images read only the headers.
         _check_images(training, train_folder, "training", whole=False, progress=progress, say=say)
         _check_images(training, val_folder, "validation", whole=True, progress=progress, say=say)
     while training.epoch < options.epochs:
@@ -712,10 +709,10 @@ def train(
 def _check_images(
     training: Training, folder: ImageFolder, what: str, *, whole: bool, progress: Progress, say: Callable[[str], None]
 ) -> None:
-    """Finds images that cannot be read before an epoch is trained for them.
+    """Find images that cannot be read before training an epoch with them.
 
     Raises:
-        ValueError: in every process, for one that the system does not give, a damaged one that is not to be skipped,
+        ValueError: in every process, for one that cannot be opened or read, a damaged one that must not be skipped,
             or if all are damaged.
     """
     options, processes = training.options, training.processes
@@ -740,7 +737,7 @@ def _check_images(
 
 
 def _train_epoch(training: Training, images: imagefolder.TrainImages, path: Path, progress: Progress) -> float:
-    """The rest of the current epoch. Returns images a second, over all processes."""
+    """Train the rest of the current epoch; return images per second over all processes."""
     options, processes = training.options, training.processes
     skipped = training.step
     loader = imagefolder.train_loader(
@@ -769,7 +766,7 @@ def _train_epoch(training: Training, images: imagefolder.TrainImages, path: Path
 
 
 def _counted(training: Training, loader: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of images and targets; those that stand in for damaged ones are counted."""
+    """Yield batches of images and targets; count the replacements of damaged images."""
     for images, targets, standing_in in loader:
         if count := int(standing_in.sum()):
             training.sums[3] += count
@@ -777,7 +774,7 @@ def _counted(training: Training, loader: Iterable[tuple[Tensor, Tensor, Tensor]]
 
 
 def _row(training: Training, images: imagefolder.ValImages, speed: float, progress: Progress) -> dict[str, float]:
-    """What is known of an epoch at its end; all processes get the same numbers, apart from the speed."""
+    """Return the figures of an epoch at its end, the same in all processes except the speed."""
     options, processes = training.options, training.processes
     loss, right, count, skipped = distributed.total(training.sums, processes).tolist()
     row = {
@@ -798,10 +795,10 @@ def _row(training: Training, images: imagefolder.ValImages, speed: float, progre
 
 
 def _settle(training: Training) -> None:
-    """Lets DistributedDataParallel choose its buckets, which it does in the first backward, before the first step.
+    """Let DistributedDataParallel choose its buckets, as it does in the first backward, before the first step.
 
-    In which order more than two processes add a gradient depends on where it lies in its bucket. A run that is resumed
-    would otherwise add those of its first step in another order than the run that was not interrupted.
+    The order in which more than two processes add a gradient depends on its place in its bucket. A resumed run would
+    otherwise add those of its first step in another order than an uninterrupted run.
     """
     if training.ddp is None or training.processes.world_size <= 2:
         return
@@ -872,7 +869,7 @@ def _draw(table: Metrics, title: str, say: Callable[[str], None]) -> None:
 
 
 def _write_models(training: Training) -> None:
-    """Parameters and statistics, and what the model is."""
+    """Write parameters and statistics, with the model's metadata."""
     models_by_file = {MODEL: training.model}
     if training.ema is not None:
         models_by_file[EMA_MODEL] = training.ema.module

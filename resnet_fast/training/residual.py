@@ -1,4 +1,4 @@
-"""Trains the small residual network as its TensorFlow original is trained, and checks the fused answers afterwards.
+"""Train the small residual network as its TensorFlow original is trained, and check the fused answers afterwards.
 
 The summed cross entropy of each batch, Adam, accuracies after every epoch. Printing and files' names are the command's.
 """
@@ -27,18 +27,18 @@ from resnet_fast.training.digits import Digits, Images
 __all__ = ["Agreement", "Epoch", "Run", "Settings", "agreement"]
 
 ABOUT = {"arch": "residual_network"}
-"""What files say of the network in them, so that none of the ten ResNets is made of it."""
+"""Metadata of the files, so that they are not taken for one of the ten ResNets."""
 
 _PIECE = 250
-"""Images at a time where no gradients are wanted."""
+"""Batch size without gradients."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is determined by, together with its data; with the same settings a CPU gives the same bits.
+    """Settings that, with the data, determine a run; with the same settings a CPU gives the same bits.
 
     Raises:
-        ValueError: for a batch_size below 1, or an lr that is no positive number.
+        ValueError: for a batch_size below 1, or an lr that is not a positive number.
     """
 
     batch_size: int = 50
@@ -103,11 +103,11 @@ class Run:
 
     @property
     def batches(self) -> int:
-        """Steps in an epoch. Images that fill no batch wait for another epoch's order."""
+        """Steps in an epoch. Images left over from the last full batch wait for another epoch's order."""
         return len(self._train) // self.settings.batch_size
 
     def epoch(self, progress: Callable[[float], None] = lambda fraction: None) -> Epoch:
-        """Trains one epoch, measures it on the validation part, and leaves the model in eval mode.
+        """Train one epoch, evaluate it on the validation part, and leave the model in eval mode.
 
         Args:
             progress: called with the fraction of the epoch that is done.
@@ -142,14 +142,14 @@ class Run:
         return Epoch(losses / count, correct / count, valid_loss, valid_accuracy, time.perf_counter() - start)
 
     def measure(self, part: Images) -> tuple[float, float]:
-        """Mean loss and accuracy on ``part``, in eval mode, without gradients."""
+        """Return mean loss and accuracy on ``part``, in eval mode, without gradients."""
         part = _to(part, self.device)
         logits = _logits(self.model.eval(), part.images)
         loss = F.cross_entropy(logits, part.labels, reduction="sum").item()
         return loss / max(1, len(part)), int((logits.argmax(1) == part.labels).sum()) / max(1, len(part))
 
     def save(self, path: Path) -> None:
-        """Writes the checkpoint that `resume` continues from."""
+        """Write the checkpoint that `resume` continues from."""
         checkpoint.save(
             path,
             model=self.model.state_dict(),
@@ -160,11 +160,11 @@ class Run:
         )
 
     def resume(self, path: Path) -> None:
-        """Takes up the run that was saved at ``path``.
+        """Continue the run that was saved at ``path``.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is no checkpoint, or one of a run with other settings or data.
+            ValueError: if it is not a checkpoint, or one of a run with other settings or data.
         """
         found = checkpoint.load(path)
         if found.state.get("kind") != "residual":
@@ -193,12 +193,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the answers of plain layers, the network itself (fused) and ``optimize``'s snapshot compare.
+    """The comparison of plain layers, the network itself (fused) and ``optimize``'s snapshot.
 
     Attributes:
         images: how many were compared. accuracy: of the plain layers on them.
         different: images for which a fused prediction is another class than the plain one, ties apart.
-        ties: the same, where the two classes' exact scores are closer than the error rule's bound.
+        ties: differing predictions whose classes' exact scores are closer than the error rule's bound.
         largest: the largest difference of a logit, for "fused" and "optimize". scale: the largest logit.
     """
 
@@ -215,7 +215,7 @@ class Agreement:
 
 
 def agreement(model: nn.Module, part: Images) -> Agreement:
-    """Compares the predictions for ``part`` of the plain torch layers of ``model``, ``model``, and ``optimize(model)``.
+    """Compare the predictions for ``part`` of the plain torch layers of ``model``, ``model``, and ``optimize(model)``.
 
     Args:
         model: on the CPU or a GPU; it is in eval mode afterwards.
@@ -246,7 +246,7 @@ def agreement(model: nn.Module, part: Images) -> Agreement:
 
 
 def _ties(model: nn.Module, images: Tensor, ordinary: Tensor, answer: Tensor) -> int:
-    """How many of ``answer`` obey the error rule, with a class that is no farther from the plain one than it allows."""
+    """Return how many of ``answer`` obey the error rule, with classes no farther from the plain ones than it allows."""
     count = 0
     if len(images):
         exact = _logits(plain(model).double(), images.double()).cpu()

@@ -145,7 +145,7 @@ def test_names_of_transformers(prefix: str, tmp_path: Path) -> None:
         assert checkpoint.read_with_metadata(tmp_path / "model.safetensors")[1] == {"format": "pt"} | strides
     for change in ({"hidden_act": "gelu"}, {"downsample_in_first_stage": True}):
         (tmp_path / "config.json").write_text(json.dumps(told | change))
-        with pytest.raises(models.WeightsError, match=r"config\.json beside it tells of a stride in the first stage"):
+        with pytest.raises(models.WeightsError, match=r"config\.json next to it has a stride in the first stage"):
             checkpoint.read_checkpoint(tmp_path / "model.safetensors")
 
 

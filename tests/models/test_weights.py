@@ -342,8 +342,8 @@ def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
     ("metadata", "message"),
     [
         (dict.fromkeys("0123456789", "x" * 2**22), "refused: 41,943,050 characters of metadata"),
-        ({"a": "\ud800"}, r"damaged: its metadata is no text \(surrogates not allowed\)"),
-        ({"\ud800": "a"}, "damaged: its metadata is no text"),
+        ({"a": "\ud800"}, r"damaged: its metadata is not text \(surrogates not allowed\)"),
+        ({"\ud800": "a"}, "damaged: its metadata is not text"),
     ],
     ids=["long", "surrogate", "surrogate as key"],
 )

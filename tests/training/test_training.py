@@ -626,7 +626,7 @@ def test_the_command_resumes_to_the_same_files(bars: Path, tmp_path: Path) -> No
 
     assert "exists; give --resume" in wrong("--out", parts)
     assert "seed 2 (now 3)" in wrong("--out", parts, "--resume", "--seed", 3)
-    assert "no checkpoint to go on from" in wrong("--out", tmp_path / "new", "--resume")
+    assert "no checkpoint to continue from" in wrong("--out", tmp_path / "new", "--resume")
     assert "bars.npz, a file; it must be a folder" in wrong("--out", bars)
     assert "nothing can be written" in wrong("--out", "/proc/none")
     assert "data is" in wrong("--out", tmp_path / "new", "--data", "nonsense")
