@@ -1,6 +1,6 @@
 """What two processes do together for test_train_imagenet: a script for torchrun, no tests.
 
-    torchrun --nproc-per-node 2 tests/ddp_worker.py BATCHES DATA OUT
+    torchrun --nproc-per-node 2 tests/training/ddp_worker.py BATCHES DATA OUT
 
 Some steps with joint statistics on the given batches, of which process r of n takes every n-th image from the r-th on;
 their result is OUT/joint.safetensors. Then a whole run into OUT/whole, and one into OUT/cut that stops and is resumed.

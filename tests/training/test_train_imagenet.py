@@ -773,14 +773,14 @@ def test_wrong_weights_to_start_from(data: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def together(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder that tests/ddp_worker.py filled in two processes, and what it printed."""
+    """The folder that ddp_worker.py filled in two processes, and what it printed."""
     out = tmp_path_factory.mktemp("together")
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (3, 16, 64, 64, 3), dtype=torch.uint8, generator=generator)
     save_file({"images": images, "targets": torch.randint(0, 3, (3, 16), generator=generator)}, out / "batches")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "tests" / "ddp_worker.py"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [sys.executable, *map(str, (*launch, out / "batches", data, out))],
+        [sys.executable, *map(str, (*launch, ddp_worker.__file__, out / "batches", data, out))],
         env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
