@@ -194,7 +194,7 @@ def choose(
         if not meant:
             raise Unclear(f"has no ResNet under {part!r}; there are {places}")
         found = meant
-    # Beside a whole one a trunk is a part of something else, if one state_dict has both.
+    # If one state_dict has a whole network and a trunk, the trunk is a part of something else.
     with_whole = [id(network.holder) for network in found if network.whole]
     candidates = [network for network in found if id(network.holder) in with_whole] or list(found)
     distinct = [one for i, one in enumerate(candidates) if not any(same(one, other) for other in candidates[:i])]

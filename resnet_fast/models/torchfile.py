@@ -399,7 +399,7 @@ def _step(operation: Any, argument: Any, stack: list[Any], memo: dict[int, Any])
         if name == "DICT":
             stack.append({})
         if isinstance(stack[-1], dict):
-            # Other keys are hashed by code, of larger numbers many have one hash, and no tensor has such a name.
+            # Other keys are hashed by their own code, many larger numbers share a hash, and tensors have no such names.
             pairs = zip(items[::2], items[1::2], strict=False)
             stack[-1].update((key, value) for key, value in pairs if isinstance(key, str) or _is_short(key))
     elif name == "GLOBAL":

@@ -115,12 +115,12 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     if not path.is_file():
-        raise ValueError(f"{path}: no file; {_RIGHT}")
+        raise ValueError(f"{path}: not a file; {_RIGHT}")
     if (size := path.stat().st_size) > MAX_BYTES:
         raise ValueError(f"{path}: {size:,} bytes, a checkpoint has at most {MAX_BYTES:,}")
     tensors, metadata = _read(path)
     if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path}: a safetensors file, but no training checkpoint; {_RIGHT}")
+        raise ValueError(f"{path}: a safetensors file, but not a training checkpoint; {_RIGHT}")
     if metadata.get("version") != _VERSION:
         raise ValueError(f"{path}: checkpoint version {metadata.get('version')!r}, this package reads {_VERSION!r}")
     try:
@@ -146,7 +146,7 @@ def read_about(path: str | os.PathLike[str]) -> dict[str, str]:
     """
     metadata = _read(Path(path), tensors=False)[1]
     if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path}: a safetensors file, but no training checkpoint; {_RIGHT}")
+        raise ValueError(f"{path}: a safetensors file, but not a training checkpoint; {_RIGHT}")
     return _without_own(metadata)
 
 
@@ -299,7 +299,7 @@ def check_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"--out is {folder}, where nothing can be written ({error.strerror}); give another") from error
+        raise ValueError(f"--out is {folder}, which cannot be written to ({error.strerror}); give another") from error
 
 
 def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -315,7 +315,7 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or one_line(error)}); {_RIGHT}") from error
     except (SafetensorError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: truncated or no safetensors file ({one_line(error)}); {_RIGHT}") from error
+        raise ValueError(f"{path}: truncated, or not a safetensors file ({one_line(error)}); {_RIGHT}") from error
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:

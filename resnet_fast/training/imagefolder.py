@@ -111,9 +111,9 @@ def unpack_names(packed: Tensor) -> set[bytes]:
     try:
         names = stream.decompress(packed.numpy().tobytes(), MAX_NAMES_BYTES)
     except zlib.error as error:
-        raise ValueError(f"no list of names ({error})") from None
+        raise ValueError(f"not a list of names ({error})") from None
     if not stream.eof:
-        raise ValueError("no list of names, or one that is too long")
+        raise ValueError("not a list of names, or too long")
     return set(names.split(b"\0"))
 
 
@@ -127,7 +127,7 @@ def scan(root: Path, classes: Sequence[str] | None = None) -> ImageFolder:
     Raises:
         ValueError: a folder is missing or empty, there are fewer than two classes, or not those of ``classes``.
     """
-    layout = f"expected {root}/<class>/ with images (.jpg, .png, .webp and what else Pillow reads)"
+    layout = f"expected {root}/<class>/ with images (.jpg, .png, .webp and others that Pillow reads)"
     if not root.is_dir():
         raise ValueError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; {layout}")
     with os.scandir(root) as inside:

@@ -174,10 +174,12 @@ class Run:
             theirs = theirs if isinstance(theirs, dict) else {}
             different = [f"{name} {theirs.get(name)!r} (now {ours[name]!r})" for name in ours
                          if theirs.get(name) != ours[name]]  # fmt: skip
-            raise ValueError(f"{path}: is of a run with {', '.join(different)}; give the same values to go on with it")
+            raise ValueError(
+                f"{path}: belongs to a run with {', '.join(different)}; give the same values to continue it"
+            )
         done, order = found.state.get("epochs_done"), found.tensors.get("order")
         if not isinstance(done, int) or done < 0 or order is None:
-            raise ValueError(f"{path}: says nothing usable of epochs_done or the order of the images")
+            raise ValueError(f"{path}: epochs_done or the order of the images is missing or unusable")
         try:
             self.model.load_state_dict(found.model)
             self.optimizer.load_state_dict(found.optimizer)
