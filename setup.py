@@ -90,7 +90,7 @@ class BuildNative(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """Builds before it asks whether the wheel is pure, since a module that could not be built makes it so."""
+    """Build before asking whether the wheel is pure, since it is pure if the module could not be built."""
 
     def run(self) -> None:
         if not self.skip_build:
@@ -109,7 +109,7 @@ setup(
     package_dir={"": "."},
     packages=find_packages(str(ROOT), include=["resnet_fast", "resnet_fast.*"]),
     py_modules=["resnet_fast_cli"],
-    # The sources are CMakeLists.txt's affair. That there is a module makes the wheel one for this platform.
+    # CMakeLists.txt lists the sources. Declaring an extension here only marks the wheel as platform-specific.
     ext_modules=[] if PLAN.reason else [Extension("resnet_fast._C", sources=[])],
     cmdclass={
         "sdist": SourceArchive,

@@ -60,10 +60,12 @@ def pytest_testnodedown(node: Any, error: object) -> None:
     )  # every process selects the same
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Say at the very end what `make test` has left out."""
     count = config.stash.get(_LEFT_OUT, 0)
-    if count and config.option.markexpr == "not slow" and not config.option.keyword:
-        terminalreporter.write_line(f"left out, since marked slow: {count} of the tests; `make test-all` runs all")
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if count and reporter and config.option.markexpr == "not slow" and not config.option.keyword:
+        reporter.write_line(f"tests left out because they are marked slow: {count} (`make test-all` runs all)")
 
 
 @pytest.fixture(autouse=True)

@@ -147,8 +147,9 @@ def _train_on_digits(console: Console, epochs: int) -> bool:
     from resnet_fast.training import digits
     from resnet_fast.training.residual import Settings
 
+    duration = "1 epoch" if epochs == 1 else f"{epochs} epochs"
     console.print(
-        f"\n[bold]The small residual network learns to read[/], {DIGITS_SIDE}x{DIGITS_SIDE} pixels, {epochs} epochs "
+        f"\n[bold]The small residual network learns to read[/], {DIGITS_SIDE}x{DIGITS_SIDE} pixels, {duration} "
         "(resnet-fast train residual: larger images, a checkpoint, a plot)",
         soft_wrap=True,
     )

@@ -133,7 +133,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy2(path, source)
-    for folder in ("benchmarks", "csrc", "docs", "examples", "kernels", "resnet_fast", "tests"):
+    for folder in (".github", "benchmarks", "csrc", "docs", "examples", "kernels", "resnet_fast", "tests"):
         if (ROOT / folder).is_dir():
             shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("_C.*.so", "__pycache__"))
     (source / "kernels" / "tuned").mkdir(exist_ok=True)
@@ -196,6 +196,7 @@ def test_source_archive_is_complete(archives: tuple[set[str], Path]) -> None:
         *("csrc/binding.cpp", "csrc/native_build.py", "csrc/build_backend.py", "csrc/kernels/conv_bn_act_sm90.cuh"),
         *("kernels/gpus.py", "kernels/resources.csv", "kernels/tuned/some-gpu.json", "resnet_fast/kernels/__init__.py"),
         *("resnet_fast/__init__.py", "resnet_fast/_C.pyi", "tests/packaging/test_packaging.py"),
+        *(".pre-commit-config.yaml", ".github/workflows/ci.yml"),
     ):
         assert name in names, name
     assert not [name for name in names if name.endswith((".pyc", ".so", "_build_record.json"))]
