@@ -13,7 +13,8 @@ from typing import Any
 
 from .errors import CaffeError
 from .kinds import *  # noqa: F403 - every declaration, under the names that it has there
-from .kinds import KINDS, MAX_ELEMENTS, Illegal, Parameters, Shape, times
+from .parameters import *  # noqa: F403
+from .parameters import KINDS, MAX_ELEMENTS, Illegal, Parameters, Shape, times
 
 SUPPORTED = tuple(KINDS)
 

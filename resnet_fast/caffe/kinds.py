@@ -10,176 +10,27 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, Self
 
 from torch import nn
 
 from . import layers
-
-Shape: TypeAlias = tuple[int, ...]
-
-MAX_AXES = 32
-"""Most axes of a blob (Caffe's kMaxBlobAxes)."""
-
-MAX_ELEMENTS = 2**31 - 1
-"""Most elements of a blob (Caffe counts them in an int)."""
-
-_MANY = MAX_ELEMENTS
-
-
-class Illegal(Exception):
-    """Bottoms that a layer cannot take."""
-
-
-def times(shape: Iterable[Any]) -> str:
-    """A shape as errors show it: ``1x3x224x224``."""
-    return "x".join(map(str, shape)) or "of no axes"
-
-
-def axis_of(axis: int, shape: Shape) -> int:
-    """``axis`` counted from the front."""
-    if not -len(shape) <= axis < len(shape):
-        raise Illegal(f"its axis {axis} is none of the {len(shape)} of its bottom {times(shape)}")
-    return axis % len(shape)
-
-
-@dataclass(frozen=True)
-class Message:
-    """Where a layer's parameters stand in a file: a field of LayerParameter, and the message that it holds.
-
-    Attributes:
-        field: its name, such as ``pooling_param``.
-        name: the message's name.
-        number: the field's number in LayerParameter.
-        v1: its number in V1LayerParameter, None if that has no such field.
-        fields: of the message, as `schema` writes them.
-    """
-
-    field: str
-    name: str
-    number: int
-    v1: int | None
-    fields: str
-
-
-KINDS: dict[str, type[Parameters]] = {}
-"""The declarations by Caffe's name of the type."""
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """What one layer computes: base of the declarations.
-
-    Fields of a subclass are those of its ``message`` with the same names, or another one under the key ``field`` of
-    their metadata. Floating point values are rounded to float32, as in the files, and must be finite.
-    """
-
-    message: ClassVar[Message | None] = None
-    bottoms: ClassVar[tuple[int, int]] = (1, 1)  # at least and at most
-    tops: ClassVar[tuple[int, int]] = (1, 1)
-
-    def __init_subclass__(cls) -> None:
-        if not cls.__name__.startswith("_"):
-            KINDS[cls.__name__] = cls
-
-    def __post_init__(self) -> None:
-        for entry in dataclasses.fields(self):
-            value, name = getattr(self, entry.name), entry.metadata.get("field", entry.name)
-            values = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(one, float) for one in values):
-                _finite(name, *values)
-                rounded = tuple(_float32(one) if isinstance(one, float) else one for one in values)
-                object.__setattr__(self, entry.name, rounded if isinstance(value, tuple) else rounded[0])
-        self.check()
-
-    def check(self) -> None:
-        """Raise ValueError for values that no layer of this type can have."""
-
-    @classmethod
-    def read(cls, layer: Any) -> Self:
-        """The parameters in a LayerParameter or V1LayerParameter message; raises ValueError for wrong ones."""
-        if cls.message is None or cls.message.field not in layer.DESCRIPTOR.fields_by_name:
-            return cls()
-        message = getattr(layer, cls.message.field)
-        values: dict[str, Any] = {}
-        for entry in dataclasses.fields(cls):
-            name = entry.metadata.get("field", entry.name)
-            descriptor, value = message.DESCRIPTOR.fields_by_name[name], getattr(message, name)
-            if descriptor.enum_type is not None:
-                value = descriptor.enum_type.values_by_number[value].name
-            values[entry.name] = value if isinstance(value, bool | int | float | str) else tuple(value)
-        return cls(**values)
-
-    def write(self, layer: Any) -> None:
-        """Set what differs from the defaults in a LayerParameter message."""
-        if self.message is None:
-            return
-        message = getattr(layer, self.message.field)
-        for entry in dataclasses.fields(self):
-            value, name = getattr(self, entry.name), entry.metadata.get("field", entry.name)
-            descriptor = message.DESCRIPTOR.fields_by_name[name]
-            if descriptor.enum_type is not None:
-                value = descriptor.enum_type.values_by_name[value].number
-            if isinstance(value, tuple):
-                getattr(message, name).extend(value)
-            elif value is not None and (entry.default is None or getattr(message, name) != value):
-                setattr(message, name, value)
-
-    def shape(self, bottoms: Sequence[Shape]) -> Shape:
-        """The shape of the top; raises Illegal for bottoms that the layer cannot take."""
-        return bottoms[0]
-
-    def shapes(self, bottoms: Sequence[Shape], tops: int) -> tuple[Shape, ...]:
-        """The shapes of the tops."""
-        return (self.shape(bottoms),) * tops
-
-    def blobs(self, bottoms: Sequence[Shape]) -> dict[str, Shape]:
-        """The shapes of the layer's own blobs by attribute of the module, in the order in which Caffe stores them."""
-        return {}
-
-    def module(self, bottoms: Sequence[Shape], tops: int) -> nn.Module | None:
-        """What computes the layer for bottoms of these shapes, any batch; None for the bottom itself."""
-        raise NotImplementedError
-
-
-def _float32(value: float) -> float:
-    return float(struct.unpack("f", struct.pack("f", value))[0])
-
-
-def _finite(name: str, *values: float) -> None:
-    if not all(math.isfinite(value) for value in values):
-        raise ValueError(f"{name} is {', '.join(f'{value:g}' for value in values)}; finite numbers are needed")
-
-
-def _at_least(name: str, least: int, *values: int) -> None:
-    if min(values, default=least) < least:
-        raise ValueError(f"{name} is {min(values)}, at least {least} is needed")
-    if max(values, default=least) > MAX_ELEMENTS:
-        raise ValueError(f"{name} is {max(values)}, at most {MAX_ELEMENTS} is possible")
-
-
-def _four_axes(shape: Shape) -> None:
-    if len(shape) != 4:
-        raise Illegal(f"its bottom is {times(shape)}, [N, C, H, W] was expected")
-
-
-def _two_axes(shape: Shape) -> None:
-    if len(shape) < 2:
-        raise Illegal(f"its bottom is {times(shape)}, at least [N, C] was expected")
-
-
-def _axis_or_alias(message: Any, alias: str) -> int:
-    """``axis``, or the older field that means the same and takes no negative number."""
-    value = getattr(message, alias)
-    if message.HasField("axis") and message.HasField(alias):
-        raise ValueError(f"has both axis and {alias}; Caffe takes one")
-    if value >= MAX_AXES:
-        raise ValueError(f"{alias} is {value}; a blob has at most {MAX_AXES} axes")
-    return int(value if message.HasField(alias) else message.axis)
-
+from .parameters import (
+    MANY,
+    MAX_AXES,
+    Illegal,
+    Message,
+    Parameters,
+    Shape,
+    at_least,
+    axis_of,
+    axis_or_alias,
+    four_axes,
+    times,
+    two_axes,
+)
 
 # -------------------------------------------------------------------------------------------------- windows and weights
 
@@ -240,12 +91,12 @@ class _Filters(Parameters):
     bias_term: bool = True
 
     def check(self) -> None:
-        _at_least("num_output", 1, self.num_output)
-        _at_least("group", 1, self.group)
-        _at_least("kernel_size", 1, *self.kernel)
-        _at_least("stride", 1, *self.stride)
-        _at_least("dilation", 1, *self.dilation)
-        _at_least("pad", 0, *self.padding)
+        at_least("num_output", 1, self.num_output)
+        at_least("group", 1, self.group)
+        at_least("kernel_size", 1, *self.kernel)
+        at_least("stride", 1, *self.stride)
+        at_least("dilation", 1, *self.dilation)
+        at_least("pad", 0, *self.padding)
 
     @classmethod
     def read(cls, layer: Any) -> Self:
@@ -277,7 +128,7 @@ class _Filters(Parameters):
 
     def shape(self, bottoms: Sequence[Shape]) -> Shape:
         x = bottoms[0]
-        _four_axes(x)
+        four_axes(x)
         if x[1] % self.group or self.num_output % self.group:
             raise Illegal(f"{x[1]} channels and num_output {self.num_output} must be multiples of group {self.group}")
         sides = tuple(
@@ -358,15 +209,15 @@ class Pooling(Parameters):
     round_mode: str = "CEIL"
 
     def check(self) -> None:
-        _at_least("stride", 1, *self.stride)
-        _at_least("pad", 0, *self.padding)
+        at_least("stride", 1, *self.stride)
+        at_least("pad", 0, *self.padding)
         if self.method not in ("MAX", "AVE"):
             raise ValueError(f"pool: {self.method} is not supported; MAX and AVE are")
         if self.kernel is None:
             if self.padding != (0, 0) or self.stride != (1, 1):
                 raise ValueError("global_pooling takes no padding and no stride other than 1")
             return
-        _at_least("kernel_size", 1, *self.kernel)
+        at_least("kernel_size", 1, *self.kernel)
         if self.padding[0] >= self.kernel[0] or self.padding[1] >= self.kernel[1]:
             raise ValueError(f"pad {times(self.padding)} must be less than the kernel {times(self.kernel)}")
 
@@ -398,7 +249,7 @@ class Pooling(Parameters):
 
     def shape(self, bottoms: Sequence[Shape]) -> Shape:
         x = bottoms[0]
-        _four_axes(x)
+        four_axes(x)
         if self.kernel is None:
             return (*x[:2], 1, 1)
         sides = layers.pooled_sizes(self, x[2], x[3])
@@ -426,7 +277,7 @@ class InnerProduct(Parameters):
     transpose: bool = False
 
     def check(self) -> None:
-        _at_least("num_output", 1, self.num_output)
+        at_least("num_output", 1, self.num_output)
 
     def shape(self, bottoms: Sequence[Shape]) -> Shape:
         return (*bottoms[0][: axis_of(self.axis, bottoms[0])], self.num_output)
@@ -476,7 +327,7 @@ class BatchNorm(Parameters):
         return cls(stored, p.moving_average_fraction, p.eps, scale_bias)
 
     def shape(self, bottoms: Sequence[Shape]) -> Shape:
-        _two_axes(bottoms[0])
+        two_axes(bottoms[0])
         return bottoms[0]
 
     def blobs(self, bottoms: Sequence[Shape]) -> dict[str, Shape]:
@@ -555,12 +406,12 @@ class LRN(Parameters):
     k: float = 1.0
 
     def check(self) -> None:
-        _at_least("local_size", 1, self.local_size)
+        at_least("local_size", 1, self.local_size)
         if self.local_size % 2 == 0:
             raise ValueError(f"local_size is {self.local_size}, it must be odd")
 
     def shape(self, bottoms: Sequence[Shape]) -> Shape:
-        _four_axes(bottoms[0])
+        four_axes(bottoms[0])
         return bottoms[0]
 
     def module(self, bottoms: Sequence[Shape], tops: int) -> nn.Module:
@@ -595,7 +446,7 @@ class PReLU(Parameters):
     channel_shared: bool = False
 
     def shape(self, bottoms: Sequence[Shape]) -> Shape:
-        _two_axes(bottoms[0])
+        two_axes(bottoms[0])
         return bottoms[0]
 
     def blobs(self, bottoms: Sequence[Shape]) -> dict[str, Shape]:
@@ -693,7 +544,7 @@ class Eltwise(Parameters):
         "eltwise_param", "EltwiseParameter", 110, 24,
         "operation 1 EltwiseOp SUM; coeff 2 float*; stable_prod_grad 3 bool true",
     )  # fmt: skip
-    bottoms = (2, _MANY)
+    bottoms = (2, MANY)
 
     operation: str = "SUM"
     coeff: tuple[float, ...] = ()
@@ -733,7 +584,7 @@ class Axpy(Parameters):
 
     def shape(self, bottoms: Sequence[Shape]) -> Shape:
         scale, x, y = bottoms
-        _two_axes(x)
+        two_axes(x)
         if x != y or scale[:2] != x[:2] or math.prod(scale[2:]) != 1:
             raise Illegal(
                 f"its bottoms are {', '.join(map(times, bottoms))}; [N, C] or [N, C, 1, 1], and two of one shape, "
@@ -750,13 +601,13 @@ class Concat(Parameters):
     """Bottoms one behind the other along ``axis``."""
 
     message = Message("concat_param", "ConcatParameter", 104, 9, "axis 2 int32 1; concat_dim 1 uint32 1")
-    bottoms = (1, _MANY)
+    bottoms = (1, MANY)
 
     axis: int = 1
 
     @classmethod
     def read(cls, layer: Any) -> Self:
-        return cls(_axis_or_alias(layer.concat_param, "concat_dim"))
+        return cls(axis_or_alias(layer.concat_param, "concat_dim"))
 
     def shape(self, bottoms: Sequence[Shape]) -> Shape:
         x = bottoms[0]
@@ -784,7 +635,7 @@ class Crop(Parameters):
     offset: tuple[int, ...] = ()
 
     def check(self) -> None:
-        _at_least("offset", 0, *self.offset)
+        at_least("offset", 0, *self.offset)
         if len(self.offset) > MAX_AXES:
             raise ValueError(f"offset has {len(self.offset)} values; a blob has at most {MAX_AXES} axes")
 
@@ -851,8 +702,8 @@ class Reshape(Parameters):
     def check(self) -> None:
         if len(self.dims) > MAX_AXES:
             raise ValueError(f"shape has {len(self.dims)} sizes; a blob has at most {MAX_AXES} axes")
-        _at_least("shape", -1, *self.dims)
-        _at_least("num_axes", -1, self.num_axes)
+        at_least("shape", -1, *self.dims)
+        at_least("num_axes", -1, self.num_axes)
         if self.dims.count(-1) > 1:
             raise ValueError(f"shape has {self.dims.count(-1)} sizes of -1, at most one can be left to find")
 
@@ -900,20 +751,20 @@ class Slice(Parameters):
     message = Message(
         "slice_param", "SliceParameter", 126, 31, "slice_dim 1 uint32 1; slice_point 2 uint32*; axis 3 int32 1"
     )  # fmt: skip
-    tops = (1, _MANY)
+    tops = (1, MANY)
 
     axis: int = 1
     slice_point: tuple[int, ...] = ()
 
     def check(self) -> None:
-        _at_least("slice_point", 1, *self.slice_point)
+        at_least("slice_point", 1, *self.slice_point)
         if any(a >= b for a, b in itertools.pairwise(self.slice_point)):
             shown = ", ".join(map(str, self.slice_point[:5]))
             raise ValueError(f"slice_point is {shown}{', ...' if len(self.slice_point) > 5 else ''}; it must increase")
 
     @classmethod
     def read(cls, layer: Any) -> Self:
-        return cls(_axis_or_alias(layer.slice_param, "slice_dim"), tuple(layer.slice_param.slice_point))
+        return cls(axis_or_alias(layer.slice_param, "slice_dim"), tuple(layer.slice_param.slice_point))
 
     def sizes(self, x: Shape, tops: int) -> tuple[int, ...]:
         """The parts' sizes along ``axis``."""
@@ -942,7 +793,7 @@ class Slice(Parameters):
 class Split(Parameters):
     """The bottom under several names."""
 
-    tops = (1, _MANY)
+    tops = (1, MANY)
 
     def module(self, bottoms: Sequence[Shape], tops: int) -> None:
         return None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .errors import CaffeError
 
 if TYPE_CHECKING:
-    from . import kinds
+    from . import kinds, parameters
 
 
 _NVIDIA_EPS = torch.tensor(1e-5).item()
@@ -131,7 +131,7 @@ class Scale(nn.Module):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, shape: kinds.Shape, trailing: int, weight: bool, bias: bool, axis: int = 1) -> None:
+    def __init__(self, shape: parameters.Shape, trailing: int, weight: bool, bias: bool, axis: int = 1) -> None:
         super().__init__()
         self.axis = axis
         self.view = (*shape, *(1,) * trailing)
@@ -332,7 +332,7 @@ class PReLU(nn.Module):
 
     blob_names = ("weight",)
 
-    def __init__(self, shape: kinds.Shape) -> None:
+    def __init__(self, shape: parameters.Shape) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full(shape, 0.25))
 

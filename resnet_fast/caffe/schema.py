@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from . import kinds as _declared  # noqa: F401 - which fill KINDS
 from .errors import CaffeError
-from .kinds import KINDS, Message
+from .parameters import KINDS, Message
 
 _ENUMS: dict[str, dict[str, int]] = {
     "Phase": {"TRAIN": 0, "TEST": 1},

@@ -357,7 +357,8 @@ def laid_out(y: Tensor, x: Tensor, *convs: Any) -> Tensor:
     Args:
         convs: the convolutions between the two.
     """
-    if isinstance(x, Tensor) and x.dim() == 4 and suggests_channels_last(x):
+    traced = torch._C._get_tracing_state() is not None  # which warns of decisions by sizes
+    if isinstance(x, Tensor) and x.dim() == 4 and not traced and suggests_channels_last(x):
         return y  # as torch's layers answer, too
     if not isinstance(y, Tensor) or y.dim() != 4 or transformed() or y.is_contiguous():
         return y
