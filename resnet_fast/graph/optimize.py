@@ -453,6 +453,7 @@ def _annotate(gm: fx.GraphModule, inputs: tuple[Any, ...] | None) -> list[ir.Lay
     """Shapes where they can be known, and a ``Layer`` for every node that computes a tensor."""
     if inputs is not None:
         shapes.annotate(gm, inputs)
+    values = {node: node.meta.get("value") for node in gm.graph.nodes}
     layers: list[ir.Layer] = []
     for node in gm.graph.nodes:
         if node.op not in ("call_module", "call_function", "call_method") or not memory.holds_tensor(node):
@@ -460,9 +461,7 @@ def _annotate(gm: fx.GraphModule, inputs: tuple[Any, ...] | None) -> list[ir.Lay
         if node.op == "call_function" and node.target in (getattr, operator.getitem) and not memory.is_tensor(node):
             continue
         name, kind = layer_kind(gm, node)
-        value = node.meta.get("value")
-        shape = tuple(value.shape) if isinstance(value, Tensor) else None
-        layer = ir.Layer(name, kind, shape, _bytes_moved(gm, node, {n: n.meta.get("value") for n in gm.graph.nodes}))
+        layer = ir.Layer(name, kind, ir.shape_of(node), _bytes_moved(gm, node, values))
         node.meta["layers"] = [layer]
         layers.append(layer)
     return layers
