@@ -13,49 +13,9 @@ from typing import Any
 from . import _tables
 from ._launch import ITEMSIZE, cdiv, dividing_power_of_two, power_of_two
 from .gpus import GPU
+from .problems import BottleneckTail as Problem
 
 NAME = "bottleneck_tail"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a launch choice may depend on.
-
-    Attributes:
-        n, h, w, mid: of a, the 3x3's input. k: channels of the output. stride: of the 3x3.
-        shortcut: (c, h, w, stride) of the projection's input, None for a plain residual.
-        following: output channels of the next block's 1x1, 0 without one.
-    """
-
-    n: int
-    h: int
-    w: int
-    mid: int
-    k: int
-    stride: int
-    shortcut: tuple[int, int, int, int] | None
-    following: int
-    precision: str
-
-    @property
-    def output(self) -> tuple[int, int]:
-        """P and Q."""
-        return (self.h - 1) // self.stride + 1, (self.w - 1) // self.stride + 1
-
-    @property
-    def pixels(self) -> int:
-        """N * P * Q."""
-        return self.n * self.output[0] * self.output[1]
-
-    def key(self) -> str:
-        """The problem as tables name it."""
-        parts = [self.precision, f"n{self.n} {self.h}x{self.w} mid{self.mid} k{self.k} s{self.stride}"]
-        if self.shortcut is not None:
-            c, h, w, stride = self.shortcut
-            parts.append(f"shortcut c{c} {h}x{w} s{stride}")
-        if self.following:
-            parts.append(f"following{self.following}")
-        return " ".join(parts)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Plain data, no import of triton or torch. ``known`` finds a built-in GPU by name
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 #: How a convolution multiplies: storage type, or for float32 whether the matrix units round to tf32 first.
@@ -94,3 +94,21 @@ def known(name: str) -> GPU:
     if found is None:
         raise ValueError(f"unknown GPU {name!r}; built in are {', '.join(gpu.name for gpu in GPUS)}")
     return found
+
+
+#: Compute capabilities whose thread blocks have as much shared memory as a built-in GPU's of another capability.
+_SAME_LIMITS = {86: 89, 87: 80, 103: 100, 121: 120}
+
+
+def of_capability(capability: int) -> GPU:
+    """Return a built-in GPU with the on-chip limits of this compute capability.
+
+    Raises:
+        ValueError: none is known; the message lists the capabilities that are.
+    """
+    wanted = _SAME_LIMITS.get(capability, capability)
+    found = next((gpu for gpu in GPUS if gpu.capability == wanted), None)
+    if found is None:
+        known = sorted({*(gpu.capability for gpu in GPUS), *_SAME_LIMITS})
+        raise ValueError(f"capability is {capability}; known are {', '.join(map(str, known))}")
+    return replace(found, capability=capability)

@@ -1,18 +1,20 @@
 """What each op's kernels are asked to compute, as plain data: the part of a launch choice that the caller knows.
 
 Triton's and CUDA's kernels are chosen for the same problems and tables name them by the same keys. It imports no
-triton, and no choice is made here; bottleneck_tail's problem is in bottleneck_tail_choice.py.
+triton, and no choice is made here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
 class ConvBNAct:
     """What a launch choice may depend on: x [n, c, h, w], weight [k, c / groups, r, s], precision, residual or not."""
 
+    op: ClassVar[str] = "conv_bn_act"
     n: int
     h: int
     w: int
@@ -60,6 +62,7 @@ class ConvStatistics(ConvBNAct):
         normalised: whether it is of ``relu(norm(x))``, computed while x is read.
     """
 
+    op: ClassVar[str] = "conv_statistics"
     normalised: bool = False
 
     def key(self) -> str:
@@ -71,6 +74,7 @@ class ConvStatistics(ConvBNAct):
 class Stem:
     """What a launch choice may depend on: x [n, c, h, w] or uint8 [n, h, w, c], k channels out, the pool's form."""
 
+    op: ClassVar[str] = "stem"
     n: int
     h: int
     w: int
@@ -99,9 +103,52 @@ class Stem:
 
 
 @dataclass(frozen=True)
+class BottleneckTail:
+    """What a launch choice may depend on.
+
+    Attributes:
+        n, h, w, mid: of a, the 3x3's input. k: channels of the output. stride: of the 3x3.
+        shortcut: (c, h, w, stride) of the projection's input, None for a plain residual.
+        following: output channels of the next block's 1x1, 0 without one.
+    """
+
+    op: ClassVar[str] = "bottleneck_tail"
+    n: int
+    h: int
+    w: int
+    mid: int
+    k: int
+    stride: int
+    shortcut: tuple[int, int, int, int] | None
+    following: int
+    precision: str
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """P and Q."""
+        return (self.h - 1) // self.stride + 1, (self.w - 1) // self.stride + 1
+
+    @property
+    def pixels(self) -> int:
+        """N * P * Q."""
+        return self.n * self.output[0] * self.output[1]
+
+    def key(self) -> str:
+        """The problem as tables name it."""
+        parts = [self.precision, f"n{self.n} {self.h}x{self.w} mid{self.mid} k{self.k} s{self.stride}"]
+        if self.shortcut is not None:
+            c, h, w, stride = self.shortcut
+            parts.append(f"shortcut c{c} {h}x{w} s{stride}")
+        if self.following:
+            parts.append(f"following{self.following}")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
 class Head:
     """What a launch choice may depend on: x [n, c, h, w], weight [k, c], and how is multiplied."""
 
+    op: ClassVar[str] = "head"
     n: int
     h: int
     w: int
@@ -118,6 +165,7 @@ class Head:
 class AddAct:
     """What a launch choice may depend on: how many elements, of which precision. Forward and backward are alike."""
 
+    op: ClassVar[str] = "add_act"
     length: int
     precision: str
 
@@ -136,6 +184,7 @@ class BatchNormAct:
         residual: whether apply adds one, or backward writes its gradient.
     """
 
+    op: ClassVar[str] = "batch_norm_act"
     rows: int
     c: int
     precision: str
@@ -148,3 +197,9 @@ class BatchNormAct:
         precision = "fp32" if self.precision == "tf32" else self.precision
         read = f"{' relu' if self.relu else ''}{' residual' if self.residual else ''}"
         return f"{precision} {self.step} {self.rows}x{self.c}{read}"
+
+
+Problem = ConvBNAct | BottleneckTail | Stem | Head | AddAct | BatchNormAct
+
+#: The problems of the ops that have kernels, by the op's name. The last two run in training only.
+OPS = {problem.op: problem for problem in (ConvBNAct, BottleneckTail, Stem, Head, AddAct, BatchNormAct, ConvStatistics)}

@@ -72,10 +72,6 @@ def arguments_of(node: fx.Node) -> Any:
     return OPS[node.target].arguments(*node.args)
 
 
-class Conv:
-    of = staticmethod(arguments_of)
-
-
 def call(gm: fx.GraphModule, target: Any, args: tuple[Any, ...]) -> fx.Node:
     """A node in normal form, at the graph's current insertion point."""
     node = gm.graph.call_function(target, args)

@@ -1,6 +1,6 @@
 """Floors: the least time that a model's layers can take on a GPU, from the bytes and operations they cannot avoid."""
 
 from .cost import Work
-from .schedule import Conv, Kernel, Schedule, Totals, fits_on_chip, rotated
+from .schedule import LAUNCH, Kernel, Schedule, Seconds, Totals, fits_on_chip
 
-__all__ = ["Conv", "Kernel", "Schedule", "Totals", "Work", "fits_on_chip", "rotated"]
+__all__ = ["LAUNCH", "Kernel", "Schedule", "Seconds", "Totals", "Work", "fits_on_chip"]

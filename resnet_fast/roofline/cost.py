@@ -1,6 +1,7 @@
 """Bytes and floating point operations of each fused op: the two numbers under every floor.
 
-Each input is read once, each output written once, intermediates of one op move nothing. No GPU, no graph.
+Each input is read once, each output written once, intermediates of one op move nothing. No GPU, no graph: ``work``
+takes what a kernel is asked to compute.
 """
 
 from __future__ import annotations
@@ -8,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from resnet_fast.kernels import problems
 from resnet_fast.kernels.gpus import GPU
+from resnet_fast.kernels.problems import Problem
+
+ITEMSIZE = {"fp16": 2, "bf16": 2, "tf32": 4, "fp32": 4}
+"""Bytes of a stored number by precision; tf32 is float32 that the matrix units round."""
+
+_PASSES = {"statistics": (1, 4), "apply": (2, 5), "reduce": (2, 5), "backward": (3, 6)}
+"""Of a step of ``batch_norm_act``: passes over x's memory, and operations for each element."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,41 @@ class Work:
     def floor(self, gpu: GPU, precision: str) -> float:
         """Seconds that one launch takes at least: moving the bytes or computing, whichever is longer."""
         return max(self.bytes / gpu.bandwidth, self.flops / gpu.flops[precision])
+
+
+def work(problem: Problem, itemsize: int | None = None) -> Work:
+    """Return what a kernel must move and compute for its problem.
+
+    Args:
+        itemsize: bytes of a stored number; None: those of the problem's precision.
+    """
+    item = ITEMSIZE[problem.precision] if itemsize is None else itemsize
+    if isinstance(problem, problems.AddAct):
+        return add_act(problem.length, itemsize=item)
+    if isinstance(problem, problems.BatchNormAct):
+        passes, flops = _PASSES[problem.step]
+        elements = problem.rows * problem.c
+        return Work((passes + problem.relu + problem.residual) * elements * item, 0, flops * elements)
+    n, size = problem.n, (problem.h, problem.w)
+    if isinstance(problem, problems.ConvBNAct):
+        return conv(
+            n, problem.c, size, problem.k, problem.kernel, problem.stride, problem.output,
+            groups=problem.groups, residual=problem.residual, itemsize=item,
+        )  # fmt: skip
+    if isinstance(problem, problems.Stem):
+        floats = stem(n, problem.c, size, problem.k, problem.output, itemsize=item)
+        saved = n * problem.c * problem.h * problem.w * (item - 1) if problem.uint8 else 0
+        return Work(floats.activations - saved, floats.weights, floats.flops)
+    if isinstance(problem, problems.Head):
+        return head(n, problem.c, size, problem.k, itemsize=item)
+    shortcut = None
+    if problem.shortcut is not None:
+        c, h, w, stride = problem.shortcut
+        shortcut = (c, (h, w), (stride, stride))
+    return bottleneck_tail(
+        n, problem.mid, size, problem.k, (problem.stride,) * 2, problem.output,
+        shortcut=shortcut, following=problem.following or None, itemsize=item,
+    )  # fmt: skip
 
 
 def pixels_read(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], output: Sequence[int]) -> int:

@@ -6,6 +6,7 @@ One small adapter per op, so that compiling and measuring treat all of them alik
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from resnet_fast.backends import cuda, triton
+from resnet_fast.graph.inventory import Block, Layer
 from resnet_fast.kernels import cuda_choice
+from resnet_fast.kernels.problems import AddAct, BatchNormAct, ConvBNAct, ConvStatistics, Head, Stem
 from resnet_fast.roofline import Work, cost
-from resnet_fast.roofline.schedule import ITEMSIZE
 
 if TYPE_CHECKING:
     from resnet_fast.kernels.gpus import GPU
@@ -50,37 +52,6 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A fused module of a graph with the shapes of its inputs and of its output at batch 1.
-
-    Attributes:
-        name: of its node. sources: names of the nodes whose results it reads, the residual last.
-    """
-
-    op: str
-    name: str
-    sources: tuple[str, ...]
-    module: Any
-    inputs: tuple[tuple[int, ...], ...]
-    output: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Block:
-    """A bottleneck from its 3x3 on, as layers: what one ``bottleneck_tail`` may compute.
-
-    Attributes:
-        spatial: the 3x3. expand: the 1x1 with the residual. project: the 1x1 that makes the residual, if one does.
-        following: the next block's first 1x1, if there is a next block.
-    """
-
-    spatial: Layer
-    expand: Layer
-    project: Layer | None
-    following: Layer | None
-
-
-@dataclass(frozen=True)
 class Launches:
     """Launches that do one thing together, one behind the other."""
 
@@ -97,7 +68,7 @@ class Op:
 
     Attributes:
         matrix: whether its products are worth Hopper's warp-group instructions.
-        cases: the cases that a layer brings about, of (kernel module, layer, batch, precision); most ops' layers none.
+        cases: the cases that a layer or a block of a network brings about; most bring about none.
         tensors: arguments and outputs (named ``out`` or ``out_...``) for a problem, of (problem, device), random.
         launch: fills the outputs, of (kernel module, tensors, case, config): a ``Launch``, or ``Launches``.
         reference: what the outputs must be, of (tensors, case), in the dtype that the floating point inputs have.
@@ -109,14 +80,14 @@ class Op:
 
     name: str
     matrix: bool
-    cases: Callable[[ModuleType, Layer | Block, int, str], Iterator[Case]]
+    cases: Callable[[Layer | Block], Iterator[Case]]
     tensors: Callable[[Any, torch.device], dict[str, Tensor | None]]
     launch: Callable[[ModuleType, Tensors, Case, Any], Any]
     reference: Callable[[Tensors, Case], dict[str, Tensor]]
-    work: Callable[[Any], Work]
     parts: Callable[[Tensors, Case], object] | None = None
     plain: bool = False
     native: CudaKernels | None = None
+    work: Callable[[Any], Work] = cost.work
 
     @property
     def kernel(self) -> Any:
@@ -222,33 +193,12 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    first, second = value
-    return int(first), int(second)
-
-
 # --- conv_bn_act
 
 
-def _conv_cases(kernel: ModuleType, layer: Layer | Block, batch: int, precision: str) -> Iterator[Case]:
-    if isinstance(layer, Block) or layer.op != "conv_bn_act":
-        return
-    module, (_, c, h, w) = layer.module, layer.inputs[0]
-    problem = kernel.Problem(
-        n=batch,
-        h=h,
-        w=w,
-        c=c,
-        k=layer.output[1],
-        kernel=_pair(module.weight.shape[2:]),
-        stride=_pair(module.stride),
-        padding=_pair(module.padding),
-        dilation=_pair(module.dilation),
-        groups=module.groups,
-        precision=precision,
-        residual=len(layer.inputs) > 1,
-    )
-    yield Case("conv_bn_act", problem, module.activation)
+def _conv_cases(layer: Layer | Block) -> Iterator[Case]:
+    if isinstance(layer, Layer) and layer.op == "conv_bn_act":
+        yield Case("conv_bn_act", layer.problem, layer.activation)
 
 
 def _conv_tensors(problem: Any, device: torch.device) -> dict[str, Tensor | None]:
@@ -278,20 +228,13 @@ def _conv_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
     return {"out": OP.reference(OP.arguments(*arguments))}
 
 
-def _conv_work(problem: Any) -> Work:
-    return cost.conv(
-        problem.n, problem.c, (problem.h, problem.w), problem.k, problem.kernel, problem.stride, problem.output,
-        groups=problem.groups, residual=problem.residual, itemsize=ITEMSIZE[problem.precision],
-    )  # fmt: skip
-
-
 # --- add_act
 
 
-def _add_cases(kernel: ModuleType, layer: Layer | Block, batch: int, precision: str) -> Iterator[Case]:
+def _add_cases(layer: Layer | Block) -> Iterator[Case]:
     """Where a convolution takes a residual up, training and graphs that cannot fuse it add tensors of that size."""
-    if isinstance(layer, Layer) and layer.op == "conv_bn_act" and len(layer.inputs) > 1:
-        problem = kernel.Problem(batch * torch.Size(layer.output).numel(), precision)
+    if isinstance(layer, Layer) and isinstance(layer.problem, ConvBNAct) and layer.problem.residual:
+        problem = AddAct(math.prod(layer.shape), layer.problem.precision)
         for form in ("relu", "backward"):
             yield Case("add_act", problem, form)
 
@@ -312,27 +255,19 @@ def _add_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
     return {"out": torch.where(y <= 0, 0.0, x) if case.form == "backward" else torch.relu(x + y)}
 
 
-def _add_work(problem: Any) -> Work:
-    return cost.add_act(problem.length, itemsize=ITEMSIZE[problem.precision])
-
-
 # --- batch_norm_act: each pass over memory is a case
 
 
-def _norm_cases(kernel: ModuleType, layer: Layer | Block, batch: int, precision: str) -> Iterator[Case]:
+def _norm_cases(layer: Layer | Block) -> Iterator[Case]:
     """In training a BatchNorm stands behind every convolution, and what its layer fuses behind the BatchNorm."""
-    if isinstance(layer, Block) or layer.op not in ("conv_bn_act", "stem"):
+    if isinstance(layer, Block) or layer.late or not isinstance(conv := layer.problem, ConvBNAct | Stem):
         return
-    residual, activation = len(layer.inputs) > 1, "relu" if layer.op == "stem" else layer.module.activation
-    _, c, *size = layer.output
-    if layer.op == "stem":  # its convolution has stride 2; the pool behind it is not a part of this
-        size = [(length - 1) // 2 + 1 for length in layer.inputs[0][2:]]
-    elif residual and layer.module.late:
-        return
-    problem = partial(kernel.Problem, batch * size[0] * size[1], c, precision)
-    relu = activation == "relu"
+    # The pool behind a stem's convolution is not a part of this.
+    rows, columns = conv.convolved if isinstance(conv, Stem) else conv.output
+    residual, relu = isinstance(conv, ConvBNAct) and conv.residual, layer.activation == "relu"
+    problem = partial(BatchNormAct, conv.n * rows * columns, conv.k, conv.precision)
     yield Case("batch_norm_act", problem("statistics"))
-    yield Case("batch_norm_act", problem("apply", residual=residual), activation)
+    yield Case("batch_norm_act", problem("apply", residual=residual), layer.activation)
     yield Case("batch_norm_act", problem("reduce", relu=relu))
     yield Case("batch_norm_act", problem("backward", relu=relu, residual=residual))
 
@@ -403,39 +338,22 @@ def _norm_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
     return made | ({"out_residual": g} if case.problem.residual else {})
 
 
-def _norm_work(problem: Any) -> Work:
-    """Passes over x's memory, and the operations of an element."""
-    passes, flops = {"statistics": (1, 4), "apply": (2, 5), "reduce": (2, 5), "backward": (3, 6)}[problem.step]
-    passes += problem.relu + problem.residual
-    elements = problem.rows * problem.c
-    return Work(passes * elements * ITEMSIZE[problem.precision], 0, flops * elements)
-
-
 # --- conv_statistics: in training, in place of torch's convolution and the pass "statistics"
 
 
-def _statistics_cases(kernel: ModuleType, layer: Layer | Block, batch: int, precision: str) -> Iterator[Case]:
+def _statistics_cases(layer: Layer | Block) -> Iterator[Case]:
     """Every convolution; those inside a block also with the BatchNorm + ReLU in front, for ``memory_efficient``."""
-    normalised: tuple[bool, ...] = (False, True)
-    if isinstance(layer, Block):
-        layer, normalised = layer.spatial, (True,)
-    elif layer.op not in ("conv_bn_act", "stem"):
+    conv = layer.spatial.problem if isinstance(layer, Block) else layer.problem
+    if isinstance(conv, Stem):
+        geometry: Any = (7, 7), (2, 2), (3, 3), (1, 1), 1
+        conv = ConvBNAct(conv.n, conv.h, conv.w, conv.c, conv.k, *geometry, conv.precision, residual=False)
+    if not isinstance(conv, ConvBNAct):
         return
-    elif len(layer.inputs) == 1 or layer.module.late:
-        normalised = (False,)
-    module, (_, c, h, w) = layer.module, layer.inputs[0]
-    if layer.op == "stem":
-        kind: dict[str, Any] = {"stride": (2, 2), "padding": (3, 3), "dilation": (1, 1), "groups": 1}
-    else:
-        kind = {name: _pair(getattr(module, name)) for name in ("stride", "padding", "dilation")}
-        kind["groups"] = module.groups
-    k, _, *window = module.weight.shape
+    normalised = (
+        (True,) if isinstance(layer, Block) else (False, True) if conv.residual and not layer.late else (False,)
+    )
     for each in normalised:
-        problem = kernel.Problem(
-            n=batch, h=h, w=w, c=c, k=k, kernel=_pair(window), **kind, precision=precision, residual=False,
-            normalised=each,
-        )  # fmt: skip
-        yield Case("conv_statistics", problem)
+        yield Case("conv_statistics", ConvStatistics(**{**vars(conv), "residual": False, "normalised": each}))
 
 
 def _statistics_tensors(problem: Any, device: torch.device) -> dict[str, Tensor | None]:
@@ -501,23 +419,11 @@ def _statistics_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
 # --- stem
 
 
-def _stem_cases(kernel: ModuleType, layer: Layer | Block, batch: int, precision: str) -> Iterator[Case]:
+def _stem_cases(layer: Layer | Block) -> Iterator[Case]:
     """Images as floats, by rows of each channel and channels_last, and as bytes."""
-    if isinstance(layer, Block) or layer.op != "stem":
-        return
-    _, c, h, w = layer.inputs[0]
-    for form in ("nchw", "nhwc", "uint8"):
-        problem = kernel.Problem(
-            n=batch,
-            h=h,
-            w=w,
-            c=c,
-            k=layer.output[1],
-            uint8=form == "uint8",
-            ceil_mode=layer.module.ceil_mode,
-            precision=precision,
-        )
-        yield Case("stem", problem, form)
+    if isinstance(layer, Layer) and isinstance(layer.problem, Stem):
+        for form in ("nchw", "nhwc", "uint8"):
+            yield Case("stem", replace(layer.problem, uint8=form == "uint8"), form)
 
 
 def _stem_tensors(problem: Any, device: torch.device) -> dict[str, Tensor | None]:
@@ -556,20 +462,12 @@ def _stem_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
     return {"out": OP.reference(OP.arguments(x, weight, scale, shift, None, None, case.problem.ceil_mode))}
 
 
-def _stem_work(problem: Any) -> Work:
-    item = ITEMSIZE[problem.precision]
-    work = cost.stem(problem.n, problem.c, (problem.h, problem.w), problem.k, problem.output, itemsize=item)
-    saved = problem.n * problem.c * problem.h * problem.w * (item - 1) if problem.uint8 else 0
-    return Work(work.activations - saved, work.weights, work.flops)
-
-
 # --- head
 
 
-def _head_cases(kernel: ModuleType, layer: Layer | Block, batch: int, precision: str) -> Iterator[Case]:
-    if isinstance(layer, Layer) and layer.op == "head":
-        _, c, h, w = layer.inputs[0]
-        yield Case("head", kernel.Problem(n=batch, h=h, w=w, c=c, k=layer.output[1], precision=precision))
+def _head_cases(layer: Layer | Block) -> Iterator[Case]:
+    if isinstance(layer, Layer) and isinstance(layer.problem, Head):
+        yield Case("head", layer.problem)
 
 
 def _head_tensors(problem: Any, device: torch.device) -> dict[str, Tensor | None]:
@@ -593,37 +491,15 @@ def _head_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
     return {"out": OP.reference(OP.arguments(*arguments))}
 
 
-def _head_work(problem: Any) -> Work:
-    return cost.head(
-        problem.n, problem.c, (problem.h, problem.w), problem.k, itemsize=ITEMSIZE[problem.precision]
-    )  # fmt: skip
-
-
 # --- bottleneck_tail
 
 
-def _tail_cases(kernel: ModuleType, layer: Layer | Block, batch: int, precision: str) -> Iterator[Case]:
+def _tail_cases(layer: Layer | Block) -> Iterator[Case]:
     """A block with and without the next block's 1x1; which of them is planned depends on the GPU."""
-    if not isinstance(layer, Block):
-        return
-    _, mid, h, w = layer.spatial.inputs[0]
-    shortcut = None
-    if layer.project is not None:
-        _, c, rows, columns = layer.project.inputs[0]
-        shortcut = (c, rows, columns, int(layer.project.module.stride[0]))
-    for following in {0, 0 if layer.following is None else layer.following.output[1]}:
-        problem = kernel.Problem(
-            n=batch,
-            h=h,
-            w=w,
-            mid=mid,
-            k=layer.expand.output[1],
-            stride=int(layer.spatial.module.stride[0]),
-            shortcut=shortcut,
-            following=following,
-            precision=precision,
-        )
-        yield Case("bottleneck_tail", problem)
+    if isinstance(layer, Block):
+        for block in dict.fromkeys((replace(layer, following=None), layer)):
+            if block.problem is not None:
+                yield Case("bottleneck_tail", block.problem)
 
 
 def _tail_tensors(problem: Any, device: torch.device) -> dict[str, Tensor | None]:
@@ -684,26 +560,15 @@ def _tail_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
     return {"out": y, "out_following": following} if problem.following else {"out": y}
 
 
-def _tail_work(problem: Any) -> Work:
-    shortcut = None
-    if problem.shortcut is not None:
-        c, h, w, stride = problem.shortcut
-        shortcut = (c, (h, w), (stride, stride))
-    return cost.bottleneck_tail(
-        problem.n, problem.mid, (problem.h, problem.w), problem.k, (problem.stride,) * 2, problem.output,
-        shortcut=shortcut, following=problem.following or None, itemsize=ITEMSIZE[problem.precision],
-    )  # fmt: skip
-
-
 _OPS = {
     op.name: op
     for op in (
-        Op("conv_bn_act", True, _conv_cases, _conv_tensors, _conv_launch, _conv_reference, _conv_work),
-        Op("bottleneck_tail", True, _tail_cases, _tail_tensors, _tail_launch, _tail_reference, _tail_work, _tail_parts),
-        Op("stem", True, _stem_cases, _stem_tensors, _stem_launch, _stem_reference, _stem_work),
-        Op("head", False, _head_cases, _head_tensors, _head_launch, _head_reference, _head_work),
-        Op("add_act", False, _add_cases, _add_tensors, _add_launch, _add_reference, _add_work),
-        Op("batch_norm_act", False, _norm_cases, _norm_tensors, _norm_launch, _norm_reference, _norm_work),
+        Op("conv_bn_act", True, _conv_cases, _conv_tensors, _conv_launch, _conv_reference),
+        Op("bottleneck_tail", True, _tail_cases, _tail_tensors, _tail_launch, _tail_reference, _tail_parts),
+        Op("stem", True, _stem_cases, _stem_tensors, _stem_launch, _stem_reference),
+        Op("head", False, _head_cases, _head_tensors, _head_launch, _head_reference),
+        Op("add_act", False, _add_cases, _add_tensors, _add_launch, _add_reference),
+        Op("batch_norm_act", False, _norm_cases, _norm_tensors, _norm_launch, _norm_reference),
         Op(
             "conv_statistics",
             True,
@@ -711,7 +576,6 @@ _OPS = {
             _statistics_tensors,
             _statistics_launch,
             _statistics_reference,
-            _conv_work,
             _statistics_parts,
             plain=True,
         ),

@@ -5,16 +5,17 @@ No table of shapes is written down anywhere, so a change in a model or in a pass
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 
 from . import ops
-from .ops import Block, Case, Layer
+from .ops import Case
 
 if TYPE_CHECKING:
+    from resnet_fast.graph.inventory import Block, Layer
     from resnet_fast.kernels.gpus import GPU
 
 #: The networks whose launches are checked; the wider and deeper ones have no form of launch that these lack.
@@ -52,9 +53,9 @@ def problems(
         layers = _layers(model, image_size)
         for batch in batches:
             for precision in precisions:
-                for layer in layers:
+                for layer in (layer.at(batch, precision) for layer in layers):
                     for op in map(ops.get, chosen):
-                        for case in op.cases(op.kernel, layer, batch, precision):
+                        for case in op.cases(layer):
                             if gpu is None or ops.supported(case, gpu):
                                 found[case] = None
     return tuple(found)
@@ -62,58 +63,13 @@ def problems(
 
 @cache
 def _layers(model: str, image_size: int) -> tuple[Layer | Block, ...]:
-    """Every fused module of the network's graph, then every block that one kernel might compute."""
+    """Return every fused op of the network's graph, then every block that one kernel might compute."""
     from resnet_fast import models as networks
-    from resnet_fast.graph import optimize, shapes
+    from resnet_fast.graph import inventory, optimize
 
     with torch.device("meta"):
         network = networks.get_model(model).eval()
         image = torch.empty(1, 3, image_size, image_size)
     graph = optimize(network, example_inputs=image, backend="reference").graph_module
-    values = shapes.run(graph, (image,)).values
-    found = []
-    for node in graph.graph.nodes:
-        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        op = getattr(module, "op", None)
-        if op is not None:
-            sources = node.all_input_nodes
-            inputs = tuple(tuple(values[source].shape) for source in sources)
-            names = tuple(source.name for source in sources)
-            found.append(Layer(op, node.name, names, module, inputs, tuple(values[node].shape)))
-    return (*found, *_blocks(found))
-
-
-def _blocks(layers: Sequence[Layer]) -> Iterator[Block]:
-    """Bottlenecks: a 3x3 read by nothing but a 1x1 with a residual."""
-    made = {layer.name: layer for layer in layers}
-    readers: dict[str, list[Layer]] = {}
-    for layer in layers:
-        for source in layer.sources:
-            readers.setdefault(source, []).append(layer)
-    for expand in layers:
-        if not _pointwise(expand, "relu") or len(expand.sources) != 2 or expand.module.late:
-            continue
-        spatial, project = made.get(expand.sources[0]), made.get(expand.sources[1])
-        if spatial is None or not _spatial(spatial) or readers[spatial.name] != [expand]:
-            continue
-        if project is None or readers[project.name] != [expand] or not _pointwise(project, "none"):
-            project = None
-        behind = [layer for layer in readers.get(expand.name, []) if layer.sources == (expand.name,)]
-        following = [layer for layer in behind if _pointwise(layer, "relu") and tuple(layer.module.stride) == (1, 1)]
-        yield Block(spatial, expand, project, following[0] if following else None)
-
-
-def _pointwise(layer: Layer, activation: str) -> bool:
-    if layer.op != "conv_bn_act" or layer.module.activation != activation or layer.module.groups != 1:
-        return False
-    return tuple(layer.module.weight.shape[2:]) == (1, 1) and not any(layer.module.padding)
-
-
-def _spatial(layer: Layer) -> bool:
-    """A 3x3 that keeps the number of channels and the size, but for its stride."""
-    if layer.op != "conv_bn_act" or len(layer.sources) != 1 or layer.module.groups != 1:
-        return False
-    module = layer.module
-    window = tuple(module.weight.shape[2:]), tuple(module.padding), tuple(module.dilation)
-    same = layer.inputs[0][1] == layer.output[1] and module.activation == "relu"
-    return window == ((3, 3), (1, 1), (1, 1)) and same
+    layers = inventory.layers(graph, (image,))
+    return (*layers, *inventory.blocks(layers))

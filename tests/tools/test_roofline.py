@@ -17,11 +17,15 @@ from typer.testing import CliRunner
 from resnet_fast import models
 from resnet_fast.cli import app
 from resnet_fast.cli import roofline as command
+from resnet_fast.graph import inventory, optimize
+from resnet_fast.graph.inventory import Layer
+from resnet_fast.graph.schedules import rotated
 from resnet_fast.kernels import gpus
-from resnet_fast.roofline import Conv, Kernel, Schedule, Work, cost, fits_on_chip, measure, rotated
-from resnet_fast.roofline.schedule import LAUNCH
+from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct
+from resnet_fast.roofline import LAUNCH, Kernel, Schedule, Work, cost, fits_on_chip, measure
 
 H100 = gpus.known("h100")
+BATCH = torch.empty(128, 3, 224, 224, dtype=torch.float16, device="meta")
 STAGES = {"resnet50": (3, 4, 6, 3), "resnet152": (3, 8, 36, 3)}
 
 
@@ -225,18 +229,22 @@ def test_the_rotated_schedule_of_resnet50() -> None:
 
 def test_rotation_keeps_to_what_is_feasible() -> None:
     straight = made("resnet50")[1]
+    with torch.device("meta"):
+        model = models.get_model("resnet50").half().eval()
+    fused = optimize(model, example_inputs=BATCH, backend="reference")
+    layers = inventory.layers(fused.graph_module, (BATCH,), "fp16")
     asked = []
 
-    def small(mid: int, following: int | None, precision: str) -> bool:
-        asked.append((mid, following, precision))
-        return mid <= 256 and (following or 0) <= 256
+    def small(problem: BottleneckTail) -> bool:
+        asked.append((problem.mid, problem.following, problem.precision))
+        return problem.mid <= 256 and problem.following <= 256
 
-    turned = rotated(straight, H100, "fp16", small)
-    tails = [kernel for kernel in turned.kernels if kernel.op == "bottleneck_tail"]
-    assert len(tails) == 13 and len(turned.kernels) == 26
+    kernels = rotated(straight, layers, H100, small).kernels
+    tails = [kernel for kernel in kernels if kernel.op == "bottleneck_tail"]
+    assert len(tails) == 13 and len(kernels) == 26
     assert tails[-1].parts == ("layer3.5.conv2", "layer3.5.conv3")  # what follows has 512 channels
-    assert (256, 512, "fp16") in asked and (512, None, "fp16") in asked
-    assert rotated(straight, H100, "fp16", lambda *_: False).kernels == straight.kernels
+    assert (256, 512, "fp16") in asked and (512, 0, "fp16") in asked
+    assert rotated(straight, layers, H100, lambda problem: False).kernels == straight.kernels
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d"])
@@ -246,39 +254,56 @@ def test_basic_and_grouped_blocks_are_not_rotated(arch: str) -> None:
 
 
 def test_what_fits_on_chip() -> None:
-    feasible = fits_on_chip(H100)  # 64 pixels in 227 KiB
-    assert feasible(512, 512, "fp16") and feasible(1024, None, "fp16") and not feasible(1024, 1024, "fp16")
-    assert feasible(512, None, "fp32") and not feasible(512, 512, "tf32")
-    assert not fits_on_chip(gpus.known("rtx4090"))(512, 512, "bf16")
-    assert fits_on_chip(gpus.known("rtx4090"))(256, 512, "bf16")
+    def fits(gpu: str, mid: int, following: int, precision: str) -> bool:
+        problem = BottleneckTail(128, 14, 14, mid, 4 * mid, 1, None, following, precision)
+        return fits_on_chip(gpus.known(gpu))(problem)
+
+    # 64 pixels in 227 KiB
+    assert fits("h100", 512, 512, "fp16") and fits("h100", 1024, 0, "fp16") and not fits("h100", 1024, 1024, "fp16")
+    assert fits("h100", 512, 0, "fp32") and not fits("h100", 512, 512, "tf32")
+    assert fits("rtx4090", 256, 512, "bf16") and not fits("rtx4090", 512, 512, "bf16")
 
 
-def bottleneck(**changes: dict[str, Any]) -> Schedule:
-    """A 3x3, an expansion with a plain residual, and the next 1x1; ``changes`` are fields of one of them."""
+def bottleneck(**changes: dict[str, Any]) -> tuple[Layer, ...]:
+    """A 3x3, an expansion with a plain residual, and the next 1x1; ``changes`` are of a layer or its problem."""
     geometry: dict[str, Any] = {
-        "n": 8, "c": 64, "size": (14, 14), "k": 64, "kernel": (1, 1), "stride": (1, 1), "padding": (0, 0),
-        "dilation": (1, 1), "output": (14, 14), "groups": 1, "activation": "relu", "residual": None,
+        "n": 8, "h": 14, "w": 14, "c": 64, "k": 64, "kernel": (1, 1), "stride": (1, 1), "padding": (0, 0),
+        "dilation": (1, 1), "groups": 1, "precision": "fp16",
     }  # fmt: skip
     layers: dict[str, dict[str, Any]] = {
-        "spatial": {"source": "a", "kernel": (3, 3), "padding": (1, 1)},
-        "expand": {"source": "spatial", "residual": "x", "k": 256},
-        "next": {"source": "expand", "c": 256},
-        "end": {"source": "next", "residual": "expand", "k": 256},
+        "spatial": {"sources": ("a",), "kernel": (3, 3), "padding": (1, 1)},
+        "expand": {"sources": ("spatial", "x"), "k": 256},
+        "next": {"sources": ("expand",), "c": 256},
+        "end": {"sources": ("next", "expand"), "k": 256},
     }
-    kernels = []
+    found = []
     for name, fields in layers.items():
-        conv = Conv(**{**geometry, **fields, **changes.get(name, {})})
-        shape = (conv.n, conv.k, *conv.output)
-        kernels.append(Kernel(name, "conv_bn_act", shape, conv.work("fp16"), conv, (name,)))
+        fields |= changes.get(name, {})
+    for name, fields in layers.items():
+        sources = fields.pop("sources")
+        readers = tuple(other for other, given in layers.items() if name in given.get("sources", ()))
+        kind = {key: fields.pop(key) for key in ("activation", "late") if key in fields}
+        problem = ConvBNAct(**geometry | fields, residual=len(sources) > 1)
+        found.append(Layer(name, sources, readers, (problem.n, problem.k, *problem.output), problem, **kind))
+    return tuple(found)
+
+
+def per_conv(layers: tuple[Layer, ...]) -> Schedule:
+    kernels = (Kernel(each.name, each.op, each.shape, cost.work(each.problem), (each.name,)) for each in layers)
     return Schedule("per-conv", 8, tuple(kernels))
 
 
+def turned(layers: tuple[Layer, ...], gpu: gpus.GPU = H100) -> list[tuple[str, ...]]:
+    """The layers in each kernel of the rotated schedule."""
+    return [kernel.parts for kernel in rotated(per_conv(layers), layers, gpu).kernels]
+
+
 def test_a_block_is_fused_from_its_3x3_on() -> None:
-    turned = rotated(bottleneck(), H100, "fp16")
-    assert [kernel.parts for kernel in turned.kernels] == [("spatial", "expand", "next"), ("end",)]
-    pixels = 8 * 14 * 14
-    assert turned.kernels[0].work.activations == 2 * pixels * (64 + 256 + 256 + 64)
-    assert turned.kernels[0].work.flops == 2 * pixels * (64 * 64 * 9 + 64 * 256 + 256 * 64)
+    layers = bottleneck()
+    assert turned(layers) == [("spatial", "expand", "next"), ("end",)]
+    work, pixels = rotated(per_conv(layers), layers, H100).kernels[0].work, 8 * 14 * 14
+    assert work.activations == 2 * pixels * (64 + 256 + 256 + 64)
+    assert work.flops == 2 * pixels * (64 * 64 * 9 + 64 * 256 + 256 * 64)
 
 
 @pytest.mark.parametrize(
@@ -289,30 +314,34 @@ def test_a_block_is_fused_from_its_3x3_on() -> None:
         ("spatial", {"padding": (2, 2), "dilation": (2, 2)}),
         ("spatial", {"c": 32}),
         ("spatial", {"activation": "none"}),
-        ("spatial", {"residual": "x"}),
-        ("expand", {"residual": None}),
+        ("spatial", {"sources": ("a", "x")}),
+        ("spatial", {"stride": (1, 2)}),
+        ("expand", {"sources": ("spatial",)}),
+        ("expand", {"sources": ("spatial", "spatial")}),
         ("expand", {"activation": "none"}),
-        ("expand", {"residual_after_activation": True}),
+        ("expand", {"late": True}),
         ("expand", {"groups": 2}),
-        ("next", {"source": "spatial"}),
+        ("expand", {"stride": (2, 2)}),
+        ("next", {"sources": ("spatial",)}),
     ],
 )
 def test_what_is_no_bottleneck_stays(layer: str, changes: dict[str, Any]) -> None:
-    plain = bottleneck(**{layer: changes})
-    assert rotated(plain, H100, "fp16").kernels == plain.kernels
+    assert turned(bottleneck(**{layer: changes})) == [("spatial",), ("expand",), ("next",), ("end",)]
 
 
-@pytest.mark.parametrize("changes", [{"activation": "none"}, {"stride": (2, 2)}, {"residual": "x"}, {"groups": 2}])
+@pytest.mark.parametrize(
+    "changes", [{"activation": "none"}, {"stride": (2, 2)}, {"sources": ("expand", "x")}, {"groups": 2}]
+)
 def test_what_follows_stays_apart_unless_it_is_a_plain_pointwise_convolution(changes: dict[str, Any]) -> None:
-    turned = rotated(bottleneck(next=changes), H100, "fp16")
-    assert [kernel.parts for kernel in turned.kernels] == [("spatial", "expand"), ("next",), ("end",)]
+    assert turned(bottleneck(next=changes)) == [("spatial", "expand"), ("next",), ("end",)]
 
 
 def test_a_launch_decides_where_floors_are_equal() -> None:
     slow = dataclasses.replace(H100, flops=dict.fromkeys(gpus.PRECISIONS, 1e9))  # everything is bound by math
-    apart, turned = bottleneck(), rotated(bottleneck(), slow, "fp16")
-    assert len(turned.kernels) == 2
-    assert turned.totals(slow, "fp16").floor_seconds == pytest.approx(apart.totals(slow, "fp16").floor_seconds)
+    layers = bottleneck()
+    assert len(turned(layers, slow)) == 2
+    fused, apart = (each.totals(slow, "fp16") for each in (rotated(per_conv(layers), layers, slow), per_conv(layers)))
+    assert fused.floor_seconds == pytest.approx(apart.floor_seconds)
     assert 0 < LAUNCH < 1e-4
 
 

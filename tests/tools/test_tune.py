@@ -268,6 +268,15 @@ def test_training_convolutions_are_those_of_the_network() -> None:
     spatial = [each.problem for each in cases if each.op == "conv_statistics" and each.problem.kernel == (3, 3)]
     basic = {(each.c, each.k, each.normalised) for each in spatial}
     assert (64, 64, True) in basic and (64, 128, True) not in basic
+    norms = [each.problem for each in cases if each.op == "batch_norm_act" and each.problem.step == "statistics"]
+    assert [(each.rows, each.c) for each in norms[:2]] == [(8 * 112**2, 64), (8 * 56**2, 64)]  # the stem's without pool
+
+
+def test_blocks_are_measured_with_and_without_the_next_1x1() -> None:
+    cases = shapes.problems(["resnet50"], [128], ["fp16"], gpu=H100)
+    blocks = {each.problem for each in cases if each.op == "bottleneck_tail"}
+    longer = {block for block in blocks if block.following}
+    assert longer and {dataclasses.replace(block, following=0) for block in longer} <= blocks
 
 
 def test_near_the_floor_the_search_ends(tmp_path: Path) -> None:
