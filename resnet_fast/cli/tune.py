@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from resnet_fast.cli.common import (
     UserError,
@@ -23,7 +22,8 @@ from resnet_fast.cli.common import (
     out_console,
     progress_bar,
 )
-from resnet_fast.cli.roofline import DEFAULT_GPU, Arithmetic
+from resnet_fast.cli.roofline import DEFAULT_GPU, Arithmetic, table
+from resnet_fast.kernels import problems
 
 if TYPE_CHECKING:
     from resnet_fast.kernels.gpus import GPU
@@ -31,16 +31,11 @@ if TYPE_CHECKING:
     from resnet_fast.tuning.sweep import Outcome, Progress
 
 
-class Op(str, enum.Enum):
-    """The ops whose launches can be measured."""
-
-    conv_bn_act = "conv_bn_act"
-    bottleneck_tail = "bottleneck_tail"
-    stem = "stem"
-    head = "head"
-    add_act = "add_act"
-    batch_norm_act = "batch_norm_act"
-    conv_statistics = "conv_statistics"
+if TYPE_CHECKING:
+    Op = str
+else:
+    Op = enum.Enum("Op", {name: name for name in problems.OPS}, type=str)
+    Op.__doc__ = "The ops whose launches can be measured."
 
 
 def tune(
@@ -94,10 +89,10 @@ def tune(
 
     wanted = [each.value for each in (precisions or [Arithmetic.fp16])]
     with as_user_errors(ValueError):
-        training = any(op.value in shapes.TRAINING for op in chosen or ())
+        training = any(op in shapes.TRAINING for op in chosen or ())
         cases = shapes.problems(names, batches or [128], wanted, image_size, gpu, training)
     if chosen:
-        cases = tuple(case for case in cases if case.op in {op.value for op in chosen})
+        cases = tuple(case for case in cases if case.op in chosen)
     cases = ops.with_cuda(cases, gpu)
     folder = _tables.checked_in_folder() if checked_in else _tables.user_folder()
     if not (again or checked_in):
@@ -105,12 +100,12 @@ def tune(
         cases = tuple(case for case in cases if _tables.lookup(case.op, case.problem.key(), gpu.name) is None)
     path = folder / f"{gpu.name}.json"
     with as_user_errors(ValueError, OSError):
-        table = _tables.read(path) if path.is_file() else {}
+        choices = _tables.read(path) if path.is_file() else {}
     if not cases:
         asked = f"{', '.join(names)} at batch {', '.join(map(str, batches or [128]))}"
-        what = f"{', '.join(op.value for op in chosen)} launch" if chosen else "launch"
+        what = f"{', '.join(chosen)} launch" if chosen else "launch"
         raise UserError(f"tune: {asked} has no {what} that is worth one on {gpu.name}, or the tables have it already")
-    waiting = sweep.pending(cases, gpu, table, again)
+    waiting = sweep.pending(cases, gpu, choices, again)
     if dry_run:
         return _list(waiting, gpu)
     if not waiting:
@@ -152,18 +147,14 @@ def _this_gpu() -> GPU:
 def _list(waiting: tuple[Case, ...], gpu: GPU) -> None:
     from resnet_fast.tuning import sweep
 
-    table = Table(title=f"to measure on {escape(gpu.name)}", title_justify="left", header_style="bold")
-    for heading in ("op", "problem"):
-        table.add_column(heading)
-    for heading in ("candidates", "floor µs"):
-        table.add_column(heading, justify="right")
+    shown = table(f"to measure on {escape(gpu.name)}", ("op", "problem"), ("candidates", "floor µs"))
     whole = 0
     for case in waiting:
         count = len(sweep.configs(case, gpu))
         whole += count
-        table.add_row(case.op, case.problem.key(), str(count), f"{1e6 * sweep.floor(case, gpu):.2f}")
+        shown.add_row(case.op, case.problem.key(), str(count), f"{1e6 * sweep.floor(case, gpu):.2f}")
     console = out_console()
-    console.print(table)
+    console.print(shown)
     console.print(f"{len(waiting)} problems, {whole} candidates")
 
 
@@ -208,25 +199,21 @@ def _measure(waiting: tuple[Case, ...], gpu: GPU, path: Path, seconds: float, ag
 
 
 def _show(outcomes: list[Outcome], gpu: GPU) -> None:
-    table = Table(title=f"measured on {escape(gpu.name)}", title_justify="left", header_style="bold")
-    for heading in ("op", "problem", "choice"):
-        table.add_column(heading)
-    for heading in ("µs", "floor µs", "of floor", "tried", "refused"):
-        table.add_column(heading, justify="right")
+    numbers = ("µs", "floor µs", "of floor", "tried", "refused")
+    shown = table(f"measured on {escape(gpu.name)}", ("op", "problem", "choice"), numbers)
     for outcome in outcomes:
-        numbers = ["", f"{1e6 * outcome.floor:.2f}", ""]
+        times = ["", f"{1e6 * outcome.floor:.2f}", ""]
         choice = "none is right" if outcome.finished else "the time was up"
         if outcome.config is not None and outcome.finished:
             fields = vars(outcome.config)
             choice = (
                 " ".join(f"{name}={int(v) if isinstance(v, bool) else v}" for name, v in fields.items()) or "its one"
             )
-            numbers[0] = f"{1e6 * outcome.seconds:.2f}"
-            numbers[2] = f"{outcome.seconds / outcome.floor:.2f}x"
-        table.add_row(
-            outcome.case.op, outcome.case.problem.key(), choice, *numbers, str(outcome.tried), str(len(outcome.refused))
-        )
-    out_console().print(table)
+            times[0] = f"{1e6 * outcome.seconds:.2f}"
+            times[2] = f"{outcome.seconds / outcome.floor:.2f}x"
+        tried, refused = str(outcome.tried), str(len(outcome.refused))
+        shown.add_row(outcome.case.op, outcome.case.problem.key(), choice, *times, tried, refused)
+    out_console().print(shown)
     for outcome in outcomes:
         for config, reason in outcome.refused:
             err_console().print(f"refused: {escape(f'{outcome.case} {config}: {reason}')}", soft_wrap=True)
