@@ -31,10 +31,7 @@ def build(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Contest
     # Planned on a CPU and for the reference: one op for each convolution, nothing that belongs to a backend of ours.
     planned = optimize(copy.deepcopy(model).eval(), dtype=dtype, backend="reference").graph_module
     handle = cudnn.create_handle()
-    for node in list(planned.graph.nodes):
-        if node.op != "call_module":
-            continue
-        layer = planned.get_submodule(str(node.target))
+    for name, layer in list(planned.named_modules()):
         if not isinstance(layer, Fused):
             continue
         if layer.op in ("conv_bn_act", "stem"):
@@ -42,8 +39,8 @@ def build(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Contest
         elif layer.op == "head":
             replaced = _Head(layer, dtype, device)
         else:
-            raise NotImplementedError(f"cudnn: {node.target} is a {layer.op}")
-        planned.set_submodule(str(node.target), replaced)
+            raise NotImplementedError(f"cudnn: {name} is a {layer.op}")
+        planned.set_submodule(name, replaced)
     planned.to(device)
     return Contestant(prepare=lambda batch: batch, run=planned, result=lambda output: output)
 
@@ -66,16 +63,19 @@ class FusedConv(nn.Module):
         self._cudnn, self._handle, self._plans = cudnn, handle, {}  # type: ignore[var-annotated]
         self._stem = layer.op == "stem"
         self._stride, self._padding, self._dilation, self._relu = [2, 2], [3, 3], [1, 1], True
+        a = layer.arguments()
         if not self._stem:
-            self._stride, self._padding, self._dilation = layer.stride, layer.padding, layer.dilation
-            self._relu = layer.activation == "relu"
-            if layer.groups != 1 or layer.late:
-                raise NotImplementedError(f"cudnn: {layer.groups} groups, residual behind the ReLU: {layer.late}")
-        elif layer.ceil_mode:
+            self._stride, self._padding, self._dilation = (list(pair) for pair in (a.stride, a.padding, a.dilation))
+            self._relu = a.activation == "relu"
+            if a.groups != 1 or a.residual_after_activation:
+                late = a.residual_after_activation
+                raise NotImplementedError(f"cudnn: {a.groups} groups, residual behind the ReLU: {late}")
+        elif a.ceil_mode:
             raise NotImplementedError("cudnn: a stem with Caffe's pooling")
-        self._weight = layer.weight.to(device, dtype).contiguous(memory_format=torch.channels_last)
+        self._weight = a.weight.to(device, dtype).contiguous(memory_format=torch.channels_last)
         self._vectors = {
-            name: getattr(layer, name).to(device, torch.float32).view(1, -1, 1, 1) for name in ("scale", "shift")
+            name: value.to(device, torch.float32).view(1, -1, 1, 1)
+            for name, value in (("scale", a.scale), ("shift", a.shift))
         }
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -141,8 +141,9 @@ def _strides(tensor: Tensor) -> list[int]:
 class _Head(nn.Module):
     def __init__(self, layer: Any, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self._weight = layer.weight.to(device, dtype)
-        self._bias = None if layer.bias is None else layer.bias.to(device, dtype)
+        a = layer.arguments()
+        self._weight = a.weight.to(device, dtype)
+        self._bias = None if a.bias is None else a.bias.to(device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), self._weight, self._bias)
