@@ -8,7 +8,6 @@ on 6x6 tiles, which is faster and loses about a digit; it takes part with and wi
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fast as rf
+from benchmarks.book import Options
 from resnet_fast import caffe
 from resnet_fast.benchmarking import machine, results
 from resnet_fast.benchmarking.gate import Verdict, judge
 from resnet_fast.benchmarking.network import randomize, seeded_batches
 from resnet_fast.benchmarking.peers import Contestant
-from resnet_fast.benchmarking.timing import Schedule, flatten, interleave, paired_ratio, summarize
+from resnet_fast.benchmarking.timing import Deadline, Schedule, flatten, interleave, paired_ratio, summarize
 
-RESULTS = Path(__file__).parent / "results"
 DEPTHS = (50, 101, 152)
 STANDARD = (50, 152)
 INPUTS = 4
@@ -161,15 +160,14 @@ def _rotating(run: Callable[[Any], Any], inputs: list[Any]) -> Callable[[int], o
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_caffe", description=__doc__.split("\n")[0])
+    parser = Options("bench_caffe", __doc__, ("cpu",))
     parser.add_argument("--depth", type=int, choices=DEPTHS, help="only this ResNet (default: 50 and 152)")
-    parser.add_argument("--seconds", type=float, default=40.0, help="time for the rounds of one network (default: 40)")
+    parser.add_argument("--case-seconds", type=float, default=40.0, help="for the rounds of one network (default: 40)")
     parser.add_argument("--threads", type=int, default=2, help="threads for everybody (default: 2)")
-    parser.add_argument("--quick", action="store_true", help="three short rounds, and no file unless --output is given")
-    parser.add_argument("--output", type=Path, help=f"folder of the results (default: {RESULTS})")
-    given = parser.parse_args()
-    if given.threads < 1 or not given.seconds > 0:
-        parser.error("--threads must be at least 1 and --seconds positive")
+    parser.add_argument("--quick", action="store_true", help="three short rounds, and no file unless --out is given")
+    given = parser.parse()
+    if given.threads < 1 or not given.case_seconds > 0:
+        parser.error("--threads must be at least 1 and --case-seconds positive")
     try:
         import cv2  # noqa: F401
     except ImportError:
@@ -177,17 +175,15 @@ def main() -> int:
     from resnet_fast.cli.bench import show
     from resnet_fast.cli.common import progress_bar
 
-    torch.set_num_threads(given.threads)
-    schedule = Schedule(rounds=3, calls=2) if given.quick else Schedule(seconds=given.seconds, min_rounds=7)
-    folder = given.output or (None if given.quick else RESULTS)
+    schedule = Schedule(rounds=3, calls=2) if given.quick else Schedule(seconds=given.case_seconds, min_rounds=7)
     wrong = False
-    for depth in [given.depth] if given.depth else STANDARD:
+    for depth in Deadline(given.seconds).each([given.depth] if given.depth else STANDARD):
         with progress_bar() as progress:
             result = measure(depth, schedule, progress)
         show(result)
         wrong |= any(row["status"] != "timed" for row in result["contestants"].values())
-        if folder is not None:
-            path = folder / machine.describe().slug / f"caffe-resnet{depth}-float32-b1.json"
+        if given.out is not None:
+            path = given.out / f"caffe-resnet{depth}-float32-b1.json"
             print(f"written: {results.write(path, result)}", file=sys.stderr)
     return int(wrong)
 

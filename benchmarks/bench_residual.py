@@ -6,23 +6,22 @@ says what accuracy the training reaches and that fusing changes nothing about it
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
 from dataclasses import asdict
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.book import Options
 from resnet_fast.benchmarking import machine, results
+from resnet_fast.benchmarking.timing import Deadline
 from resnet_fast.cli.train_residual import EPOCHS
 from resnet_fast.training import digits
 from resnet_fast.training.residual import Run, Settings, agreement
 
-RESULTS = Path(__file__).parent / "results"
 KINDS = {"fused": False, "plain torch layers": True}
 """What is trained, and whether it is the copy from plain layers."""
 
@@ -64,24 +63,21 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_residual", description=__doc__.split("\n")[0])
+    parser = Options("bench_residual", __doc__, ("cpu",))
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 (default: 5)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"default: {EPOCHS}")
     parser.add_argument("--batch-size", type=int, default=50, help="default: 50")
     parser.add_argument("--lr", type=float, default=1e-3, help="default: 0.001")
     parser.add_argument("--only", choices=tuple(KINDS), help="train this kind alone")
     parser.add_argument("--threads", type=int, help="threads to compute with (default: torch's choice)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help=f"folder of the results (default: {RESULTS})")
-    given = parser.parse_args()
+    given = parser.parse()
     if given.seeds < 1 or given.epochs < 1:
         parser.error("--seeds and --epochs must be at least 1")
-    if given.threads is not None:
-        torch.set_num_threads(given.threads)
     described = machine.describe()
-    path = given.output / described.slug / "residual-digits.json"
+    path = given.out / "residual-digits.json"
     disturbance = machine.Disturbance()
     runs: list[dict[str, Any]] = []
-    for seed in range(given.seeds):
+    for seed in Deadline(given.seconds).each(range(given.seeds)):
         data, settings = digits.load("digits", seed), Settings(given.batch_size, given.lr, seed)
         run: dict[str, Any] = {"seed": seed}
         runs.append(run)

@@ -1,14 +1,14 @@
 """A training step of a ResNet, ours against plain torch, in time and memory: ``python -m benchmarks.bench_training``.
 
-With a CUDA GPU on that, else on the CPU. A step is forward, loss, backward and SGD. No data is read and nothing is
-trained: inputs are random and few.
+With a CUDA GPU on that, else on the CPU, into ``training.json``. A step is forward, loss, backward and SGD. No data is
+read and nothing is trained: inputs are random and few.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import datetime
+import gc
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -20,26 +20,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fast.benchmarking import cuda, machine, results
+from benchmarks.book import Book, Options
+from benchmarks.summary import rates
+from resnet_fast.benchmarking import device as devices
+from resnet_fast.benchmarking import machine
 from resnet_fast.benchmarking.compare import fresh_model
 from resnet_fast.benchmarking.gate import Verdict, judge
 from resnet_fast.benchmarking.network import seeded_batches
 from resnet_fast.benchmarking.peers import plain
-from resnet_fast.benchmarking.timing import Samples, flatten, paired_ratio, summarize
+from resnet_fast.benchmarking.results import one_line
+from resnet_fast.benchmarking.timing import Deadline, Samples, flatten, paired_ratio, summarize, turns
 from resnet_fast.models import get_model, list_models
 from resnet_fast.roofline.measure import tf32
 
-RESULTS = Path(__file__).parent / "results"
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 """bf16 is autocast; parameters, gradients and the optimizer are float32 in all of them."""
 
 INPUTS = 2
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One result file. ``judged``: images of the batch that the gate compares gradients for, as float64 takes long.
+    """One row of the result file. ``judged``: images of the batch that the gate compares gradients for, as float64
+    takes long.
 
     With few and small ones a single ReLU that rounding decides otherwise can put anybody on the wrong side of the rule.
     """
@@ -161,10 +164,7 @@ def kept_bytes(contestant: Contestant, x: Tensor, targets: Tensor, dtype: torch.
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def measure(
-    case: Case, *, device: str, names: tuple[str, ...] = NAMES, seconds: float = 10.0,
-    progress: Progress = lambda stage, fraction: None,
-) -> dict[str, Any]:  # fmt: skip
+def measure(case: Case, *, device: str, names: tuple[str, ...] = NAMES, seconds: float = 10.0) -> dict[str, Any]:
     """Judges and times every contestant and returns the result dictionary.
 
     One that fails to build or whose loss or gradients break the error rule is listed with the reason and not timed.
@@ -183,12 +183,10 @@ def measure(
     ready: dict[str, Contestant] = {}
     known = contestants(model, case, place)
     with tf32(case.precision == "tf32"):
-        progress("the float64 reference", 0.0)
         exact = _alone(plain(model).double(), few.double(), wanted, place, torch.float32)
         same = _alone(plain(model), few, wanted, place, dtype)
-        for number, name in enumerate(names):
+        for name in names:
             label, own, build = known[name]
-            progress(f"preparing {label}", (number + 1) / (len(names) + 1))
             row = rows[name] = {"label": label, "ours": own}
             before = torch.cuda.memory_allocated() if on_gpu else 0
             try:
@@ -201,15 +199,13 @@ def measure(
                 else:
                     row["kept_bytes"] = kept_bytes(contestant, batches[0], targets, dtype)
             except Exception as error:  # a compiler may fail in any way, and memory may be short; the others still run
-                text = " ".join(f"{type(error).__name__}: {error}".split())
-                rows[name] |= {"status": "excluded", "reason": text[:300]}
+                rows[name] |= {"status": "excluded", "reason": one_line(error)}
                 continue
             wrong = "; ".join(f"{what}: {verdict.reason}" for what, verdict in verdicts.items() if verdict.reason)
             row |= {"status": "wrong" if wrong else "timed", "reason": wrong}
             row["gate"] = {what: verdict.as_dict() for what, verdict in verdicts.items()}
             if not wrong:
                 ready[name] = contestant
-        progress("measuring", 1.0)
         disturbance = machine.Disturbance()
         samples = _time(ready, batches, targets, dtype, on_gpu, seconds)
         disturbed = disturbance.cores()
@@ -217,19 +213,15 @@ def measure(
         taken = summarize(flatten(rounds))
         rows[name] |= {"seconds": taken.as_dict(), "images_per_second": case.batch / taken.p50}
     return {
-        "schema": results.SCHEMA,
-        "kind": "training",
         "setting": asdict(case) | {"name": case.name, "device": place.type, "threads": torch.get_num_threads()},
-        "machine": machine.describe().as_dict() | ({"gpu": torch.cuda.get_device_name()} if on_gpu else {}),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "contestants": rows,
-        "against": against(samples),
+        "ratios": ratios(samples),
         "others_busy_cores": disturbed,
-        "samples": samples,
     }
 
 
-def against(samples: Samples) -> dict[str, dict[str, Any]]:
+def ratios(samples: Samples) -> dict[str, dict[str, Any]]:
     """How many times faster each of ours is than each of the others; quantiles over the rounds."""
     others = [name for name in ("eager", "compile") if name in samples]
     return {
@@ -268,63 +260,76 @@ def _time(
         name: (lambda number, c=contestant: c.step(batches[number % len(batches)], targets, dtype))  # type: ignore[misc]
         for name, contestant in ready.items()
     }
-    device = cuda.Device() if on_gpu else cuda.Device(name="cpu", synchronize=lambda: None)
-    return cuda.turns(calls, device, seconds=seconds)
+    return turns(calls, devices.of("cuda" if on_gpu else "cpu").synchronize, seconds=seconds)
 
 
-def show(result: dict[str, Any]) -> None:
-    """A line for each contestant."""
-    print(f"{result['setting']['name']} on {result['machine'].get('gpu', result['machine']['cpu'])}")
-    for row in result["contestants"].values():
-        if row["status"] != "timed":
-            print(f"  {row['label']}: {row['status']}: {row['reason']}")
-            continue
-        memory = row.get("peak_bytes", row.get("kept_bytes", 0)) / 2**20
-        what = "at the peak" if "peak_bytes" in row else "kept for the backward"
-        print(f"  {row['label']}: {row['images_per_second']:.4g} images/s, {memory:,.0f} MiB {what}")
+def measure_into(folder: Path, case: Case, names: tuple[str, ...], *, device: str, seconds: float = 4.0) -> bool:
+    """Measure one case into ``training.json``, print a line, and say whether our own gradients were right.
+
+    What is in the file already about contestants that take no part this time stays, marked by its own time.
+    """
+    book = Book(folder, "training", ("cases",))
+    try:
+        row = measure(case, device=device, names=names, seconds=seconds)
+    except Exception as error:
+        earlier = book.data["cases"].get(case.name, {})
+        book.add("cases", case.name, earlier | {"setting": asdict(case), "failed": one_line(error)})
+        print(f"  {case.name}: FAILED {one_line(error)}", flush=True)
+        return False
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    print(f"  {case.name}: img/s: {rates(row)}", flush=True)
+    right = all(found["status"] == "timed" for found in row["contestants"].values() if found["ours"])
+    book.merge(case.name, row)
+    return right
+
+
+def rounds(cases: list[Case], names: tuple[str, ...], device: str) -> list[tuple[Case, tuple[str, ...]]]:
+    """Who is measured together, in order. On a GPU what is compiled comes last, for its time: a case that is cut off
+    loses what it has measured."""
+    if device == "cpu":
+        return [(case, names) for case in cases]
+    plain_ones = tuple(name for name in names if name not in ("compile", "ours_compile"))
+    first = [(case, plain_ones) for case in cases if plain_ones]
+    return first + [
+        (case, (*(own for own in ("eager", "ours") if own in names), name))
+        for name in ("compile", "ours_compile")
+        if name in names
+        for case in cases
+    ]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_training", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where torch sees a GPU")
+    parser = Options("bench_training", __doc__)
     parser.add_argument("--arch", choices=list_models(), default="resnet50")
-    parser.add_argument("--precision", choices=tuple(PRECISIONS), help="default: bf16 and fp32, one after the other")
+    parser.add_argument("--dtype", default="bf16,fp32", help=f"of {','.join(PRECISIONS)} (default: bf16,fp32)")
     parser.add_argument("--batch", type=int, help="default: 128 and 256 on a GPU, 8 on a CPU")
     parser.add_argument("--image-size", type=int, default=224, help="height and width (default: 224)")
-    parser.add_argument("--peers", help=f"comma-separated contestants (default: {','.join(NAMES)})")
-    parser.add_argument("--seconds", type=float, default=10.0, help="time for the rounds of one case (default: 10)")
+    parser.add_argument(
+        "--peers", default=",".join(NAMES), help=f"comma-separated contestants (default: {','.join(NAMES)})"
+    )
+    parser.add_argument(
+        "--case-seconds", type=float, default=10.0, help="time for the rounds of one case (default: 10)"
+    )
     parser.add_argument("--threads", type=int, help="threads to compute with (default: torch's choice)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help=f"folder of the results (default: {RESULTS})")
-    given = parser.parse_args()
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA GPU here")
-    names = tuple(given.peers.split(",")) if given.peers else NAMES
-    unknown = [name for name in names if name not in NAMES]
-    if unknown:
-        parser.error(f"--peers: {unknown[0]!r} is none of {', '.join(NAMES)}")
+    given = parser.parse()
+    device, folder, wrong = given.device, given.out, 0
+    names = parser.names("--peers", given.peers, NAMES)
+    precisions = parser.names("--dtype", given.dtype, PRECISIONS)
     if given.batch is not None and given.batch < 1:
         parser.error(f"--batch is {given.batch}, it must be at least 1")
-    if given.threads is not None:
-        torch.set_num_threads(given.threads)
-    if device == "cuda":
-        from benchmarks import environment, gpu
-
-        folder = given.output / gpu.slug(environment.report())
-    else:
-        folder = given.output / machine.describe().slug
-    from resnet_fast.cli.common import progress_bar
-
-    right = True
-    for precision in (given.precision,) if given.precision else ("bf16", "fp32"):
-        for batch in (given.batch,) if given.batch else ((128, 256) if device == "cuda" else (8,)):
-            case = Case(given.arch, precision, batch, given.image_size, judged=min(batch, 32))
-            with progress_bar() as progress:
-                result = measure(case, device=device, names=names, seconds=given.seconds, progress=progress)
-            show(result)
-            right &= all(row["status"] != "wrong" for row in result["contestants"].values())
-            print(f"written: {results.write(folder / f'{case.name}.json', result)}", file=sys.stderr)
-    return int(not right)
+    batches = (given.batch,) if given.batch else ((128, 256) if device == "cuda" else (8,))
+    cases = [
+        Case(given.arch, precision, batch, given.image_size, judged=min(batch, 32))
+        for precision in precisions
+        for batch in batches
+    ]
+    for case, together in Deadline(given.seconds).each(rounds(cases, names, device)):
+        wrong += not measure_into(folder, case, together, device=device, seconds=given.case_seconds)
+    print(f"written: {folder / 'training.json'}", file=sys.stderr)
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ So it works where torch does not. It reads; it changes no setting of the GPU and
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +31,19 @@ TOOLS = ("nvcc", "compute-sanitizer", "ncu", "cuobjdump")
 VARIABLES = re.compile(r"CUDA_VISIBLE_DEVICES|(TRITON|TORCH|PYTORCH|RESNET_FAST|XLA|NVIDIA_TF32)_.*")
 
 
+def module_at(path: str) -> ModuleType:
+    """A file of this checkout that needs no more than the standard library, as a module, without its package."""
+    name = f"_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+MACHINE = module_at("resnet_fast/benchmarking/machine.py")
+
+
 def report() -> dict[str, Any]:
     """Everything, as a dictionary of plain values; what cannot be read is empty."""
     return {
@@ -38,10 +52,10 @@ def report() -> dict[str, Any]:
         "tools": {name: shutil.which(name) or "" for name in TOOLS},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
-        "cpu": _cpu(),
+        "cpu": MACHINE.processor()[0],
         "cores": os.cpu_count() or 1,
         "versions": versions(),
-        "commit": commit(),
+        "commit": MACHINE.commit(),
         "variables": {name: value for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)},
     }
 
@@ -63,23 +77,12 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Installed distributions that matter; what is not installed is left out."""
-    found = {}
-    for name in DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: version for name in DISTRIBUTIONS if (version := MACHINE.version_of(name))}
 
 
-def commit() -> str:
-    """``RESNET_FAST_COMMIT`` where it is set (for copies without .git), else git's; ``+changes`` if files differ."""
-    given = os.environ.get("RESNET_FAST_COMMIT")
-    if given:
-        return given
-    revision = _output(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]).strip()
-    changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]).strip()
-    return f"{revision}+changes" if revision and changed else revision
+def slug(found: dict[str, Any]) -> str:
+    """The folder's name for results of this GPU, as kernels/gpus.py writes it; "none" without one."""
+    return str(module_at("kernels/gpus.py").normalise(found["gpus"][0]["name"])) if found["gpus"] else "none"
 
 
 class Clocks:
@@ -150,15 +153,6 @@ def _query(fields: tuple[str, ...]) -> list[dict[str, str]]:
 def _nvcc() -> str:
     match = re.search(r"release ([\d.]+), V([\d.]+)", _output(["nvcc", "--version"]))
     return match[2] if match else ""
-
-
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor() or platform.machine()
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1].strip() if match else platform.machine()
 
 
 def _output(command: list[str]) -> str:

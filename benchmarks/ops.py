@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import resnet_fast as rf
-from resnet_fast.benchmarking.cuda import DTYPES
+from resnet_fast._dtypes import DTYPES
 from resnet_fast.benchmarking.gate import judge
 from resnet_fast.ops import ALL
 from resnet_fast.roofline import Work, cost
+from resnet_fast.tuning import shapes
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -30,8 +31,8 @@ class OpCase:
     Attributes:
         op, name, precision, batch: what it is; ``name`` says the shape.
         data: activations by seed; constants are the same for every seed.
-        contestants: who computes it, by "plain" (torch's own layers), "op" (``rf.ops``) and "prepared" (the op on
-            constants bound beforehand); each takes the activations.
+        contestants: who computes it, by "plain" (torch's own layers), "op" (``rf.ops``), "prepared" (the op on
+            constants bound beforehand) and "cudnn" (its fused convolution); each takes the activations.
         exact: the float64 answer to activations.
         work: bytes and flops that cannot be avoided.
     """
@@ -118,32 +119,14 @@ class ConvShape:
 
 
 def conv_shapes(arch: str, image_size: int = 224) -> tuple[ConvShape, ...]:
-    """The different convolutions of a network behind its stem, in their order, read off the model itself."""
-    with torch.device("meta"):
-        model = rf.models.get_model(arch).eval()
-    found: dict[ConvShape, None] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def see(layer: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if name == "conv1":
-                return
-            last = "conv3" if name.rsplit(".", 1)[0] + ".conv3" in names else "conv2"
-            shape = ConvShape(
-                layer.in_channels, layer.out_channels, layer.kernel_size[0], layer.stride[0], inputs[0].shape[2],
-                residual=name.endswith(f".{last}"), groups=layer.groups,
-                activation="none" if "downsample" in name else "relu",
-            )  # fmt: skip
-            found[shape] = None
-
-        return see
-
-    names = {name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d):
-            layer.register_forward_hook(hook(name))
-    with torch.no_grad():
-        model(torch.empty(1, 3, image_size, image_size, device="meta"))
-    return tuple(found)
+    """The different convolutions of a network behind its stem, in their order, read off the graph of the model."""
+    cases = shapes.problems([arch], [1], ["fp32"], image_size)
+    found = ((case.form, case.problem) for case in cases if case.op == "conv_bn_act" and case.form != "backward")
+    return tuple(
+        dict.fromkeys(
+            ConvShape(of.c, of.k, of.kernel[0], of.stride[0], of.h, of.residual, of.groups, form) for form, of in found
+        )
+    )
 
 
 def _constants(c: int, k: int, kernel: int, *, groups: int, seed: int, dtype: torch.dtype, device: str) -> Any:
@@ -169,6 +152,22 @@ def _plain_conv(
     if residual is not None:
         y = y + residual
     return F.relu(y, inplace=True) if relu else y
+
+
+def _cudnn_conv(weight: Tensor, scale: Tensor, shift: Tensor, relu: bool, **how: Any) -> Callable[..., Tensor]:
+    """cuDNN's convolution with bias, residual and ReLU in its epilogue; the scale is folded into the weight before."""
+    folded = (weight.float() * scale.view(-1, 1, 1, 1)).to(weight.dtype).contiguous(memory_format=torch.channels_last)
+    bias, given = shift.to(weight.dtype), (how["stride"], how["padding"], (1, 1), how.get("groups", 1))
+
+    def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not relu:
+            y = torch.conv2d(x, folded, bias, *given)
+            return y if residual is None else y + residual
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, folded, bias, *given)
+        return torch.cudnn_convolution_add_relu(x, folded, residual, 1.0, bias, *given)
+
+    return run
 
 
 def conv_bn_act(shape: ConvShape, batch: int, precision: str, device: str = "cpu") -> OpCase:
@@ -198,6 +197,7 @@ def conv_bn_act(shape: ConvShape, batch: int, precision: str, device: str = "cpu
                 x, *constants, residual, activation=shape.activation, **how
             ),
             "prepared": fixed,
+            "cudnn": _cudnn_conv(*constants, relu, **how),
         },
         exact=lambda x, residual=None: _plain_conv(
             x.double(), *wide, None if residual is None else residual.double(), relu, **how
@@ -279,7 +279,7 @@ def stem(size: int, batch: int, precision: str, device: str = "cpu", *, k: int =
     def plain(x: Tensor, *given: Tensor) -> Tensor:
         return F.max_pool2d(_plain_conv(x, *given, stride=2, padding=3), 3, 2, 1)
 
-    pooled = ((size - 1) // 2) // 2 + 1
+    pooled, conv = ((size - 1) // 2) // 2 + 1, _cudnn_conv(*constants, True, stride=(2, 2), padding=(3, 3))
     return OpCase(
         "stem", f"{size}px", precision, batch,
         data=lambda seed: (noise(batch, 3, size, size, seed=10 + seed, dtype=dtype, device=device),),
@@ -287,6 +287,7 @@ def stem(size: int, batch: int, precision: str, device: str = "cpu", *, k: int =
             "plain": lambda x: plain(x, *constants),
             "op": lambda x: rf.ops.stem(x, *constants),
             "prepared": ALL["stem"].bind(*constants, dtype=dtype),
+            "cudnn": lambda x: F.max_pool2d(conv(x), 3, 2, 1),
         },
         exact=lambda x: plain(x.double(), *wide),
         work=cost.stem(batch, 3, (size, size), k, (pooled, pooled), itemsize=dtype.itemsize),
@@ -423,6 +424,11 @@ SMALL_TAILS = (
 )
 
 
+def op_of(make: Callable[[], OpCase]) -> str:
+    """Return the name of the op that one of the functions of ``small`` and ``full`` makes a case of."""
+    return str(make.func.__name__)  # type: ignore[attr-defined]
+
+
 def small(precision: str, device: str) -> tuple[Callable[[], OpCase], ...]:
     """Every op at small shapes that meet every form of every kernel; batch 3."""
     given = (3, precision, device)
@@ -441,13 +447,18 @@ def small(precision: str, device: str) -> tuple[Callable[[], OpCase], ...]:
 
 
 def full(precision: str, batch: int, device: str) -> tuple[Callable[[], OpCase], ...]:
-    """Every op at ResNet-50's shapes, the memory-bound ones first; made one at a time, since they fill memory."""
+    """Every op at ResNet-50's shapes, the memory-bound ones first; made one at a time, since they fill memory. Of
+    batch_norm_act, which only training runs, the large batches in bfloat16."""
     given = (batch, precision, device)
+    convolutions = conv_shapes("resnet50")
+    norms = dict.fromkeys((shape.k, shape.output) for shape in convolutions)
+    trained = norms if precision == "bf16" and batch >= 32 else ()
     return (
         functools.partial(add_act, 256, 56, *given),
         functools.partial(add_act, 2048, 7, *given),
         *(functools.partial(bottleneck_tail, tail, *given) for tail in TAILS),
-        *(functools.partial(conv_bn_act, shape, *given) for shape in conv_shapes("resnet50")),
+        *(functools.partial(conv_bn_act, shape, *given) for shape in convolutions),
+        *(functools.partial(batch_norm_act, *norm, *given) for norm in trained),
         functools.partial(stem, 224, *given),
         functools.partial(head, 2048, 7, *given),
     )

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from resnet_fast.benchmarking import cuda, plot, results
+from resnet_fast._dtypes import DTYPES
+from resnet_fast._files import write_text
+from resnet_fast.benchmarking import plot, results
 from resnet_fast.benchmarking.machine import DISTURBED, threads_text
 from resnet_fast.benchmarking.peers import PEERS
 
@@ -117,7 +119,7 @@ def gpu_section(files: dict[str, dict[str, Any]]) -> str:
 def measured(files: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The networks that were timed, by precision, network and batch."""
     cases = [row for row in files.get("models", {}).get("cases", {}).values() if "contestants" in row]
-    precisions = list(cuda.DTYPES)
+    precisions = list(DTYPES)
 
     def order(row: dict[str, Any]) -> tuple[int, int, str, int]:
         setting = row["setting"]
@@ -126,16 +128,10 @@ def measured(files: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(cases, key=order)
 
 
-def rate(contestant: dict[str, Any] | None) -> float | None:
-    """Images per second by its faster way; None if it was not timed."""
-    found = [(contestant or {}).get(mode, {}).get("images_per_second") for mode in ("call", "graph")]
-    return max((value for value in found if value), default=None)
-
-
 def gpu_table(cases: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     """Images per second of every network, and how many times faster ours is."""
-    names = [name for name in ON_GPU if any(rate(row["contestants"].get(name)) for row in cases)]
-    others = [name for name in names if not cuda.PEERS[name].ours]
+    names = [name for name in ON_GPU if any(_timed(row, name) for row in cases)]
+    others = [name for name in names if not PEERS[name].ours]
     heading = ["network", "precision", "batch", *(ON_GPU[name] for name in names)]
     heading += [f"against {ON_GPU[name]}" for name in others]
     lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * 3 + "---:|" * (len(heading) - 3)]
@@ -143,10 +139,10 @@ def gpu_table(cases: list[dict[str, Any]], machine: dict[str, Any]) -> str:
         setting = row["setting"]
         cells = [setting["arch"], setting["precision"], str(setting["batch"])]
         for name in names:
-            value = rate(row["contestants"].get(name))
-            cells.append(f"{value:,.0f}" if value else "–")
+            found = _timed(row, name)
+            cells.append(f"{found['images_per_second']:,.0f}" if found else "–")
         for name in others:
-            ratio = row["against"].get(name, {}).get("best")
+            ratio = row["ratios"]["against"].get(name)
             cells.append(f"{ratio['p50']:.2f}×" if ratio else "–")
         lines.append("| " + " | ".join(cells) + " |")
     sizes = sorted({row["setting"]["image_size"] for row in cases})
@@ -175,13 +171,16 @@ def op_rows(files: dict[str, dict[str, Any]], precision: str = "fp16", batch: in
 def op_table(rows: list[dict[str, Any]], file: dict[str, Any]) -> str:
     """Each op beside its floor and plain torch."""
     lines = [
-        "| op | shape | µs | floor µs | bound by | share of the floor | torch µs |",
-        "|---|---|---:|---:|---|---:|---:|",
+        "| op | shape | µs | floor µs | bound by | share of the floor | torch µs | Triton | CUDA | cuDNN |",
+        "|---|---|---:|---:|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
+        beside = [row.get("times", {}).get(name, {}) for name in ("triton", "cuda", "cudnn")]
+        cells = [f"{one['us']:.1f}" if "us" in one else "wrong" if "wrong" in one else "–" for one in beside]
         lines.append(
             f"| {row['op']} | {row['case']} | {1e6 * row['seconds']['p50']:.1f} | {1e6 * row['floor_seconds']:.1f} | "
-            f"{row['bound']} | {100 * row['share']:.0f} % | {1e6 * row['plain_seconds']['p50']:.1f} |"
+            f"{row['bound']} | {100 * row['share']:.0f} % | {1e6 * row['plain_seconds']['p50']:.1f} | "
+            f"{' | '.join(cells)} |"
         )
     precision, batch = rows[0]["precision"], rows[0]["batch"]
     copied, computed = (file["ceilings"][name]["per_second"] / 1e12 for name in ("copy", precision))
@@ -205,14 +204,15 @@ def error_table(models: dict[str, Any]) -> str:
 def gpu_plots(slug: str, files: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
     """One plot for each precision that was timed, one of the ops' shares of their floors."""
     made, cases = [], measured(files)
-    ours = {name for name, peer in cuda.PEERS.items() if peer.ours}
+    ours = {name for name, peer in PEERS.items() if peer.ours}
     for precision in dict.fromkeys(row["setting"]["precision"] for row in cases):
         groups = {}
         for row in cases:
             setting = row["setting"]
-            rates = {name: rate(found) for name, found in row["contestants"].items()}
+            timed = {name: found for name in row["contestants"] if (found := _timed(row, name))}
             if setting["precision"] == precision:
-                groups[f"{setting['arch']} b{setting['batch']}"] = {n: value for n, value in rates.items() if value}
+                rates = {name: found["images_per_second"] for name, found in timed.items()}
+                groups[f"{setting['arch']} b{setting['batch']}"] = rates
         machine = files["models"]["machine"]
         title = f"{machine['gpu']}, {precision}, torch {machine['versions'].get('torch', '?')}"
         path = folder / f"{slug}-models-{precision}.svg"
@@ -259,7 +259,7 @@ def main() -> int:
         if fresh != readme:
             print(f"report: {given.readme} is out of date; run python -m benchmarks.report", file=sys.stderr)
         return int(fresh != readme)
-    results.write_text(given.readme, fresh)
+    write_text(given.readme, fresh)
     for slug, found in machines.items():
         for result in found:
             plot.save(plot.comparison(result), given.plots / f"{slug}-{result['name']}.svg")

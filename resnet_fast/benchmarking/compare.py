@@ -1,13 +1,15 @@
 """The whole comparison: one network, one machine, every contestant that can take part, as one result dictionary.
 
-It prints nothing and writes nothing; the command line and the scripts in benchmarks/ do that.
+On a CPU every call is timed by itself. On a GPU a sample is the mean of back-to-back calls, and each contestant runs as
+plain calls and, where it can be recorded, as replays of CUDA graphs. Nothing is printed or written here.
 """
 
 from __future__ import annotations
 
+import copy
 import datetime
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,48 +17,90 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet_fast._dtypes import DTYPES
 from resnet_fast.benchmarking import machine, results
+from resnet_fast.benchmarking.device import CPU, Device
 from resnet_fast.benchmarking.gate import Verdict, judge
 from resnet_fast.benchmarking.network import randomize, seeded_batches
-from resnet_fast.benchmarking.peers import OURS, PEERS, Contestant, Peer, Task, name_of, plain
-from resnet_fast.benchmarking.timing import Samples, Schedule, flatten, interleave, paired_ratio, summarize
+from resnet_fast.benchmarking.peers import PEERS, Contestant, Peer, Task, name_of, plain, serving
+from resnet_fast.benchmarking.timing import (
+    Samples,
+    Schedule,
+    flatten,
+    interleave,
+    paired_ratio,
+    quantile,
+    summarize,
+    turns,
+)
+from resnet_fast.roofline.measure import tf32
 
 Progress = Callable[[str, float], None]
 """Hears what is being done and the fraction of it that is done, between 0 and 1."""
 
+Call = Callable[[int], Any]
+
 INPUTS = 4
-"""Different batches that the timed calls rotate through."""
+"""Different batches that the timed calls rotate through; with graphs, each has a graph of its own."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What to compare. ``weights`` only says what the network holds (None: random); ``peers`` are names of
-    ``peers.PEERS``, and "optimize" is always among the contestants."""
+    """What to compare. ``weights`` only says what the network holds (None: random). ``peers`` are names of
+    ``peers.PEERS``, by default all that run on the device; "optimize" is always among the contestants. On a GPU the
+    ``schedule`` gives no more than its seconds."""
 
     arch: str = "resnet50"
     weights: str | None = None
     batch: int = 1
     image_size: int = 224
-    dtype: torch.dtype = torch.float32
-    peers: tuple[str, ...] = tuple(PEERS)
+    precision: str = "fp32"
+    peers: tuple[str, ...] = ()
     seed: int = 0
     schedule: Schedule = field(default_factory=Schedule)
+    device: Device = CPU
 
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise ValueError(f"batch is {self.batch}, it must be at least 1")
         if self.image_size < 33:
             raise ValueError(f"image size is {self.image_size}, it must be at least 33 pixels to leave something to do")
-        if self.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"dtype is {self.dtype}, it must be float32 or bfloat16")
-        unknown = [name for name in self.peers if name not in PEERS]
+        known = ("fp32", "bf16") if self.device.kind == "cpu" else tuple(DTYPES)
+        if self.precision not in known:
+            raise ValueError(f"precision is {self.precision!r}, it must be one of {', '.join(known)}")
+        those = serving(self.device.kind)
+        unknown = [name for name in self.peers if name not in those]
         if unknown:
-            raise ValueError(f"unknown peer {unknown[0]!r}; there are {', '.join(PEERS)}")
+            raise ValueError(f"unknown peer {unknown[0]!r}; there are {', '.join(those)}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What values are stored in."""
+        return DTYPES[self.precision]
+
+    @property
+    def name(self) -> str:
+        """As "resnet50-float32-b1" on a CPU, "resnet50-fp16-b128" on a GPU."""
+        kind = name_of(self.dtype) if self.device.kind == "cpu" else self.precision
+        return f"{self.arch}-{kind}-b{self.batch}"
 
     @property
     def contestants(self) -> tuple[str, ...]:
         """The names asked for, in the order of ``PEERS``, with "optimize"."""
-        return tuple(name for name in PEERS if name == "optimize" or name in self.peers)
+        those = serving(self.device.kind)
+        return tuple(name for name in those if name == "optimize" or name in (self.peers or those))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The setting as a result file has it."""
+        own = {name: getattr(self, name) for name in ("arch", "weights", "batch", "image_size", "precision", "seed")}
+        return own | {
+            "name": self.name,
+            "dtype": name_of(self.dtype),
+            "peers": self.contestants,
+            "schedule": asdict(self.schedule),
+            "threads": torch.get_num_threads(),
+            "parameters": self.weights or f"random, BatchNorm statistics randomised, seed {self.seed}",
+        }
 
 
 def compare(
@@ -64,61 +108,93 @@ def compare(
     model: nn.Module,
     *,
     progress: Progress = lambda stage, fraction: None,
-    peers: dict[str, Peer] = PEERS,
+    peers: Mapping[str, Peer] = PEERS,
 ) -> dict[str, Any]:
-    """Builds, judges and times every contestant and returns the result dictionary (``results.SCHEMA``).
+    """Build, judge and time every contestant and return the result dictionary (``results.SCHEMA``).
 
     ``model`` is the network in eval mode, float32, on the CPU. A contestant that is missing, fails to build or breaks
-    the error rule is listed with the reason and not timed. Raises RuntimeError if "optimize" itself is not timed.
+    the error rule, as a call or as a graph, is listed with the reason and not timed that way.
+
+    Raises:
+        RuntimeError: "optimize" itself is not timed.
     """
+    place, names = setting.device, setting.contestants
     shape = (setting.batch, 3, setting.image_size, setting.image_size)
-    batches = [_rounded(batch, setting.dtype) for batch in seeded_batches(shape, INPUTS, seed=setting.seed + 1)]
     description = machine.describe()
-    with tempfile.TemporaryDirectory(prefix="resnet_fast_bench_") as folder:
+    ways: dict[str, dict[str, dict[str, Any]]] = {}
+    calls: dict[str, Call] = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="resnet_fast_bench_") as folder,
+        tf32(setting.precision == "tf32"),
+        torch.no_grad(),
+    ):
+        batches = [_input(batch, setting) for batch in seeded_batches(shape, INPUTS, seed=setting.seed + 1)]
         task = Task(model, batches[0], setting.dtype, torch.get_num_threads(), Path(folder))
-        built, excluded = _build(setting.contestants, peers, task, progress)
-        verdicts = _judge(built, model, batches[0], setting.dtype, progress)
-        ready = {name: contestant for name, contestant in built.items() if verdicts[name].passed}
+        progress("computing the float64 reference", 0.0)
+        verdict = _judge(model, batches[0], setting.dtype)
+        for position, name in enumerate(names):
+            progress(f"preparing {peers[name].label}", position / len(names))
+            ways[name], ready = _prepared(peers[name], task, batches, place, verdict)
+            calls |= {f"{name} {mode}": call for mode, call in ready.items()}
+        progress("checked", 1.0)
         disturbance = machine.Disturbance()
-        samples = _time(ready, batches, setting.schedule, progress)
+        samples = _time(calls, setting, progress)
         disturbed = disturbance.cores()
-    if "optimize" not in samples:
-        reason = excluded.get("optimize") or verdicts["optimize"].reason
-        raise RuntimeError(f"resnet_fast.optimize() could not be measured: {reason}")
-    rows = {}
-    for name in setting.contestants:
-        row: dict[str, Any] = {"label": peers[name].label, "ours": name in OURS}
-        if name in excluded:
-            row |= {"status": "excluded", "reason": excluded[name]}
-        else:
-            verdict = verdicts[name]
-            row |= {"status": "timed" if verdict.passed else "wrong", "reason": verdict.reason}
-            row["gate"] = verdict.as_dict()
-        if name in samples:
-            seconds = summarize(flatten(samples[name]))
-            row["seconds"] = seconds.as_dict()
-            row["images_per_second"] = setting.batch / seconds.p50
-        rows[name] = row
+    for key, rounds in samples.items():
+        name, mode = key.split()
+        seconds = summarize(flatten(rounds))
+        ways[name][mode] |= {"seconds": seconds.as_dict(), "images_per_second": setting.batch / seconds.p50}
+    if not any(key.startswith("optimize ") for key in samples):
+        reasons = "; ".join(way["reason"] for way in ways["optimize"].values())
+        raise RuntimeError(f"resnet_fast.optimize() could not be measured: {reasons}")
     return {
         "schema": results.SCHEMA,
         "kind": "model",
-        "setting": _setting_dict(setting),
+        "setting": setting.as_dict(),
         "machine": description.as_dict(),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "contestants": rows,
-        "ratios": ratios(samples),
+        "contestants": {
+            name: {
+                "label": peers[name].label,
+                "ours": peers[name].ours,
+                **found[max(found, key=lambda mode: found[mode].get("images_per_second", 0.0))],
+                **(found if place.capture else {}),
+            }
+            for name, found in ways.items()
+        },
+        "ratios": ratios(samples, tuple(name for name in names if peers[name].ours)),
         "others_busy_cores": disturbed,
-        "samples": samples,
+        "samples": {key.removesuffix(" call"): rounds for key, rounds in samples.items()},
     }
 
 
-def ratios(samples: Samples) -> dict[str, Any]:
-    """How many times faster "optimize" is than every other contestant, and which of the foreign ones is the best."""
-    ours = samples["optimize"]
-    against = {name: paired_ratio(ours, rounds).as_dict() for name, rounds in samples.items() if name != "optimize"}
-    foreign = {name: ratio for name, ratio in against.items() if name not in OURS}
-    best = min(foreign, key=lambda name: foreign[name]["p50"]) if foreign else None
-    return {"against": against, "best_peer": best}
+def ratios(samples: Samples, ours: tuple[str, ...]) -> dict[str, Any]:
+    """How many times faster "optimize" is than every other contestant, and which of the foreign ones is the best.
+
+    The keys of ``samples`` are "name call" and "name graph". ``against`` compares each side's faster way; where there
+    are graphs, ``call`` and ``graph`` compare like with like. Quantiles over the rounds.
+    """
+    fastest: dict[str, str] = {}
+    for key, rounds in samples.items():
+        name = key.split()[0]
+        if name not in fastest or _median(rounds) < _median(samples[fastest[name]]):
+            fastest[name] = key
+    others = [name for name in fastest if name != "optimize" and "optimize" in fastest]
+
+    def faster(name: str, own: str, theirs: str) -> dict[str, float]:
+        return paired_ratio(samples[own], samples[theirs]).as_dict()
+
+    against = {name: faster(name, fastest["optimize"], fastest[name]) for name in others}
+    foreign = {name: ratio for name, ratio in against.items() if name not in ours}
+    found: dict[str, Any] = {
+        "against": against,
+        "best_peer": min(foreign, key=lambda name: foreign[name]["p50"]) if foreign else None,
+    }
+    if any(key.endswith(" graph") for key in samples):
+        for mode in ("call", "graph"):
+            own, there = f"optimize {mode}", [name for name in others if f"{name} {mode}" in samples]
+            found[mode] = {name: faster(name, own, f"{name} {mode}") for name in there if own in samples}
+    return found
 
 
 def fresh_model(arch: str, *, image_size: int = 224, seed: int = 0) -> nn.Module:
@@ -135,72 +211,80 @@ def fresh_model(arch: str, *, image_size: int = 224, seed: int = 0) -> nn.Module
     return randomize(model, seeded_batches((4, 3, size, size), 1, seed=seed)[0], seed=seed)
 
 
-def _build(
-    names: Sequence[str], peers: dict[str, Peer], task: Task, progress: Progress
-) -> tuple[dict[str, Contestant], dict[str, str]]:
-    built: dict[str, Contestant] = {}
-    excluded: dict[str, str] = {}
-    for position, name in enumerate(names):
-        peer = peers[name]
-        progress(f"preparing {peer.label}", position / len(names))
-        reason = peer.missing(task.dtype)
-        if not reason:
-            try:
-                built[name] = peer.build(task)
-                built[name](task.example)
-            except Exception as error:  # a foreign runtime may fail in any way; the others still run
-                built.pop(name, None)
-                reason = f"failed: {_one_line(error)}"
-        if reason:
-            excluded[name] = reason
-    progress("prepared", 1.0)
-    return built, excluded
+def _input(batch: Tensor, setting: Setting) -> Tensor:
+    """A batch as contestants get it, holding only values that the dtype can represent, so that all start from equal
+    inputs: float32 on a CPU, whose runtimes want that, and what is stored on a GPU."""
+    rounded = batch.to(setting.device.name, setting.dtype)
+    if setting.device.kind == "cpu":
+        return rounded.float()
+    return rounded.contiguous(memory_format=torch.channels_last)
 
 
-def _judge(
-    built: dict[str, Contestant], model: nn.Module, batch: Tensor, dtype: torch.dtype, progress: Progress
-) -> dict[str, Verdict]:
-    """Judges everybody on the first and the last image of a full batch."""
-    progress("computing the float64 reference", 0.0)
+def _judge(model: nn.Module, batch: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Verdict]:
+    """What judges an answer to ``batch``, by its first and its last image."""
     picked = sorted({0, len(batch) - 1})
-    layers = plain(model)
-    with torch.no_grad():
-        same_dtype = layers.to(dtype)(batch.to(dtype))[picked]
-        exact = plain(model).double()(batch[picked].double())
-    verdicts = {}
-    for position, (name, contestant) in enumerate(built.items()):
-        progress(f"checking {name}", (position + 1) / (len(built) + 1))
-        verdicts[name] = judge(contestant(batch)[picked], same_dtype, exact, dtype)
-    progress("checked", 1.0)
-    return verdicts
+    layers = plain(model).to(batch.device)
+    exact = copy.deepcopy(layers).double()(batch[picked].double()).cpu()
+    same = layers.to(dtype).to(memory_format=torch.channels_last)(batch.to(dtype))[picked].cpu()  # type: ignore[call-overload]
+    return lambda answer: judge(answer[picked].float(), same, exact, dtype)
 
 
-def _time(ready: dict[str, Contestant], batches: list[Tensor], schedule: Schedule, progress: Progress) -> Samples:
-    calls: dict[str, Callable[[int], object]] = {}
-    for name, contestant in ready.items():
+def _prepared(
+    peer: Peer, task: Task, batches: list[Tensor], place: Device, verdict: Callable[[Tensor], Verdict]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Call]]:
+    """The ways of a contestant, "call" and "graph", as rows with their verdicts, and the calls of those to be timed."""
+    rows: dict[str, dict[str, Any]] = {"call": {"status": "excluded", "reason": peer.missing(task.dtype)}}
+    ready: dict[str, Call] = {}
+
+    def judged(mode: str, call: Call, result: Callable[[Any], Tensor]) -> None:
+        found = verdict(result(call(0)))
+        rows[mode] = {"status": "timed" if found.passed else "wrong", "reason": found.reason, "gate": found.as_dict()}
+        if found.passed:
+            ready[mode] = call
+
+    if rows["call"]["reason"]:
+        return rows, ready
+    try:
+        contestant = peer.build(task)
         inputs = [contestant.prepare(batch) for batch in batches]
-        calls[name] = _call(contestant.run, inputs)
+        judged("call", _rotating(contestant.run, inputs), contestant.result)
+    except Exception as error:  # a foreign runtime may fail in any way; the others still run
+        return {"call": {"status": "excluded", "reason": f"failed: {results.one_line(error)}"}}, {}
+    if ready and place.capture and peer.graphs:
+        try:
+            judged("graph", _recorded(contestant, inputs, place.capture), lambda output: output)
+        except Exception as error:
+            rows["graph"] = {"status": "excluded", "reason": f"no CUDA graph: {results.one_line(error)}"}
+    return rows, ready
+
+
+def _rotating(run: Callable[[Any], Any], inputs: list[Any]) -> Call:
+    return lambda number: run(inputs[number % len(inputs)])
+
+
+def _recorded(contestant: Contestant, inputs: list[Any], capture: Callable[[Callable[[], Tensor]], Any]) -> Call:
+    """The contestant by replays of graphs, one for each input."""
+
+    def record(batch: Any) -> Any:
+        return capture(lambda: contestant.run(batch))
+
+    graphs = [record(batch) for batch in inputs]
+
+    def replay(number: int) -> Tensor:
+        again, output = graphs[number % len(graphs)]
+        again()
+        return output
+
+    return replay
+
+
+def _time(calls: Mapping[str, Call], setting: Setting, progress: Progress) -> Samples:
+    schedule, place = setting.schedule, setting.device
+    if place.capture is not None:
+        return turns(calls, place.synchronize, seconds=schedule.seconds)
     interleave(calls, Schedule(rounds=1, calls=1, pause=schedule.pause))
     return interleave(calls, schedule, progress=lambda fraction: progress("measuring", fraction))
 
 
-def _call(run: Callable[[Any], Any], inputs: list[Any]) -> Callable[[int], object]:
-    return lambda number: run(inputs[number % len(inputs)])
-
-
-def _rounded(batch: Tensor, dtype: torch.dtype) -> Tensor:
-    """``batch`` in float32 holding only values that ``dtype`` can represent, so that all start from equal inputs."""
-    return batch.to(dtype).float()
-
-
-def _setting_dict(setting: Setting) -> dict[str, Any]:
-    data = asdict(setting)
-    data["dtype"] = name_of(setting.dtype)
-    data["threads"] = torch.get_num_threads()
-    data["parameters"] = setting.weights or f"random, BatchNorm statistics randomised, seed {setting.seed}"
-    return data
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 300 else text[:297] + "..."
+def _median(rounds: list[list[float]]) -> float:
+    return quantile(flatten(rounds), 0.5)

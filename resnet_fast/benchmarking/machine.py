@@ -1,4 +1,4 @@
-"""What a measurement ran on: processor, operating system, versions, commit. Standard library and torch only.
+"""What a measurement ran on: processor, operating system, versions, commit. Standard library, and torch to describe.
 
 It reads; it changes no setting of the machine and needs no privilege.
 """
@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import torch
 
 INTERESTING_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16",
                      "amx_int8", "asimd", "sve", "bf16", "i8mm")  # fmt: skip
@@ -66,7 +64,9 @@ def threads_text(count: int) -> str:
 
 def describe() -> Machine:
     """Describes this machine now."""
-    cpu, flags, clocks = _processor()
+    import torch
+
+    cpu, flags, clocks = processor()
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:
@@ -93,20 +93,27 @@ def describe() -> Machine:
 
 def supports_bfloat16() -> bool:
     """Whether the processor has bfloat16 instructions; without them bfloat16 runs, but slower than float32."""
-    _, flags, _ = _processor()
+    _, flags, _ = processor()
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & flags)
 
 
 def versions() -> dict[str, str]:
     """Installed versions of the contestants and of what they are built on; what is not installed is left out."""
-    found = {"resnet_fast": _version("resnet_fast")}
-    found.update({name: _version(name) for name in PEER_DISTRIBUTIONS})
+    import torch
+
+    found = {"resnet_fast": version_of("resnet_fast")}
+    found.update({name: version_of(name) for name in PEER_DISTRIBUTIONS})
     found["torch"] = torch.__version__
     return {name: version for name, version in found.items() if version}
 
 
 def commit() -> str:
-    """The commit of the source tree this package runs from, with ``+changes`` if files differ; empty elsewhere."""
+    """The commit of the source tree this package runs from, with ``+changes`` if files differ; empty elsewhere.
+
+    ``RESNET_FAST_COMMIT`` says it for a copy without .git.
+    """
+    if os.environ.get("RESNET_FAST_COMMIT"):
+        return os.environ["RESNET_FAST_COMMIT"]
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
@@ -148,14 +155,15 @@ def _git(root: Path, *arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _version(distribution: str) -> str:
+def version_of(distribution: str) -> str:
+    """The version of an installed distribution; empty if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return ""
 
 
-def _processor() -> tuple[str, set[str], tuple[float, ...]]:
+def processor() -> tuple[str, set[str], tuple[float, ...]]:
     """Model name, feature flags and the clocks seen; from /proc/cpuinfo where there is one."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""The contestants of a benchmark: this package, plain torch, and the CPU runtimes that can run the same network.
+"""The contestants of a benchmark: this package, plain torch, and the runtimes that can run the same network.
 
 Every one starts from the same parameters and gets the same number of threads and its own best input form. Nothing
 here times anything, and nothing is imported before it is asked for.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import importlib.util
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +25,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Task:
-    """What every contestant has to do: run ``model`` (float32, eval mode) on batches like ``example`` at ``dtype``.
+    """What every contestant has to do: run ``model`` (float32, eval mode, on the CPU) on batches like ``example`` at
+    ``dtype``, on the device of ``example``.
 
     ``folder`` is a scratch folder that lives as long as the contestants do; exported files go there.
     """
@@ -37,7 +40,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A runtime ready to run: ``prepare`` turns a float32 batch into its input form (untimed), ``run`` is what is
+    """A runtime ready to run: ``prepare`` turns a batch, float32 on a CPU, into its input form (untimed), ``run`` is
     timed, ``result`` turns an output into a tensor (untimed)."""
 
     prepare: Callable[[Tensor], Any]
@@ -50,19 +53,28 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Peer:
-    """One kind of contestant. ``needs`` are the modules it imports; ``dtypes`` what it can compute in on a CPU."""
+    """One kind of contestant.
+
+    Attributes:
+        needs: the modules it imports. devices: the kinds it runs on, "cpu" and "cuda". ours: whether it is this
+            package's. graphs: whether it runs from the harness's CUDA graphs too. dtypes: what it can compute in.
+    """
 
     name: str
     label: str
     build: Callable[[Task], Contestant]
     needs: tuple[str, ...] = ()
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    graphs: bool = True
+    ours: bool = False
 
     def missing(self, dtype: torch.dtype) -> str:
         """Why it cannot take part at ``dtype`` on this machine; empty if it can."""
         absent = [module for module in self.needs if importlib.util.find_spec(module) is None]
         if absent:
-            return f"not installed ({', '.join(absent)}): pip install 'resnet_fast[bench]'"
+            hint = ": pip install 'resnet_fast[bench]'" if "cpu" in self.devices else ""
+            return f"not installed ({', '.join(absent)}){hint}"
         if dtype not in self.dtypes:
             return f"not at this precision: its CPU convolutions do not compute in {name_of(dtype)}"
         return ""
@@ -101,33 +113,67 @@ def _torch_contestant(module: Callable[[Tensor], Tensor], dtype: torch.dtype) ->
     return Contestant(prepare, run, lambda output: output)
 
 
-def _channels_last(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return copy.deepcopy(model).eval().to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def _channels_last(model: nn.Module, task: Task) -> nn.Module:
+    moved = copy.deepcopy(model).eval().to(task.example.device, task.dtype)
+    return moved.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _build_optimized(task: Task) -> Contestant:
+def _build_optimized(task: Task, cuda_graphs: bool | str = False) -> Contestant:
+    """On a GPU without graphs of its own: those are recorded by the harness, the same way for everybody."""
     from resnet_fast.graph import optimize
 
-    optimized = optimize(copy.deepcopy(task.model).eval(), dtype=task.dtype)
-    return _torch_contestant(optimized, task.dtype)
+    device, how = task.example.device, {}
+    if device.type == "cuda":
+        how = {"example_inputs": torch.empty(task.example.shape, device="meta"), "cuda_graphs": cuda_graphs}
+    model = copy.deepcopy(task.model).eval().to(device)
+    return _torch_contestant(optimize(model, dtype=task.dtype, **how), task.dtype)  # type: ignore[arg-type]
+
+
+def _build_recorded(task: Task) -> Contestant:
+    """As a user gets it: the module records its graphs itself, and copies each input into their memory."""
+    return _build_optimized(task, cuda_graphs="auto")
 
 
 def _build_live(task: Task) -> Contestant:
-    return _torch_contestant(_channels_last(task.model, task.dtype), task.dtype)
+    return _torch_contestant(_channels_last(task.model, task), task.dtype)
 
 
 def _build_eager(task: Task) -> Contestant:
-    return _torch_contestant(_channels_last(plain(task.model), task.dtype), task.dtype)
+    return _torch_contestant(_channels_last(plain(task.model), task), task.dtype)
 
 
 def _build_inductor(task: Task) -> Contestant:
     from torch._inductor import config
 
-    compiled = torch.compile(_channels_last(plain(task.model), task.dtype), dynamic=False)
+    compiled = torch.compile(_channels_last(plain(task.model), task), dynamic=False)
     contestant = _torch_contestant(compiled, task.dtype)
     with config.patch(freezing=True), torch.no_grad():
         compiled(contestant.prepare(task.example))
     return contestant
+
+
+def _build_compile(task: Task) -> Contestant:
+    """max-autotune, whose own graph recording is off: it would copy every input. It gets the harness's graphs."""
+    torch._dynamo.reset()
+    layers = _channels_last(plain(task.model), task)
+    compiled = torch.compile(layers, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)
+    return _torch_contestant(compiled, task.dtype)
+
+
+def _build_jax(task: Task) -> Contestant:
+    from resnet_fast.benchmarking.jax_peer import build
+
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or it takes most of the GPU's memory
+    found = str(importlib.import_module("jax").default_backend())
+    if task.example.is_cuda and found != "gpu":
+        raise RuntimeError(f"jax sees no GPU here, its default backend is {found!r}")
+    return build(plain(task.model), task.dtype)
+
+
+def _build_cudnn(task: Task) -> Contestant:
+    from resnet_fast.benchmarking.cudnn_peer import build
+
+    return build(task.model, task.dtype, task.example.device)
 
 
 def export_onnx(task: Task) -> Path:
@@ -195,20 +241,29 @@ def _build_openvino(task: Task) -> Contestant:
     )
 
 
+_CPU: dict[str, Any] = {"devices": ("cpu",), "dtypes": (torch.float32, torch.bfloat16)}
+_CUDA: dict[str, Any] = {"devices": ("cuda",)}
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer("optimize", "resnet_fast.optimize()", _build_optimized),
-        Peer("live", "resnet_fast, live module", _build_live),
+        Peer("optimize", "resnet_fast.optimize()", _build_optimized, ours=True),
+        Peer("recorded", "resnet_fast.optimize(), its own graphs", _build_recorded, **_CUDA, graphs=False, ours=True),
+        Peer("live", "resnet_fast, live module", _build_live, ours=True),
         Peer("eager", "torch eager, channels_last", _build_eager),
-        Peer("inductor", "torch.compile, inductor with freezing", _build_inductor),
-        Peer("onnxruntime", "ONNX Runtime", _build_onnxruntime, needs=("onnxruntime", "onnx"), dtypes=(torch.float32,)),
-        Peer("openvino", "OpenVINO", _build_openvino, needs=("openvino", "onnx")),
+        Peer("inductor", "torch.compile, inductor with freezing", _build_inductor, **_CPU),
+        Peer("compile", "torch.compile, max-autotune", _build_compile, **_CUDA),
+        Peer("onnxruntime", "ONNX Runtime", _build_onnxruntime, ("onnxruntime", "onnx"), (torch.float32,), ("cpu",)),
+        Peer("openvino", "OpenVINO", _build_openvino, ("openvino", "onnx"), **_CPU),
+        Peer("jax", "JAX/XLA, jit", _build_jax, ("jax",), **_CUDA, graphs=False),
+        Peer("cudnn", "cuDNN graph API", _build_cudnn, ("cudnn",), **_CUDA),
     )
 }
 """Every contestant there is, in the order in which tables list them."""
 
-OURS = ("optimize", "live")
+
+def serving(kind: str) -> tuple[str, ...]:
+    """Return the names of those that run on this kind of device, "cpu" or "cuda"."""
+    return tuple(name for name, peer in PEERS.items() if kind in peer.devices)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnet_fast.benchmarking import results
+from resnet_fast._files import write_bytes
 from resnet_fast.benchmarking.machine import threads_text
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     with matplotlib.rc_context({"svg.hashsalt": "resnet_fast", "svg.fonttype": "none"}):
         metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
         figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=metadata)
-    return results.write_bytes(target, buffer.getvalue())
+    return write_bytes(target, buffer.getvalue())
 
 
 def comparison(result: dict[str, Any]) -> Figure:

@@ -6,9 +6,10 @@ import json
 import math
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from resnet_fast._files import write_text
 
 SCHEMA = 1
 
@@ -17,27 +18,6 @@ def dumps(data: Any) -> str:
     """``data`` as JSON that any reader accepts: what is not finite becomes null."""
     text = json.dumps(_finite(data), indent=1, allow_nan=False)
     return re.sub(r"\[[-+\d.eE,\s]+\]", _on_one_line, text) + "\n"
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Writes ``text`` to ``path`` atomically: a reader sees the old file or the new one, never a part."""
-    return write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Writes ``data`` to ``path`` atomically, making the folder if needed."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return target
 
 
 def write(path: str | os.PathLike[str], data: Any) -> Path:
@@ -57,14 +37,14 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return data
 
 
+def one_line(error: BaseException) -> str:
+    """Return the kind and the text of an error without line breaks, cut to a readable length."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
 def _on_one_line(numbers: re.Match[str]) -> str:
     return "[" + " ".join(numbers[0][1:-1].split()) + "]"
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _finite(value: Any) -> Any:

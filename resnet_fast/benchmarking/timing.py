@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 Samples = dict[str, list[list[float]]]
 """Seconds of every timed call: contestant -> round -> call."""
+
+
+TURN = 0.02
+"""Seconds that a turn of back-to-back calls lasts at least: next to it, one synchronisation at its end is nothing."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,47 @@ def interleave(
             return samples
 
 
+def turns(
+    calls: Mapping[str, Callable[[int], object]],
+    synchronize: Callable[[], object],
+    *,
+    seconds: float,
+    turn: float = TURN,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Samples:
+    """Time ``calls`` in interleaved rounds; a sample is the mean of one turn of back-to-back calls.
+
+    A turn has as many calls as fill ``turn`` seconds, and is over when the device is done and, for results that can be
+    waited for themselves (JAX's, from streams of its own), the last of them is there.
+    """
+
+    def wait(last: object) -> None:
+        getattr(last, "block_until_ready", synchronize)()
+        synchronize()
+
+    counts: dict[str, int] = {}
+    for name, call in calls.items():
+        wait(call(0))
+        before = clock()
+        for number in range(2):
+            call(number)
+        wait(call(2))
+        counts[name] = max(1, min(2000, math.ceil(turn / max((clock() - before) / 3, 1e-9))))
+
+    def whole(name: str) -> Callable[[int], object]:
+        def run(number: int) -> None:
+            last = None
+            for step in range(counts[name]):
+                last = calls[name](number * counts[name] + step)
+            wait(last)
+
+        return run
+
+    schedule = Schedule(seconds=seconds, min_rounds=5, calls=1, warmup=0, pause=0.0)
+    samples = interleave({name: whole(name) for name in calls}, schedule, clock=clock)
+    return {name: [[one / counts[name] for one in turn] for turn in rounds] for name, rounds in samples.items()}
+
+
 def _fraction(schedule: Schedule, rounds_done: float, elapsed: float) -> float:
     if schedule.rounds is not None:
         return min(1.0, rounds_done / schedule.rounds)
@@ -159,3 +207,30 @@ def paired_ratio(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[floa
     if len(ours) != len(theirs):
         raise ValueError(f"paired_ratio: {len(ours)} rounds against {len(theirs)}; both must have the same number")
     return summarize([quantile(b, 0.5) / quantile(a, 0.5) for a, b in zip(ours, theirs, strict=True)])
+
+
+class Deadline:
+    """When something has to be done, and how long its longest item took so far."""
+
+    def __init__(self, seconds: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._end, self._longest = clock() + seconds, 0.0
+
+    @property
+    def left(self) -> float:
+        """Seconds to go."""
+        return self._end - self._clock()
+
+    def share(self, fraction: float) -> Deadline:
+        """Return the deadline of a part that may take this fraction of what is left."""
+        return Deadline(fraction * self.left, self._clock)
+
+    def each(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items one after the other, as long as there is time for one as long as the longest."""
+        for item in items:
+            if self.left <= 1.1 * self._longest:
+                print("  the rest: out of time", flush=True)
+                return
+            before = self._clock()
+            yield item
+            self._longest = max(self._longest, self._clock() - before)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resnet_fast._files import write_whole
 from resnet_fast.caffe.errors import CaffeError
 from resnet_fast.caffe.schema import V1_TYPE_NUMBERS
 from resnet_fast.caffe.wire import (
@@ -37,7 +38,6 @@ from resnet_fast.caffe.wire import (
     tag,
     varint,
 )
-from resnet_fast.models.checkpoint import write_whole
 
 __all__ = ["Blob", "StoredLayer", "StoredNet", "read", "read_mean", "write", "write_mean"]
 

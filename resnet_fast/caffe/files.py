@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.models.checkpoint import write_whole
+from resnet_fast._files import write_whole
 
 from . import caffemodel, layers, prototxt
 from . import definition as d

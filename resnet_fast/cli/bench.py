@@ -72,17 +72,16 @@ def bench(
     check_output(plot_path)
     from resnet_fast.benchmarking import plot
     from resnet_fast.benchmarking.compare import Setting, compare, fresh_model
-    from resnet_fast.benchmarking.peers import PEERS
     from resnet_fast.benchmarking.timing import Schedule
 
     with as_user_errors(ValueError):
-        names = tuple(PEERS) if peers == "all" else tuple(name for name in peers.replace(" ", "").split(",") if name)
+        names = () if peers == "all" else tuple(name for name in peers.replace(" ", "").split(",") if name)
         setting = Setting(
             arch=arch,
             weights=weights,
             batch=batch,
             image_size=image_size,
-            dtype=dtype.dtype,
+            precision={"float32": "fp32", "bfloat16": "bf16"}[dtype.value],
             peers=names,
             schedule=Schedule(seconds=seconds, rounds=runs, min_rounds=3),
         )

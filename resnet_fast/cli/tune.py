@@ -93,19 +93,19 @@ def tune(
         cases = shapes.problems(names, batches or [128], wanted, image_size, gpu, training)
     if chosen:
         cases = tuple(case for case in cases if case.op in chosen)
-    cases = ops.with_cuda(cases, gpu)
+    cases = needed = ops.with_cuda(cases, gpu)
     folder = _tables.checked_in_folder() if checked_in else _tables.user_folder()
     if not (again or checked_in):
         # The user's table is for what is better or not in the one of the package.
         cases = tuple(case for case in cases if _tables.lookup(case.op, case.problem.key(), gpu.name) is None)
     path = folder / f"{gpu.name}.json"
     with as_user_errors(ValueError, OSError):
-        choices = _tables.read(path) if path.is_file() else {}
-    if not cases:
+        table = _tables.read(path) if path.is_file() else {}
+    if not needed:
         asked = f"{', '.join(names)} at batch {', '.join(map(str, batches or [128]))}"
         what = f"{', '.join(chosen)} launch" if chosen else "launch"
-        raise UserError(f"tune: {asked} has no {what} that is worth one on {gpu.name}, or the tables have it already")
-    waiting = sweep.pending(cases, gpu, choices, again)
+        raise UserError(f"tune: {asked} has no {what} that is worth one on {gpu.name}")
+    waiting = sweep.pending(cases, gpu, table, again)
     if dry_run:
         return _list(waiting, gpu)
     if not waiting:

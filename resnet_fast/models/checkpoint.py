@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from resnet_fast._files import write_whole
 from resnet_fast.models import layouts, torchfile
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ __all__ = [
     "read_with_metadata",
     "save_torch",
     "with_metadata",
-    "write_whole",
 ]
 
 MAX_CHECKPOINT_BYTES = 4 * 2**30
@@ -204,39 +203,6 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str, nam
     model.load_state_dict(dict(state), strict=False, assign=assign)
 
 
-def write_whole(path: Path, write: Callable[[str], object]) -> Path:
-    """Write a file whole or not at all: `write` gets a temporary name next to `path`, which is renamed to `path`.
-
-    Raises:
-        OSError: if there is no such folder, or the file cannot be written; it names `path` and the cause.
-    """
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder, the name of a file was expected")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-    name = ""
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(descriptor)
-        write(name)
-        os.chmod(name, 0o666 & ~_umask())
-        _sync(name, os.O_RDWR)
-        os.replace(name, path)
-        if os.name == "posix":  # the new name itself; elsewhere a folder cannot be opened
-            _sync(path.parent, os.O_RDONLY)
-    except BaseException as error:
-        if name:
-            Path(name).unlink(missing_ok=True)
-        number = _system_error(error) if isinstance(error, Exception) else None
-        if number is None:
-            raise
-        there = "what was there before is whole" if path.exists() else "nothing is left of it"
-        failure = OSError(f"{path}: cannot be written ({os.strerror(number)}); {there}")
-        failure.errno = number
-        raise failure from error
-    return path
-
-
 def save_torch(path: Path, content: Any) -> Path:
     """Call `torch.save`, writing the file whole or not at all, with an error that names the cause.
 
@@ -249,32 +215,6 @@ def save_torch(path: Path, content: Any) -> Path:
             torch.save(content, file)
 
     return write_whole(path, write)
-
-
-def _system_error(error: BaseException | None) -> int | None:
-    """Return the errno of an error or of its cause: torch.save raises another error about the position
-    in the file, safetensors one of its own with the number in the text."""
-    while error is not None:
-        match = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
-        number = int(match[1]) if match else getattr(error, "errno", None)
-        if isinstance(number, int):
-            return number
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _sync(path: str | os.PathLike[str], flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _problem(entries: list[str], what: str) -> Iterator[str]:

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from resnet_fast._dtypes import ITEMSIZE
 from resnet_fast.kernels import problems
 from resnet_fast.kernels.gpus import GPU
 from resnet_fast.kernels.problems import Problem
-
-ITEMSIZE = {"fp16": 2, "bf16": 2, "tf32": 4, "fp32": 4}
-"""Bytes of a stored number by precision; tf32 is float32 that the matrix units round."""
 
 _PASSES = {"statistics": (1, 4), "apply": (2, 5), "reduce": (2, 5), "backward": (3, 6)}
 """Of a step of ``batch_norm_act``: passes over x's memory, and operations for each element."""

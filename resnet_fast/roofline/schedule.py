@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from resnet_fast._dtypes import ITEMSIZE
 from resnet_fast.kernels.gpus import GPU
 from resnet_fast.kernels.problems import BottleneckTail
 
-from .cost import ITEMSIZE, Work
+from .cost import Work
 
 LAUNCH = 1e-6
 """Seconds that one launch more costs when schedules are compared. No floor includes it."""

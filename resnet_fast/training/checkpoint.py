@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fast.models.checkpoint import TRAINING_FORMAT, one_line, open_safetensors, write_whole
+from resnet_fast._files import write_whole
+from resnet_fast.models.checkpoint import TRAINING_FORMAT, one_line, open_safetensors
 
 __all__ = ["MAX_BYTES", "Checkpoint", "check_folder", "load", "read_about", "save", "write_model"]
 

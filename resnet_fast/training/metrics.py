@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resnet_fast._files import write_whole
 from resnet_fast.benchmarking import plot
-from resnet_fast.models.checkpoint import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

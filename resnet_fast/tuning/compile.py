@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resnet_fast._dtypes import DTYPES
+from resnet_fast._files import write_text
+
 from . import ops, shapes
 from .compiler import Compiled, Compiler, Task, launch, launches
 
@@ -134,8 +137,8 @@ def _key(task: Task, made: Any) -> Key:
     for parameter, argument in zip(made.kernel.params, made.args, strict=False):
         known += _known(parameter, argument)
     options = " ".join(f"{name}={int(v) if isinstance(v, bool) else v}" for name, v in made.options.items())
-    dtype = ops.DTYPES[task.case.problem.precision]
-    types = {ops.DTYPES[name]: name for name in ("fp16", "bf16", "fp32")}
+    dtype = DTYPES[task.case.problem.precision]
+    types = {DTYPES[name]: name for name in ("fp16", "bf16", "fp32")}
     return Key(
         f"sm_{task.capability}",
         f"{task.case.op}.{made.kernel.__name__}",
@@ -219,7 +222,7 @@ def write_table(path: Path, version: str, table: Mapping[Key, Row]) -> None:
     writer.writerow(_COLUMNS)
     for row_key in sorted(table):
         writer.writerow((row_key.arch, row_key.kernel, row_key.type, row_key.constants, *table[row_key]))
-    path.write_text(text.getvalue(), encoding="utf-8")
+    write_text(path, text.getvalue())
 
 
 def differences(committed: Table, now: Mapping[Key, Row], archs: Iterable[str]) -> list[str]:

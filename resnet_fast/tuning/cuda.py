@@ -144,10 +144,6 @@ class CudaRunner:
     def seconds(self, config: Any) -> float:
         return self._timed([self._launch_on(config, tensors) for tensors in self._sets])
 
-    def seconds_of(self, make: Callable[[dict[str, Tensor | None]], Callable[[], object]]) -> float:
-        """Seconds of what ``make`` returns for each set of the case's tensors, as of a launch."""
-        return self._timed([make(tensors) for tensors in self._sets])
-
     def separately(self) -> float:
         case = self._case
         assert case is not None

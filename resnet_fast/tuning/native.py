@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from resnet_fast._files import write_text
+
 #: The architectures in the table: those that continuous integration builds for.
 ARCHITECTURES = ("sm_80", "sm_90a")
 
@@ -224,9 +226,7 @@ def write_table(path: Path, compiler: str, rows: Mapping[Key, Row]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
     writer.writerows((*key, *rows[key]) for key in sorted(rows))
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text.getvalue(), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, text.getvalue())
 
 
 def read_table(path: Path) -> tuple[str, dict[Key, Row]]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from resnet_fast._dtypes import DTYPES
 from resnet_fast.backends import cuda, triton
 from resnet_fast.graph.inventory import Block, Layer
 from resnet_fast.kernels import cuda_choice
@@ -24,9 +25,6 @@ from resnet_fast.roofline import Work, cost
 
 if TYPE_CHECKING:
     from resnet_fast.kernels.gpus import GPU
-
-#: Storage of each precision.
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 
 Tensors = Mapping[str, Tensor | None]
 

@@ -150,9 +150,9 @@ from resnet_fast.kernels import gpus
 from resnet_fast.tuning import compile as check, ops, shapes
 from resnet_fast.tuning.compiler import launches
 import triton
-from benchmarks.gpu_stages import FakeDriver
+from resnet_fast.tuning.compiler import _Driver
 for capability, name in list(check.ARCHITECTURES.items())[:2]:
-    triton.runtime.driver.set_active(FakeDriver(capability))
+    triton.runtime.driver.set_active(_Driver(capability))
     gpu = gpus.known(name)
     seen = set()
     for case in shapes.problems(["resnet50"], [1], ["fp16", "tf32"], gpu=gpu):
