@@ -1,7 +1,7 @@
 """The fused ops by pytest-benchmark, one statistic for each contestant: ``pytest benchmarks/test_ops.py -k head``.
 
-``--benchmark-json FILE`` writes the figures, ``--benchmark-compare`` holds them against earlier ones. A contestant that
-breaks the error rule is not timed. ``bench_ops`` interleaves contestants and gives ratios; here each is timed by itself.
+``--benchmark-json FILE`` writes the figures, ``--benchmark-compare`` compares them with earlier ones. A contestant that
+breaks the error rule is not timed. ``bench_ops`` interleaves contestants for ratios; here each is timed alone.
 """
 
 from __future__ import annotations
