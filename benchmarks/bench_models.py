@@ -106,7 +106,7 @@ _models: dict[tuple[str, int], nn.Module] = {}
 
 
 def _model(arch: str, image_size: int = 224) -> nn.Module:
-    """A seeded network, made once in a process."""
+    """Return a seeded network, made once in a process."""
     key = (arch, image_size)
     if key not in _models:
         _models[key] = fresh_model(arch, image_size=image_size)

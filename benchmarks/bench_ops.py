@@ -84,7 +84,7 @@ def check(
 
 
 def _cuda_computes(make: Callable[[], ops.OpCase], precision: str) -> bool:
-    """Whether CUDA's kernels compute a case; products of float32 they have only in ``head``."""
+    """Return whether CUDA's kernels compute a case; products of float32 they have only in ``head``."""
     op = ops.op_of(make)
     return op in backends.cuda.OPS and not (precision == "fp32" and op in ("conv_bn_act", "stem"))
 
@@ -263,7 +263,7 @@ def _by(backend: str, run: Callable[..., ops.Result]) -> Callable[..., ops.Resul
 
 
 def _replayed(every: Callable[[], Tensor], device: Device) -> Callable[[int], object]:
-    """A call of all sets of activations, by a graph if the device has them."""
+    """Return a call of all sets of activations, by a graph if the device has them."""
     again: Callable[[], object] = every if device.capture is None else device.capture(every)[0]
     return lambda number: again()
 
@@ -280,7 +280,7 @@ def _trying() -> Iterator[None]:
 
 
 def _compared(case: ops.OpCase, samples: Samples, limits: Any) -> dict[str, Any]:
-    """The op's seconds beside plain torch's, and its share of the floor if the GPU's limits are known."""
+    """Return the op's seconds beside plain torch's, and its share of the floor if the GPU's limits are known."""
     found: dict[str, Any] = {"bytes": case.work.bytes, "flops": case.work.flops}
     if limits is not None:
         floor = case.work.floor(limits, case.precision)

@@ -68,7 +68,7 @@ class Contestant:
     optimizer: torch.optim.SGD
 
     def backward(self, x: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-        """The mean loss, after its gradients have been added to the parameters'."""
+        """Return the mean loss, after its gradients have been added to the parameters'."""
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not torch.float32):
             loss = F.cross_entropy(self.forward(x), targets)
         loss.backward()
@@ -82,7 +82,7 @@ class Contestant:
 
 
 def layers(model: nn.Module, arch: str) -> tuple[nn.Module, str]:
-    """The network with the parameters of ``model`` as others have it, and where it is from.
+    """Return the network with the parameters of ``model`` as others have it, and where it is from.
 
     torchvision's where that is installed; otherwise the graph of ours, every module of it from torch.nn and every
     function torch's (``peers.plain`` makes sure), which is what torchvision's forward calls in the same order.
@@ -149,7 +149,7 @@ def peak_bytes(step: Callable[[], object], before: int) -> int:
 
 
 def kept_bytes(contestant: Contestant, x: Tensor, targets: Tensor, dtype: torch.dtype) -> int:
-    """What a forward keeps for its backward, each piece of memory once, parameters and the input not counted."""
+    """Return what a forward keeps for its backward, each piece of memory once, parameters and the input not counted."""
     known = {each.untyped_storage().data_ptr() for each in (x, *contestant.module.parameters())}
     kept: dict[int, Tensor] = {}  # the tensors too, so that no memory is freed and counted under the same address
 
@@ -222,7 +222,7 @@ def measure(case: Case, *, device: str, names: tuple[str, ...] = NAMES, seconds:
 
 
 def ratios(samples: Samples) -> dict[str, dict[str, Any]]:
-    """How many times faster each of ours is than each of the others; quantiles over the rounds."""
+    """Return how many times faster each of ours is than each of the others; quantiles over the rounds."""
     others = [name for name in ("eager", "compile") if name in samples]
     return {
         own: {name: paired_ratio(samples[own], samples[name]).as_dict() for name in others}

@@ -32,7 +32,7 @@ VARIABLES = re.compile(r"CUDA_VISIBLE_DEVICES|(TRITON|TORCH|PYTORCH|RESNET_FAST|
 
 
 def module_at(path: str) -> ModuleType:
-    """A file of this checkout that needs no more than the standard library, as a module, without its package."""
+    """Return a file of this checkout that needs no more than the standard library, as a module, without its package."""
     name = f"_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, ROOT / path)
     assert spec is not None and spec.loader is not None
@@ -61,7 +61,7 @@ def report() -> dict[str, Any]:
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:
-    """The part that every result file repeats beside its numbers."""
+    """Return the part that every result file repeats beside its numbers."""
     gpu = found["gpus"][0] if found["gpus"] else {}
     return {
         "gpu": gpu.get("name", ""),
@@ -81,7 +81,7 @@ def versions() -> dict[str, str]:
 
 
 def slug(found: dict[str, Any]) -> str:
-    """The folder's name for results of this GPU, as kernels/gpus.py writes it; "none" without one."""
+    """Return the folder's name for results of this GPU, as kernels/gpus.py writes it; "none" without one."""
     return str(module_at("kernels/gpus.py").normalise(found["gpus"][0]["name"])) if found["gpus"] else "none"
 
 
@@ -156,7 +156,7 @@ def _nvcc() -> str:
 
 
 def _output(command: list[str]) -> str:
-    """What a program prints; "" if there is none or it fails."""
+    """Return what a program prints; "" if there is none or it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):

@@ -189,7 +189,7 @@ def perform(run: Run, stages: tuple[Stage, ...]) -> int:
 
 
 def _judged(run: Run, began: str) -> tuple[tuple[str, ...], str]:
-    """The precisions that smoke, begun at that time, found right, and why the others are not timed.
+    """Return the precisions that smoke, begun at that time, found right, and why the others are not timed.
 
     Right is a precision of which something was judged and nothing is wrong, and of which nothing is missing unless the
     time was too short for it.
@@ -277,7 +277,7 @@ def _one(stage: Stage, seconds: float, run: Run, right: tuple[str, ...]) -> Outc
 
 
 def _end(stage: Stage, command: Command, status: int | None, output: str, run: Run) -> tuple[str, str]:
-    """How a command ended and why, after what it says of tests is in ``tests.json``."""
+    """Return how a command ended and why, after what it says of tests is in ``tests.json``."""
     if stage.name == "sanitizer":
         return _sanitized(command, status, output, run)
     if command.row:
@@ -431,7 +431,7 @@ def rehearsal(run: Run) -> int:
 
 
 def table(results: Path, outcomes: Mapping[str, Outcome]) -> str:
-    """The short summary printed last, from the result files."""
+    """Return the short summary printed last, from the result files."""
     lines = ["", f"results in {results}, all of them in {archive(results).name} beside it"]
     lines += [f"  {name:10s} {o.status:12s} {o.seconds:6.1f} s  {o.reason}".rstrip() for name, o in outcomes.items()]
     return "\n".join(lines + summary.lines(results))

@@ -430,7 +430,7 @@ def op_of(make: Callable[[], OpCase]) -> str:
 
 
 def small(precision: str, device: str) -> tuple[Callable[[], OpCase], ...]:
-    """Every op at small shapes that meet every form of every kernel; batch 3."""
+    """Return every op at small shapes that meet every form of every kernel; batch 3."""
     given = (3, precision, device)
     return (
         *(functools.partial(conv_bn_act, shape, *given) for shape in SMALL_CONVS),

@@ -25,7 +25,7 @@ class Process:
         )
 
     def wait(self, seconds: float, meanwhile: Callable[[], object] = lambda: None) -> int | None:
-        """The exit status; None if the command was still running after ``seconds`` and had to be ended."""
+        """Return the exit status; None if the command was still running after ``seconds`` and had to be ended."""
         end, called = time.monotonic() + seconds, time.monotonic()
         try:
             while time.monotonic() < end:

@@ -39,7 +39,7 @@ ON_GPU = {
 
 
 def load(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """All whole-model results below ``folder``, by machine, in the order of network, batch and precision."""
+    """Return all whole-model results below ``folder``, by machine, in the order of network, batch and precision."""
     machines: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*/*.json")):
         result = results.read(path)
@@ -56,7 +56,7 @@ def _order(result: dict[str, Any]) -> tuple[int, str, int, bool]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """The Markdown table of one machine, with the line that says what it is."""
+    """Return the Markdown table of one machine, with the line that says what it is."""
     names = [name for name in HEADINGS if any(_timed(result, name) for result in found)]
     assert set(names) <= set(PEERS)
     heading = ["network", "precision", "batch", *map(HEADINGS.__getitem__, names), "against eager", "against best peer"]
@@ -94,7 +94,7 @@ def _timed(result: dict[str, Any], name: str) -> dict[str, Any] | None:
 
 
 def load_gpus(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """What ``make gpu`` wrote below ``folder``: GPU -> "models", "ops", "correctness" -> the file's content."""
+    """Return what ``make gpu`` wrote below ``folder``: GPU -> "models", "ops", "correctness" -> the file's content."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name in ("models", "ops", "correctness"):
         for path in sorted(folder.glob(f"*/{name}.json")):
@@ -105,7 +105,7 @@ def load_gpus(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def gpu_section(files: dict[str, dict[str, Any]]) -> str:
-    """The tables of one GPU: networks, single ops at float16 and batch 128, relative errors."""
+    """Return the tables of one GPU: networks, single ops at float16 and batch 128, relative errors."""
     parts = []
     if cases := measured(files):
         parts.append(gpu_table(cases, files["models"]["machine"]))
@@ -117,7 +117,7 @@ def gpu_section(files: dict[str, dict[str, Any]]) -> str:
 
 
 def measured(files: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The networks that were timed, by precision, network and batch."""
+    """Return the networks that were timed, by precision, network and batch."""
     cases = [row for row in files.get("models", {}).get("cases", {}).values() if "contestants" in row]
     precisions = list(DTYPES)
 
@@ -155,7 +155,7 @@ def gpu_table(cases: list[dict[str, Any]], machine: dict[str, Any]) -> str:
 
 
 def describe_gpu(machine: dict[str, Any]) -> str:
-    """The GPU with everything that its numbers depend on."""
+    """Return the GPU with everything that its numbers depend on."""
     versions = machine["versions"]
     software = [f"{name} {versions[name]}" for name in ("torch", "triton", "jax") if name in versions]
     parts = [machine["gpu"], f"driver {machine['driver']}", *software, f"nvcc {machine['nvcc'] or 'none'}"]
@@ -163,13 +163,13 @@ def describe_gpu(machine: dict[str, Any]) -> str:
 
 
 def op_rows(files: dict[str, dict[str, Any]], precision: str = "fp16", batch: int = 128) -> list[dict[str, Any]]:
-    """The timed ops at one precision and batch size."""
+    """Return the timed ops at one precision and batch size."""
     rows = files.get("ops", {}).get("rows", {}).values()
     return [row for row in rows if "share" in row and (row["precision"], row["batch"]) == (precision, batch)]
 
 
 def op_table(rows: list[dict[str, Any]], file: dict[str, Any]) -> str:
-    """Each op beside its floor and plain torch."""
+    """Return each op beside its floor and plain torch."""
     lines = [
         "| op | shape | µs | floor µs | bound by | share of the floor | torch µs | Triton | CUDA | cuDNN |",
         "|---|---|---:|---:|---|---:|---:|---:|---:|---:|",
@@ -225,7 +225,7 @@ def gpu_plots(slug: str, files: dict[str, dict[str, Any]], folder: Path) -> list
 
 
 def markdown(machines: dict[str, list[dict[str, Any]]], gpus: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """What belongs between the markers."""
+    """Return what belongs between the markers."""
     sections = [gpu_section(files) for files in gpus.values()]
     return "\n\n".join([*filter(None, sections), *(table(found) for found in machines.values())])
 

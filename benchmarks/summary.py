@@ -55,7 +55,7 @@ def rates(row: Mapping[str, Any]) -> str:
 
 
 def outcomes(output: str) -> dict[str, int]:
-    """How many tests passed, failed, ... in the output of ``pytest -v``, with or without xdist."""
+    """Return how many tests passed, failed, ... in the output of ``pytest -v``, with or without xdist."""
     counts: dict[str, int] = {}
     for line in output.splitlines():
         match = re.match(

@@ -89,7 +89,7 @@ def find_tool(name: str, least: tuple[int, int] = (0, 0)) -> str | None:
 
 
 def _version(program: str) -> tuple[int, int]:
-    """What ``program --version`` says, (0, 0) if nothing."""
+    """Return what ``program --version`` says, (0, 0) if nothing."""
     try:
         output = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
     except (OSError, subprocess.SubprocessError):
@@ -125,7 +125,7 @@ def gpu_capabilities() -> list[str] | None:
 
 
 def arch_of(capability: str) -> str | None:
-    """The architecture of ``ARCHS`` for a GPU of this capability; None if it is too old.
+    """Return the architecture of ``ARCHS`` for a GPU of this capability; None if it is too old.
 
     Machine code runs on the same major version with the same or a higher minor one, code for an "a" architecture on
     exactly that one. What is left compiles the PTX for 80 when it is first used.
@@ -152,7 +152,7 @@ def find_cutlass(given: str | None = None) -> str | None:
 
 
 def plan() -> Plan:
-    """What ``RESNET_FAST_BUILD``, ``RESNET_FAST_ARCHS``, ``RESNET_FAST_SM90`` and this machine come to.
+    """Return what ``RESNET_FAST_BUILD``, ``RESNET_FAST_ARCHS``, ``RESNET_FAST_SM90`` and this machine come to.
 
     Raises:
         BuildError: a variable has a value that means nothing.
@@ -197,7 +197,7 @@ def known_archs() -> list[str]:
 
 
 def native_archs(capabilities: Sequence[str] | None, known: Sequence[str] = ARCHS) -> str:
-    """The architectures of GPUs with these capabilities; "", all that the compiler knows, where there are none.
+    """Return the architectures of GPUs with these capabilities; "", all that the compiler knows, where there are none.
 
     A GPU that is too new for the compiler gets "80", whose PTX its driver compiles.
 
@@ -224,7 +224,7 @@ def parse_archs(text: str, name: str) -> str:
 
 
 def requirements() -> list[str]:
-    """The packages that the build of :func:`plan` needs and this machine lacks, for pip."""
+    """Return the packages that the build of :func:`plan` needs and this machine lacks, for pip."""
     wanted = plan()
     if wanted.reason:
         return []
@@ -362,7 +362,7 @@ def _run(command: Sequence[str]) -> None:
 
 
 def _heart(lines: Sequence[str], most: int = 3500) -> str:
-    """What a failed command's output says of the cause: from its first error on, or its end."""
+    """Return what a failed command's output says of the cause: from its first error on, or its end."""
     lines = list(lines)
     # A compiler's "error:" before what other programs say about having failed.
     for pattern in (r"\b(fatal|error)\s*:", r"\b(error|fatal)\b"):
@@ -374,7 +374,7 @@ def _heart(lines: Sequence[str], most: int = 3500) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Return the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python csrc/native_build.py", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="gets the module and its record")
     parser.add_argument(

@@ -43,12 +43,12 @@ def cdiv(a: int, b: int) -> int:
 
 
 def power_of_two(value: int, least: int, most: int) -> int:
-    """The smallest power of two that is not below ``value``, within [least, most]."""
+    """Return the smallest power of two that is not below ``value``, within [least, most]."""
     return min(most, max(least, 1 << max(0, value - 1).bit_length()))
 
 
 def dividing_power_of_two(value: int, most: int) -> int:
-    """The largest power of two that divides ``value``, at most ``most``."""
+    """Return the largest power of two that divides ``value``, at most ``most``."""
     return min(most, value & -value)
 
 
@@ -58,18 +58,18 @@ def dot_precision(precision: str) -> str:
 
 
 def aligned(*tensors: Any) -> bool:
-    """Whether the copy engine can address each tensor's first element."""
+    """Return whether the copy engine can address each tensor's first element."""
     return all(tensor is None or tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
 
 
 def wide(*tensors: Any) -> bool:
-    """Whether offsets into one of the tensors, masked ones of its last tile too, may not fit in 32 bits."""
+    """Return whether offsets into one of the tensors, masked ones of its last tile too, may not fit in 32 bits."""
     return any(tensor is not None and tensor.numel() >= WIDE_FROM - _LARGEST_TILE for tensor in tensors)
 
 
 @lru_cache(maxsize=4096)
 def image_box(n: int, p: int, q: int, pixels: int) -> tuple[int, int, int]:
-    """A box of ``pixels`` (a power of two) [images, rows, columns], powers of two, that covers [N, P, Q] best.
+    """Return a box of ``pixels`` (a power of two) [images, rows, columns], powers of two, that covers [N, P, Q] best.
 
     Least waste first; among equals the one with most pixels of one image, and the squarest.
     """

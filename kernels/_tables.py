@@ -31,12 +31,12 @@ def user_folder() -> Path:
 
 
 def checked_in_folder() -> Path:
-    """Where the tables that come with the package lie."""
+    """Return where the tables that come with the package lie."""
     return _CHECKED_IN
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """A table's choices, ``op -> problem -> fields``.
+    """Return a table's choices, ``op -> problem -> fields``.
 
     Raises:
         ValueError: the file is not such a table.
@@ -106,7 +106,7 @@ def remembers(function: Any) -> Any:
 
 
 def lookup(op: str, problem: str, gpu: str) -> dict[str, Any] | None:
-    """The measured choice for a problem's key on a GPU, None if nobody measured it."""
+    """Return the measured choice for a problem's key on a GPU, None if nobody measured it."""
     return _load(gpu).get((op, problem))
 
 
@@ -123,7 +123,7 @@ _RANGES = {
 
 
 def milliseconds(op: str, problem: str, gpu: str) -> float | None:
-    """What the measured choice took, None if there is none or the table does not say."""
+    """Return what the measured choice took, None if there is none or the table does not say."""
     found = lookup(op, problem, gpu)
     taken = None if found is None else found.get("ms")
     return float(taken) if type(taken) in (int, float) and 0 < taken < float("inf") else None

@@ -102,22 +102,22 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
 @_tables.remembers
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, gpu: GPU) -> Config:
-    """The measured choice where there is one, else the heuristic's."""
+    """Return the measured choice where there is one, else the heuristic's."""
     return _tables.measured(NAME, problem.key(), gpu.name, Config) or heuristic(problem, gpu)
 
 
 def as_fields(config: Config) -> dict[str, Any]:
-    """A config as a table stores it."""
+    """Return a config as a table stores it."""
     return asdict(config)
 
 
 def _wide(problem: Problem, config: Config) -> bool:
-    """Whether an offset, masked ones of the last program included, may not fit in 32 bits."""
+    """Return whether an offset, masked ones of the last program included, may not fit in 32 bits."""
     return problem.length > WIDE_FROM - config.block
 
 
 def launch(x: Any, y: Any, out: Any, problem: Problem, config: Config, *, activation: str = "relu") -> Launch:
-    """The launch that fills ``out`` with ``act(x + y)``.
+    """Return the launch that fills ``out`` with ``act(x + y)``.
 
     Args:
         x, y, out: tensors of one shape, dtype and strides, without gaps between elements. ``out`` may be x or y.

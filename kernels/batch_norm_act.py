@@ -511,7 +511,7 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
 @_tables.remembers
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, gpu: GPU) -> Config:
-    """The measured choice where there is one that the kernels can take, else the heuristic's."""
+    """Return the measured choice where there is one that the kernels can take, else the heuristic's."""
     config = _tables.measured(NAME, problem.key(), gpu.name, Config)
     if config is not None and config.rows % (config.accesses * config.lanes(problem)) == 0:
         return config
@@ -519,7 +519,7 @@ def choose(problem: Problem, gpu: GPU) -> Config:
 
 
 def as_fields(config: Config) -> dict[str, Any]:
-    """A config as a table stores it."""
+    """Return a config as a table stores it."""
     return asdict(config)
 
 
@@ -547,7 +547,7 @@ def moments_size(tiles: int, c: int) -> int:
 
 
 def _launch(kernel: Any, tensors: tuple[Any, ...], problem: Problem, config: Config, **flags: Any) -> Launch:
-    """A launch with a program for each slice of each column."""
+    """Return a launch with a program for each slice of each column."""
     lanes = config.lanes(problem)
     reach = (problem.rows + config.accesses * lanes) * (problem.c + config.block_c)  # of offsets, masked ones included
     options = flags | {
@@ -656,7 +656,7 @@ def apply(
     *,
     activation: str = "relu",
 ) -> tuple[Launch, ...]:
-    """The launch that fills ``out`` with ``act((x - mean) * invstd * gamma + beta + residual)``.
+    """Return the launch that fills ``out`` with ``act((x - mean) * invstd * gamma + beta + residual)``.
 
     Args:
         gamma, beta, residual: may be None. out: may be x or the residual.
@@ -677,7 +677,7 @@ def reduce(
     problem: Problem,
     config: Config,
 ) -> tuple[Launch, ...]:
-    """The launches that fill the sums over rows of ``g`` and of ``g * (x - mean) * invstd``.
+    """Return the launches that fill the sums over rows of ``g`` and of ``g * (x - mean) * invstd``.
 
     Args:
         output: tells where the ReLU was open, which is where ``g`` is ``grad``; None: everywhere.
@@ -704,7 +704,7 @@ def backward(
     problem: Problem,
     config: Config,
 ) -> tuple[Launch, ...]:
-    """The launch that fills ``grad_x`` and ``grad_residual`` (``g``), where they are not None.
+    """Return the launch that fills ``grad_x`` and ``grad_residual`` (``g``), where they are not None.
 
     ``grad_x = gamma * invstd * (g - sum_grad / rows - xhat * sum_grad_xhat / rows)``, without the sums (None) for
     statistics that do not depend on x.

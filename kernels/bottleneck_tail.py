@@ -240,7 +240,7 @@ def launch(
     problem: Problem,
     config: Config,
 ) -> Launch:
-    """The launch that fills ``out`` and ``following``.
+    """Return the launch that fills ``out`` and ``following``.
 
     Args:
         a: [N, MID, H, W]; shortcut: the residual [N, K, P, Q] or the projection's input; out: [N, K, P, Q];

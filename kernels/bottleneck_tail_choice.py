@@ -41,12 +41,12 @@ class Config:
 
 
 def supports(problem: Problem, gpu: GPU) -> bool:
-    """Whether the kernel has a launch for the problem, without spills, and nobody measured that it is slower."""
+    """Return whether the kernel has a launch for the problem, without spills, and nobody measured that it is slower."""
     return choose(problem, gpu) is not None
 
 
 def supports_boxes(problem: Problem, gpu: GPU, block_n: int) -> bool:
-    """Whether the form ``boxes`` can compute the problem on the GPU, as far as shapes tell."""
+    """Return whether the form ``boxes`` can compute the problem on the GPU, as far as shapes tell."""
     if gpu.capability < 90 or problem.k % block_n:
         return False
     if problem.stride == 2 and (problem.h % 2 or problem.w % 2):
@@ -63,7 +63,7 @@ def _tile_size(channels: int) -> bool:
 
 
 def heuristic(problem: Problem, gpu: GPU) -> Config | None:
-    """A launch choice from the shape alone; None where no tile is known to keep its accumulators in registers.
+    """Return a launch choice from the shape alone; None where no tile is known to keep its accumulators in registers.
 
     Where the limits lie was found by compiling: a tile one step larger spills (docs/kernels/bottleneck_tail.md). A
     program computes all the channels of its pixels, so there are few programs: with less than one for each two
@@ -140,7 +140,7 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
 @_tables.remembers
 @lru_cache(maxsize=1024)
 def choose(problem: Problem, gpu: GPU) -> Config | None:
-    """The measured choice where there is one, else the heuristic's; None where the kernel does not apply.
+    """Return the measured choice where there is one, else the heuristic's; None where the kernel does not apply.
 
     A table may also say ``"separate": true``: measured, the convolutions were faster one by one.
     """
@@ -158,5 +158,5 @@ def choose(problem: Problem, gpu: GPU) -> Config | None:
 
 
 def as_fields(config: Config) -> dict[str, Any]:
-    """A config as a table stores it."""
+    """Return a config as a table stores it."""
     return asdict(config)

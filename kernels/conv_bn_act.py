@@ -304,7 +304,7 @@ class Config:
 
 
 def supports_boxes(problem: Problem, gpu: GPU) -> bool:
-    """Whether the form ``boxes`` can compute the problem on the GPU, as far as shapes tell."""
+    """Return whether the form ``boxes`` can compute the problem on the GPU, as far as shapes tell."""
     vector = 16 // ITEMSIZE[problem.precision]
     plain = problem.groups == 1 and problem.dilation == (1, 1) and problem.c % 16 == 0 and problem.k % vector == 0
     even = problem.h % 2 == 0 and problem.w % 2 == 0
@@ -313,7 +313,7 @@ def supports_boxes(problem: Problem, gpu: GPU) -> bool:
 
 
 def _widest_k(problem: Problem, boxes: bool) -> int:
-    """The longest sensible step through the product: 128 bytes, or all of a short one."""
+    """Return the longest sensible step through the product: 128 bytes, or all of a short one."""
     item = ITEMSIZE[problem.precision]
     most = 16 if problem.precision == "fp32" else 128 // item
     if boxes:
@@ -334,7 +334,7 @@ def _fits(config: Config, problem: Problem, gpu: GPU) -> bool:
 
 
 def heuristic(problem: Problem, gpu: GPU) -> Config:
-    """A launch choice from the shape alone: the largest tile that still gives every multiprocessor work."""
+    """Return a launch choice from the shape alone: the largest tile that still gives every multiprocessor work."""
     boxes = supports_boxes(problem, gpu)
     block_k = _widest_k(problem, boxes)
     per_group = problem.k // problem.groups
@@ -389,19 +389,19 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
 @_tables.remembers
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, gpu: GPU) -> Config:
-    """The measured choice where there is one that fits, else the heuristic's."""
+    """Return the measured choice where there is one that fits, else the heuristic's."""
     config = _tables.measured(NAME, problem.key(), gpu.name, Config)
     return config if config is not None and takes(config, problem, gpu) else heuristic(problem, gpu)
 
 
 def takes(config: Config, problem: Problem, gpu: GPU) -> bool:
-    """Whether the kernel computes the problem with this choice on ``gpu``."""
+    """Return whether the kernel computes the problem with this choice on ``gpu``."""
     boxes = supports_boxes(problem, gpu) and problem.c % config.block_k == 0
     return _fits(config, problem, gpu) and (boxes or not config.boxes)
 
 
 def as_fields(config: Config) -> dict[str, Any]:
-    """A config as a table stores it."""
+    """Return a config as a table stores it."""
     return asdict(config)
 
 
@@ -418,7 +418,7 @@ def launch(
     activation: str = "relu",
     residual_after_activation: bool = False,
 ) -> Launch:
-    """The launch that fills ``out``.
+    """Return the launch that fills ``out``.
 
     Args:
         x: [N, C, H, W], residual and out: [N, K, P, Q], all dense channels_last and of one dtype.
@@ -467,7 +467,7 @@ def launch_raw(
 
 
 def tiles(problem: Problem, config: Config, boxes: bool) -> int:
-    """How many tiles of pixels cover the output."""
+    """Return how many tiles of pixels cover the output."""
     if not boxes:
         return cdiv(problem.pixels, config.block_m)
     (n, _, _), (_, p, q) = _box_sizes(problem)

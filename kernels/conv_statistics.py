@@ -26,7 +26,7 @@ NAME = "conv_statistics"
 
 
 def heuristic(problem: Problem, gpu: GPU) -> Config:
-    """A launch choice from the shape alone: conv_bn_act's."""
+    """Return a launch choice from the shape alone: conv_bn_act's."""
     return conv_bn_act.heuristic(problem, gpu)
 
 
@@ -38,13 +38,13 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
 @_tables.remembers
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, gpu: GPU) -> Config:
-    """The measured choice where there is one that the kernels can take, else the heuristic's."""
+    """Return the measured choice where there is one that the kernels can take, else the heuristic's."""
     config = _tables.measured(NAME, problem.key(), gpu.name, Config)
     return config if config is not None and conv_bn_act.takes(config, problem, gpu) else heuristic(problem, gpu)
 
 
 def as_fields(config: Config) -> dict[str, Any]:
-    """A config as a table stores it."""
+    """Return a config as a table stores it."""
     return asdict(config)
 
 
@@ -65,7 +65,7 @@ def launches(
     problem: Problem,
     config: Config,
 ) -> tuple[Launch, ...]:
-    """The launches that fill ``y``, ``mean`` and the biased ``variance``.
+    """Return the launches that fill ``y``, ``mean`` and the biased ``variance``.
 
     Args:
         x: [N, C, H, W], y: [N, K, P, Q], dense channels_last and of one dtype. weight: [K, C / groups, R, S], alike.

@@ -63,7 +63,7 @@ class Only:
 
 
 def table(op: str) -> str:
-    """The section of a table that holds the measured CUDA choices of ``op``."""
+    """Return the section of a table that holds the measured CUDA choices of ``op``."""
     return f"{op}.cuda"
 
 
@@ -74,7 +74,7 @@ def suits(kernel: Kernel, problem: ConvBNAct, gpu: GPU) -> bool:
 
 
 def heuristic(problem: ConvBNAct, gpu: GPU, kernels: Sequence[Kernel]) -> Kernel | None:
-    """The choice from the shape alone among ``kernels``, which all compute the problem; None if there are none.
+    """Return the choice from the shape alone among ``kernels``, which all compute the problem; None if there are none.
 
     Kernels made for Hopper first (the plain product for 1x1, the convolution for the rest), then those that load
     vectors, then those that load elements. Among equals the tile whose whole launch is estimated to take least: the
@@ -126,5 +126,5 @@ def candidates(problem: ConvBNAct, gpu: GPU, kernels: Sequence[Kernel]) -> Itera
 
 
 def as_fields(config: Any) -> dict[str, Any]:
-    """A choice as a table stores it."""
+    """Return a choice as a table stores it."""
     return asdict(config)

@@ -74,7 +74,7 @@ _OTHER_CHIPS = {"pcie", "nvl", "d", "ti", "super", "laptop", "max", "mig"}
 
 
 def normalise(name: str) -> str:
-    """A driver's or a user's name for a GPU as the tables write it: ``NVIDIA H100 80GB HBM3`` -> ``h100``."""
+    """Return a driver's or a user's name for a GPU as the tables write it: ``NVIDIA H100 80GB HBM3`` -> ``h100``."""
     words = name.lower().replace("-", " ").replace("geforce", "").replace("nvidia", "").split()
     names = {gpu.name for gpu in GPUS}
     for count in range(1, len(words) + 1):
@@ -85,7 +85,7 @@ def normalise(name: str) -> str:
 
 
 def known(name: str) -> GPU:
-    """The built-in GPU of that name.
+    """Return the built-in GPU of that name.
 
     Raises:
         ValueError: there is none; the message lists them.

@@ -152,7 +152,7 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
 @_tables.remembers
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, gpu: GPU) -> Config:
-    """The measured choice where there is one that fits, else the heuristic's."""
+    """Return the measured choice where there is one that fits, else the heuristic's."""
     config = _tables.measured(NAME, problem.key(), gpu.name, Config)
     if config is not None and _fits(config, problem, gpu):
         return config
@@ -160,12 +160,12 @@ def choose(problem: Problem, gpu: GPU) -> Config:
 
 
 def as_fields(config: Config) -> dict[str, Any]:
-    """A config as a table stores it."""
+    """Return a config as a table stores it."""
     return asdict(config)
 
 
 def launch(x: Any, weight: Any, bias: Any, out: Any, problem: Problem, config: Config) -> Launch:
-    """The launch that fills ``out``.
+    """Return the launch that fills ``out``.
 
     Args:
         x: [N, C, H, W], dense channels_last.

@@ -48,7 +48,7 @@ class ConvBNAct:
         return self.n * self.output[0] * self.output[1]
 
     def key(self) -> str:
-        """The problem as tables name it."""
+        """Return the problem as tables name it."""
         pairs = (f"{name}{a}x{b}" for name, (a, b) in (("s", self.stride), ("p", self.padding), ("d", self.dilation)))
         shape = f"n{self.n} {self.h}x{self.w} c{self.c} k{self.k} {self.kernel[0]}x{self.kernel[1]}"
         return f"{self.precision} {shape} {' '.join(pairs)} g{self.groups}{' residual' if self.residual else ''}"
@@ -66,7 +66,7 @@ class ConvStatistics(ConvBNAct):
     normalised: bool = False
 
     def key(self) -> str:
-        """The problem as tables name it."""
+        """Return the problem as tables name it."""
         return f"{super().key()}{' normalised' if self.normalised else ''}"
 
 
@@ -96,7 +96,7 @@ class Stem:
         return p, q
 
     def key(self) -> str:
-        """The problem as tables name it."""
+        """Return the problem as tables name it."""
         pixels = "uint8 " if self.uint8 else ""
         pool = " ceil" if self.ceil_mode else ""
         return f"{self.precision} {pixels}n{self.n} {self.h}x{self.w} c{self.c} k{self.k}{pool}"
@@ -134,7 +134,7 @@ class BottleneckTail:
         return self.n * self.output[0] * self.output[1]
 
     def key(self) -> str:
-        """The problem as tables name it."""
+        """Return the problem as tables name it."""
         parts = [self.precision, f"n{self.n} {self.h}x{self.w} mid{self.mid} k{self.k} s{self.stride}"]
         if self.shortcut is not None:
             c, h, w, stride = self.shortcut
@@ -157,7 +157,7 @@ class Head:
     precision: str
 
     def key(self) -> str:
-        """The problem as tables name it."""
+        """Return the problem as tables name it."""
         return f"{self.precision} n{self.n} {self.h}x{self.w} c{self.c} k{self.k}"
 
 
@@ -170,7 +170,7 @@ class AddAct:
     precision: str
 
     def key(self) -> str:
-        """The problem as tables name it; tf32 and fp32 differ in products only, and here is none."""
+        """Return the problem as tables name it; tf32 and fp32 differ in products only, and here is none."""
         return f"{'fp32' if self.precision == 'tf32' else self.precision} {self.length}"
 
 
@@ -193,7 +193,7 @@ class BatchNormAct:
     residual: bool = False
 
     def key(self) -> str:
-        """The problem as tables name it; tf32 and fp32 differ in products only, and here is none."""
+        """Return the problem as tables name it; tf32 and fp32 differ in products only, and here is none."""
         precision = "fp32" if self.precision == "tf32" else self.precision
         read = f"{' relu' if self.relu else ''}{' residual' if self.residual else ''}"
         return f"{precision} {self.step} {self.rows}x{self.c}{read}"

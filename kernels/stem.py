@@ -175,12 +175,12 @@ class Config:
 
 
 def _positions(problem: Problem) -> int:
-    """A step through the product: a whole row of taps where it is short, else a part of it."""
+    """Return a step through the product: a whole row of taps where it is short, else a part of it."""
     return power_of_two(7 * problem.c, 16, 32)
 
 
 def programs(problem: Problem, block_m: int, block_n: int, rows: int) -> int:
-    """How many programs the launch has."""
+    """Return how many programs the launch has."""
     p, q = problem.output
     return cdiv(problem.n * cdiv(p, rows) * q, block_m) * cdiv(problem.k, block_n)
 
@@ -224,7 +224,7 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
 @_tables.remembers
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, gpu: GPU) -> Config:
-    """The measured choice where there is one that fits, else the heuristic's."""
+    """Return the measured choice where there is one that fits, else the heuristic's."""
     config = _tables.measured(NAME, problem.key(), gpu.name, Config)
     if config is not None and _fits(config, problem, gpu):
         return config
@@ -232,19 +232,19 @@ def choose(problem: Problem, gpu: GPU) -> Config:
 
 
 def as_fields(config: Config) -> dict[str, Any]:
-    """A config as a table stores it."""
+    """Return a config as a table stores it."""
     return asdict(config)
 
 
 def _span(x: Any) -> int:
-    """The offset of the last element from the first."""
+    """Return the offset of the last element from the first."""
     return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def launch(
     x: Any, weight: Any, scale: Any, shift: Any, normalise: Any, out: Any, problem: Problem, config: Config
 ) -> Launch:
-    """The launch that fills ``out``.
+    """Return the launch that fills ``out``.
 
     Args:
         x: [N, C, H, W], or uint8 [N, H, W, C]; any strides.

@@ -52,7 +52,7 @@ class FallbackWarning(UserWarning):
 
 
 def available() -> dict[str, str]:
-    """Each backend's name with ``""`` if it can be used here, else the reason why it cannot."""
+    """Return each backend's name with ``""`` if it can be used here, else the reason why it cannot."""
     return {
         "reference": "",
         "onednn": onednn.unavailable(),
@@ -62,7 +62,7 @@ def available() -> dict[str, str]:
 
 
 def current() -> str:
-    """The backend chosen with :func:`use`: ``"auto"`` (the fastest that is available) unless somebody chose."""
+    """Return the backend chosen with :func:`use`: ``"auto"`` (the fastest that is available) unless somebody chose."""
     return selected
 
 
@@ -100,7 +100,7 @@ class use:  # lower case: reads as a verb at the call site, with or without `wit
 
 
 def runs(name: str, device: str, asked: str = "auto") -> bool:
-    """Whether the choice in force (``asked``, or the process-wide one where that is "auto") lets ``name`` run.
+    """Return whether the choice in force (``asked``, or the process-wide one where that is "auto") lets ``name`` run.
 
     Raises:
         RuntimeError: the chosen backend does not run on tensors of this device type.
@@ -115,7 +115,7 @@ def runs(name: str, device: str, asked: str = "auto") -> bool:
 
 
 def _on_cpu(name: str) -> bool:
-    """Whether a backend for GPUs is executed on the CPU, for tests."""
+    """Return whether a backend for GPUs is executed on the CPU, for tests."""
     return triton.interpreted() if name == "triton" else cuda.emulated()
 
 
@@ -199,6 +199,6 @@ def fallback(what: str, reason: str) -> None:
 
 
 def fallbacks() -> dict[tuple[str, str], int]:
-    """What fell back so far in this process: ``(what, reason) -> how often``."""
+    """Return what fell back so far in this process: ``(what, reason) -> how often``."""
     with _lock:
         return dict(_fallbacks)

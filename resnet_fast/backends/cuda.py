@@ -73,7 +73,7 @@ def substitute(module: Any) -> Iterator[None]:
 
 
 def record() -> dict[str, Any]:
-    """What the last build of this installation left behind, empty where there was none.
+    """Return what the last build of this installation left behind, empty where there was none.
 
     ``built``, ``reason`` (why not), ``archs``, ``ptx``, ``cuda`` (the compiler's version), ``sm90``, ``seconds``.
     """
@@ -86,7 +86,7 @@ def record() -> dict[str, Any]:
 
 @functools.cache
 def _loaded() -> tuple[Native | None, str]:
-    """The installed module, or why there is none."""
+    """Return the installed module, or why there is none."""
     if importlib.util.find_spec("resnet_fast._C") is None:
         return None, f"resnet_fast._C is not built: {_why_not_built()}"
     try:
@@ -111,7 +111,7 @@ def _why_not_built() -> str:
 
 
 def native() -> Native | None:
-    """The module in force; None where there is none that loads."""
+    """Return the module in force; None where there is none that loads."""
     return _substituted if _substituted is not None else _loaded()[0]
 
 
@@ -121,7 +121,7 @@ def load_error() -> str:
 
 
 def described() -> dict[str, Any]:
-    """The native module as ``resnet_fast.info()`` shows it.
+    """Return the native module as ``resnet_fast.info()`` shows it.
 
     ``built``: whether there is one that loads; ``reason``: why not, in full. If built: ``archs``, ``cuda`` (the
     compiler's version), ``convolutions`` (how many kernels), ``cutlass`` (how many of those are made with CUTLASS, for
@@ -147,7 +147,7 @@ def described() -> dict[str, Any]:
 
 
 def emulated() -> bool:
-    """Whether launches run on the CPU, because a test put such a module in place."""
+    """Return whether launches run on the CPU, because a test put such a module in place."""
     return _substituted is not None and _substituted.emulated
 
 
@@ -159,7 +159,7 @@ def _no_gpu() -> str:
 
 
 def unavailable(initialize: bool = False) -> str:
-    """Why the CUDA kernels cannot be used in this process, or "" if they can.
+    """Return why the CUDA kernels cannot be used in this process, or "" if they can.
 
     Whether there is code for the GPU is looked at where CUDA is initialized already, since doing so in a process that
     computes on the CPU would keep it from forking; with ``initialize`` always.
@@ -176,7 +176,7 @@ def unavailable(initialize: bool = False) -> str:
 
 @functools.cache
 def _no_code(index: int) -> str:
-    """Why nothing that was built runs on this GPU, or ""."""
+    """Return why nothing that was built runs on this GPU, or ""."""
     found = native()
     assert found is not None
     capability = torch.cuda.get_device_capability(index)
@@ -188,7 +188,7 @@ def _not_built_for(archs: list[str], major: int, minor: int) -> str:
 
 
 def built_for(archs: list[str], major: int, minor: int) -> bool:
-    """Whether code for these architectures ("80", "90a") runs on a GPU of this compute capability.
+    """Return whether code for these architectures ("80", "90a") runs on a GPU of this compute capability.
 
     Machine code runs on later minors of its major; with an "a" on its own capability alone. The lowest one, its "a" cut
     off, is in the module as PTX too, which the driver compiles for whatever is newer.
@@ -202,7 +202,7 @@ def built_for(archs: list[str], major: int, minor: int) -> bool:
 
 
 def unsupported(dtype: torch.dtype, device: torch.device) -> str:
-    """Why tensors of this dtype on this device cannot be computed by the kernels, or ""."""
+    """Return why tensors of this dtype on this device cannot be computed by the kernels, or ""."""
     if dtype not in _DTYPES:
         return f"the CUDA kernels compute float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     wanted = "cpu" if emulated() else "cuda"
@@ -217,7 +217,7 @@ def unsupported(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def kernel(op: str, problem: Any, gpu: GPU, alignment: int = ALIGNED) -> tuple[str, str]:
-    """The kernel for a problem and "", or "" and why no CUDA kernel computes it.
+    """Return the kernel for a problem and "", or "" and why no CUDA kernel computes it.
 
     Measured choices come first, then the heuristic. An op with one kernel names it like itself.
 
@@ -230,13 +230,13 @@ def kernel(op: str, problem: Any, gpu: GPU, alignment: int = ALIGNED) -> tuple[s
 
 
 def faster(op: str, problem: Any, gpu: GPU, alignment: int = ALIGNED) -> str:
-    """The kernel where tables say that it takes less time than Triton's, else ""."""
+    """Return the kernel where tables say that it takes less time than Triton's, else ""."""
     found = native()
     return "" if found is None else _faster(found, op, problem, gpu, alignment)
 
 
 def supporting(problem: Any, gpu: GPU, alignment: int = ALIGNED) -> tuple[list[cuda_choice.Kernel], str]:
-    """The convolution kernels that compute the problem, and where there are none why not."""
+    """Return the convolution kernels that compute the problem, and where there are none why not."""
     found = native()
     assert found is not None, load_error()
     return _supporting(found, problem, gpu, alignment)
@@ -293,7 +293,7 @@ _tables.remembers(_faster)
 
 
 def _sizes(problem: Any) -> tuple[Any, ...]:
-    """The sizes and the precision of a convolution in the order of the module's arguments."""
+    """Return the sizes and the precision of a convolution in the order of the module's arguments."""
     return (
         problem.n, problem.h, problem.w, problem.c, problem.k, *problem.kernel, *problem.output, *problem.stride,
         *problem.padding, *problem.dilation, problem.groups, problem.precision,
@@ -301,7 +301,7 @@ def _sizes(problem: Any) -> tuple[Any, ...]:
 
 
 def alignment(*tensors: Tensor | None) -> int:
-    """The largest power of two, at most ``ALIGNED``, that divides all of the addresses."""
+    """Return the largest power of two, at most ``ALIGNED``, that divides all of the addresses."""
     bits = ALIGNED
     for tensor in tensors:
         if tensor is not None:
@@ -443,7 +443,7 @@ def add_act_backward(grad: Tensor, output: Tensor, out: Tensor) -> None:
 
 
 def _rows(x: Tensor) -> tuple[int, int]:
-    """An image's pixels and channels: what its memory is as a matrix."""
+    """Return an image's pixels and channels: what its memory is as a matrix."""
     return (x.numel() // x.shape[1] if x.shape[1] else 0), x.shape[1]
 
 

@@ -37,7 +37,7 @@ def owned(y: Tensor) -> Tensor:
 
 
 def suggests_channels_last(x: Tensor) -> bool:
-    """Whether torch takes a 4-D tensor for channels_last and answers in it: its strides are ordered C, W, H, N.
+    """Return whether torch takes a 4-D tensor for channels_last and answers in it: its strides are ordered C, W, H, N.
 
     As torch's own ``suggest_memory_format``: tensors of both layouts, as of one channel, count as NCHW.
     """
@@ -84,10 +84,10 @@ def with_strides_of(weight: Tensor, grad: Tensor) -> Tensor:
 
 
 def kernel_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A convolution's weight as the kernels read it: ``dtype``, dense channels_last; no copy where it is so."""
+    """Return a convolution's weight as the kernels read it: ``dtype``, dense channels_last; no copy where it is so."""
     return channels_last(weight.detach().to(dtype))
 
 
 def kernel_vector(vector: Tensor) -> Tensor:
-    """A per-channel vector as the kernels read it: float32, dense."""
+    """Return a per-channel vector as the kernels read it: float32, dense."""
     return vector.detach().float().contiguous()

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 @functools.cache
 def _functions() -> dict[str, Any]:
-    """The private functions by our own names; raises AttributeError or RuntimeError where torch has none."""
+    """Return the private functions by our own names; raises AttributeError or RuntimeError where torch has none."""
     mkldnn = torch.ops.mkldnn
     return {
         "conv": mkldnn._convolution_pointwise.default,
@@ -74,14 +74,14 @@ def _has_bfloat16() -> bool:
 
 
 def unavailable() -> str:
-    """Why oneDNN's fused functions cannot be used in this process, or ``""`` if they can."""
+    """Return why oneDNN's fused functions cannot be used in this process, or ``""`` if they can."""
     if not torch.backends.mkldnn.enabled:
         return "torch.backends.mkldnn.enabled is False"
     return _probe()
 
 
 def unsupported(dtype: torch.dtype) -> str:
-    """Why tensors of this dtype cannot be computed here, or ``""`` if they can. Includes :func:`unavailable`."""
+    """Return why tensors of this dtype cannot be computed here, or ``""`` if they can. Includes :func:`unavailable`."""
     if dtype is torch.bfloat16 and not _has_bfloat16():
         return "this CPU has no AVX-512, which oneDNN needs for bfloat16"
     if dtype not in (torch.float32, torch.bfloat16):
@@ -166,7 +166,7 @@ _PADDING = (1, 27, 79, 105)
 
 
 def layout(packed: Tensor) -> bytes:
-    """The blocked layout of a packed weight as bytes: equal for weights that are packed alike.
+    """Return the blocked layout of a packed weight as bytes: equal for weights that are packed alike.
 
     A wrong word in _PADDING could only cost time: a packed weight carries its layout, and oneDNN obeys that.
     """

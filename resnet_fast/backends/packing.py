@@ -111,7 +111,7 @@ class PackedConv:
         residual_after_activation: bool = False,
         finite: bool = False,
     ) -> Tensor:
-        """The op; ``finite``: the caller knows that no NaN can reach the ReLU."""
+        """Return the op; ``finite``: the caller knows that no NaN can reach the ReLU."""
         _, c, h, w = shape = x.shape
         if self._pads or x.dtype is not self.bias.dtype or x.stride() != (h * w * c, 1, w * c, c):
             x = self._input(x)
@@ -166,7 +166,7 @@ def _digest(*tensors: Tensor) -> bytes:
 
 
 def unsupported(dtype: torch.dtype, weight: Tensor, groups: int) -> str:
-    """Why this convolution cannot run packed, or "" if it can."""
+    """Return why this convolution cannot run packed, or "" if it can."""
     depthwise = weight.shape[1] == 1 and weight.shape[0] == groups
     if dtype is torch.bfloat16 and groups > 1 and weight.shape[1] % 2 and not depthwise:
         return f"oneDNN mixes pixels for bfloat16 groups of an odd number of channels ({weight.shape[1]})"

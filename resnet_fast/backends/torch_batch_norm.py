@@ -16,7 +16,7 @@ _WIDEST = 32768
 
 
 def row_count(x: Tensor) -> int:
-    """How many values a channel has."""
+    """Return how many values a channel has."""
     n, _, h, w = x.shape
     return n * h * w
 
@@ -48,7 +48,7 @@ def moments_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _side_by_side(x: Tensor) -> list[tuple[int, int, int]]:
-    """How to cut the pixels of an image stored channels_last: (first, last + 1, how many next to each other).
+    """Return how to cut the pixels of an image stored channels_last: (first, last + 1, how many next to each other).
 
     Memory that holds [pixels, C] is also [pixels / n, n * C]: torch's float32 sums over its rows are n times shorter.
     """

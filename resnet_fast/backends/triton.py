@@ -33,7 +33,7 @@ def interpreted() -> bool:
 
 @functools.cache
 def missing() -> str:
-    """Why there is no usable triton, or "" if there is."""
+    """Return why there is no usable triton, or "" if there is."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton (the extra 'triton' of resnet_fast)"
     version = importlib.metadata.version("triton")
@@ -53,12 +53,12 @@ def _no_gpu() -> str:
 
 
 def unavailable() -> str:
-    """Why the Triton kernels cannot be used in this process, or "" if they can."""
+    """Return why the Triton kernels cannot be used in this process, or "" if they can."""
     return missing() or ("" if interpreted() else _no_gpu())
 
 
 def unsupported(dtype: torch.dtype, device: torch.device) -> str:
-    """Why tensors of this dtype on this device cannot be computed by the kernels, or ""."""
+    """Return why tensors of this dtype on this device cannot be computed by the kernels, or ""."""
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the Triton kernels compute float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     capability = gpu_of(device).capability
@@ -68,7 +68,7 @@ def unsupported(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def precision(dtype: torch.dtype, product: str = "conv") -> str:
-    """How the kernels multiply: "fp16", "bf16", and for float32 "tf32" or "fp32", whichever torch is set to.
+    """Return how the kernels multiply: "fp16", "bf16", and for float32 "tf32" or "fp32", whichever torch is set to.
 
     Args:
         product: "conv" follows ``torch.backends.cudnn.conv.fp32_precision`` (and ``cudnn.allow_tf32``), "matmul"
@@ -81,7 +81,7 @@ def precision(dtype: torch.dtype, product: str = "conv") -> str:
 
 
 def gpu_of(device: torch.device) -> gpus.GPU:
-    """The GPU that launches on ``device`` are chosen for: the one given to :func:`assume`, else itself.
+    """Return the GPU that launches on ``device`` are chosen for: the one given to :func:`assume`, else itself.
 
     An H100 for CPU tensors, which only the interpreter computes.
     """

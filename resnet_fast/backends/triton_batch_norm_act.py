@@ -28,7 +28,7 @@ def _kernel() -> ModuleType:
 
 
 def _problem(x: Tensor, step: str, output: Tensor | None = None, residual: Tensor | None = None) -> BatchNormAct:
-    """An image's memory as a matrix [pixels, channels]."""
+    """Return an image's memory as a matrix [pixels, channels]."""
     from resnet_fast.kernels.problems import BatchNormAct
 
     c = x.shape[1]

@@ -91,7 +91,7 @@ class Setting:
         return tuple(name for name in those if name == "optimize" or name in (self.peers or those))
 
     def as_dict(self) -> dict[str, Any]:
-        """The setting as a result file has it."""
+        """Return the setting as a result file has it."""
         own = {name: getattr(self, name) for name in ("arch", "weights", "batch", "image_size", "precision", "seed")}
         return own | {
             "name": self.name,
@@ -198,7 +198,7 @@ def ratios(samples: Samples, ours: tuple[str, ...]) -> dict[str, Any]:
 
 
 def fresh_model(arch: str, *, image_size: int = 224, seed: int = 0) -> nn.Module:
-    """The network of ``arch`` in eval mode, with seeded random weights.
+    """Return the network of ``arch`` in eval mode, with seeded random weights.
 
     They include BatchNorm statistics, measured on a seeded batch and then disturbed (``network.randomize``).
     """
@@ -221,7 +221,7 @@ def _input(batch: Tensor, setting: Setting) -> Tensor:
 
 
 def _judge(model: nn.Module, batch: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Verdict]:
-    """What judges an answer to ``batch``, by its first and its last image."""
+    """Return what judges an answer to ``batch``, by its first and its last image."""
     picked = sorted({0, len(batch) - 1})
     layers = plain(model).to(batch.device)
     exact = copy.deepcopy(layers).double()(batch[picked].double()).cpu()
@@ -263,7 +263,7 @@ def _rotating(run: Callable[[Any], Any], inputs: list[Any]) -> Call:
 
 
 def _recorded(contestant: Contestant, inputs: list[Any], capture: Callable[[Callable[[], Tensor]], Any]) -> Call:
-    """The contestant by replays of graphs, one for each input."""
+    """Return the contestant by replays of graphs, one for each input."""
 
     def record(batch: Any) -> Any:
         return capture(lambda: contestant.run(batch))

@@ -133,7 +133,7 @@ class FusedConv(nn.Module):
 
 
 def _strides(tensor: Tensor) -> list[int]:
-    """A dense channels_last tensor's strides, those of dimensions of one element too."""
+    """Return a dense channels_last tensor's strides, those of dimensions of one element too."""
     _, c, h, w = tensor.shape
     return [c * h * w, 1, w * c, c]
 

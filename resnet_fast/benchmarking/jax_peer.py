@@ -57,7 +57,7 @@ def _numpy(output: Any) -> Any:
 
 
 def _step(layers: fx.GraphModule, node: fx.Node, kind: Any, precision: Any) -> Callable[..., Any]:
-    """What ``node`` does to its inputs."""
+    """Return what ``node`` does to its inputs."""
     jax, jnp = importlib.import_module("jax"), importlib.import_module("jax.numpy")
     if node.op in ("placeholder", "output"):
         return lambda value: value

@@ -92,7 +92,7 @@ def describe() -> Machine:
 
 
 def supports_bfloat16() -> bool:
-    """Whether the processor has bfloat16 instructions; without them bfloat16 runs, but slower than float32."""
+    """Return whether the processor has bfloat16 instructions; without them bfloat16 runs, but slower than float32."""
     _, flags, _ = processor()
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & flags)
 
@@ -108,7 +108,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of the source tree this package runs from, with ``+changes`` if files differ; empty elsewhere.
+    """Return the commit of the source tree this package runs from, with ``+changes`` if files differ; empty elsewhere.
 
     ``RESNET_FAST_COMMIT`` says it for a copy without .git.
     """
@@ -156,7 +156,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def version_of(distribution: str) -> str:
-    """The version of an installed distribution; empty if it is not installed."""
+    """Return the version of an installed distribution; empty if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -54,7 +54,7 @@ def randomize(model: nn.Module, batch: Tensor, *, seed: int = 0) -> nn.Module:
 
 
 def _last_of_branch(block: nn.Module) -> nn.Module | None:
-    """The BatchNorm before the addition of a residual block that is written as torchvision's are."""
+    """Return the BatchNorm before the addition of a residual block that is written as torchvision's are."""
     if not hasattr(block, "downsample"):
         return None
     last = getattr(block, "bn3", None) or getattr(block, "bn2", None)

@@ -70,7 +70,7 @@ class Peer:
     ours: bool = False
 
     def missing(self, dtype: torch.dtype) -> str:
-        """Why it cannot take part at ``dtype`` on this machine; empty if it can."""
+        """Return why it cannot take part at ``dtype`` on this machine; empty if it can."""
         absent = [module for module in self.needs if importlib.util.find_spec(module) is None]
         if absent:
             hint = ": pip install 'resnet_fast[bench]'" if "cpu" in self.devices else ""
@@ -86,7 +86,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def plain(model: nn.Module) -> torch.fx.GraphModule:
-    """The same network made of plain torch layers: a traced copy whose every module comes from ``torch.nn``.
+    """Return the same network made of plain torch layers: a traced copy whose every module comes from ``torch.nn``.
 
     Raises TypeError naming the layer where one does not.
     """

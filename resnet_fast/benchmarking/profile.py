@@ -99,7 +99,7 @@ def _grouped(pairs: list[tuple[str, float]]) -> dict[str, float]:
 
 
 def _stage(name: str, current: str) -> str:
-    """The stage that ``name`` says it belongs to, otherwise the one that the nodes before it belong to."""
+    """Return the stage that ``name`` says it belongs to, otherwise the one that the nodes before it belong to."""
     match = re.match(r"(layer[1-4])(?=[._])", name)
     if match:
         return match.group(1)

@@ -69,7 +69,7 @@ class Quantiles:
 
 
 def quantile(values: Sequence[float], fraction: float) -> float:
-    """The quantile of ``values`` with linear interpolation between neighbours (numpy's and R's default)."""
+    """Return the quantile of ``values`` with linear interpolation between neighbours (numpy's and R's default)."""
     if not values:
         raise ValueError("quantile: no values")
     if not 0 <= fraction <= 1:
@@ -94,7 +94,7 @@ def summarize(values: Sequence[float]) -> Quantiles:
 
 
 def rotated(names: Sequence[str], round_number: int) -> list[str]:
-    """The order of a round: each round starts one contestant later and every second one runs backwards, so that
+    """Return the order of a round: each round starts one contestant later and every second one runs backwards, so that
     nobody is always first and nobody always follows the same neighbour."""
     if not names:
         return []
@@ -197,7 +197,7 @@ def _fraction(schedule: Schedule, rounds_done: float, elapsed: float) -> float:
 
 
 def flatten(rounds: Sequence[Sequence[float]]) -> list[float]:
-    """All samples of one contestant, in the order in which they were taken."""
+    """Return all samples of one contestant, in the order in which they were taken."""
     return [sample for turn in rounds for sample in turn]
 
 

@@ -89,7 +89,7 @@ class Blob:
     """Where it begins in the file, in bytes."""
 
     def tensor(self) -> Tensor:
-        """A copy, of `shape`, float32 or float64 as stored."""
+        """Return a copy, of `shape`, float32 or float64 as stored."""
         return torch.from_numpy(_native(self.values)).reshape(self.shape)
 
 
@@ -452,7 +452,7 @@ def _too_large(size: int) -> str:
 
 
 def _native(values: _Array) -> _Array:
-    """An aligned, writable copy in the machine's byte order; NaN keeps its payload."""
+    """Return an aligned, writable copy in the machine's byte order; NaN keeps its payload."""
     itemsize = values.dtype.itemsize
     return values.view(f"<u{itemsize}").astype(f"=u{itemsize}", copy=True).view(f"=f{itemsize}")
 
@@ -535,7 +535,7 @@ def _layer_part(message: bytes, where: str, blobs: Sequence[_Values]) -> _Part:
 
 
 def _blob_header(values: _Values, what: str) -> tuple[bytes, int, tuple[int, ...]]:
-    """All of a BlobProto but the values' bytes, the number of those, and the shape."""
+    """Return all of a BlobProto but the values' bytes, the number of those, and the shape."""
     if isinstance(values, Tensor):
         right = values.is_floating_point() and values.layout == torch.strided and not values.is_meta
         double = values.dtype == torch.float64

@@ -89,7 +89,7 @@ class Definition:
 
 
 def describe(name: str, kind: str, line: int) -> str:
-    """How errors name a layer."""
+    """Return how errors name a layer."""
     name, kind = (text if len(text) <= 80 else f"{text[:77]}..." for text in (name, kind))
     details = ", ".join(part for part in (kind, f"line {line}" if line else "") if part)
     return f"layer {name!r} ({details})" if details else f"layer {name!r}"
@@ -181,7 +181,7 @@ def walk(
 
 
 def shapes(definition: Definition, inputs: Mapping[str, Shape] | None = None) -> dict[str, tuple[Shape, ...]]:
-    """The shapes of each layer's tops by the layer's name; arguments and errors as for :func:`walk`."""
+    """Return the shapes of each layer's tops by the layer's name; arguments and errors as for :func:`walk`."""
     return {layer.name: tops for layer, _, tops in walk(definition, inputs)}
 
 
@@ -198,7 +198,7 @@ class State:
 
 
 def included(state: State, include: Sequence[Any], exclude: Sequence[Any]) -> bool:
-    """Whether a layer with these rules (NetStateRule messages) is part of the network, as Caffe decides."""
+    """Return whether a layer with these rules (NetStateRule messages) is part of the network, as Caffe decides."""
     if include:
         return any(_meets(state, rule) for rule in include)
     return not any(_meets(state, rule) for rule in exclude)

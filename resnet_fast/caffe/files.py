@@ -32,7 +32,7 @@ def load(
     inputs: Mapping[str, Sequence[int]] | None = None,
     strict: bool = True,
 ) -> Net:
-    """The network that a prototxt defines, with the weights of a caffemodel, float32 on the CPU.
+    """Return the network that a prototxt defines, with the weights of a caffemodel, float32 on the CPU.
 
     Args:
         prototxt_file: a deploy definition: a path.

@@ -26,7 +26,7 @@ def _module(gm: fx.GraphModule, node: fx.Node) -> Any:
 
 
 def _constant(gm: fx.GraphModule, node: fx.Node, name: str, value: Tensor | None, dtype: torch.dtype) -> fx.Node | None:
-    """A constant placed before ``node``, with its float64 value beside it."""
+    """Return a constant placed before ``node``, with its float64 value beside it."""
     if value is None:
         return None
     with gm.graph.inserting_before(node):

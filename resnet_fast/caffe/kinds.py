@@ -36,7 +36,7 @@ from .parameters import (
 
 
 def _two(parameters: Any, name: str, short: str, default: int | None) -> tuple[int, int]:
-    """A size for height and width: repeated or single under ``name``, or as ``short``_h and ``short``_w."""
+    """Return a size for height and width: repeated or single under ``name``, or as ``short``_h and ``short``_w."""
     by_side = (f"{short}_h", f"{short}_w")
     either = [parameters.HasField(side) for side in by_side]
     value = getattr(parameters, name)
@@ -349,7 +349,7 @@ class _Covering(Parameters):
     num_axes: int = 1
 
     def covered(self, bottoms: Sequence[Shape]) -> Shape:
-        """The axes that the parameter, or the second bottom, covers."""
+        """Return the axes that the parameter, or the second bottom, covers."""
         x = bottoms[0]
         axis = axis_of(self.axis, x)
         if len(bottoms) > 1:
@@ -640,7 +640,7 @@ class Crop(Parameters):
             raise ValueError(f"offset has {len(self.offset)} values; a blob has at most {MAX_AXES} axes")
 
     def begins(self, x: Shape, like: Shape) -> Shape:
-        """Where the part begins in each axis of ``x`` from ``axis`` on."""
+        """Return where the part begins in each axis of ``x`` from ``axis`` on."""
         axis = axis_of(self.axis, x)
         if len(self.offset) > 1 and axis + len(self.offset) != len(x):
             raise Illegal(f"it has {len(self.offset)} offsets for the axes from {axis} on of its bottom {times(x)}")
@@ -767,7 +767,7 @@ class Slice(Parameters):
         return cls(axis_or_alias(layer.slice_param, "slice_dim"), tuple(layer.slice_param.slice_point))
 
     def sizes(self, x: Shape, tops: int) -> tuple[int, ...]:
-        """The parts' sizes along ``axis``."""
+        """Return the parts' sizes along ``axis``."""
         size = x[axis_of(self.axis, x)]
         if not self.slice_point:
             if size % tops:

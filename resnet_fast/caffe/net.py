@@ -122,7 +122,7 @@ class Net(nn.Module):
         return found[self._outputs[0]] if len(self._outputs) == 1 else found
 
     def blobs(self, x: Tensor | Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-        """The blobs of these names after a run on ``x``, up to the last layer that is needed.
+        """Return the blobs of these names after a run on ``x``, up to the last layer that is needed.
 
         A blob that layers overwrite in place has its last value, as in Caffe after ``net.forward()``.
 
@@ -179,11 +179,11 @@ class Net(nn.Module):
         return tuple(dict.fromkeys(names + [top for layer in self.definition.layers for top in layer.tops]))
 
     def find(self, name: str) -> nn.Module | None:
-        """The module of the layer with this Caffe name, None if it computes nothing, as a Split."""
+        """Return the module of the layer with this Caffe name, None if it computes nothing, as a Split."""
         return self._modules[self._child_of[name]] if name in self._child_of else None
 
     def layer(self, name: str) -> nn.Module:
-        """The module of the layer with this Caffe name.
+        """Return the module of the layer with this Caffe name.
 
         Raises:
             KeyError: if there is none, or it computes nothing, as a Split.
@@ -193,7 +193,7 @@ class Net(nn.Module):
         return self._modules[self._child_of[name]]  # type: ignore[return-value]
 
     def shapes(self, x: d.Shape | Mapping[str, d.Shape]) -> dict[str, d.Shape]:
-        """The shape of every blob for an input of this shape, without running anything.
+        """Return the shape of every blob for an input of this shape, without running anything.
 
         Raises:
             CaffeError: for a shape that a layer cannot take.
@@ -205,7 +205,7 @@ class Net(nn.Module):
         return self._infer({name: tuple(shape) for name, shape in inputs.items()}, len(self.definition.layers) - 1)
 
     def _infer(self, inputs: Mapping[str, d.Shape], end: int) -> dict[str, d.Shape]:
-        """The blobs' shapes up to layer ``end``, where the layers' parameters fit them."""
+        """Return the blobs' shapes up to layer ``end``, where the layers' parameters fit them."""
         source = self.definition.source or "definition"
         for entry in self.definition.inputs:
             if len(inputs[entry.name]) != len(entry.shape):
@@ -244,7 +244,7 @@ class Net(nn.Module):
         return {names[0]: x}
 
     def _end(self, wanted: Iterable[str]) -> int:
-        """The last layer that writes one of these blobs, -1 if none does."""
+        """Return the last layer that writes one of these blobs, -1 if none does."""
         end, names = -1, set(wanted)
         for index, layer in enumerate(self.definition.layers):
             if not names.isdisjoint(layer.tops):
@@ -252,7 +252,7 @@ class Net(nn.Module):
         return end
 
     def _plan(self, wanted: tuple[str, ...]) -> tuple[_Step, ...]:
-        """What to run for these blobs, each layer with the blobs that nobody reads any more after it."""
+        """Return what to run for these blobs, each layer with the blobs that nobody reads any more after it."""
         needed, kept = self.definition.layers[: self._end(wanted) + 1], set(wanted)
         reads: dict[str, int] = {}
         for index, layer in enumerate(needed):

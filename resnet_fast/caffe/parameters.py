@@ -27,7 +27,7 @@ class Illegal(Exception):
 
 
 def times(shape: Iterable[Any]) -> str:
-    """A shape as errors show it: ``1x3x224x224``."""
+    """Return a shape as errors show it: ``1x3x224x224``."""
     return "x".join(map(str, shape)) or "of no axes"
 
 
@@ -92,7 +92,7 @@ class Parameters:
 
     @classmethod
     def read(cls, layer: Any) -> Self:
-        """The parameters in a LayerParameter or V1LayerParameter message; raises ValueError for wrong ones."""
+        """Return the parameters in a LayerParameter or V1LayerParameter message; raises ValueError for wrong ones."""
         if cls.message is None or cls.message.field not in layer.DESCRIPTOR.fields_by_name:
             return cls()
         message = getattr(layer, cls.message.field)
@@ -121,11 +121,11 @@ class Parameters:
                 setattr(message, name, value)
 
     def shape(self, bottoms: Sequence[Shape]) -> Shape:
-        """The shape of the top; raises Illegal for bottoms that the layer cannot take."""
+        """Return the shape of the top; raises Illegal for bottoms that the layer cannot take."""
         return bottoms[0]
 
     def shapes(self, bottoms: Sequence[Shape], tops: int) -> tuple[Shape, ...]:
-        """The shapes of the tops."""
+        """Return the shapes of the tops."""
         return (self.shape(bottoms),) * tops
 
     def blobs(self, bottoms: Sequence[Shape]) -> dict[str, Shape]:
@@ -133,7 +133,7 @@ class Parameters:
         return {}
 
     def module(self, bottoms: Sequence[Shape], tops: int) -> nn.Module | None:
-        """What computes the layer for bottoms of these shapes, any batch; None for the bottom itself."""
+        """Return what computes the layer for bottoms of these shapes, any batch; None for the bottom itself."""
         raise NotImplementedError
 
 

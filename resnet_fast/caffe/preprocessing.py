@@ -110,7 +110,7 @@ class Preprocessing:
         return ResizeAndCrop(self.resize_size, self.crop_size, interpolation=self.interpolation)
 
     def crop(self, image: Image) -> Image:
-        """The resized and cropped RGB image, [crop_size x crop_size] pixels: what the model gets to see."""
+        """Return the resized and cropped RGB image, [crop_size x crop_size] pixels: what the model gets to see."""
         return self._geometry().crop(image)
 
     def __call__(self, image: Image) -> Tensor:

@@ -89,7 +89,7 @@ class Choice:
 
 
 def read(path: str | os.PathLike[str], **choice: Any) -> d.Definition:
-    """The network that a prototxt file defines; ``choice`` are fields of :class:`Choice`.
+    """Return the network that a prototxt file defines; ``choice`` are fields of :class:`Choice`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -109,7 +109,7 @@ def read(path: str | os.PathLike[str], **choice: Any) -> d.Definition:
 
 
 def parse(text: str, *, source: str = "prototxt", **choice: Any) -> d.Definition:
-    """The network that a prototxt's text defines; ``choice`` are fields of :class:`Choice`.
+    """Return the network that a prototxt's text defines; ``choice`` are fields of :class:`Choice`.
 
     Layers whose include or exclude rules do not fit phase, level and stages are left out, and so are those that
     ``upto`` and ``features`` do not need, whatever their types are.
@@ -137,7 +137,7 @@ def parse(text: str, *, source: str = "prototxt", **choice: Any) -> d.Definition
 
 
 def emit(definition: d.Definition) -> str:
-    """The prototxt of ``definition``; Caffe and :func:`parse` read it."""
+    """Return the prototxt of ``definition``; Caffe and :func:`parse` read it."""
     message = to_message(definition)
     from google.protobuf import text_format
 
@@ -258,7 +258,7 @@ def _scan(text: str, source: str, root: Any) -> _Scanned:
 
 
 def _split(token: str, level: _Level) -> tuple[str, str]:
-    """A value and the field's name that ran into it, ("", token) if it is no such pair."""
+    """Return a value and the field's name that ran into it, ("", token) if it is no such pair."""
     if level.message is None:
         return "", token
     for name in sorted(level.message.fields_by_name, key=len, reverse=True):
@@ -292,7 +292,7 @@ class _Entry:
     where: str
 
     def makes(self, name: str) -> bool:
-        """Whether the blob is new in this layer."""
+        """Return whether the blob is new in this layer."""
         return name in self.message.top and name not in self.message.bottom
 
 
@@ -331,7 +331,7 @@ def _definition(net: Any, scanned: _Scanned, source: str, choice: Choice) -> d.D
 
 
 def _included(net: Any, scanned: _Scanned, source: str, choice: Choice) -> list[_Entry]:
-    """The layers that phase, level and stages leave."""
+    """Return the layers that phase, level and stages leave."""
     if net.layer and net.layers:
         raise CaffeError(f"{source}: has both `layer` and `layers` entries; a network has one kind")
     level = net.state.level if choice.level is None else choice.level
@@ -356,7 +356,7 @@ def _included(net: Any, scanned: _Scanned, source: str, choice: Choice) -> list[
 
 
 def _up_to(entries: list[_Entry], last: str, source: str) -> list[_Entry]:
-    """The layers as far as the one of this name, or the last that writes a blob of this name."""
+    """Return the layers as far as the one of this name, or the last that writes a blob of this name."""
     for found in (lambda e: e.message.name == last, lambda e: last in e.message.top):
         places = [index for index, entry in enumerate(entries) if found(entry)]
         if places:
@@ -366,7 +366,7 @@ def _up_to(entries: list[_Entry], last: str, source: str) -> list[_Entry]:
 
 
 def _needed(entries: list[_Entry], features: Iterable[str], inputs: Iterable[str], source: str) -> list[_Entry]:
-    """The layers that these blobs, with the values that they have at the end, are computed by."""
+    """Return the layers that these blobs, with the values that they have at the end, are computed by."""
     known = {*inputs, *(name for entry in entries for name in entry.message.top)}
     for name in features:
         if name not in known:
@@ -412,7 +412,7 @@ def _all_known(entry: _Entry) -> None:
 
 
 def _phase_of(message: Any) -> str:
-    """The phase that a layer itself names, "" for none; V1 has no such field."""
+    """Return the phase that a layer itself names, "" for none; V1 has no such field."""
     named = "phase" in message.DESCRIPTOR.fields_by_name and message.HasField("phase")
     return str(message.Phase.Name(message.phase)) if named else ""
 
@@ -458,7 +458,7 @@ _NO_SHAPE = (
 
 
 def _data_inputs(entry: _Entry) -> list[d.Input]:
-    """The inputs that a data layer stands for, with the shapes that Caffe's layer gives its tops."""
+    """Return the inputs that a data layer stands for, with the shapes that Caffe's layer gives its tops."""
     message, where = entry.message, entry.where
     _all_known(entry)
     if not message.top:

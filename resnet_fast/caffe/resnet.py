@@ -92,7 +92,7 @@ def _blocks(depth: int) -> Iterator[tuple[int, int, str]]:
 
 
 def _norm_names(conv: str) -> tuple[str, str]:
-    """The BatchNorm and the Scale layer behind a convolution."""
+    """Return the BatchNorm and the Scale layer behind a convolution."""
     rest = "_conv1" if conv == "conv1" else conv.removeprefix("res")
     return f"bn{rest}", f"scale{rest}"
 
@@ -112,7 +112,7 @@ def _pairs(depth: int) -> Iterator[tuple[str, str, str]]:
 
 
 def to_state_dict(net: Net) -> dict[str, Tensor]:
-    """The weights of a Caffe ResNet under torchvision's keys, for ``rf.resnet50(stride_in_1x1=True,
+    """Return the weights of a Caffe ResNet under torchvision's keys, for ``rf.resnet50(stride_in_1x1=True,
     unpadded_pool=True)``, or 101 or 152: copies, in ``net``'s dtypes.
 
     A convolution's bias becomes part of the running mean behind it, blobs of BatchNorm are divided by their factor,
@@ -188,7 +188,7 @@ _ONLY = "; ResNet-50, 101 and 152 as published are what can be converted"
 
 
 def _depth(net: Net) -> int:
-    """Which of the three the network is.
+    """Return which of the three the network is.
 
     Raises:
         CaffeError: if it is none of them.
@@ -265,7 +265,7 @@ def _shown(value: Any) -> str:
 
 
 def from_state_dict(state: Mapping[str, Tensor], depth: int) -> Net:
-    """A Caffe ResNet with the weights of a state_dict with torchvision's keys, in eval mode; the way back.
+    """Return a Caffe ResNet with the weights of a state_dict with torchvision's keys, in eval mode; the way back.
 
     conv1's bias, where the definition has one, is 0, and every factor 1. The network gives what the model gives only
     if that has its strides in the first 1x1s and the unpadded pool, which torchvision's models do not have.

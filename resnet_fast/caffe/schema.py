@@ -155,7 +155,7 @@ def _classes() -> dict[str, Any]:
 
 
 def _messages() -> dict[str, str]:
-    """All messages, with the layers' own parameters at their numbers in either version of a layer."""
+    """Return all messages, with the layers' own parameters at their numbers in either version of a layer."""
     own = LAYER_PARAMETERS.values()
     found = {**_MESSAGES, **{m.name: m.fields for m in own}}
     found["LayerParameter"] += "".join(f"; {m.field} {m.number} {m.name}" for m in own)
@@ -164,5 +164,5 @@ def _messages() -> dict[str, str]:
 
 
 def message(name: str) -> Any:
-    """A new, empty message of this name, such as ``NetParameter``."""
+    """Return a new, empty message of this name, such as ``NetParameter``."""
     return _classes()[name]()

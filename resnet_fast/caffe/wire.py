@@ -128,7 +128,7 @@ class Reader:
         raise WireError(f"the number at byte {position} is cut off at byte {stop}: truncated or damaged")
 
     def numbers(self, start: int, count: int, stride: int, dtype: str) -> np.ndarray[Any, Any]:
-        """A read-only view, perhaps not aligned, of `count` numbers, `stride` bytes apart; nothing is copied."""
+        """Return a read-only view, perhaps not aligned, of `count` numbers, `stride` bytes apart; nothing is copied."""
         if count == 0:
             return np.frombuffer(b"", dtype)
         return np.ndarray((count,), dtype, buffer=self.data, offset=start, strides=(stride,))
@@ -200,7 +200,7 @@ class Reader:
 
 
 def signed(value: int, bits: int = 64) -> int:
-    """A varint's value as a signed number of `bits` bits, the upper bits cut off as protobuf does for int32."""
+    """Return a varint's value as a signed number of `bits` bits, the upper bits cut off as protobuf does for int32."""
     value &= (1 << bits) - 1
     return value - (1 << bits) if value >> (bits - 1) else value
 
@@ -216,10 +216,10 @@ def varint(value: int) -> bytes:
 
 
 def tag(number: int, wire_type: int) -> bytes:
-    """What a field begins with."""
+    """Return what a field begins with."""
     return varint(number << 3 | wire_type)
 
 
 def bytes_header(number: int, size: int) -> bytes:
-    """What stands before the `size` bytes of a string, a message or packed numbers."""
+    """Return what stands before the `size` bytes of a string, a message or packed numbers."""
     return tag(number, BYTES) + varint(size)

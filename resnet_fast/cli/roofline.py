@@ -152,7 +152,7 @@ def roofline(
 
 
 def _device_name() -> str | None:
-    """The name of this machine's current CUDA GPU, as its driver says it; None if there is none."""
+    """Return the name of this machine's current CUDA GPU, as its driver says it; None if there is none."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -161,7 +161,7 @@ def _device_name() -> str | None:
 def _choose(
     name: str | None, bandwidth: float | None, tflops: float | None, capability: int | None, device: str | None
 ) -> GPU:
-    """The GPU that the options name or describe; without any, ``device`` or the default."""
+    """Return the GPU that the options name or describe; without any, ``device`` or the default."""
     from resnet_fast.kernels import gpus
 
     if bandwidth is None and tflops is None:

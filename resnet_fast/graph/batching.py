@@ -91,7 +91,7 @@ def why_not_separable(gm: fx.GraphModule) -> str:
 
 
 def _kind(gm: fx.GraphModule, node: fx.Node, kinds: dict[fx.Node, _Kind]) -> _Kind | None:
-    """What ``node`` gives, None if that is not known."""
+    """Return what ``node`` gives, None if that is not known."""
     sources = {kinds[source] for source in node.all_input_nodes}
     if sources <= {_Kind.CONSTANT} and node.op == "call_function" and node.target in _BINARY | {operator.getitem}:
         return _Kind.CONSTANT

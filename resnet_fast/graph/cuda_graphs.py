@@ -28,7 +28,7 @@ Record = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 
 
 def why_not_recordable(gm: fx.GraphModule) -> str:
-    """Why a lowered graph cannot be replayed for other data of the same shape, or "" if it can.
+    """Return why a lowered graph cannot be replayed for other data of the same shape, or "" if it can.
 
     Fused ops and plain torch ops on one image do the same launches for each input. Modules and methods of others may
     look at values, draw random numbers or keep state.
@@ -50,7 +50,7 @@ def why_not_recordable(gm: fx.GraphModule) -> str:
 
 
 def _selects(node: fx.Node) -> bool:
-    """Whether the node takes one result out of several, or flattens."""
+    """Return whether the node takes one result out of several, or flattens."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") in ("getitem", "flatten")
 
 
@@ -77,7 +77,7 @@ def recording() -> Record:
 
 
 def _dense(x: Tensor) -> bool:
-    """Whether the elements fill their memory, in whatever order of dimensions."""
+    """Return whether the elements fill their memory, in whatever order of dimensions."""
     return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
@@ -86,12 +86,12 @@ def _same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
 
 
 def _other(image: Tensor) -> Tensor:
-    """An image that nobody's is: all values from -1 to 1."""
+    """Return an image that nobody's is: all values from -1 to 1."""
     return torch.linspace(-1, 1, image.numel(), device=image.device).view(image.shape).to(image.dtype)
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two results are the same in every bit but NaN's."""
+    """Return whether two results are the same in every bit but NaN's."""
     pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
     return all(
         torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())

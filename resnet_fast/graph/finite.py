@@ -81,7 +81,7 @@ def _adds(module: nn.Module | None) -> bool:
 
 
 def _keeps_bound(node: fx.Node, module: nn.Module | None, bounds: dict[fx.Node, float]) -> bool:
-    """Whether nothing in the node's result is larger than what it reads, nor infinite on the way."""
+    """Return whether nothing in the node's result is larger than what it reads, nor infinite on the way."""
     kind = node.target if module is None else type(module)
     if node.kwargs:
         return False
@@ -97,7 +97,7 @@ def _keeps_bound(node: fx.Node, module: nn.Module | None, bounds: dict[fx.Node, 
 
 
 def _alive(nodes: list[fx.Node], now: fx.Node) -> list[fx.Node]:
-    """The values made before ``now`` that it or a later node reads."""
+    """Return the values made before ``now`` that it or a later node reads."""
     position = {node: index for index, node in enumerate(nodes)}
     return [
         node for node in nodes[: position[now]] if any(position.get(user, -1) >= position[now] for user in node.users)
@@ -115,14 +115,14 @@ def _reset(gm: fx.GraphModule) -> None:
 
 
 def _gain(module: Fused) -> tuple[float, float]:
-    """The largest sum of folded weights' magnitudes of an output channel, and the largest shift."""
+    """Return the largest sum of folded weights' magnitudes of an output channel, and the largest shift."""
     weight, scale, shift = (cast(Tensor, getattr(module, name)) for name in ("weight", "scale", "shift"))
     sums = weight.float().abs().sum((1, 2, 3)).double() * scale.double().abs()
     return (float(sums.max()), float(shift.abs().max())) if sums.numel() else (0.0, 0.0)
 
 
 def _after(gain: float, offset: float, inputs: list[float]) -> float:
-    """The bound behind a convolution of ``inputs[0]``, with the residual ``inputs[1]`` if there is one."""
+    """Return the bound behind a convolution of ``inputs[0]``, with the residual ``inputs[1]`` if there is one."""
     return _SLACK * (gain * inputs[0] + offset + sum(inputs[1:]))
 
 

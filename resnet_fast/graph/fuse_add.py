@@ -61,7 +61,7 @@ def _fuse(gm: fx.GraphModule, add: fx.Node, depth: dict[fx.Node, int]) -> None:
 
 
 def _depths(graph: fx.Graph) -> dict[fx.Node, int]:
-    """The length of the longest path from an input to each node."""
+    """Return the length of the longest path from an input to each node."""
     depth: dict[fx.Node, int] = {}
     for node in graph.nodes:
         depth[node] = 1 + max((depth[source] for source in node.all_input_nodes), default=-1)
@@ -69,7 +69,7 @@ def _depths(graph: fx.Graph) -> dict[fx.Node, int]:
 
 
 def _written_between(gm: fx.GraphModule, first: fx.Node, last: fx.Node) -> bool:
-    """Whether a node from ``first`` to ``last`` writes in place: ``first`` may then not be computed later."""
+    """Return whether a node from ``first`` to ``last`` writes in place: ``first`` may then not be computed later."""
     current = first.next
     while current is not last and current.op != "root":
         if memory.written(gm, current):

@@ -35,7 +35,7 @@ def fuse_head(gm: fx.GraphModule) -> None:
 
 
 def _only_window(pool: fx.Node) -> bool:
-    """Whether this average pool without padding moves its window by single pixels."""
+    """Return whether this average pool without padding moves its window by single pixels."""
     return ir.is_call(pool, ir.AVG_POOL) and pool.args[2:4] == ((1, 1), (0, 0))
 
 
@@ -49,7 +49,7 @@ def _one_pixel(gm: fx.GraphModule, pool: fx.Node, weight: Any) -> bool:
 
 
 def _chain(gm: fx.GraphModule, linear: fx.Node) -> list[fx.Node] | str:
-    """The nodes pool, flatten, linear (or mean, linear), else why they are not there."""
+    """Return the nodes pool, flatten, linear (or mean, linear), else why they are not there."""
     source, weight, bias = linear.args
     if ir.tensor_of(gm, weight) is None or (bias is not None and ir.tensor_of(gm, bias) is None):
         return "its weight or bias is computed in the graph"

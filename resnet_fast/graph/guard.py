@@ -38,7 +38,7 @@ class Guard(nn.Module):
 
 
 def careful() -> bool:
-    """Whether this thread is in :func:`with_separate_relus`."""
+    """Return whether this thread is in :func:`with_separate_relus`."""
     return getattr(_state, "careful", False)
 
 

@@ -73,24 +73,24 @@ def arguments_of(node: fx.Node) -> Any:
 
 
 def call(gm: fx.GraphModule, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    """A node in normal form, at the graph's current insertion point."""
+    """Return a node in normal form, at the graph's current insertion point."""
     node = gm.graph.call_function(target, args)
     node.meta["normal"] = True
     return node
 
 
 def is_call(value: Any, target: Any) -> bool:
-    """Whether ``value`` is a node in normal form that calls the function ``target``."""
+    """Return whether ``value`` is a node in normal form that calls the function ``target``."""
     return calls(value, target) and bool(value.meta.get("normal"))
 
 
 def calls(value: Any, target: Any) -> bool:
-    """Whether ``value`` is a node, in whatever form, that calls the function ``target``."""
+    """Return whether ``value`` is a node, in whatever form, that calls the function ``target``."""
     return isinstance(value, fx.Node) and value.op == "call_function" and value.target is target
 
 
 def plain_conv(value: Any, activation: str = "none") -> bool:
-    """Whether ``value`` is a conv_bn_act node with this activation, no residual, and exactly one user."""
+    """Return whether ``value`` is a conv_bn_act node with this activation, no residual, and exactly one user."""
     if not is_call(value, CONV_BN_ACT) or len(value.users) != 1:
         return False
     conv = arguments_of(value)
@@ -98,12 +98,12 @@ def plain_conv(value: Any, activation: str = "none") -> bool:
 
 
 def layers_of(node: fx.Node) -> list[Layer]:
-    """The author's layers that ``node`` computes."""
+    """Return the author's layers that ``node`` computes."""
     return node.meta.get("layers", [])
 
 
 def name_of(node: fx.Node) -> str:
-    """The name of the first of the author's layers in ``node``, else the node's own."""
+    """Return the name of the first of the author's layers in ``node``, else the node's own."""
     layers = layers_of(node)
     return layers[0].name if layers else node.name
 
@@ -131,7 +131,7 @@ def replace(old: Sequence[fx.Node], new: fx.Node) -> None:
 
 
 def tensor_of(gm: fx.GraphModule, node: Any) -> Tensor | None:
-    """The constant that a ``get_attr`` node stands for; None for anything else."""
+    """Return the constant that a ``get_attr`` node stands for; None for anything else."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
     value: Any = gm
@@ -157,7 +157,7 @@ def free_name(gm: fx.GraphModule, name: str) -> str:
 
 
 def add_constant(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
-    """A ``get_attr`` node, at the graph's current insertion point, for a new buffer that holds ``tensor``."""
+    """Return a ``get_attr`` node, at the graph's current insertion point, for a new buffer that holds ``tensor``."""
     attribute = free_name(gm, name)
     gm.register_buffer(attribute, tensor.detach())
     node = gm.graph.create_node("get_attr", attribute)
@@ -166,24 +166,24 @@ def add_constant(gm: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
 
 
 def shape_of(node: Any) -> tuple[int, ...] | None:
-    """The shape of a node's value at the example inputs, None if it is unknown or no tensor."""
+    """Return the shape of a node's value at the example inputs, None if it is unknown or no tensor."""
     value = node.meta.get("value") if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def dtype_of(node: Any) -> torch.dtype | None:
-    """The dtype of a node's value, None if it is unknown or no tensor."""
+    """Return the dtype of a node's value, None if it is unknown or no tensor."""
     value = node.meta.get("value") if isinstance(node, fx.Node) else None
     return value.dtype if isinstance(value, Tensor) else None
 
 
 def positions(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Where in the order of execution each node is."""
+    """Return where in the order of execution each node is."""
     return {node: index for index, node in enumerate(graph.nodes)}
 
 
 def nodes_in(value: Any) -> list[fx.Node]:
-    """All nodes in a nest of tuples, lists, dicts and slices."""
+    """Return all nodes in a nest of tuples, lists, dicts and slices."""
     found: list[fx.Node] = []
 
     def collect(node: fx.Node) -> fx.Node:

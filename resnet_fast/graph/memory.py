@@ -44,7 +44,7 @@ _NOT_WRITING = {"requires_grad_", "detach_"}
 
 
 def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """The inputs that ``node`` writes into."""
+    """Return the inputs that ``node`` writes into."""
     first = [node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else []
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
@@ -73,7 +73,7 @@ def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
 
 
 def _inplace_flag(node: fx.Node) -> bool:
-    """Whether a torch.nn.functional call has ``inplace`` set."""
+    """Return whether a torch.nn.functional call has ``inplace`` set."""
     if "inplace" in node.kwargs:
         return bool(node.kwargs["inplace"])
     position = inplace_position(node.target)
@@ -81,7 +81,7 @@ def _inplace_flag(node: fx.Node) -> bool:
 
 
 def inplace_position(function: Any) -> int | None:
-    """The index of a Python function's ``inplace`` parameter, None if it has none."""
+    """Return the index of a Python function's ``inplace`` parameter, None if it has none."""
     code = getattr(function, "__code__", None)
     if code is None or "inplace" not in code.co_varnames[: code.co_argcount]:
         return None
@@ -101,7 +101,7 @@ def holds_tensor(node: fx.Node) -> bool:
 
 
 def fresh(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node's value is memory of its own, shared with none of its inputs."""
+    """Return whether the node's value is memory of its own, shared with none of its inputs."""
     if written(gm, node):
         return False
     if node.op == "call_function":
@@ -117,7 +117,7 @@ def fresh(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _views(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """The users of ``node`` whose values may share its memory."""
+    """Return the users of ``node`` whose values may share its memory."""
     return [user for user in node.users if user.op != "output" and holds_tensor(user) and not fresh(gm, user)]
 
 
@@ -134,7 +134,7 @@ def views_of(gm: fx.GraphModule, node: fx.Node) -> set[fx.Node]:
 
 
 def aliases_of(gm: fx.GraphModule, node: fx.Node) -> set[fx.Node]:
-    """Every value, earlier or later, that may share memory with ``node``; itself included."""
+    """Return every value, earlier or later, that may share memory with ``node``; itself included."""
     found: set[fx.Node] = set()
     pending = [node]
     while pending:
@@ -149,5 +149,5 @@ def aliases_of(gm: fx.GraphModule, node: fx.Node) -> set[fx.Node]:
 
 
 def is_tensor(node: Any) -> bool:
-    """Whether the node's value is known to be a tensor."""
+    """Return whether the node's value is known to be a tensor."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("value"), Tensor)

@@ -70,7 +70,7 @@ def normalize(gm: fx.GraphModule, notes: ir.Notes) -> None:
 
 
 def _has_effect(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node must stay even if nobody reads its value."""
+    """Return whether a node must stay even if nobody reads its value."""
     return bool(memory.written(gm, node)) or (node.op != "call_module" and node.is_impure())
 
 
@@ -153,7 +153,7 @@ def _same_type_out_of_place(node: fx.Node, x: fx.Node) -> bool:
 
 
 def _arguments(node: fx.Node, names: tuple[str, ...], defaults: dict[str, Any]) -> dict[str, Any] | None:
-    """The call's arguments by name; None if there are any that are not expected."""
+    """Return the call's arguments by name; None if there are any that are not expected."""
     if len(node.args) > len(names) or any(name not in names for name in node.kwargs):
         return None
     found = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
@@ -175,12 +175,12 @@ def register(kind: type[nn.Module], handler: Handler, *, norm: bool = False) -> 
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module's tensors may be wider than the model computes in."""
+    """Return whether the module's tensors may be wider than the model computes in."""
     return isinstance(module, _BatchNorm) or is_frozen_batch_norm(module) or type(module) in _NORMS
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a handler is registered for this module's class."""
+    """Return whether a handler is registered for this module's class."""
     return type(module) in _MODULES
 
 
@@ -195,7 +195,7 @@ def put(gm: fx.GraphModule, node: fx.Node, target: Any, *args: Any) -> None:
 
 
 def _attribute(gm: fx.GraphModule, node: fx.Node, name: str) -> fx.Node | None:
-    """A ``get_attr`` node, placed before ``node``, for a tensor of the module that ``node`` calls."""
+    """Return a ``get_attr`` node, placed before ``node``, for a tensor of the module that ``node`` calls."""
     value = getattr(gm.get_submodule(str(node.target)), name, None)
     if not isinstance(value, Tensor):
         return None
@@ -386,7 +386,7 @@ def _view(gm: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _is_batch_size(value: Any, x: Any) -> bool:
-    """Whether ``value`` is ``x.size(0)`` or ``x.shape[0]``."""
+    """Return whether ``value`` is ``x.size(0)`` or ``x.shape[0]``."""
     if not isinstance(value, fx.Node):
         return False
     if value.op == "call_method" and value.target == "size" and value.args[1:] == (0,):

@@ -84,7 +84,7 @@ class OptimizedModule(nn.Module):
         self._recorder: cuda_graphs_.Recorder | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original model's result, without gradients. Floating point inputs are cast to ``dtype``.
+        """Return the original model's result, without gradients. Floating point inputs are cast to ``dtype``.
 
         Raises:
             TypeError, ValueError: the graph takes a single image and this is not a floating point [N, C, H, W] tensor.
@@ -152,7 +152,7 @@ class OptimizedModule(nn.Module):
         super()._load_from_state_dict(*args)
 
     def _piece(self, x: Tensor) -> int:
-        """How many images like ``x`` to run at a time, 0 for all."""
+        """Return how many images like ``x`` to run at a time, 0 for all."""
         key = (*x.shape[1:], x.dtype)
         if key not in self._pieces:
             dtype = self.dtype if x.is_floating_point() else x.dtype
@@ -181,7 +181,7 @@ class OptimizedModule(nn.Module):
             raise ValueError(f"{expected}, got {x.dtype} of shape {list(x.shape)}{advice}")
 
     def report(self) -> Report:
-        """What was fused and what was not, layer by layer, with the bytes moved before and after."""
+        """Return what was fused and what was not, layer by layer, with the bytes moved before and after."""
         return self._report
 
     @property
@@ -358,7 +358,7 @@ def _check_options(dtype: Any, cuda_graphs: Any, backend: Any, device: torch.dev
 
 
 def _records(gm: fx.GraphModule, asked: bool | str, device: torch.device, notes: ir.Notes) -> bool:
-    """Whether runs are recorded as CUDA graphs, with a note of the reason where they are not."""
+    """Return whether runs are recorded as CUDA graphs, with a note of the reason where they are not."""
     if device.type != "cuda" or asked is False:
         return False
     reason = cuda_graphs_.why_not_recordable(gm)
@@ -369,7 +369,7 @@ def _records(gm: fx.GraphModule, asked: bool | str, device: torch.device, notes:
 
 
 def _planned(name: Any, device: torch.device) -> gpus.GPU | None:
-    """The GPU to plan for: the one asked for, else the one that the model is on."""
+    """Return the GPU to plan for: the one asked for, else the one that the model is on."""
     if name is None:
         return triton.gpu_of(device) if device.type == "cuda" and not triton.unavailable() else None
     if not isinstance(name, str):
@@ -381,7 +381,7 @@ def _planned(name: Any, device: torch.device) -> gpus.GPU | None:
 
 
 def _device_and_dtype(model: nn.Module, asked: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
-    """The first parameter's (or buffer's) device, and the floating point dtype of the model's layers.
+    """Return the first parameter's (or buffer's) device, and the floating point dtype of the model's layers.
 
     Batch norms may be wider than the rest, as is usual beside half precision; other mixtures need ``dtype``.
     """
@@ -439,7 +439,7 @@ def _example(gm: fx.GraphModule, given: Any, dtype: torch.dtype, batch: int) -> 
 
 
 def _meta(fake: Tensor) -> Tensor:
-    """A FakeTensor's shape and dtype without its mode, which takes no other tensors."""
+    """Return a FakeTensor's shape and dtype without its mode, which takes no other tensors."""
     return torch.empty(tuple(int(size) for size in fake.shape), dtype=fake.dtype, device="meta")
 
 

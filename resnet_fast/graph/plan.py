@@ -136,7 +136,7 @@ class Fused(nn.Module):
 
 
 def _is_vector(name: str) -> bool:
-    """Whether a constant of this name is per channel and stays in the precision it was folded in."""
+    """Return whether a constant of this name is per channel and stays in the precision it was folded in."""
     return name.startswith(("scale", "shift"))
 
 
@@ -194,7 +194,7 @@ def _constant(gm: fx.GraphModule, value: Any, dtype: torch.dtype) -> Any:
 
 
 def _names(gm: fx.GraphModule, made: dict[fx.Node, Fused]) -> dict[fx.Node, str]:
-    """A name for each module: its first layer's, with a number where that is taken."""
+    """Return a name for each module: its first layer's, with a number where that is taken."""
     taken = {
         str(node.target).partition(".")[0]
         for node in gm.graph.nodes

@@ -67,7 +67,7 @@ class MetaRun(fx.Interpreter):
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's message, first line only."""
+    """Return an exception's message, first line only."""
     return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
@@ -96,7 +96,7 @@ def annotate(gm: fx.GraphModule, inputs: Sequence[Any]) -> str:
 
 
 def required_inputs(gm: fx.GraphModule) -> list[fx.Node]:
-    """The placeholders without a default value."""
+    """Return the placeholders without a default value."""
     return [node for node in gm.graph.nodes if node.op == "placeholder" and not node.args]
 
 
@@ -159,7 +159,7 @@ def image_input(gm: fx.GraphModule) -> tuple[fx.Node, int] | None:
 
 
 def _without_padding(source: Any) -> Any:
-    """What ``source`` was before its height and width were padded."""
+    """Return what ``source`` was before its height and width were padded."""
     if not calls(source, nn.functional.pad) or len(source.args) < 2:
         return source
     sizes = source.args[1]
@@ -167,7 +167,7 @@ def _without_padding(source: Any) -> Any:
 
 
 def module_image_channels(gm: fx.GraphModule) -> int | None:
-    """The input channels of the first convolution, module or function: what an example image must have."""
+    """Return the input channels of the first convolution, module or function: what an example image must have."""
     for node in gm.graph.nodes:
         if node.op == "call_module":
             module = gm.get_submodule(str(node.target))

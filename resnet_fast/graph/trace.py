@@ -112,7 +112,7 @@ def _bake(model: nn.Module) -> None:
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
-    """The graph of a copy of ``model``, torch.nn modules as leaves; a ``GraphModule`` is copied as it is.
+    """Return the graph of a copy of ``model``, torch.nn modules as leaves; a ``GraphModule`` is copied as it is.
 
     Raises:
         TypeError: in one line, why the model cannot be copied or traced.
@@ -135,7 +135,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
 
 
 def _rebuilt(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
-    """A plain GraphModule, whatever subclass ``root`` is, with only what ``graph`` uses."""
+    """Return a plain GraphModule, whatever subclass ``root`` is, with only what ``graph`` uses."""
     gm = fx.GraphModule(root, copy.deepcopy(graph), class_name=name)
     gm.training = False
     for node in gm.graph.nodes:

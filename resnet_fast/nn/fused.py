@@ -113,7 +113,7 @@ def _fusable(conv: Any, bn: Any, act: nn.Module | None, quiet: bool = False) -> 
 
 
 def _tensors(*modules: Any) -> tuple[Tensor | None, ...]:
-    """The parameters and statistics of convolutions, norms and linear layers."""
+    """Return the parameters and statistics of convolutions, norms and linear layers."""
     names = ("weight", "bias", "running_mean", "running_var")
     return tuple([getattr(module, name, None) for module in modules for name in names])
 
@@ -144,7 +144,7 @@ def scale_and_shift(conv: Any, bn: Any) -> tuple[Tensor, Tensor]:
 
 
 def _group(bn: Any) -> str:
-    """The process group that a SyncBatchNorm takes its statistics over, by name; "" for this process alone."""
+    """Return the process group that a SyncBatchNorm takes its statistics over, by name; "" for this process alone."""
     distributed: Any = torch.distributed
     if type(bn) is not nn.SyncBatchNorm or not bn.training or not distributed.is_available():
         return ""
@@ -202,7 +202,7 @@ def bn_act(x: Tensor, bn: nn.Module, act: nn.Module | None = None, residual: Ten
 
 
 def frozen(x: Tensor, bn: Any) -> Tensor:
-    """A FrozenBatchNorm2d by itself: ``(x - running_mean) / sqrt(running_var + eps) * weight + bias``."""
+    """Return a FrozenBatchNorm2d by itself: ``(x - running_mean) / sqrt(running_var + eps) * weight + bias``."""
     if not must_be_plain(x, *_tensors(bn)):
         return laid_out(_normalise(x, _norm(x, bn), None, None), x)
     if isinstance(x, Tensor) and x.dim() != 4:
@@ -245,7 +245,7 @@ def conv_bn_act(
 
 
 def _fits(x: Tensor, conv: Any, residual: Tensor, pairs: Pairs) -> bool:
-    """Whether an op can add the residual: torch's addition broadcasts and casts as well."""
+    """Return whether an op can add the residual: torch's addition broadcasts and casts as well."""
     if residual.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
         return False
     window = conv.weight.shape[2:]
@@ -313,7 +313,7 @@ def lean_last(
 
 
 def _is_lean(x: Tensor | Normalised, conv: Any, bn: nn.Module, act: nn.Module | None) -> bool:
-    """Whether there is something to keep less of: the batch's statistics, and gradients."""
+    """Return whether there is something to keep less of: the batch's statistics, and gradients."""
     x = x.x if isinstance(x, Normalised) else x
     plain = not torch.is_grad_enabled() or must_be_plain(x) or not _fusable(conv, bn, act) or not _batch_statistics(bn)
     return not plain and _same_dtype(x, conv)
@@ -336,13 +336,13 @@ def geometry(conv: Any) -> Pairs | None:
 
 
 def _conv(conv: Any) -> tuple[Tensor, Tensor | None, Any, Any, Any, int]:
-    """What a convolution that :func:`_fusable` accepted hands to an op."""
+    """Return what a convolution that :func:`_fusable` accepted hands to an op."""
     stride, padding, dilation = geometry(conv)  # type: ignore[misc]
     return conv.weight, conv.bias, stride, padding, dilation, conv.groups
 
 
 def torch_gives_nchw(x: Tensor, *convs: Any) -> bool:
-    """Whether torch's own layers answer NCHW to ``x``, which is computed on fused.
+    """Return whether torch's own layers answer NCHW to ``x``, which is computed on fused.
 
     They do unless it or a convolution's weight is channels_last.
     """
@@ -366,7 +366,7 @@ def laid_out(y: Tensor, x: Tensor, *convs: Any) -> Tensor:
 
 
 def shortcut(x: Tensor, downsample: nn.Module, lean: bool = False) -> Tensor:
-    """A block's shortcut: ``Sequential(conv, bn)`` fused, anything else called.
+    """Return a block's shortcut: ``Sequential(conv, bn)`` fused, anything else called.
 
     lean: keep less for the backward, as :func:`lean_last`.
     """

@@ -59,7 +59,7 @@ def _constant(function: _T) -> _T:
 
 
 def own(value: Any, package: str = "torch") -> bool:
-    """Whether a function or class is one that ``package`` itself defines, not one that was put in its place."""
+    """Return whether a function or class is one that ``package`` itself defines, not one that was put in its place."""
     if isinstance(value, FunctionType):
         defined = value.__globals__.get("__name__", "")
         return str(defined).partition(".")[0] == package and not hasattr(value, "__wrapped__")
@@ -109,14 +109,14 @@ def _is_frozen(kind: type[nn.Module]) -> bool:
 
 
 def is_frozen_batch_norm(module: nn.Module) -> bool:
-    """Whether the module's class is `resnet_fast.nn.FrozenBatchNorm2d` or torchvision's."""
+    """Return whether the module's class is `resnet_fast.nn.FrozenBatchNorm2d` or torchvision's."""
     kind = type(module)
     return _is_frozen(kind) if kind.__module__ == "torchvision.ops.misc" else kind in _frozen
 
 
 @_constant
 def _classes_changed(*kinds: type[nn.Module]) -> str:
-    """Why modules of one of these classes may compute something else than it is known for; "" if they do not."""
+    """Return why modules of one of these classes may compute something else than it is known for; "" if they do not."""
     call = nn.Module.__call__
     for kind in kinds:
         path = _known.get(kind, ())
@@ -135,7 +135,7 @@ def _classes_changed(*kinds: type[nn.Module]) -> str:
 
 @_constant
 def _calls_replaced() -> bool:
-    """Whether ``nn.Module.__call__`` was replaced, by others than torch.fx, which does so while it traces."""
+    """Return whether ``nn.Module.__call__`` was replaced, by others than torch.fx, which does so while it traces."""
     call: Any = nn.Module.__call__
     if call is _MODULE_CALL:
         return not _ORIGINAL
@@ -144,7 +144,7 @@ def _calls_replaced() -> bool:
 
 
 def changed(module: nn.Module) -> str:
-    """Why the module computes, or may compute, something else than its class is known for; "" if it does not."""
+    """Return why the module computes, or may compute, something else than its class is known for; "" if it does not."""
     reason = _classes_changed(type(module))
     if reason:
         return reason
@@ -155,7 +155,7 @@ def changed(module: nn.Module) -> str:
 
 
 def hooked(*modules: nn.Module) -> bool:
-    """Whether one of these modules' own hooks runs when it is called, or when the gradient passes it."""
+    """Return whether one of these modules' own hooks runs when it is called, or when the gradient passes it."""
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return True
@@ -163,7 +163,7 @@ def hooked(*modules: nn.Module) -> bool:
 
 
 def why_called(*modules: nn.Module | None) -> str:
-    """Why one of these modules must be called rather than computed by a fused op; "" if nobody would notice."""
+    """Return why one of these modules must be called rather than computed by a fused op; "" if nobody would notice."""
     if _has_any_global_hook():
         return "a global module hook is registered, so the plain layers run and it fires"
     if (nn.Module.__call__ is not _MODULE_CALL or not _ORIGINAL) and _calls_replaced():
@@ -185,7 +185,7 @@ def why_called(*modules: nn.Module | None) -> str:
 
 
 def ordinary(*tensors: Any) -> bool:
-    """Whether these are torch's own tensors (or None), not subclasses with arithmetic of their own."""
+    """Return whether these are torch's own tensors (or None), not subclasses with arithmetic of their own."""
     for tensor in tensors:  # noqa: SIM110 - a generator costs as much as all these look-ups
         if type(tensor) not in _ORDINARY:
             return False
@@ -193,7 +193,7 @@ def ordinary(*tensors: Any) -> bool:
 
 
 def watched() -> str:
-    """Why every call of torch must happen: a function or dispatch mode of somebody's is active; "" if none is.
+    """Return why every call of torch must happen: a function or dispatch mode of somebody's is active; "" if none is.
 
     The default device (``torch.set_default_device``, ``with torch.device(...)``) is a mode too. It only concerns calls
     that make tensors from nothing.

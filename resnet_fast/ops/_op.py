@@ -56,7 +56,7 @@ _OF_THREADS = frozenset(
 
 
 def unobserved(tensors: Iterable[Any]) -> bool:
-    """Whether torch's dispatcher would do nothing of its own with a call on these tensors: it may be left out.
+    """Return whether torch's dispatcher would do nothing of its own with a call on these tensors: it may be left out.
 
     Somebody may trace, compile, transform, profile or watch; autocast or gradients may be on; a tensor may be more than
     memory with strides.
@@ -254,7 +254,7 @@ class Bound(Generic[A]):
         return "auto" if len(self.candidates) > 1 else self.candidates[0].NAME
 
     def backend_for(self, *data: Tensor) -> str:
-        """The name of the backend that runs it on inputs like these, which may be without data."""
+        """Return the name of the backend that runs it on inputs like these, which may be without data."""
         if not self.candidates:
             return self.backend
         if self.op.problem is None:

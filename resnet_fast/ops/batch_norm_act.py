@@ -121,7 +121,7 @@ def _synchronised(mean: Tensor, var: Tensor, rows: int, group: str) -> tuple[Ten
 
 
 def _in_kernel(running: Tensor | None) -> bool:
-    """Whether a kernel can update these running statistics."""
+    """Return whether a kernel can update these running statistics."""
     return running is None or (running.dtype is torch.float32 and running.is_contiguous())
 
 
@@ -309,7 +309,7 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
 
 
 def _by_torch(x: Tensor) -> bool:
-    """Whether torch's own kernels are to compute what ours do not, rather than the reference."""
+    """Return whether torch's own kernels are to compute what ours do not, rather than the reference."""
     return backends.runs("onednn", "cpu") if x.device.type == "cpu" else backends.current() != "reference"
 
 
@@ -445,7 +445,7 @@ def _check_backward(a: Backward) -> None:
 
 
 def _shares(sums: tuple[Tensor, Tensor], rows: int, count: Tensor | None, group: str) -> tuple[Tensor, Tensor]:
-    """The sums that x's gradient is made of: those of all processes, times this one's share of the values.
+    """Return the sums that x's gradient is made of: those of all processes, times this one's share of the values.
 
     Kernels divide by their own number of values.
     """

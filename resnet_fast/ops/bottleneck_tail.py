@@ -306,7 +306,7 @@ def bottleneck_tail(
     stride: int | Sequence[int] = 1,
     shortcut_stride: int | Sequence[int] = 1,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """A bottleneck block behind its first convolution, and on request the next block's first convolution::
+    """Return a bottleneck block behind its first convolution, and on request the next block's first convolution::
 
         b         = relu(conv3x3(a, weight2, stride, padding=1) * scale2 + shift2)
         y         = relu(conv1x1(b, weight3) * scale3 + shift3 + shortcut)

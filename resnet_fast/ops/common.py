@@ -59,7 +59,7 @@ def conv_geometry(stride: object, padding: object, dilation: object, window: Seq
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What an op computes in: float64 for float64, float32 for everything narrower."""
+    """Return what an op computes in: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 

@@ -72,7 +72,7 @@ def check(a: Arguments) -> None:
 
 
 def problem_of(x: Tensor, dtype: torch.dtype, weight: Tensor, geometry: Sequence[Any], normalised: bool) -> Problem:
-    """What the kernels are asked for where x is read in ``dtype``."""
+    """Return what the kernels are asked for where x is read in ``dtype``."""
     n, c, h, w = x.shape
     k, _, *kernel = weight.shape
     *pairs, groups = geometry
@@ -140,7 +140,7 @@ def run_kernel(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _scale_and_shift(norm: Norm) -> tuple[Tensor, Tensor]:
-    """A norm as the kernel applies it, [C] each in float32: ``x * scale + shift``."""
+    """Return a norm as the kernel applies it, [C] each in float32: ``x * scale + shift``."""
     mean, scale = kernel_vector(norm.mean), kernel_vector(norm.invstd)
     if norm.gamma is not None:
         scale = scale * kernel_vector(norm.gamma)

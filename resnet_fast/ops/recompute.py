@@ -333,7 +333,7 @@ class NormActPool(NamedTuple):
 
 
 def _pooling(ceil_mode: bool) -> tuple[Any, ...]:
-    """What aten's max-pools take: a window 3x3/2 padded by 1, or Caffe's unpadded one, the size rounded up."""
+    """Return what aten's max-pools take: a window 3x3/2 padded by 1, or Caffe's unpadded one, the size rounded up."""
     padding = 0 if ceil_mode else 1
     return [3, 3], [2, 2], [padding, padding], [1, 1], ceil_mode
 

@@ -80,7 +80,7 @@ def work(problem: Problem, itemsize: int | None = None) -> Work:
 
 
 def pixels_read(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], output: Sequence[int]) -> int:
-    """How many of an image's [H, W] pixels a convolution touches: all of them unless its stride skips some."""
+    """Return how many of an image's [H, W] pixels a convolution touches: all of them unless its stride skips some."""
     rows, columns = (
         min(size[i], output[i] * kernel[i] if stride[i] > kernel[i] else size[i]) for i in range(2)
     )  # fmt: skip

@@ -97,7 +97,7 @@ class Schedule:
         return sum((kernel.work for kernel in self.kernels), Work(0, 0, 0))
 
     def totals(self, gpu: GPU, precision: str) -> Totals:
-        """The sums for one image on ``gpu``."""
+        """Return the sums for one image on ``gpu``."""
         work, batch = self.work, self.batch
         floor = sum(kernel.work.floor(gpu, precision) for kernel in self.kernels)
         return Totals(

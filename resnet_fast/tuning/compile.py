@@ -60,7 +60,7 @@ Table = dict[Key, Row]
 
 
 def table_path() -> Path:
-    """Where the committed table lies in a checkout; it is not installed."""
+    """Return where the committed table lies in a checkout; it is not installed."""
     from resnet_fast.kernels import gpus
 
     return Path(gpus.__file__).with_name("resources.csv")
@@ -85,7 +85,7 @@ def _add(found: dict[Key, Task], gpu: GPU, case: ops.Case, config: Any) -> None:
 
 
 def table_tasks(gpu: GPU, folder: Path) -> tuple[dict[Key, Task], list[str]]:
-    """Every choice in the tables of ``folder`` for GPUs of this capability, and what is wrong with the tables.
+    """Return every choice in the tables of ``folder`` for GPUs of this capability, and what is wrong with the tables.
 
     A table names problems by their keys alone, so they are looked up among those of all ten networks.
 
@@ -128,7 +128,7 @@ def table_tasks(gpu: GPU, folder: Path) -> tuple[dict[Key, Task], list[str]]:
 
 
 def key(task: Task) -> Key:
-    """What the task's launch is compiled from."""
+    """Return what the task's launch is compiled from."""
     return _key(task, launch(task))
 
 
@@ -148,7 +148,7 @@ def _key(task: Task, made: Any) -> Key:
 
 
 def _known(parameter: Any, argument: Any) -> list[str]:
-    """What Triton compiles into a kernel about an argument, in words."""
+    """Return what Triton compiles into a kernel about an argument, in words."""
     if hasattr(argument, "block_shape"):
         return [f"{parameter.name}[{'x'.join(map(str, argument.block_shape))}]"]
     if argument is None:
@@ -167,7 +167,7 @@ def _known(parameter: Any, argument: Any) -> list[str]:
 
 
 def faults(compiled: Compiled, gpu: GPU) -> list[str]:
-    """What is wrong with one compiled launch on ``gpu``, in words; empty if nothing is."""
+    """Return what is wrong with one compiled launch on ``gpu``, in words; empty if nothing is."""
     resources = compiled.resources
     if resources is None:
         return [f"does not compile: {compiled.error}"]
@@ -190,14 +190,14 @@ def faults(compiled: Compiled, gpu: GPU) -> list[str]:
 
 
 def row(compiled: Compiled, gpu: GPU) -> Row:
-    """The table's row of a launch that compiled."""
+    """Return the table's row of a launch that compiled."""
     resources = compiled.resources
     assert resources is not None
     return str(resources.registers), str(resources.shared), str(resources.occupancy(gpu)), resources.matrix
 
 
 def read_table(path: Path) -> tuple[str, Table]:
-    """The committed table: the version of Triton it was made with, and its rows.
+    """Return the committed table: the version of Triton it was made with, and its rows.
 
     Raises:
         ValueError: the file is no such table.
@@ -226,7 +226,7 @@ def write_table(path: Path, version: str, table: Mapping[Key, Row]) -> None:
 
 
 def differences(committed: Table, now: Mapping[Key, Row], archs: Iterable[str]) -> list[str]:
-    """Where ``now`` differs from the rows of ``committed`` on these architectures, in words."""
+    """Return where ``now`` differs from the rows of ``committed`` on these architectures, in words."""
     wanted = set(archs)
     found = []
     for each in sorted({k for k in committed if k.arch in wanted} | set(now)):
@@ -270,7 +270,7 @@ def run(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Return the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m resnet_fast.tuning.compile", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed table too")
     parser.add_argument("--write", action="store_true", help="write the table anew")

@@ -82,7 +82,7 @@ class Resources:
         return self.stack > 0 or self.local > 0
 
     def occupancy(self, gpu: GPU) -> int:
-        """How many blocks a multiprocessor of ``gpu`` holds at once; 0 if not even one fits."""
+        """Return how many blocks a multiprocessor of ``gpu`` holds at once; 0 if not even one fits."""
         warps = self.threads // 32
         per_warp = -(-self.registers * 32 // 256) * 256  # registers are handed out to warps in units of 256
         by_registers = 4 * (gpu.registers // 4 // per_warp) // warps  # each quarter has its own
@@ -131,19 +131,19 @@ class _Driver:
 
 
 def launches(case: Case, config: Any) -> tuple[Any, ...]:
-    """The case's ``Launch``, or all of them in order, on tensors that have no data."""
+    """Return the case's ``Launch``, or all of them in order, on tensors that have no data."""
     op = ops.get(case.op)
     made = op.launch(op.kernel, op.tensors(case.problem, torch.device("meta")), case, config)
     return made.parts if isinstance(made, ops.Launches) else (made,)
 
 
 def launch(task: Task) -> Any:
-    """The task's ``Launch``, on tensors that have no data."""
+    """Return the task's ``Launch``, on tensors that have no data."""
     return launches(task.case, task.config)[task.part]
 
 
 def tasks(capability: int, case: Case, config: Any) -> tuple[Task, ...]:
-    """What is to be compiled for a case: a task for each of its launches."""
+    """Return what is to be compiled for a case: a task for each of its launches."""
     return tuple(Task(capability, case, config, part) for part in range(len(launches(case, config))))
 
 
@@ -183,7 +183,7 @@ def _resources(kernel: Any) -> Resources:
 
 
 def instructions(cubin: bytes) -> set[str]:
-    """Which multiply instructions (the names in ``OPCODES``) the machine code of a 64-bit ELF file holds.
+    """Return which multiply instructions (the names in ``OPCODES``) the machine code of a 64-bit ELF file holds.
 
     Read from the code itself: nvdisasm takes longer for one kernel than compiling it.
     """

@@ -37,7 +37,7 @@ _REPLAYS = 5
 
 
 def error(ours: Tensor, exact: Tensor, precision: str) -> str:
-    """What is wrong with an answer beside the exact one, "" if nothing is.
+    """Return what is wrong with an answer beside the exact one, "" if nothing is.
 
     The error must be within ``ALLOWED`` of the exact answer's size, and no single element off by more than 16 times
     that, so that one wrong pixel among millions shows too.
@@ -188,7 +188,7 @@ class CudaRunner:
 
 
 def _same_tensors(a: Case, b: Case) -> bool:
-    """Whether the two cases are of Triton's and CUDA's kernels for one thing."""
+    """Return whether the two cases are of Triton's and CUDA's kernels for one thing."""
     return (a.op.removesuffix(".cuda"), a.problem, a.form) == (b.op.removesuffix(".cuda"), b.problem, b.form)
 
 

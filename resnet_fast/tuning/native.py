@@ -78,7 +78,7 @@ Row = tuple[str, str, str]
 
 
 def table_path() -> Path:
-    """Where the committed table lies in a checkout; it is not installed."""
+    """Return where the committed table lies in a checkout; it is not installed."""
     return Path(__file__).resolve().parents[2] / "csrc" / "resources.csv"
 
 
@@ -86,7 +86,7 @@ def table_path() -> Path:
 
 
 def read_module(path: Path, dynamic: Mapping[Launch, int] | None = None) -> dict[Key, Compiled]:
-    """Every kernel in a library or object file; ``dynamic``: bytes of shared memory that a launch asks for."""
+    """Return every kernel in a library or object file; ``dynamic``: bytes of shared memory that a launch asks for."""
     dynamic = {} if dynamic is None else dynamic
     usage, code = _cuobjdump("-res-usage", path), _cuobjdump("-sass", path)
     names = _demangled(set(re.findall(r"Function\s?:?\s+(\w+)", usage + code)))
@@ -165,13 +165,13 @@ _SYMBOL = re.compile(
 
 
 def launch_of(listed: Mapping[str, Any]) -> Launch:
-    """The launch of an entry of ``_C.conv_bn_act_kernels()``."""
+    """Return the launch of an entry of ``_C.conv_bn_act_kernels()``."""
     kind = "masked" if "masked" in str(listed["name"]) else str(listed["algorithm"])
     return kind, str(listed["precision"]), tuple(int(listed[name]) for name in _TEMPLATE_ARGUMENTS[kind])
 
 
 def launch_of_symbol(kernel: str) -> Launch | None:
-    """The launch of a kernel of that short name, None if the module does not tell what it asks for."""
+    """Return the launch of a kernel of that short name, None if the module does not tell what it asks for."""
     found = _SYMBOL.match(kernel)
     if found is None:
         return None
@@ -184,7 +184,7 @@ def launch_of_symbol(kernel: str) -> Launch | None:
 
 
 def dynamic_shared(module: Any) -> dict[Launch, int]:
-    """What the kernels of a loaded ``_C`` ask for, in bytes a block."""
+    """Return what the kernels of a loaded ``_C`` ask for, in bytes a block."""
     bytes_of = {launch_of(each): int(each["shared_bytes"]) for each in module.conv_bn_act_kernels()}
     for precision in ("fp16", "bf16", "tf32"):
         for square, channels in ((12, 3), (16, 4)):
@@ -197,7 +197,7 @@ def dynamic_shared(module: Any) -> dict[Launch, int]:
 
 
 def faults(arch: str, kernel: str, compiled: Compiled) -> list[str]:
-    """What is wrong with a kernel's machine code, in words; empty if nothing is."""
+    """Return what is wrong with a kernel's machine code, in words; empty if nothing is."""
     wrong = []
     if compiled.stack or compiled.local or compiled.found & {"LDL", "STL"}:
         wrong.append(f"spills: {compiled.stack} bytes of stack, {compiled.local} of local memory a thread")
@@ -214,7 +214,7 @@ def faults(arch: str, kernel: str, compiled: Compiled) -> list[str]:
 
 
 def row(compiled: Compiled) -> Row:
-    """The table's row of a kernel."""
+    """Return the table's row of a kernel."""
     shown = [each for each in _SHOWN if each in compiled.found]
     return str(compiled.registers), str(compiled.shared), " ".join(shown)
 
@@ -230,7 +230,7 @@ def write_table(path: Path, compiler: str, rows: Mapping[Key, Row]) -> None:
 
 
 def read_table(path: Path) -> tuple[str, dict[Key, Row]]:
-    """The committed table: the compiler's version and its rows.
+    """Return the committed table: the compiler's version and its rows.
 
     Raises:
         ValueError: the file is no such table.
@@ -245,7 +245,7 @@ def read_table(path: Path) -> tuple[str, dict[Key, Row]]:
 
 
 def differences(committed: Mapping[Key, Row], now: Mapping[Key, Row], listed: Container[Launch]) -> list[str]:
-    """Where ``now`` differs from the table, in words.
+    """Return where ``now`` differs from the table, in words.
 
     Args:
         listed: the convolutions that the module says it has: it may be built without some of those made with CUTLASS.
@@ -278,7 +278,7 @@ def _load(path: Path) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Return the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m resnet_fast.tuning.native", description=__doc__)
     parser.add_argument("module", type=Path, help="a built _C, or the folder that it is in")
     parser.add_argument("--check", action="store_true", help="compare with the committed table too")

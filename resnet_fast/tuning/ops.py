@@ -109,7 +109,7 @@ class CudaKernels:
             yield cuda_choice.Only()
 
     def heuristic(self, problem: Any, gpu: GPU) -> Any:
-        """The choice without a table, None where no kernel computes the problem."""
+        """Return the choice without a table, None where no kernel computes the problem."""
         return next(self.candidates(problem, gpu), None)
 
     def choose(self, problem: Any, gpu: GPU) -> Any:
@@ -120,17 +120,17 @@ class CudaKernels:
         return cuda_choice.Config(name) if self.op == "conv_bn_act" else cuda_choice.Only()
 
     def as_fields(self, config: Any) -> dict[str, Any]:
-        """A choice as a table stores it."""
+        """Return a choice as a table stores it."""
         return cuda_choice.as_fields(config)
 
 
 def names() -> tuple[str, ...]:
-    """The ops that have a Triton kernel and an adapter."""
+    """Return the ops that have a Triton kernel and an adapter."""
     return tuple(_OPS)
 
 
 def get(name: str) -> Op:
-    """The adapter of an op's Triton kernel, or as ``conv_bn_act.cuda`` of its CUDA kernels.
+    """Return the adapter of an op's Triton kernel, or as ``conv_bn_act.cuda`` of its CUDA kernels.
 
     Raises:
         ValueError: there is none of that name.
@@ -142,7 +142,7 @@ def get(name: str) -> Op:
 
 
 def is_cuda(case: Case) -> bool:
-    """Whether the case is one of CUDA kernels."""
+    """Return whether the case is one of CUDA kernels."""
     return case.op in _CUDA_OPS
 
 
@@ -163,7 +163,7 @@ def with_cuda(cases: Iterable[Case], gpu: GPU) -> tuple[Case, ...]:
 
 
 def supported(case: Case, gpu: GPU) -> bool:
-    """Whether the kernel computes the problem on ``gpu`` at all; most compute every problem."""
+    """Return whether the kernel computes the problem on ``gpu`` at all; most compute every problem."""
     supports = getattr(get(case.op).kernel, "supports", None)
     return supports is None or bool(supports(case.problem, gpu))
 
@@ -374,7 +374,7 @@ def _statistics_tensors(problem: Any, device: torch.device) -> dict[str, Tensor 
 
 
 def _statistics_launch(kernel: ModuleType, tensors: Tensors, case: Case, config: Any) -> Any:
-    """All that the parts do: the running statistics too."""
+    """Return all that the parts do: the running statistics too."""
     from resnet_fast.kernels import batch_norm_act
 
     problem, x = case.problem, _given(tensors, "x")
@@ -611,7 +611,7 @@ def _cuda_head_launch(kernels: Any, tensors: Tensors, case: Case, config: Any) -
 
 
 def _cuda_norm_launch(kernels: Any, tensors: Tensors, case: Case, config: Any) -> Any:
-    """The launches read an image's memory as a matrix; a matrix is one of one-pixel images."""
+    """Return the launches read an image's memory as a matrix; a matrix is one of one-pixel images."""
     images = {
         name: tensor[:, :, None, None] if tensor is not None and tensor.dim() == 2 else tensor
         for name, tensor in tensors.items()

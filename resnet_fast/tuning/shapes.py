@@ -34,7 +34,7 @@ def problems(
     gpu: GPU | None = None,
     training: bool = False,
 ) -> tuple[Case, ...]:
-    """Every case of these networks, each once, in the order of models, batches, precisions and layers.
+    """Return every case of these networks, each once, in the order of models, batches, precisions and layers.
 
     Args:
         models: names from ``resnet_fast.models``. precisions: of ``kernels.gpus.PRECISIONS``.

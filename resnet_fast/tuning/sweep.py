@@ -103,7 +103,7 @@ def floor(case: Case, gpu: GPU) -> float:
 
 
 def configs(case: Case, gpu: GPU) -> tuple[Any, ...]:
-    """What is tried for a case: the heuristic's choice, then every candidate, each once."""
+    """Return what is tried for a case: the heuristic's choice, then every candidate, each once."""
     kernel = ops.get(case.op).kernel
     first = kernel.heuristic(case.problem, gpu)  # None where no launch is known to fit
     return tuple(dict.fromkeys([*([] if first is None else [first]), *kernel.candidates(case.problem, gpu)]))
