@@ -84,7 +84,7 @@ class Contestant:
 def layers(model: nn.Module, arch: str) -> tuple[nn.Module, str]:
     """Return the network with the parameters of ``model`` as others have it, and where it is from.
 
-    torchvision's where that is installed; otherwise the graph of ours, every module of it from torch.nn and every
+    torchvision's if that is installed; otherwise the graph of ours, every module of it from torch.nn and every
     function torch's (``peers.plain`` makes sure), which is what torchvision's forward calls in the same order.
     """
     if importlib.util.find_spec("torchvision") is not None:

@@ -1,4 +1,4 @@
-"""``make gpu``: the one command on a machine with a GPU where nothing can be installed, within a time budget.
+"""``make gpu``: the one command on a machine with a GPU if nothing can be installed, within a time budget.
 
     python -m benchmarks.gpu [--budget 540] [--out FOLDER] [--stages smoke,models] [--dry-run]
 

@@ -83,7 +83,7 @@ def _outputs(result: Result) -> tuple[Tensor, ...]:
 
 
 def noise(*shape: int, seed: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-    """Seeded noise of mean 0 and variance 1, channels_last where it has four dimensions; on "meta" without values."""
+    """Seeded noise of mean 0 and variance 1, channels_last if it has four dimensions; on "meta" without values."""
     if device == "meta":
         made = torch.empty(shape, dtype=dtype, device="meta")
     else:

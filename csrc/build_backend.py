@@ -1,4 +1,4 @@
-"""setuptools' build backend, except that what CMake needs is required only where a native build will be tried.
+"""setuptools' build backend, except that what CMake needs is required only if a native build will be tried.
 
 So a machine that gets the pure package needs nothing but setuptools. What is tried is decided in native_build.py.
 """

@@ -197,7 +197,7 @@ def known_archs() -> list[str]:
 
 
 def native_archs(capabilities: Sequence[str] | None, known: Sequence[str] = ARCHS) -> str:
-    """Return the architectures of GPUs with these capabilities; "", all that the compiler knows, where there are none.
+    """Return the architectures of GPUs with these capabilities; "", all that the compiler knows, if there are none.
 
     A GPU that is too new for the compiler gets "80", whose PTX its driver compiles.
 

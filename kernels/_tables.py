@@ -130,7 +130,7 @@ def milliseconds(op: str, problem: str, gpu: str) -> float | None:
 
 
 def pays(op: str, problem: str, gpu: str) -> bool:
-    """Whether the table says that the kernel takes less time than the op's plain way; False where it does not say."""
+    """Whether the table says that the kernel takes less time than the op's plain way; False if it does not say."""
     found = lookup(op, problem, gpu) or {}
     ours, plain = found.get("ms"), found.get("plain_ms")
     sound = all(type(taken) in (int, float) and 0 < taken < float("inf") for taken in (ours, plain))

@@ -102,7 +102,7 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
 @_tables.remembers
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, gpu: GPU) -> Config:
-    """Return the measured choice where there is one, else the heuristic's."""
+    """Return the measured choice if there is one, else the heuristic's."""
     return _tables.measured(NAME, problem.key(), gpu.name, Config) or heuristic(problem, gpu)
 
 

@@ -138,7 +138,7 @@ def _slice_moments(
 
 @triton.jit
 def _mean_of_slice(workspace, slice, c, inside, plane, C):
-    """The mean of one slice in float64, 0 where it is not finite: an origin as good as a row of x.
+    """The mean of one slice in float64, 0 if it is not finite: an origin as good as a row of x.
 
     Args:
         workspace: of counted slices: [slices, C] sums of x, what these round off, and squared deviations from the
@@ -511,7 +511,7 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
 @_tables.remembers
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, gpu: GPU) -> Config:
-    """Return the measured choice where there is one that the kernels can take, else the heuristic's."""
+    """Return the measured choice if there is one that the kernels can take, else the heuristic's."""
     config = _tables.measured(NAME, problem.key(), gpu.name, Config)
     if config is not None and config.rows % (config.accesses * config.lanes(problem)) == 0:
         return config
@@ -704,7 +704,7 @@ def backward(
     problem: Problem,
     config: Config,
 ) -> tuple[Launch, ...]:
-    """Return the launch that fills ``grad_x`` and ``grad_residual`` (``g``), where they are not None.
+    """Return the launch that fills ``grad_x`` and ``grad_residual`` (``g``), if they are not None.
 
     ``grad_x = gamma * invstd * (g - sum_grad / rows - xhat * sum_grad_xhat / rows)``, without the sums (None) for
     statistics that do not depend on x.

@@ -246,8 +246,8 @@ def launch(
         a: [N, MID, H, W]; shortcut: the residual [N, K, P, Q] or the projection's input; out: [N, K, P, Q];
             following: [N, NEXT, P, Q] or None. All dense channels_last and of one dtype.
         weight2: [MID, MID, 3, 3]; weight3: [K, MID, 1, 1]; dense channels_last, of that dtype.
-        projection: (weight [K, C, 1, 1], scale [K], shift [K]) where the problem has a ``shortcut``, else None.
-        reduction: (weight [NEXT, K, 1, 1], scale [NEXT], shift [NEXT]) where it has a ``following``, else None.
+        projection: (weight [K, C, 1, 1], scale [K], shift [K]) if the problem has a ``shortcut``, else None.
+        reduction: (weight [NEXT, K, 1, 1], scale [NEXT], shift [NEXT]) if it has a ``following``, else None.
         config: as in conv_bn_act, a tensor at an odd address makes the form ``gather`` fetch the tiles.
     """
     n, h, w, mid, k = problem.n, problem.h, problem.w, problem.mid, problem.k

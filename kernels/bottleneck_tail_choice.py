@@ -63,7 +63,7 @@ def _tile_size(channels: int) -> bool:
 
 
 def heuristic(problem: Problem, gpu: GPU) -> Config | None:
-    """Return a launch choice from the shape alone; None where no tile is known to keep its accumulators in registers.
+    """Return a launch choice from the shape alone; None if no tile is known to keep its accumulators in registers.
 
     Where the limits lie was found by compiling: a tile one step larger spills (docs/kernels/bottleneck_tail.md). A
     program computes all the channels of its pixels, so there are few programs: with less than one for each two
@@ -140,7 +140,7 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
 @_tables.remembers
 @lru_cache(maxsize=1024)
 def choose(problem: Problem, gpu: GPU) -> Config | None:
-    """Return the measured choice where there is one, else the heuristic's; None where the kernel does not apply.
+    """Return the measured choice if there is one, else the heuristic's; None if the kernel does not apply.
 
     A table may also say ``"separate": true``: measured, the convolutions were faster one by one.
     """

@@ -38,7 +38,7 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
 @_tables.remembers
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, gpu: GPU) -> Config:
-    """Return the measured choice where there is one that the kernels can take, else the heuristic's."""
+    """Return the measured choice if there is one that the kernels can take, else the heuristic's."""
     config = _tables.measured(NAME, problem.key(), gpu.name, Config)
     return config if config is not None and conv_bn_act.takes(config, problem, gpu) else heuristic(problem, gpu)
 
@@ -69,7 +69,7 @@ def launches(
 
     Args:
         x: [N, C, H, W], y: [N, K, P, Q], dense channels_last and of one dtype. weight: [K, C / groups, R, S], alike.
-        scale, shift: [C] float32, dense, where the problem is ``normalised``, else None.
+        scale, shift: [C] float32, dense, if the problem is ``normalised``, else None.
         mean, variance: [K] float32. workspace: ``workspace_size`` numbers of float32.
     """
     convolution, tiles = conv_bn_act.launch_raw(

@@ -98,7 +98,7 @@ def _estimate(kernel: Kernel, problem: ConvBNAct, gpu: GPU) -> int:
 
 
 def measured(op: str, problem: Any, gpu: GPU) -> str:
-    """The kernel that was measured fastest among the CUDA ones, the op's name where it has only one; "" if none was."""
+    """The kernel that was measured fastest among the CUDA ones, the op's name if it has only one; "" if none was."""
     if op == "conv_bn_act":
         choice = _tables.measured(table(op), problem.key(), gpu.name, Config)
         return "" if choice is None else choice.kernel
@@ -113,7 +113,7 @@ def faster(op: str, problem: Any, gpu: GPU) -> bool:
 
 
 def candidates(problem: ConvBNAct, gpu: GPU, kernels: Sequence[Kernel]) -> Iterator[Config]:
-    """Every choice worth measuring among ``kernels``, which all compute the problem; elements only where nothing else.
+    """Every choice worth measuring among ``kernels``, which all compute the problem; elements only if nothing else.
 
     The likely ones first, so that little is lost where time runs out.
     """

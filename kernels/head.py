@@ -152,7 +152,7 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
 @_tables.remembers
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, gpu: GPU) -> Config:
-    """Return the measured choice where there is one that fits, else the heuristic's."""
+    """Return the measured choice if there is one that fits, else the heuristic's."""
     config = _tables.measured(NAME, problem.key(), gpu.name, Config)
     if config is not None and _fits(config, problem, gpu):
         return config

@@ -15,7 +15,7 @@ The product runs over one row of taps at a time, its (column, channel) positions
 the column needs a check per element.
 
 Traps: positions beyond the convolution's output are -inf for the maximum, never 0. Scale, shift and ReLU are monotone,
-so they come after the maximum; but scale may be negative, so its sign comes before, on the weights, where it is exact.
+so they come after the maximum; but scale may be negative, so its sign comes before, on the weights, if it is exact.
 Bytes are normalised before the zero padding, so padding is 0 and not a black pixel.
 """
 
@@ -175,7 +175,7 @@ class Config:
 
 
 def _positions(problem: Problem) -> int:
-    """Return a step through the product: a whole row of taps where it is short, else a part of it."""
+    """Return a step through the product: a whole row of taps if it is short, else a part of it."""
     return power_of_two(7 * problem.c, 16, 32)
 
 
@@ -224,7 +224,7 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
 @_tables.remembers
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, gpu: GPU) -> Config:
-    """Return the measured choice where there is one that fits, else the heuristic's."""
+    """Return the measured choice if there is one that fits, else the heuristic's."""
     config = _tables.measured(NAME, problem.key(), gpu.name, Config)
     if config is not None and _fits(config, problem, gpu):
         return config

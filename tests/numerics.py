@@ -19,7 +19,7 @@ def assert_obeys_error_rule(ours: Tensor, same_dtype: Tensor, exact: Tensor, wha
     Args:
         ours: the tested result. same_dtype: plain torch's in the same dtype. exact: a float64 reference.
 
-    Shape and dtype must be those of ``same_dtype``; NaN and infinities must stand exactly where it has them.
+    Shape and dtype must be those of ``same_dtype``; NaN and infinities must stand exactly if it has them.
     """
     assert_obeys_error_rule_in_the_median([(ours, same_dtype, exact)], what)
 

@@ -100,7 +100,7 @@ class use:  # lower case: reads as a verb at the call site, with or without `wit
 
 
 def runs(name: str, device: str, asked: str = "auto") -> bool:
-    """Return whether the choice in force (``asked``, or the process-wide one where that is "auto") lets ``name`` run.
+    """Return whether the choice in force (``asked``, or the process-wide one if that is "auto") lets ``name`` run.
 
     Raises:
         RuntimeError: the chosen backend does not run on tensors of this device type.

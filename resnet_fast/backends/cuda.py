@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NAME = "cuda"
 
-#: What the module's functions are called with where nothing is known to be less aligned.
+#: What the module's functions are called with if nothing is known to be less aligned.
 ALIGNED = 128
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -111,7 +111,7 @@ def _why_not_built() -> str:
 
 
 def native() -> Native | None:
-    """Return the module in force; None where there is none that loads."""
+    """Return the module in force; None if there is none that loads."""
     return _substituted if _substituted is not None else _loaded()[0]
 
 
@@ -236,7 +236,7 @@ def faster(op: str, problem: Any, gpu: GPU, alignment: int = ALIGNED) -> str:
 
 
 def supporting(problem: Any, gpu: GPU, alignment: int = ALIGNED) -> tuple[list[cuda_choice.Kernel], str]:
-    """Return the convolution kernels that compute the problem, and where there are none why not."""
+    """Return the convolution kernels that compute the problem, and if there are none why not."""
     found = native()
     assert found is not None, load_error()
     return _supporting(found, problem, gpu, alignment)
@@ -501,7 +501,7 @@ def batch_norm_act_reduce(
 ) -> None:
     """Fill the sums over pixels of ``g`` (beta's gradient) and of ``g * (x - mean) * invstd`` (gamma's).
 
-    ``g`` is ``grad`` where the ReLU was open, which ``output`` tells; all of it where that is None.
+    ``g`` is ``grad`` where the ReLU was open, which ``output`` tells; all of it if that is None.
     """
     module, precision, rows = _module(), _PRECISIONS[x.dtype], _rows(x)
     with triton.on(x.device):
@@ -525,7 +525,7 @@ def batch_norm_act_backward(
     grad_x: Tensor | None,
     grad_residual: Tensor | None,
 ) -> None:
-    """Fill ``grad_x`` and ``grad_residual`` (``g`` itself), where they are not None.
+    """Fill ``grad_x`` and ``grad_residual`` (``g`` itself), if they are not None.
 
     ``grad_x = gamma * invstd * (g - sum_grad / rows - xhat * sum_grad_xhat / rows)``, without the sums (None) for
     statistics that do not depend on x.

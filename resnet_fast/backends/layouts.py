@@ -84,7 +84,7 @@ def with_strides_of(weight: Tensor, grad: Tensor) -> Tensor:
 
 
 def kernel_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a convolution's weight as the kernels read it: ``dtype``, dense channels_last; no copy where it is so."""
+    """Return a convolution's weight as the kernels read it: ``dtype``, dense channels_last; no copy if it is so."""
     return channels_last(weight.detach().to(dtype))
 
 

@@ -4,7 +4,7 @@ Everything here is detected at run time and checked once against plain torch on 
 moves one of these functions, :func:`unavailable` says so and the ops run their reference. No caching, no BN arithmetic.
 
 oneDNN's own ReLU post-op turns NaN into 0 and torch's does not, so ReLU is either torch's in-place ``relu_`` on the
-still cached output (``relu=False`` here) or, where the caller has proved that no NaN can appear, the post-op.
+still cached output (``relu=False`` here) or, if the caller has proved that no NaN can appear, the post-op.
 """
 
 from __future__ import annotations

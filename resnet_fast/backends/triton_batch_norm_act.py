@@ -101,7 +101,7 @@ def batch_norm_act_reduce(
 ) -> None:
     """Fill the sums over pixels of ``g`` (beta's gradient) and of ``g * (x - mean) * invstd`` (gamma's).
 
-    ``g`` is ``grad`` where the ReLU was open, which ``output`` tells; all of it where that is None.
+    ``g`` is ``grad`` where the ReLU was open, which ``output`` tells; all of it if that is None.
     """
     kernel, problem = _kernel(), _problem(x, "reduce", output)
     config = kernel.choose(problem, triton.gpu_of(x.device))
@@ -125,7 +125,7 @@ def batch_norm_act_backward(
     grad_x: Tensor | None,
     grad_residual: Tensor | None,
 ) -> None:
-    """Fill ``grad_x`` and ``grad_residual`` (``g`` itself), where they are not None.
+    """Fill ``grad_x`` and ``grad_residual`` (``g`` itself), if they are not None.
 
     ``grad_x = gamma * invstd * (g - sum_grad / rows - xhat * sum_grad_xhat / rows)``, without the sums (None) for
     statistics that do not depend on x.

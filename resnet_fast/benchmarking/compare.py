@@ -1,7 +1,7 @@
 """The whole comparison: one network, one machine, every contestant that can take part, as one result dictionary.
 
 On a CPU every call is timed by itself. On a GPU a sample is the mean of back-to-back calls, and each contestant runs as
-plain calls and, where it can be recorded, as replays of CUDA graphs. Nothing is printed or written here.
+plain calls and, if it can be recorded, as replays of CUDA graphs. Nothing is printed or written here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """cuDNN's graph API as a contestant: every convolution with its scale, shift, residual and ReLU as one fused graph.
 
 The layers are fused by this package's own passes, then run by cuDNN; max-pooling and the head stay torch's. The module
-``cudnn`` comes from the package nvidia-cudnn-frontend. Nothing of it is used where that is missing.
+``cudnn`` comes from the package nvidia-cudnn-frontend. Nothing of it is used if that is missing.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def commit() -> str:
 
 
 def busy_seconds() -> float | None:
-    """Processor seconds that everybody on this machine has used since it started; None where that cannot be read."""
+    """Processor seconds that everybody on this machine has used since it started; None if that cannot be read."""
     try:
         fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()
         user, nice, system, _idle, _iowait, irq, softirq, steal = (int(field) for field in fields[1:9])
@@ -139,7 +139,7 @@ class Disturbance:
         self._start = busy_seconds(), time.process_time(), time.perf_counter()
 
     def cores(self) -> float | None:
-        """Cores kept busy by other processes, on average; None where that cannot be known."""
+        """Cores kept busy by other processes, on average; None if that cannot be known."""
         busy_before, own_before, clock_before = self._start
         busy, own, clock = busy_seconds(), time.process_time(), time.perf_counter()
         if busy is None or busy_before is None or clock <= clock_before:
@@ -164,7 +164,7 @@ def version_of(distribution: str) -> str:
 
 
 def processor() -> tuple[str, set[str], tuple[float, ...]]:
-    """Model name, feature flags and the clocks seen; from /proc/cpuinfo where there is one."""
+    """Model name, feature flags and the clocks seen; from /proc/cpuinfo if there is one."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

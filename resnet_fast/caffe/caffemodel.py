@@ -161,7 +161,7 @@ def write(
 
     Args:
         layers: name, type and blobs of each. Blobs are tensors on any device or arrays of any floating dtype: float64
-            becomes `double_data`, everything else float32 `data`, bit for bit where it was float32.
+            becomes `double_data`, everything else float32 `data`, bit for bit if it was float32.
         definition: a serialized NetParameter (V2), for a file that holds the definition too, as Caffe's own do. Its
             layers are written as they are, but with the blobs given here; its name and blobs are dropped.
 

@@ -458,7 +458,7 @@ class PReLU(Parameters):
 
 @dataclass(frozen=True)
 class ELU(Parameters):
-    """``x`` where it is positive, ``alpha * (exp(x) - 1)`` elsewhere."""
+    """``x`` if it is positive, ``alpha * (exp(x) - 1)`` elsewhere."""
 
     message = Message("elu_param", "ELUParameter", 140, None, "alpha 1 float 1")
 

@@ -358,7 +358,7 @@ def _check_options(dtype: Any, cuda_graphs: Any, backend: Any, device: torch.dev
 
 
 def _records(gm: fx.GraphModule, asked: bool | str, device: torch.device, notes: ir.Notes) -> bool:
-    """Return whether runs are recorded as CUDA graphs, with a note of the reason where they are not."""
+    """Return whether runs are recorded as CUDA graphs, with a note of the reason if they are not."""
     if device.type != "cuda" or asked is False:
         return False
     reason = cuda_graphs_.why_not_recordable(gm)
@@ -450,7 +450,7 @@ def _described(value: Any) -> str:
 
 
 def _annotate(gm: fx.GraphModule, inputs: tuple[Any, ...] | None) -> list[ir.Layer]:
-    """Shapes where they can be known, and a ``Layer`` for every node that computes a tensor."""
+    """Shapes if they can be known, and a ``Layer`` for every node that computes a tensor."""
     if inputs is not None:
         shapes.annotate(gm, inputs)
     values = {node: node.meta.get("value") for node in gm.graph.nodes}
@@ -468,7 +468,7 @@ def _annotate(gm: fx.GraphModule, inputs: tuple[Any, ...] | None) -> list[ir.Lay
 
 
 def _bytes_moved(gm: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> int | None:
-    """Inputs + constants read and output written by one node; 0 for a view, None where a shape is unknown."""
+    """Inputs + constants read and output written by one node; 0 for a view, None if a shape is unknown."""
     result = values.get(node)
     if result is None or isinstance(result, shapes.Unknown):
         return None

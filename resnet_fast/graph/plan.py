@@ -194,7 +194,7 @@ def _constant(gm: fx.GraphModule, value: Any, dtype: torch.dtype) -> Any:
 
 
 def _names(gm: fx.GraphModule, made: dict[fx.Node, Fused]) -> dict[fx.Node, str]:
-    """Return a name for each module: its first layer's, with a number where that is taken."""
+    """Return a name for each module: its first layer's, with a number if that is taken."""
     taken = {
         str(node.target).partition(".")[0]
         for node in gm.graph.nodes

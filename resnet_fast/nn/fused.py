@@ -157,7 +157,7 @@ def _group(bn: Any) -> str:
 def _norm(x: Tensor, bn: Any, moments: tuple[Tensor, Tensor] | None = None) -> Norm:
     """``bn`` with the statistics that it uses for ``x``; brings running statistics up to date as its forward does.
 
-    moments: mean and biased variance of x, where they are known and what bn uses.
+    moments: mean and biased variance of x, if they are known and what bn uses.
     """
     if not _batch_statistics(bn):
         mean, invstd, _ = constant_statistics(bn.running_mean, bn.running_var, bn.eps)
@@ -264,7 +264,7 @@ def _convolve(x: Tensor, conv: Any) -> Tensor:
 
 
 def _convolved(x: Tensor, conv: Any, bn: Any, before: Norm | None = None) -> tuple[Tensor, Norm]:
-    """The convolution's output and ``bn`` for it, from the batch; by one kernel where that is known to take less time.
+    """The convolution's output and ``bn`` for it, from the batch; by one kernel if that is known to take less time.
 
     before: a norm and ReLU in front of the convolution.
     """

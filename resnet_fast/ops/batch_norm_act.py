@@ -590,7 +590,7 @@ def batch_norm_act(
     """BatchNorm + residual + activation: ``act((x - mean) / sqrt(var + eps) * gamma + beta + residual)``.
 
     With ``training`` mean and (biased) variance are those of the batch and gradients flow through them; the running
-    statistics, where given, become ``(1 - momentum) * running + momentum * batch`` with the unbiased variance. Without
+    statistics, if given, become ``(1 - momentum) * running + momentum * batch`` with the unbiased variance. Without
     it they are the running statistics, as constants. As ``torch.nn.functional.batch_norm``; Ioffe & Szegedy 2015,
     arXiv:1502.03167. Computed in float32 (float64 for float64). NaN passes through the ReLU as in torch.
 

@@ -14,7 +14,7 @@ def activation(op: str, activation: str) -> None:
 
 
 def image(op: str, x: Tensor, channels: int | None = None) -> None:
-    """``x`` is a floating point [N, C, H, W] tensor, with ``channels`` channels where given."""
+    """``x`` is a floating point [N, C, H, W] tensor, with ``channels`` channels if given."""
     if x.dim() != 4:
         raise ValueError(f"{op}: x must be 4-D [N, C, H, W], got {x.dim()}-D of shape {list(x.shape)}")
     if not x.is_floating_point():

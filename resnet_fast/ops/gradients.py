@@ -43,7 +43,7 @@ def convolution_gradients(
     geometry: Geometry,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``conv(x, weight) * scale + shift`` for x, weight, scale and shift, None where not ``needed``.
+    """Gradients of ``conv(x, weight) * scale + shift`` for x, weight, scale and shift, None if not ``needed``.
 
     dL/dx is the data gradient for the weight ``w * scale``, and with G = the weight gradient for the unscaled ``grad``,
     dL/dw = scale * G and dL/dscale = sum over C, R, S of w * G. So neither the convolution's output nor a division by

@@ -300,7 +300,7 @@ def conv_norm_act(
 
     Args:
         y: the convolution's result [N, K, P, Q], without a gradient: it reaches x, weight and bias by this op.
-        x: [N, C, H, W]. before: the BatchNorm + ReLU between x and the convolution, None where x is its input.
+        x: [N, C, H, W]. before: the BatchNorm + ReLU between x and the convolution, None if x is its input.
         activation: "relu" or "none".
 
     Returns:

@@ -65,7 +65,7 @@ def _roofline(
             label = schedule.name if index == 0 else None
             axes.scatter(intensity, kernel.work.flops / floor / 1e12, color=color, alpha=0.45, label=label, **style)
             seconds = measured.get(frozenset(kernel.parts))
-            if seconds and schedule is schedules[-1]:  # what ran is the planned schedule, where there is one
+            if seconds and schedule is schedules[-1]:  # what ran is the planned schedule, if there is one
                 axes.scatter(
                     intensity, kernel.work.flops / seconds / 1e12, facecolors="none", edgecolors=color, **style
                 )

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 #: The GPU whose limits and heuristics stand for each architecture.
 ARCHITECTURES = {80: "a100", 90: "h100", 100: "b200"}
 
-#: The ops whose launches are checked: not the convolutions with statistics, which run only where a sweep has measured
+#: The ops whose launches are checked: not the convolutions with statistics, which run only if a sweep has measured
 #: them, and has refused what spills.
 CHECKED = tuple(name for name in ops.names() if name != "conv_statistics")
 

@@ -34,7 +34,7 @@ _MAXIMUM = re.compile(r"\bmax(?:\.ftz)?\.(?:b?f16x?2?|f32)\b")
 
 _USAGE = re.compile(r"\b(REG|STACK|LOCAL):(\d+)")
 
-#: Threads and blocks that a multiprocessor holds at most, where it is not 2048 and 32.
+#: Threads and blocks that a multiprocessor holds at most, if it is not 2048 and 32.
 _THREADS = {86: 1536, 87: 1536, 89: 1536, 120: 1536, 121: 1536}
 _BLOCKS = {86: 16, 87: 16, 89: 24}
 

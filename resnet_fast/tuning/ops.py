@@ -38,7 +38,7 @@ class Case:
     Attributes:
         op: the op's name for its Triton kernel, ``conv_bn_act.cuda`` for its CUDA kernels: the section of a table that
             holds the choice. problem: its kernel module's ``Problem``.
-        form: the activation, "relu" or "none", where the op takes one; "backward" for a gradient; else "".
+        form: the activation, "relu" or "none", if the op takes one; "backward" for a gradient; else "".
     """
 
     op: str
@@ -71,7 +71,7 @@ class Op:
         launch: fills the outputs, of (kernel module, tensors, case, config): a ``Launch``, or ``Launches``.
         reference: what the outputs must be, of (tensors, case), in the dtype that the floating point inputs have.
         work: bytes and operations of a problem.
-        parts: does what the kernel does by several launches, of (tensors, case); None where there is no such way.
+        parts: does what the kernel does by several launches, of (tensors, case); None if there is no such way.
         plain: whether those are what the op does by itself where no table says that its kernel takes less time.
         native: the CUDA kernels in place of a module of Triton's.
     """
@@ -100,7 +100,7 @@ class CudaKernels:
     op: str
 
     def candidates(self, problem: Any, gpu: GPU) -> Iterator[Any]:
-        """Every kernel that computes the problem on ``gpu``, the likely ones first; none where none was built."""
+        """Every kernel that computes the problem on ``gpu``, the likely ones first; none if none was built."""
         if cuda.native() is None:
             return
         if self.op == "conv_bn_act":
@@ -109,11 +109,11 @@ class CudaKernels:
             yield cuda_choice.Only()
 
     def heuristic(self, problem: Any, gpu: GPU) -> Any:
-        """Return the choice without a table, None where no kernel computes the problem."""
+        """Return the choice without a table, None if no kernel computes the problem."""
         return next(self.candidates(problem, gpu), None)
 
     def choose(self, problem: Any, gpu: GPU) -> Any:
-        """The measured choice where there is one, else the heuristic's; None where no kernel computes the problem."""
+        """The measured choice if there is one, else the heuristic's; None if no kernel computes the problem."""
         name = "" if cuda.native() is None else cuda.kernel(self.op, problem, gpu)[0]
         if not name:
             return None

@@ -44,7 +44,7 @@ class Runner(Protocol):
         """Seconds of one launch."""
 
     def separately(self) -> float:
-        """Seconds of doing the same by the kernels of its parts, infinity where it has none."""
+        """Seconds of doing the same by the kernels of its parts, infinity if it has none."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Outcome:
         seconds: of one launch with it. floor: the least that the GPU allows. tried: how many configs were timed.
         refused: (config, reason) for those that did not compile well or gave a wrong answer.
         finished: whether the search ended by itself, not because the time was up.
-        separately: seconds that the kernels of its parts take; infinity where it has no parts.
+        separately: seconds that the kernels of its parts take; infinity if it has no parts.
     """
 
     case: Case
@@ -105,7 +105,7 @@ def floor(case: Case, gpu: GPU) -> float:
 def configs(case: Case, gpu: GPU) -> tuple[Any, ...]:
     """Return what is tried for a case: the heuristic's choice, then every candidate, each once."""
     kernel = ops.get(case.op).kernel
-    first = kernel.heuristic(case.problem, gpu)  # None where no launch is known to fit
+    first = kernel.heuristic(case.problem, gpu)  # None if no launch is known to fit
     return tuple(dict.fromkeys([*([] if first is None else [first]), *kernel.candidates(case.problem, gpu)]))
 
 

@@ -490,7 +490,7 @@ def test_statistics_begin_as_caffe_s_do_after_one_run() -> None:
 
 
 def test_a_batch_norm_told_not_to_use_its_statistics_uses_the_batch_s_in_inference_too() -> None:
-    """Caffe's use_global_stats decides in both phases where it is given; only its default depends on the phase."""
+    """Caffe's use_global_stats decides in both phases if it is given; only its default depends on the phase."""
     net = caffe_files.network(
         caffe_files.definition({"data": (3, 2, 5, 4)}, ("norm", d.BatchNorm(use_global_stats=False), "data"))
     )

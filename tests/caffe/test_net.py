@@ -429,7 +429,7 @@ def test_resnets_run_as_convolutions_alone(depth: int, convolutions: int) -> Non
 
 
 def test_an_optimized_classifier_refuses_other_sizes(net: caffe.Net) -> None:
-    """The average over an 8x8 window is the whole image only where that is 8x8; else Caffe's own error is kept."""
+    """The average over an 8x8 window is the whole image only if that is 8x8; else Caffe's own error is kept."""
     fused = rf.optimize(net)
     fused(image(1, 3, 31, 32))
     net(image(1, 3, 31, 32))

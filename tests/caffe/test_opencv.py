@@ -274,7 +274,7 @@ def test_where_opencv_pools_otherwise(p: d.Pooling, size: tuple[int, int], diffe
 
 
 def opencv_differs(p: d.Pooling, size: tuple[int, int]) -> str:
-    """How OpenCV pools otherwise than Caffe; empty where it does not.
+    """How OpenCV pools otherwise than Caffe; empty if it does not.
 
     - Where there are gaps between windows (stride above kernel) and no padding, the last window may lie wholly beyond
       the image. A maximum begins at the lowest number in Caffe, and at 0 in OpenCV.

@@ -114,7 +114,7 @@ def test_comments_anywhere_and_in_any_encoding(tmp_path: Any) -> None:
 
 
 def test_what_the_scan_misses_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """protobuf may skip unknown fields only where the scan has found some to report."""
+    """protobuf may skip unknown fields only if the scan has found some to report."""
     monkeypatch.setattr(prototxt, "_BEFORE_VALUE", re.compile("(?!)"))
     with pytest.raises(caffe.CaffeError, match='no field named "magic"'):
         only(pooling("kernel_size: 3 magic: 1"))

@@ -139,7 +139,7 @@ def loaded(library: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("emulator._C", library, loader=loader)
     assert spec is not None
     before = sys.getdlopenflags()
-    sys.setdlopenflags(os.RTLD_LAZY)  # kernels that CUDA_ON_CPU_ONLY leaves out are missing only where they are called
+    sys.setdlopenflags(os.RTLD_LAZY)  # kernels that CUDA_ON_CPU_ONLY leaves out are missing only if they are called
     native = importlib.util.module_from_spec(spec)
     sys.setdlopenflags(before)
     loader.exec_module(native)

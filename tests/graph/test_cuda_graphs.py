@@ -1,4 +1,4 @@
-"""Recording runs: when, for which shapes, what callers get. With a recorder of our own where there is no GPU."""
+"""Recording runs: when, for which shapes, what callers get. With a recorder of our own if there is no GPU."""
 
 from __future__ import annotations
 

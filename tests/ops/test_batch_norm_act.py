@@ -375,7 +375,7 @@ def test_on_kernels(form: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("form", list(_forms()))
 def test_on_kernels_with_running_statistics_in_half_precision(form: str) -> None:
-    """Kernels update float32 only; the variance then comes back out of the inverse deviation, also where it is 0."""
+    """Kernels update float32 only; the variance then comes back out of the inverse deviation, also if it is 0."""
     device = DEVICES.get(form, triton_device.DEVICE)
     x = torch.randn(2, 48, 8, 8).bfloat16()
     x[:, 1] = 3.0

@@ -1,4 +1,4 @@
-"""csrc/native_build.py: what is built for which machine, and what is said where nothing is. No kernel is compiled here;
+"""csrc/native_build.py: what is built for which machine, and what is said if nothing is. No kernel is compiled here;
 test_packaging.py goes through pip, `make native` through the compiler."""
 
 from __future__ import annotations

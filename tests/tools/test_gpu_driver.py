@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 def test_dry_run_does_everything_up_to_the_first_launch(tmp_path: Path) -> None:
-    """As on a machine where nothing is installed: the package comes from the overlay alone."""
+    """As on a machine if nothing is installed: the package comes from the overlay alone."""
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RESNET_FAST_COMMIT")}
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path)]
     environment = clean | {"OMP_NUM_THREADS": "1", "RESNET_FAST_COMMIT": "fedcba987654"}

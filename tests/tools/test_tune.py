@@ -404,7 +404,7 @@ def test_adapters_describe_what_the_kernels_take(given: ops.Case) -> None:
 
 @pytest.mark.parametrize("op", ops.names())
 def test_launches_pass_the_gate(op: str) -> None:
-    """The kernels themselves, on the smallest case of each kind: in the interpreter where there is no GPU."""
+    """The kernels themselves, on the smallest case of each kind: in the interpreter if there is no GPU."""
     kinds: dict[tuple[Any, ...], ops.Case] = {}
     for each in sorted(
         (each for each in CASES if each.op == op), key=lambda each: -ops.get(op).work(each.problem).flops

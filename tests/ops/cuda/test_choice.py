@@ -366,7 +366,7 @@ def test_info_of_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(bool(triton.unavailable()), reason=triton.unavailable() or "Triton runs")
 def test_the_ops_run_what_the_table_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both may run: CUDA is launched where it was measured to be faster, Triton elsewhere; live and prepared."""
+    """Both may run: CUDA is launched for what it was measured to be faster at, else Triton; live and prepared."""
     if DEVICE == "cpu":  # by themselves kernels run on a GPU only
         monkeypatch.setattr(backends, "candidates", lambda *_: (triton, cuda))
         monkeypatch.setattr(backends, "selected", "cuda")  # or CPU tensors ask for no candidates

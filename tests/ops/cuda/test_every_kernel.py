@@ -43,7 +43,7 @@ class Shape:
     dilation: int = 1
 
 
-#: What the kernels written by hand are run on where they are emulated; tests/emulator/ has their cases.
+#: What the kernels written by hand are run on if they are emulated; tests/emulator/ has their cases.
 FEW = [Shape(1, 8, 1, 1, 8), Shape(1, 72, 3, 5, 24, window=3, stride=2, padding=1)]
 
 # Pixels: one, an odd number of tiles of 128 with one pixel in the last, a whole number of tiles. Channels: fewer than

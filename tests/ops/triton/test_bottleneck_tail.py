@@ -94,7 +94,7 @@ def test_batches(form: str, dtype: torch.dtype, n: int) -> None:
 
 @pytest.mark.parametrize(("mid", "k", "following"), [(17, 64, 16), (24, 64, None), (16, 40, 20), (16, 50, 16)])
 def test_channel_counts_without_a_tile(form: str, mid: int, k: int, following: int | None, launched: list[str]) -> None:
-    """MID and NEXT are tile sizes; where they are no powers of two the convolutions run one by one, on Triton too."""
+    """MID and NEXT are tile sizes; if they are no powers of two the convolutions run one by one, on Triton too."""
     check(problem(2, mid, (5, 6), k, following=following), torch.float16, form)
     assert launched == (["_gather"] if (mid, following) == (16, 16) else [])
 

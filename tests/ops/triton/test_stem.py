@@ -1,4 +1,4 @@
-"""The Triton kernel of stem against torch: on a GPU where there is one, else in Triton's interpreter."""
+"""The Triton kernel of stem against torch: on a GPU if there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
