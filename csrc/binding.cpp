@@ -4,10 +4,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
+#include <numeric>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 
 #ifdef RESNET_FAST_CUDA
 #include "build_info.h"
@@ -19,6 +25,7 @@
 #endif
 
 namespace py = pybind11;
+using namespace py::literals;
 
 namespace {
 
@@ -85,24 +92,121 @@ struct CudaError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-using Address = std::uintptr_t;
+// --- structs of arguments as parameters of Python functions
+
+// Fields<Struct> has the names of a struct's fields and references to them, both in the struct's order. A list that is
+// not the struct's does not compile.
+template <typename Struct>
+struct Fields;
+#define RESNET_FAST_FIELDS(Struct, ...)                \
+  template <>                                          \
+  struct Fields<Struct> : Struct {                     \
+    static constexpr const char* names = #__VA_ARGS__; \
+    auto values() { return std::tie(__VA_ARGS__); }    \
+  };                                                   \
+  [[maybe_unused]] auto in_order(Struct& arguments) {  \
+    auto& [__VA_ARGS__] = arguments;                   \
+    return std::tie(__VA_ARGS__);                      \
+  }                                                    \
+  static_assert(std::is_same_v<decltype(in_order(std::declval<Struct&>())), decltype(Fields<Struct>().values())>)
+
+RESNET_FAST_FIELDS(ConvBnAct, x, weight, scale, shift, residual, out, n, h, w, c, k, r, s, p, q, stride_h, stride_w,
+                   pad_h, pad_w, dilation_h, dilation_w, groups, precision, relu, residual_after_activation, workspace);
+RESNET_FAST_FIELDS(BatchNormStatistics, x, mean, invstd, running_mean, running_var, rows, c, eps, momentum, precision,
+                   workspace);
+RESNET_FAST_FIELDS(BatchNormApply, x, mean, invstd, gamma, beta, residual, out, rows, c, relu, precision);
+RESNET_FAST_FIELDS(BatchNormReduce, grad, x, output, mean, invstd, sum_grad, sum_grad_xhat, rows, c, precision,
+                   workspace);
+RESNET_FAST_FIELDS(BatchNormBackward, grad, x, output, mean, invstd, gamma, sum_grad, sum_grad_xhat, grad_x,
+                   grad_residual, rows, c, precision);
+RESNET_FAST_FIELDS(Stem, x, stride_n, stride_c, stride_h, stride_w, bytes, normalisation, weight, scale, shift, out, n,
+                   c, h, w, k, conv_h, conv_w, pooled_h, pooled_w, ceil_mode, precision);
+RESNET_FAST_FIELDS(Head, x, weight, bias, out, n, pixels, c, k, precision, workspace);
 
 template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
+concept Spread = requires { Fields<std::remove_cvref_t<T>>::names; };
+
+// Values<T>::Types is a tuple of what a C++ parameter of type T becomes in Python: the fields of a struct, else itself.
+template <typename T>
+struct Values {
+  using Types = std::tuple<T>;
+};
+template <Spread T>
+struct Values<T> {
+  template <typename... Field>
+  static std::tuple<Field...> copied(std::tuple<Field&...>);
+  using Types = decltype(copied(Fields<std::remove_cvref_t<T>>().values()));
+};
+
+constexpr std::string_view kPrecisions[] = {"fp16", "bf16", "tf32", "fp32"};  // in the order of Precision
+
+constexpr std::string_view name_of(Precision precision) { return kPrecisions[static_cast<int>(precision)]; }
+
+// How Python passes a T: a pointer as an address, a precision by its name.
+template <typename T>
+using Passed = std::conditional_t<std::is_pointer_v<T>, std::uintptr_t,
+                                  std::conditional_t<std::is_same_v<T, Precision>, const std::string&, T>>;
+
+template <typename T>
+T taken(Passed<T> value) {
+  if constexpr (std::is_pointer_v<T>) {
+    return reinterpret_cast<T>(value);
+  } else if constexpr (std::is_same_v<T, Precision>) {
+    for (const Precision each : {Precision::fp16, Precision::bf16, Precision::tf32, Precision::fp32}) {
+      if (value == name_of(each)) return each;
+    }
+    throw py::value_error("precision is '" + value + "'; it must be one of 'fp16', 'bf16', 'tf32', 'fp32'");
+  } else {
+    return value;
+  }
 }
 
-Precision precision_of(const std::string& name) {
-  if (name == "fp16") return Precision::fp16;
-  if (name == "bf16") return Precision::bf16;
-  if (name == "tf32") return Precision::tf32;
-  if (name == "fp32") return Precision::fp32;
-  throw py::value_error("precision is '" + name + "'; it must be one of 'fp16', 'bf16', 'tf32', 'fp32'");
+// A parameter of type T, made of what Python passed from the argument `First` on.
+template <typename T, std::size_t First, typename Tuple>
+decltype(auto) parameter(const Tuple& passed) {
+  if constexpr (Spread<T>) {
+    using Types = typename Values<T>::Types;
+    Fields<std::remove_cvref_t<T>> arguments;
+    [fields = arguments.values(), &passed]<std::size_t... I>(std::index_sequence<I...>) {
+      ((std::get<I>(fields) = taken<std::tuple_element_t<I, Types>>(std::get<First + I>(passed))), ...);
+    }(std::make_index_sequence<std::tuple_size_v<Types>>());
+    return arguments;
+  } else {
+    return taken<T>(std::get<First>(passed));
+  }
 }
+
+// Defines a Python function with the parameters of `function`, a struct's fields in its place. `names` are those of the
+// parameters, "*" the struct's.
+template <typename Result, typename... Parameter, typename... Options>
+void define(py::module_& m, const char* name, const char* doc, std::string names, Result (*function)(Parameter...),
+            const Options&... options) {
+  using All = decltype(std::tuple_cat(std::declval<typename Values<Parameter>::Types>()...));
+  static constexpr std::array sizes{std::tuple_size_v<typename Values<Parameter>::Types>...};
+  const auto spread = [&]<typename T>(std::type_identity<T>) {
+    if constexpr (Spread<T>) names.replace(names.find('*'), 1, Fields<std::remove_cvref_t<T>>::names);
+  };
+  (spread(std::type_identity<Parameter>()), ...);
+  std::array<std::string, std::tuple_size_v<All>> list;
+  std::istringstream words(names);
+  for (std::string& word : list) std::getline(words >> std::ws, word, ',');
+  [&]<typename... Value, std::size_t... I, std::size_t... P>(std::tuple<Value...>*, std::index_sequence<I...>,
+                                                             std::index_sequence<P...>) {
+    const auto called = [function](Passed<Value>... value) {
+      const auto passed = std::tie(value...);
+      return function(
+          parameter<Parameter, std::accumulate(sizes.begin(), sizes.begin() + P, std::size_t{0})>(passed)...);
+    };
+    m.def(name, called, doc, py::arg(list[I].c_str())..., options...);
+  }(static_cast<All*>(nullptr), std::make_index_sequence<std::tuple_size_v<All>>(),
+    std::index_sequence_for<Parameter...>());
+}
+
+// --- the functions
 
 // Throws where a launch did not get onto its stream: which op, on what (a stream of values), and CUDA's own words.
 template <typename... Values>
-void check(cudaError_t error, const char* op, const Values&... what) {
+void check(cudaError_t error, std::string_view op, const Values&... what) {
   if (error == cudaSuccess) return;
   std::ostringstream message;
   message << op << " [";
@@ -122,272 +226,108 @@ const ConvBnActKernel& conv_bn_act_kernel(const std::string& name) {
 py::list list_conv_bn_act_kernels() {
   py::list kernels;
   for (const ConvBnActKernel& kernel : conv_bn_act_kernels()) {
-    static const char* const names[] = {"fp16", "bf16", "tf32", "fp32"};
-    py::dict entry;
-    entry["name"] = kernel.name;
-    entry["algorithm"] = kernel.algorithm;
-    entry["least_capability"] = kernel.least_capability;
-    entry["most_capability"] = kernel.most_capability;
-    entry["precision"] = names[static_cast<int>(kernel.precision)];
-    entry["block_m"] = kernel.block_m;
-    entry["block_n"] = kernel.block_n;
-    entry["block_k"] = kernel.block_k;
-    entry["stages"] = kernel.stages;
-    entry["threads"] = kernel.threads;
-    entry["shared_bytes"] = kernel.shared_bytes;
-    kernels.append(entry);
+    kernels.append(py::dict(
+        "name"_a = kernel.name, "algorithm"_a = kernel.algorithm, "least_capability"_a = kernel.least_capability,
+        "most_capability"_a = kernel.most_capability, "precision"_a = name_of(kernel.precision),
+        "block_m"_a = kernel.block_m, "block_n"_a = kernel.block_n, "block_k"_a = kernel.block_k,
+        "stages"_a = kernel.stages, "threads"_a = kernel.threads, "shared_bytes"_a = kernel.shared_bytes));
   }
   return kernels;
 }
 
-// The three functions of a convolution take the same arguments, and begin with the same struct made of them.
-#define RESNET_FAST_CONV_PARAMETERS                                                                                    \
-  const std::string &kernel, Address x, Address weight, Address scale, Address shift, Address residual, Address out,   \
-      int n, int h, int w, int c, int k, int r, int s, int p, int q, int stride_h, int stride_w, int pad_h, int pad_w, \
-      int dilation_h, int dilation_w, int groups, const std::string &precision, bool relu,                             \
-      bool residual_after_activation, Address workspace
-#define RESNET_FAST_CONV_STRUCT                                                                                    \
-  const ConvBnAct problem {                                                                                        \
-    pointer<const void>(x), pointer<const void>(weight), pointer<const float>(scale), pointer<const float>(shift), \
-        pointer<const void>(residual), pointer<void>(out), n, h, w, c, k, r, s, p, q, stride_h, stride_w, pad_h,   \
-        pad_w, dilation_h, dilation_w, groups, precision_of(precision), relu, residual_after_activation,           \
-        pointer<void>(workspace)                                                                                   \
+void conv_bn_act(const std::string& name, const ConvBnAct& a, cudaStream_t stream) {
+  const ConvBnActKernel& kernel = conv_bn_act_kernel(name);
+  if (const std::string reason = kernel.unsupported(a); !reason.empty()) {
+    throw py::value_error("conv_bn_act: kernel '" + kernel.name + "' does not compute this problem: " + reason);
   }
-
-std::string conv_bn_act_unsupported(RESNET_FAST_CONV_PARAMETERS) {
-  RESNET_FAST_CONV_STRUCT;
-  return conv_bn_act_kernel(kernel).unsupported(problem);
-}
-
-std::size_t conv_bn_act_workspace(RESNET_FAST_CONV_PARAMETERS) {
-  RESNET_FAST_CONV_STRUCT;
-  return conv_bn_act_kernel(kernel).workspace(problem);
-}
-
-void conv_bn_act(RESNET_FAST_CONV_PARAMETERS, Address stream) {
-  RESNET_FAST_CONV_STRUCT;
-  const ConvBnActKernel& chosen = conv_bn_act_kernel(kernel);
-  if (const std::string reason = chosen.unsupported(problem); !reason.empty()) {
-    throw py::value_error("conv_bn_act: kernel '" + kernel + "' does not compute this problem: " + reason);
-  }
-  check(chosen.launch(problem, pointer<CUstream_st>(stream)), "conv_bn_act", kernel, ", ", precision, " x [", n, ", ",
-        c, ", ", h, ", ", w, "], weight [", k, ", ", c / groups, ", ", r, ", ", s, "], stride ", stride_h, "x",
-        stride_w, ", padding ", pad_h, "x", pad_w, ", dilation ", dilation_h, "x", dilation_w, ", groups ", groups);
+  check(kernel.launch(a, stream), "conv_bn_act", name, ", ", name_of(a.precision), " x [", a.n, ", ", a.c, ", ", a.h,
+        ", ", a.w, "], weight [", a.k, ", ", a.c / a.groups, ", ", a.r, ", ", a.s, "], stride ", a.stride_h, "x",
+        a.stride_w, ", padding ", a.pad_h, "x", a.pad_w, ", dilation ", a.dilation_h, "x", a.dilation_w, ", groups ",
+        a.groups);
 }
 
 void bind_conv_bn_act(py::module_& m) {
-  const auto define = [&m](const char* name, auto function, const char* doc, auto... last) {
-    m.def(name, function, doc, py::arg("kernel"), py::arg("x"), py::arg("weight"), py::arg("scale"), py::arg("shift"),
-          py::arg("residual"), py::arg("out"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c"), py::arg("k"),
-          py::arg("r"), py::arg("s"), py::arg("p"), py::arg("q"), py::arg("stride_h"), py::arg("stride_w"),
-          py::arg("pad_h"), py::arg("pad_w"), py::arg("dilation_h"), py::arg("dilation_w"), py::arg("groups"),
-          py::arg("precision"), py::arg("relu"), py::arg("residual_after_activation"), py::arg("workspace"), last...);
-  };
   m.def("conv_bn_act_kernels", &list_conv_bn_act_kernels,
         "Every compiled convolution kernel as a dict: name, algorithm, least_capability, most_capability, precision, "
         "block_m, block_n, block_k, stages, threads, shared_bytes.");
-  define("conv_bn_act_unsupported", &conv_bn_act_unsupported,
-         "Why the kernel cannot compute the problem (shapes and pointers), '' if it can.");
-  define("conv_bn_act_workspace", &conv_bn_act_workspace, "Bytes of workspace, aligned to 256, that the launch needs.");
-  define("conv_bn_act", &conv_bn_act, "Put the kernel on the stream of the current device.", py::arg("stream"),
+  define(
+      m, "conv_bn_act_unsupported", "Why the kernel cannot compute the problem (shapes and pointers), '' if it can.",
+      "kernel, *",
+      +[](const std::string& name, const ConvBnAct& a) { return conv_bn_act_kernel(name).unsupported(a); });
+  define(
+      m, "conv_bn_act_workspace", "Bytes of workspace, aligned to 256, that the launch needs.", "kernel, *",
+      +[](const std::string& name, const ConvBnAct& a) { return conv_bn_act_kernel(name).workspace(a); });
+  define(m, "conv_bn_act", "Put the kernel on the stream of the current device.", "kernel, *, stream", &conv_bn_act,
          without_gil());
 }
 
 void bind_add_act(py::module_& m) {
-  m.def(
-      "add_act",
-      [](Address x, Address y, Address out, std::int64_t count, const std::string& precision, bool relu,
-         Address stream) {
-        check(add_act(pointer<const void>(x), pointer<const void>(y), pointer<void>(out), count,
-                      precision_of(precision), relu, pointer<CUstream_st>(stream)),
-              "add_act", count, " elements, ", precision);
+  define(
+      m, "add_act", "out = act(x + y) over count elements.", "x, y, out, count, precision, relu, stream",
+      +[](const void* x, const void* y, void* out, std::int64_t count, Precision precision, bool relu,
+          cudaStream_t stream) {
+        check(add_act(x, y, out, count, precision, relu, stream), "add_act", count, " elements, ", name_of(precision));
       },
-      "out = act(x + y) over count elements.", py::arg("x"), py::arg("y"), py::arg("out"), py::arg("count"),
-      py::arg("precision"), py::arg("relu"), py::arg("stream"), without_gil());
-  m.def(
-      "add_act_backward",
-      [](Address grad, Address output, Address out, std::int64_t count, const std::string& precision, Address stream) {
-        check(add_act_backward(pointer<const void>(grad), pointer<const void>(output), pointer<void>(out), count,
-                               precision_of(precision), pointer<CUstream_st>(stream)),
-              "add_act_backward", count, " elements, ", precision);
+      without_gil());
+  define(
+      m, "add_act_backward", "out = grad where not output <= 0, else 0, over count elements.",
+      "grad, output, out, count, precision, stream",
+      +[](const void* grad, const void* output, void* out, std::int64_t count, Precision precision,
+          cudaStream_t stream) {
+        check(add_act_backward(grad, output, out, count, precision, stream), "add_act_backward", count, " elements, ",
+              name_of(precision));
       },
-      "out = grad where not output <= 0, else 0, over count elements.", py::arg("grad"), py::arg("output"),
-      py::arg("out"), py::arg("count"), py::arg("precision"), py::arg("stream"), without_gil());
+      without_gil());
+}
+
+// A step of batch_norm_act, over [rows, c].
+template <typename Arguments, cudaError_t (*launch)(const Arguments&, cudaStream_t)>
+void define_step(py::module_& m, const std::string& step, const char* doc) {
+  static const std::string op = "batch_norm_act " + step;
+  define(
+      m, ("batch_norm_act_" + step).c_str(), doc, "*, stream",
+      +[](const Arguments& a, cudaStream_t stream) {
+        check(launch(a, stream), op, name_of(a.precision), " x [", a.rows, ", ", a.c, "]");
+      },
+      without_gil());
 }
 
 void bind_batch_norm_act(py::module_& m) {
-  m.def(
-      "batch_norm_act_workspace",
-      [](std::int64_t rows, int c, const std::string& precision) {
-        return batch_norm_act_workspace(rows, c, precision_of(precision));
-      },
-      "Bytes of workspace, aligned to 16, that statistics and reduce need.", py::arg("rows"), py::arg("c"),
-      py::arg("precision"));
-  m.def(
-      "batch_norm_act_statistics",
-      [](Address x, Address mean, Address invstd, Address running_mean, Address running_var, std::int64_t rows, int c,
-         float eps, float momentum, const std::string& precision, Address workspace, Address stream) {
-        const BatchNormStatistics arguments{pointer<const void>(x),
-                                            pointer<float>(mean),
-                                            pointer<float>(invstd),
-                                            pointer<float>(running_mean),
-                                            pointer<float>(running_var),
-                                            rows,
-                                            c,
-                                            eps,
-                                            momentum,
-                                            precision_of(precision),
-                                            pointer<void>(workspace)};
-        check(batch_norm_act_statistics(arguments, pointer<CUstream_st>(stream)), "batch_norm_act statistics",
-              precision, " x [", rows, ", ", c, "]");
-      },
-      "mean and invstd of [rows, c], and the running statistics updated.", py::arg("x"), py::arg("mean"),
-      py::arg("invstd"), py::arg("running_mean"), py::arg("running_var"), py::arg("rows"), py::arg("c"), py::arg("eps"),
-      py::arg("momentum"), py::arg("precision"), py::arg("workspace"), py::arg("stream"), without_gil());
-  m.def(
-      "batch_norm_act_apply",
-      [](Address x, Address mean, Address invstd, Address gamma, Address beta, Address residual, Address out,
-         std::int64_t rows, int c, bool relu, const std::string& precision, Address stream) {
-        const BatchNormApply arguments{pointer<const void>(x),
-                                       pointer<const float>(mean),
-                                       pointer<const float>(invstd),
-                                       pointer<const float>(gamma),
-                                       pointer<const float>(beta),
-                                       pointer<const void>(residual),
-                                       pointer<void>(out),
-                                       rows,
-                                       c,
-                                       relu,
-                                       precision_of(precision)};
-        check(batch_norm_act_apply(arguments, pointer<CUstream_st>(stream)), "batch_norm_act apply", precision, " x [",
-              rows, ", ", c, "]");
-      },
-      "out = act((x - mean) * invstd * gamma + beta + residual).", py::arg("x"), py::arg("mean"), py::arg("invstd"),
-      py::arg("gamma"), py::arg("beta"), py::arg("residual"), py::arg("out"), py::arg("rows"), py::arg("c"),
-      py::arg("relu"), py::arg("precision"), py::arg("stream"), without_gil());
-  m.def(
-      "batch_norm_act_reduce",
-      [](Address grad, Address x, Address output, Address mean, Address invstd, Address sum_grad, Address sum_grad_xhat,
-         std::int64_t rows, int c, const std::string& precision, Address workspace, Address stream) {
-        const BatchNormReduce arguments{pointer<const void>(grad),
-                                        pointer<const void>(x),
-                                        pointer<const void>(output),
-                                        pointer<const float>(mean),
-                                        pointer<const float>(invstd),
-                                        pointer<float>(sum_grad),
-                                        pointer<float>(sum_grad_xhat),
-                                        rows,
-                                        c,
-                                        precision_of(precision),
-                                        pointer<void>(workspace)};
-        check(batch_norm_act_reduce(arguments, pointer<CUstream_st>(stream)), "batch_norm_act reduce", precision,
-              " x [", rows, ", ", c, "]");
-      },
-      "Sums over rows of g and of g * (x - mean) * invstd, g being grad where the ReLU was open.", py::arg("grad"),
-      py::arg("x"), py::arg("output"), py::arg("mean"), py::arg("invstd"), py::arg("sum_grad"),
-      py::arg("sum_grad_xhat"), py::arg("rows"), py::arg("c"), py::arg("precision"), py::arg("workspace"),
-      py::arg("stream"), without_gil());
-  m.def(
-      "batch_norm_act_backward",
-      [](Address grad, Address x, Address output, Address mean, Address invstd, Address gamma, Address sum_grad,
-         Address sum_grad_xhat, Address grad_x, Address grad_residual, std::int64_t rows, int c,
-         const std::string& precision, Address stream) {
-        const BatchNormBackward arguments{pointer<const void>(grad),
-                                          pointer<const void>(x),
-                                          pointer<const void>(output),
-                                          pointer<const float>(mean),
-                                          pointer<const float>(invstd),
-                                          pointer<const float>(gamma),
-                                          pointer<const float>(sum_grad),
-                                          pointer<const float>(sum_grad_xhat),
-                                          pointer<void>(grad_x),
-                                          pointer<void>(grad_residual),
-                                          rows,
-                                          c,
-                                          precision_of(precision)};
-        check(batch_norm_act_backward(arguments, pointer<CUstream_st>(stream)), "batch_norm_act backward", precision,
-              " x [", rows, ", ", c, "]");
-      },
-      "Gradients for x and the residual from the sums.", py::arg("grad"), py::arg("x"), py::arg("output"),
-      py::arg("mean"), py::arg("invstd"), py::arg("gamma"), py::arg("sum_grad"), py::arg("sum_grad_xhat"),
-      py::arg("grad_x"), py::arg("grad_residual"), py::arg("rows"), py::arg("c"), py::arg("precision"),
-      py::arg("stream"), without_gil());
+  define(m, "batch_norm_act_workspace", "Bytes of workspace, aligned to 16, that statistics and reduce need.",
+         "rows, c, precision", &batch_norm_act_workspace);
+  define_step<BatchNormStatistics, batch_norm_act_statistics>(
+      m, "statistics", "mean and invstd of [rows, c], and the running statistics updated.");
+  define_step<BatchNormApply, batch_norm_act_apply>(m, "apply",
+                                                    "out = act((x - mean) * invstd * gamma + beta + residual).");
+  define_step<BatchNormReduce, batch_norm_act_reduce>(
+      m, "reduce", "Sums over rows of g and of g * (x - mean) * invstd, g being grad where the ReLU was open.");
+  define_step<BatchNormBackward, batch_norm_act_backward>(m, "backward",
+                                                          "Gradients for x and the residual from the sums.");
 }
 
 void bind_stem(py::module_& m) {
-  m.def(
-      "stem_shared_bytes",
-      [](const std::string& precision, int c, int pooled_h) {
-        return stem_shared_bytes(precision_of(precision), c, pooled_h);
+  define(m, "stem_shared_bytes",
+         "Dynamic shared memory of a block of the kernel for c channels (3 or 4) and pooled_h rows (7 or 3), else 0.",
+         "precision, c, pooled_h", &stem_shared_bytes);
+  define(
+      m, "stem", "Convolution 7x7/2 + scale, shift + ReLU + max-pool 3x3/2.", "*, stream",
+      +[](const Stem& a, cudaStream_t stream) {
+        check(stem(a, stream), "stem", name_of(a.precision), " x [", a.n, ", ", a.c, ", ", a.h, ", ", a.w, "], ", a.k,
+              " output channels");
       },
-      "Dynamic shared memory of a block of the kernel for c channels (3 or 4) and pooled_h rows (7 or 3), else 0.",
-      py::arg("precision"), py::arg("c"), py::arg("pooled_h"));
-  m.def(
-      "stem",
-      [](Address x, std::int64_t stride_n, std::int64_t stride_c, std::int64_t stride_h, std::int64_t stride_w,
-         bool bytes, Address normalisation, Address weight, Address scale, Address shift, Address out, int n, int c,
-         int h, int w, int k, int conv_h, int conv_w, int pooled_h, int pooled_w, bool ceil_mode,
-         const std::string& precision, Address stream) {
-        const Stem arguments{pointer<const void>(x),
-                             stride_n,
-                             stride_c,
-                             stride_h,
-                             stride_w,
-                             bytes,
-                             pointer<const float>(normalisation),
-                             pointer<const void>(weight),
-                             pointer<const float>(scale),
-                             pointer<const float>(shift),
-                             pointer<void>(out),
-                             n,
-                             c,
-                             h,
-                             w,
-                             k,
-                             conv_h,
-                             conv_w,
-                             pooled_h,
-                             pooled_w,
-                             ceil_mode,
-                             precision_of(precision)};
-        check(stem(arguments, pointer<CUstream_st>(stream)), "stem", precision, " x [", n, ", ", c, ", ", h, ", ", w,
-              "], ", k, " output channels");
-      },
-      "Convolution 7x7/2 + scale, shift + ReLU + max-pool 3x3/2.", py::arg("x"), py::arg("stride_n"),
-      py::arg("stride_c"), py::arg("stride_h"), py::arg("stride_w"), py::arg("bytes"), py::arg("normalisation"),
-      py::arg("weight"), py::arg("scale"), py::arg("shift"), py::arg("out"), py::arg("n"), py::arg("c"), py::arg("h"),
-      py::arg("w"), py::arg("k"), py::arg("conv_h"), py::arg("conv_w"), py::arg("pooled_h"), py::arg("pooled_w"),
-      py::arg("ceil_mode"), py::arg("precision"), py::arg("stream"), without_gil());
+      without_gil());
 }
 
 void bind_head(py::module_& m) {
-  m.def(
-      "head_workspace",
-      [](int n, int pixels, int c, int k, const std::string& precision, int multiprocessors) {
-        return head_workspace(n, pixels, c, k, precision_of(precision), multiprocessors);
+  define(m, "head_workspace", "Bytes of workspace, aligned to 16, that the launch needs.",
+         "n, pixels, c, k, precision, multiprocessors", &head_workspace);
+  define(
+      m, "head", "Mean over pixels, times weight, plus bias.", "*, multiprocessors, stream",
+      +[](const Head& a, int multiprocessors, cudaStream_t stream) {
+        check(head(a, multiprocessors, stream), "head", name_of(a.precision), " x [", a.n, ", ", a.c, ", ", a.pixels,
+              " pixels], ", a.k, " outputs");
       },
-      "Bytes of workspace, aligned to 16, that the launch needs.", py::arg("n"), py::arg("pixels"), py::arg("c"),
-      py::arg("k"), py::arg("precision"), py::arg("multiprocessors"));
-  m.def(
-      "head",
-      [](Address x, Address weight, Address bias, Address out, int n, int pixels, int c, int k,
-         const std::string& precision, Address workspace, int multiprocessors, Address stream) {
-        const Head arguments{pointer<const void>(x),
-                             pointer<const void>(weight),
-                             pointer<const float>(bias),
-                             pointer<void>(out),
-                             n,
-                             pixels,
-                             c,
-                             k,
-                             precision_of(precision),
-                             pointer<void>(workspace)};
-        check(head(arguments, multiprocessors, pointer<CUstream_st>(stream)), "head", precision, " x [", n, ", ", c,
-              ", ", pixels, " pixels], ", k, " outputs");
-      },
-      "Mean over pixels, times weight, plus bias.", py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"),
-      py::arg("n"), py::arg("pixels"), py::arg("c"), py::arg("k"), py::arg("precision"), py::arg("workspace"),
-      py::arg("multiprocessors"), py::arg("stream"), without_gil());
+      without_gil());
 }
 
 #endif  // RESNET_FAST_CUDA
