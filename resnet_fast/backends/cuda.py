@@ -21,6 +21,7 @@ from torch import Tensor
 from resnet_fast.kernels import _tables, cuda_choice
 
 from . import triton
+from .triton import PRECISIONS
 
 if TYPE_CHECKING:
     from resnet_fast.kernels.gpus import GPU
@@ -30,8 +31,6 @@ NAME = "cuda"
 #: What the module's functions are called with if nothing is known to be less aligned.
 ALIGNED = 128
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _STEM_CHANNELS = 4
 _INTERFACE = 1  # of the module's functions, as in csrc/binding.cpp
 _MOST = 2**31 - 1
@@ -203,7 +202,7 @@ def built_for(archs: list[str], major: int, minor: int) -> bool:
 
 def unsupported(dtype: torch.dtype, device: torch.device) -> str:
     """Return why tensors of this dtype on this device cannot be computed by the kernels, or ""."""
-    if dtype not in _DTYPES:
+    if dtype not in PRECISIONS:
         return f"the CUDA kernels compute float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     wanted = "cpu" if emulated() else "cuda"
     if device.type != wanted:
@@ -373,13 +372,7 @@ def conv_bn_act(
 
 
 def stem(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    normalisation: Tensor | None,
-    out: Tensor,
-    problem: Any,
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, normalisation: Tensor | None, out: Tensor, problem: Any
 ) -> None:
     """Fill ``out`` with convolution 7x7/2 + scale, shift + ReLU + max-pool 3x3/2.
 
@@ -422,19 +415,21 @@ def head(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, problem: A
 
 def add_act(x: Tensor, y: Tensor, out: Tensor, *, activation: str = "relu") -> None:
     """Fill ``out`` with ``act(x + y)``: one dtype and the same dense strides; ``out`` may be x or y."""
-    with triton.on(x.device):
+    device = x.device
+    with triton.on(device):
         _module().add_act(
-            x.data_ptr(), y.data_ptr(), out.data_ptr(), x.numel(), _PRECISIONS[x.dtype], activation == "relu",
-            _stream(x.device),
+            x.data_ptr(), y.data_ptr(), out.data_ptr(), x.numel(), PRECISIONS[x.dtype], activation == "relu",
+            _stream(device),
         )  # fmt: skip
 
 
 def add_act_backward(grad: Tensor, output: Tensor, out: Tensor) -> None:
     """Fill ``out`` with ``grad`` where not ``output`` <= 0, else 0; tensors as for :func:`add_act`."""
-    with triton.on(output.device):
+    device = output.device
+    with triton.on(device):
         _module().add_act_backward(
-            grad.data_ptr(), output.data_ptr(), out.data_ptr(), output.numel(), _PRECISIONS[output.dtype],
-            _stream(output.device),
+            grad.data_ptr(), output.data_ptr(), out.data_ptr(), output.numel(), PRECISIONS[output.dtype],
+            _stream(device),
         )  # fmt: skip
 
 
@@ -461,12 +456,12 @@ def batch_norm_act_statistics(
 
     ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance; None for no such statistics.
     """
-    module, precision, rows = _module(), _PRECISIONS[x.dtype], _rows(x)
-    with triton.on(x.device):
-        memory, address = _workspace(module.batch_norm_act_workspace(*rows, precision), 16, x.device)
+    module, device, precision, rows = _module(), x.device, PRECISIONS[x.dtype], _rows(x)
+    with triton.on(device):
+        memory, address = _workspace(module.batch_norm_act_workspace(*rows, precision), 16, device)
         module.batch_norm_act_statistics(
             x.data_ptr(), mean.data_ptr(), invstd.data_ptr(), _pointer(running_mean), _pointer(running_var), *rows, eps,
-            momentum, precision, address, _stream(x.device),
+            momentum, precision, address, _stream(device),
         )  # fmt: skip
         del memory
 
@@ -483,10 +478,11 @@ def batch_norm_act_apply(
     activation: str = "relu",
 ) -> None:
     """Fill ``out`` with ``act((x - mean) * invstd * gamma + beta + residual)``; it may be x or the residual."""
-    with triton.on(x.device):
+    device = x.device
+    with triton.on(device):
         _module().batch_norm_act_apply(
             x.data_ptr(), mean.data_ptr(), invstd.data_ptr(), _pointer(gamma), _pointer(beta), _pointer(residual),
-            out.data_ptr(), *_rows(x), activation == "relu", _PRECISIONS[x.dtype], _stream(x.device),
+            out.data_ptr(), *_rows(x), activation == "relu", PRECISIONS[x.dtype], _stream(device),
         )  # fmt: skip
 
 
@@ -503,12 +499,12 @@ def batch_norm_act_reduce(
 
     ``g`` is ``grad`` where the ReLU was open, which ``output`` tells; all of it if that is None.
     """
-    module, precision, rows = _module(), _PRECISIONS[x.dtype], _rows(x)
-    with triton.on(x.device):
-        memory, address = _workspace(module.batch_norm_act_workspace(*rows, precision), 16, x.device)
+    module, device, precision, rows = _module(), x.device, PRECISIONS[x.dtype], _rows(x)
+    with triton.on(device):
+        memory, address = _workspace(module.batch_norm_act_workspace(*rows, precision), 16, device)
         module.batch_norm_act_reduce(
             grad.data_ptr(), x.data_ptr(), _pointer(output), mean.data_ptr(), invstd.data_ptr(), sum_grad.data_ptr(),
-            sum_grad_xhat.data_ptr(), *rows, precision, address, _stream(x.device),
+            sum_grad_xhat.data_ptr(), *rows, precision, address, _stream(device),
         )  # fmt: skip
         del memory
 
@@ -530,9 +526,10 @@ def batch_norm_act_backward(
     ``grad_x = gamma * invstd * (g - sum_grad / rows - xhat * sum_grad_xhat / rows)``, without the sums (None) for
     statistics that do not depend on x.
     """
-    with triton.on(x.device):
+    device = x.device
+    with triton.on(device):
         _module().batch_norm_act_backward(
             grad.data_ptr(), x.data_ptr(), _pointer(output), mean.data_ptr(), invstd.data_ptr(), _pointer(gamma),
             _pointer(sum_grad), _pointer(sum_grad_xhat), _pointer(grad_x), _pointer(grad_residual), *_rows(x),
-            _PRECISIONS[x.dtype], _stream(x.device),
+            PRECISIONS[x.dtype], _stream(device),
         )  # fmt: skip

@@ -21,7 +21,9 @@ from resnet_fast.kernels import gpus
 
 NAME = "triton"
 _OLDEST = (3, 6)
-_PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+#: The dtypes that kernels compute, as problems name them if nothing is multiplied; :func:`precision` is for products.
+PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 _assumed: gpus.GPU | None = None
 
@@ -59,7 +61,7 @@ def unavailable() -> str:
 
 def unsupported(dtype: torch.dtype, device: torch.device) -> str:
     """Return why tensors of this dtype on this device cannot be computed by the kernels, or ""."""
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if dtype not in PRECISIONS:
         return f"the Triton kernels compute float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     capability = gpu_of(device).capability
     if capability < 80:
@@ -75,7 +77,7 @@ def precision(dtype: torch.dtype, product: str = "conv") -> str:
             ``torch.backends.cuda.matmul.fp32_precision`` (and ``torch.set_float32_matmul_precision``).
     """
     if dtype is not torch.float32:
-        return _PRECISIONS[dtype]
+        return PRECISIONS[dtype]
     setting: Any = torch.backends.cudnn.conv if product == "conv" else torch.backends.cuda.matmul  # type: ignore[attr-defined]
     return "tf32" if setting.fp32_precision == "tf32" else "fp32"
 

@@ -1,72 +1,50 @@
-"""Triton's launches of training BatchNorm + residual + ReLU, with the arguments of their twins in ``backends.cuda``.
+"""Triton's launches of training BatchNorm + residual + ReLU: the twins of those in ``backends.cuda``, which describes
+their tensors.
 
-Arguments are checked by the ops, not here. triton is imported by the first launch. All images are [N, C, H, W], dense
-channels_last and of one dtype; vectors are [C], float32 and dense. Definitions as torch.nn.functional.batch_norm: Ioffe
-& Szegedy 2015, arXiv:1502.03167.
+Arguments are checked by the ops, not here. triton is imported by the first launch.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import triton
 
-if TYPE_CHECKING:
-    from resnet_fast.kernels.problems import BatchNormAct
 
-_PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+def _launch(
+    step: str, tensors: tuple[Tensor | None, ...], x: Tensor, output: Any = None, residual: Any = None, **options: Any
+) -> None:
+    """Launch a step of the kernel on its tensors, with workspace if it sums over rows.
 
-
-def _kernel() -> ModuleType:
-    from resnet_fast.kernels import batch_norm_act
-
-    return batch_norm_act
-
-
-def _problem(x: Tensor, step: str, output: Tensor | None = None, residual: Tensor | None = None) -> BatchNormAct:
-    """Return an image's memory as a matrix [pixels, channels]."""
-    from resnet_fast.kernels.problems import BatchNormAct
+    Args:
+        x: one of the tensors, whose memory is a matrix [rows, channels]; output, residual: others, or None.
+    """
+    from resnet_fast.kernels import batch_norm_act as kernel
 
     c = x.shape[1]
     rows = x.numel() // c if c else 0
-    return BatchNormAct(rows, c, _PRECISIONS[x.dtype], step, relu=output is not None, residual=residual is not None)
+    precision = triton.PRECISIONS[x.dtype]
+    problem = kernel.Problem(rows, c, precision, step, relu=output is not None, residual=residual is not None)
+    config = kernel.choose(problem, triton.gpu_of(x.device))
+    if step in ("statistics", "reduce"):
+        size = kernel.workspace_size(problem, config)
+        tensors = (*tensors, torch.empty(size, dtype=torch.float32, device=x.device))
+    with triton.on(x.device):
+        for launch in getattr(kernel, step)(*tensors, problem, config, **options):
+            launch()
 
 
-def _workspace(kernel: ModuleType, problem: BatchNormAct, config: Any, device: torch.device) -> Tensor:
-    return torch.empty(kernel.workspace_size(problem, config), dtype=torch.float32, device=device)
-
-
-def batch_norm_act_statistics(
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *,
-    eps: float,
-    momentum: float,
-    variance: bool = False,
-) -> None:
-    """Fill ``mean`` and ``invstd = 1 / sqrt(variance + eps)`` of x's channels, and update the running statistics.
-
-    ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance; None for no such statistics.
+def batch_norm_act_statistics(x: Tensor, *vectors: Tensor | None, **options: Any) -> None:
+    """Launch the twin of :func:`cuda.batch_norm_act_statistics`.
 
     Args:
-        variance: ``invstd`` becomes the biased variance instead, which is what other ranks' statistics merge with.
+        variance: if True, ``invstd`` becomes the biased variance instead, which is what other ranks' statistics merge
+            with.
     """
-    kernel, problem = _kernel(), _problem(x, "statistics")
-    config = kernel.choose(problem, triton.gpu_of(x.device))
-    workspace = _workspace(kernel, problem, config, x.device)
-    with triton.on(x.device):
-        for launch in kernel.statistics(
-            x, mean, invstd, running_mean, running_var, workspace, problem, config, eps=eps, momentum=momentum,
-            variance=variance,
-        ):  # fmt: skip
-            launch()
+    _launch("statistics", (x, *vectors), x, **options)
 
 
 def batch_norm_act_apply(
@@ -80,62 +58,18 @@ def batch_norm_act_apply(
     *,
     activation: str = "relu",
 ) -> None:
-    """Fill ``out`` with ``act((x - mean) * invstd * gamma + beta + residual)``; it may be x or the residual."""
-    kernel, problem = _kernel(), _problem(x, "apply", residual=residual)
-    config = kernel.choose(problem, triton.gpu_of(x.device))
-    with triton.on(x.device):
-        for launch in kernel.apply(
-            x, mean, invstd, gamma, beta, residual, out, problem, config, activation=activation
-        ):  # fmt: skip
-            launch()
+    """Launch the twin of :func:`cuda.batch_norm_act_apply`."""
+    tensors = (x, mean, invstd, gamma, beta, residual, out)
+    _launch("apply", tensors, x, residual=residual, activation=activation)
 
 
-def batch_norm_act_reduce(
-    grad: Tensor,
-    x: Tensor,
-    output: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    sum_grad: Tensor,
-    sum_grad_xhat: Tensor,
-) -> None:
-    """Fill the sums over pixels of ``g`` (beta's gradient) and of ``g * (x - mean) * invstd`` (gamma's).
-
-    ``g`` is ``grad`` where the ReLU was open, which ``output`` tells; all of it if that is None.
-    """
-    kernel, problem = _kernel(), _problem(x, "reduce", output)
-    config = kernel.choose(problem, triton.gpu_of(x.device))
-    workspace = _workspace(kernel, problem, config, x.device)
-    with triton.on(x.device):
-        for launch in kernel.reduce(
-            grad, x, output, mean, invstd, sum_grad, sum_grad_xhat, workspace, problem, config
-        ):  # fmt: skip
-            launch()
+def batch_norm_act_reduce(grad: Tensor, x: Tensor, output: Tensor | None, *vectors: Tensor) -> None:
+    """Launch the twin of :func:`cuda.batch_norm_act_reduce`."""
+    _launch("reduce", (grad, x, output, *vectors), x, output)
 
 
-def batch_norm_act_backward(
-    grad: Tensor,
-    x: Tensor,
-    output: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    gamma: Tensor | None,
-    sum_grad: Tensor | None,
-    sum_grad_xhat: Tensor | None,
-    grad_x: Tensor | None,
-    grad_residual: Tensor | None,
-) -> None:
-    """Fill ``grad_x`` and ``grad_residual`` (``g`` itself), if they are not None.
-
-    ``grad_x = gamma * invstd * (g - sum_grad / rows - xhat * sum_grad_xhat / rows)``, without the sums (None) for
-    statistics that do not depend on x.
-    """
-    if grad_x is None and grad_residual is None:
-        return
-    kernel, problem = _kernel(), _problem(x, "backward", output, grad_residual)
-    config = kernel.choose(problem, triton.gpu_of(x.device))
-    with triton.on(x.device):
-        for launch in kernel.backward(
-            grad, x, output, mean, invstd, gamma, sum_grad, sum_grad_xhat, grad_x, grad_residual, problem, config
-        ):  # fmt: skip
-            launch()
+def batch_norm_act_backward(grad: Tensor, x: Tensor, output: Tensor | None, *others: Tensor | None) -> None:
+    """Launch the twin of :func:`cuda.batch_norm_act_backward`."""
+    grad_x, grad_residual = others[-2:]
+    if grad_x is not None or grad_residual is not None:
+        _launch("backward", (grad, x, output, *others), x, output, grad_residual)
