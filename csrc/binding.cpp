@@ -94,21 +94,29 @@ struct CudaError : std::runtime_error {
 
 // --- structs of arguments as parameters of Python functions
 
-// Fields<Struct> has the names of a struct's fields and references to them, both in the struct's order. A list that is
-// not the struct's does not compile.
+// Whether two tuples of references are to the same objects.
+template <typename... A, typename... B>
+constexpr bool same(std::tuple<A&...> a, std::tuple<B&...> b) {
+  return [&]<std::size_t... I>(std::index_sequence<I...>) {
+    return ((static_cast<const void*>(&std::get<I>(a)) == static_cast<const void*>(&std::get<I>(b))) && ...);
+  }(std::index_sequence_for<A...>());
+}
+
+// Fields<Struct> has the names of a struct's fields and references to them. A list that is not the struct's, in its
+// order, does not compile.
 template <typename Struct>
 struct Fields;
-#define RESNET_FAST_FIELDS(Struct, ...)                \
-  template <>                                          \
-  struct Fields<Struct> : Struct {                     \
-    static constexpr const char* names = #__VA_ARGS__; \
-    auto values() { return std::tie(__VA_ARGS__); }    \
-  };                                                   \
-  [[maybe_unused]] auto in_order(Struct& arguments) {  \
-    auto& [__VA_ARGS__] = arguments;                   \
-    return std::tie(__VA_ARGS__);                      \
-  }                                                    \
-  static_assert(std::is_same_v<decltype(in_order(std::declval<Struct&>())), decltype(Fields<Struct>().values())>)
+#define RESNET_FAST_FIELDS(Struct, ...)                       \
+  template <>                                                 \
+  struct Fields<Struct> : Struct {                            \
+    static constexpr const char* names = #__VA_ARGS__;        \
+    constexpr auto values() { return std::tie(__VA_ARGS__); } \
+  };                                                          \
+  static_assert([] {                                          \
+    Fields<Struct> arguments{};                               \
+    auto& [__VA_ARGS__] = static_cast<Struct&>(arguments);    \
+    return same(std::tie(__VA_ARGS__), arguments.values());   \
+  }())
 
 RESNET_FAST_FIELDS(ConvBnAct, x, weight, scale, shift, residual, out, n, h, w, c, k, r, s, p, q, stride_h, stride_w,
                    pad_h, pad_w, dilation_h, dilation_w, groups, precision, relu, residual_after_activation, workspace);
