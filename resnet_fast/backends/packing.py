@@ -185,7 +185,7 @@ def packed(
     scale: Tensor,
     shift: Tensor,
     geometry: Geometry,
-    kept: dict[str, Any] | None,
+    kept: dict[Any, Any] | None,
 ) -> tuple[PackedConv, Folded] | None:
     """Return a convolution packed for ``x`` in ``dtype``, and what packs more of it; None if oneDNN does not run it.
 

@@ -5,7 +5,7 @@ Which backend runs is the bound op's choice; nothing here knows one.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -46,7 +46,7 @@ class Fused(nn.Module):
                 self.register_buffer(name, None if value is None else value.detach())
             else:
                 self.options[name] = value
-        self.register_buffer("_place", torch.empty(0, device=device), persistent=False)
+        self._device = device
         self.dtype = dtype
         self.asked = backend
         self.training = False
@@ -60,7 +60,7 @@ class Fused(nn.Module):
 
     def constants(self) -> dict[str, Tensor]:
         """Return the op's constant tensors, by the names of its arguments."""
-        return {name: tensor for name, tensor in self._buffers.items() if name != "_place" and tensor is not None}
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
     def arguments(self) -> Any:
         """Return the op's arguments without data."""
@@ -70,8 +70,7 @@ class Fused(nn.Module):
         """Return the bound op, made at the first use."""
         if self._bound is None:
             constants = {**self.constants(), **self.options}
-            place = cast(Tensor, self._place).device
-            self._bound = Bound(self.declared, constants, self.dtype, self.asked, place)
+            self._bound = Bound(self.declared, constants, self.dtype, self.asked, self._device)
         return self._bound
 
     @property
@@ -127,6 +126,7 @@ class Fused(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Fused:
         self._changed()
+        self._device = fn(torch.empty(0, dtype=torch.long, device=self._device)).device  # of ops without constants, too
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

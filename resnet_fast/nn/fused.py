@@ -39,6 +39,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+_PUBLIC = ops.conv_bn_act
 _POINTWISE: Pairs = ((1, 1), (0, 0), (1, 1))
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -225,6 +226,8 @@ def conv_bn_act(
     quiet = (
         type(x) is Tensor
         and type(conv) is nn.Conv2d
+        and type(conv.groups) is int
+        and ops.conv_bn_act is _PUBLIC
         and (type(bn) in _NORMS or is_frozen_batch_norm(bn))
         and unobserved((x, residual, conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var))
         and x.dim() == 4
@@ -235,8 +238,8 @@ def conv_bn_act(
             if type(bn) in _NORMS and (bn.training or bn.running_mean is None):
                 return _normalise(*_convolved(x, conv, bn), act, residual)
             activation = "none" if act is None else "relu"
-            a = Arguments(x, conv.weight, *scale_and_shift(conv, bn), residual, *pairs, conv.groups, activation)
-            made: Tensor = CONV_BN_ACT.run(a) if quiet else CONV_BN_ACT(a)
+            a = (x, conv.weight, *scale_and_shift(conv, bn), residual, *pairs, conv.groups, activation)
+            made: Tensor = CONV_BN_ACT.run(Arguments(*a)) if quiet else ops.conv_bn_act(*a)
             return made
     out: Tensor = bn(conv(x))
     if residual is not None:

@@ -67,6 +67,7 @@ def unobserved(tensors: Iterable[Any]) -> bool:
         or _C._get_tracing_state() is not None
         or _C._len_torch_function_stack()
         or _C._autograd._profiler_enabled()
+        or torch.autograd.profiler._is_profiler_enabled
         or forward_ad._current_level >= 0
         or torch.is_autocast_enabled("cpu")
         or torch.is_autocast_enabled("cuda")
@@ -94,6 +95,21 @@ def _schema(name: str, arguments: type[Any], returns: Any) -> str:
     ]
     prototype.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
     return name + torch.library.infer_schema(prototype, mutates_args=())
+
+
+def _are(kind: type, values: Any) -> bool:
+    return type(values) in (list, tuple) and all(type(value) is kind for value in values)
+
+
+#: Of an argument's type in a schema, whether a value is exactly of it; tensors are asked about by `unobserved`.
+_EXACT: dict[str, Callable[[Any], bool]] = {
+    "int": lambda value: type(value) is int,
+    "bool": lambda value: type(value) is bool,
+    "float": lambda value: type(value) is float,
+    "str": lambda value: type(value) is str,
+    "List[int]": lambda value: _are(int, value),
+    "Optional[List[float]]": lambda value: value is None or _are(float, value),
+}
 
 
 @dataclass(eq=False)
@@ -154,6 +170,8 @@ class Op(Generic[A]):
         self.overload: Any = getattr(torch.ops.resnet_fast, self.name).default
         self._defaults = [argument.default_value for argument in self.overload._schema.arguments]
         self._names = [argument.name for argument in self.overload._schema.arguments]
+        kinds = [str(argument.type) for argument in self.overload._schema.arguments]
+        self._exact, self._needed = [_EXACT.get(kind) for kind in kinds], [kind == "Tensor" for kind in kinds]
         if self.autocast is not None:
             for device, key in (("cpu", _KEY.AutocastCPU), ("cuda", _KEY.AutocastCUDA)):
                 run = functools.partial(self._under_autocast, device, _C.DispatchKeySet(key))
@@ -164,7 +182,16 @@ class Op(Generic[A]):
         if transformed():  # the op has reverse-mode formulas only, plain torch has all
             self.check(a)
             return self.reference(a)
-        return self.run(a) if unobserved([value for value in a if isinstance(value, Tensor)]) else self.overload(*a)
+        if torch.compiler.is_compiling():
+            return self.overload(*a)
+        tensors = []
+        for value, exact, needed in zip(a, self._exact, self._needed, strict=True):
+            if exact is None:
+                tensors.append(value)
+            # What the schema would convert or refuse goes through it.
+            if (needed and value is None) or (exact is not None and not exact(value)):
+                return self.overload(*a)
+        return self.run(a) if unobserved(tensors) else self.overload(*a)
 
     def run(self, a: A) -> Any:
         """Compute the op without gradients: by a kernel, by torch's fused functions, or by the reference."""
@@ -218,8 +245,8 @@ class Op(Generic[A]):
 class Bound(Generic[A]):
     """An op on constants, for frozen graphs: called with nothing but its data.
 
-    Same results as the op, without autograd, autocast, checks or the dispatcher in between. What is made of constants,
-    such as packed weights, is made once, at the first call that needs it.
+    Same results as the op, without autograd, autocast, the dispatcher, or checks of inputs against constants. What is
+    made of constants, such as packed weights, is made once, at the first call that needs it.
 
     Args:
         constants: fields of the op's arguments that are no data, in the precision that they are to be folded in.
@@ -235,9 +262,10 @@ class Bound(Generic[A]):
     ) -> None:
         self.op, self.dtype, self.asked = op, dtype, asked
         self.constants = op.freeze(constants, dtype)
-        self.kept: dict[str, Any] = {}
-        places = (value.device for value in self.constants.values() if isinstance(value, Tensor))
-        self.device = next(places, torch.device("cpu")) if device is None else device
+        self.kept: dict[Any, Any] = {}
+        places = [value.device for value in self.constants.values() if isinstance(value, Tensor)]
+        self.device = [*places, torch.device("cpu")][0] if device is None else device
+        self._all_data = not places  # then inputs have only each other to fit to
         self.candidates = backends.candidates(op.name, self.device, dtype, asked)
         self._native = False
         if not self.candidates and backends.runs("onednn", self.device.type, asked):
@@ -272,13 +300,18 @@ class Bound(Generic[A]):
             promises: what the caller knows and ``native`` may use, such as ``finite``.
         """
         op, a = self.op, self.of(*data)
-        if self.candidates and torch.compiler.is_compiling():  # which cannot look into a launch
+        if self._all_data:
+            op.check(a)
+        candidates = self.candidates
+        if candidates and op.dtype(a) is not self.dtype:
+            candidates = backends.candidates(op.kind, self.device, op.dtype(a), self.asked)
+        if candidates and torch.compiler.is_compiling():  # which cannot look into a launch
             return op.single(a, op.overload(*a))
         y = None
         if a[0].numel():
-            if self.candidates:
+            if candidates:
                 assert op.kernel is not None
-                y = op.kernel(self.candidates, a, self)
+                y = op.kernel(candidates, a, self)
             elif self._native:
                 assert op.native is not None
                 y = op.native(a, self, **promises)

@@ -42,8 +42,7 @@ def _check_alike(op: str, **both: Tensor) -> None:
         raise ValueError(
             f"{op}: {first} has shape {list(x.shape)}, {second} has {list(y.shape)}; they must be the same"
         )
-    if x.device != y.device:
-        raise ValueError(f"{op}: {second} is on {y.device}, {first} is on {x.device}; they must be on one device")
+    checks.device(op, x, first, **{second: y})
 
 
 def reference(a: Arguments) -> Tensor:

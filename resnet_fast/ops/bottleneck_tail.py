@@ -181,14 +181,14 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
     if asked is None or config is None:
         return composed(a, bound)
     kept = {} if bound is None else bound.kept
-    if "constants" not in kept:
-        kept["constants"] = [
+    if a.a.dtype not in kept:
+        kept[a.a.dtype] = [
             None
             if weight is None or scale is None or shift is None
             else (kernel_weight(weight, a.a.dtype), kernel_vector(scale), kernel_vector(shift))
             for weight, scale, shift in (a[1:4], a[4:7], a[8:11], a[11:14])
         ]
-    spatial, expand, project, first = kept["constants"]
+    spatial, expand, project, first = kept[a.a.dtype]
     out, following = empty(a)
     launch = kernels.launch(
         channels_last(a.a), *spatial, *expand, channels_last(a.residual), project, out, first,

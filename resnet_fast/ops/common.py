@@ -31,7 +31,7 @@ def as_pair(value: object) -> tuple[int, int] | None:
     if isinstance(value, int) and not isinstance(value, bool):
         return (value, value)
     if isinstance(value, tuple | list) and len(value) in (1, 2) and all(isinstance(item, int) for item in value):
-        return (value[0], value[-1])
+        return (int(value[0]), int(value[-1]))
     return None
 
 

@@ -99,10 +99,11 @@ def problem(a: Arguments) -> Problem:
 
 def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | None) -> Tensor | None:
     kept = {} if bound is None else bound.kept
-    if "weight" not in kept:
-        kept["weight"] = kernel_weight(a.weight, a.x.dtype)
-        kept["scale"], kept["shift"] = kernel_vector(a.scale), kernel_vector(a.shift)
-    x, weight, scale, shift = channels_last(a.x), kept["weight"], kept["scale"], kept["shift"]
+    if "read" not in kept:  # in one step, for threads
+        dtype = a.x.dtype if bound is None else bound.dtype
+        kept["read"] = kernel_weight(a.weight, dtype), kernel_vector(a.scale), kernel_vector(a.shift)
+    weight, scale, shift = kept["read"]
+    x, weight = channels_last(a.x), kernel_weight(weight, a.x.dtype)
     residual = None if a.residual is None else channels_last(a.residual)
     asked = problem(a)
     out = empty_channels_last(x, [asked.n, asked.k, *asked.output])
@@ -126,8 +127,8 @@ def native(
         overwrite_residual: the result may be written into the residual. finite: neither NaN nor an overflow can reach
             the ReLU.
     """
-    kept = None if bound is None else bound.kept
-    packed = packing.packed(NAME, a.x, a.x.dtype, a.weight, a.scale, a.shift, a[5:9], kept)
+    kept, dtype = (None, a.x.dtype) if bound is None else (bound.kept, bound.dtype)
+    packed = packing.packed(NAME, a.x, dtype, a.weight, a.scale, a.shift, a[5:9], kept)
     if packed is None:
         return None
     conv, folded = packed

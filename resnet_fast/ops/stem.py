@@ -150,10 +150,11 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
     if choice.backend is None:
         return None
     kept = {} if bound is None else bound.kept
-    if choice.name not in kept:
-        kept[choice.name] = PACKED[choice.name](a.weight, a.dtype), kernel_vector(a.scale), kernel_vector(a.shift)
+    form = choice.name, a.dtype
+    if form not in kept:
+        kept[form] = PACKED[choice.name](a.weight, a.dtype), kernel_vector(a.scale), kernel_vector(a.shift)
     normalisation = None if a.mean is None or a.std is None else _normalisation(tuple(a.mean), tuple(a.std), a.x.device)
-    weight, scale, shift = kept[choice.name]
+    weight, scale, shift = kept[form]
     if choice.backend is cuda:
         cuda.stem(a.x, weight, scale, shift, normalisation, out, asked)
     else:
@@ -163,9 +164,8 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
 
 def native(a: Arguments, bound: Bound[Arguments] | None = None) -> Tensor | None:
     """Compute the op by oneDNN. ReLU and max commute (for NaN too): ReLU runs on the 4x smaller pooled tensor."""
-    packed = packing.packed(
-        NAME, a.x, a.dtype, a.weight, a.scale, a.shift, _GEOMETRY, None if bound is None else bound.kept
-    )
+    kept, dtype = (None, a.dtype) if bound is None else (bound.kept, bound.dtype)
+    packed = packing.packed(NAME, a.x, dtype, a.weight, a.scale, a.shift, _GEOMETRY, kept)
     if packed is None:
         return None
     conv, folded = packed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
@@ -158,6 +159,126 @@ def test_checks_are_remembered_by_all_that_they_read(monkeypatch: pytest.MonkeyP
     for n in range(1, 10):
         rf.ops.head(x[:1].expand(n, -1, -1, -1), weight)
     assert len(op._passed) <= 5
+
+
+def _conv(x: Tensor | None = None, **how: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    weight, x0 = torch.randn(4, 3, 3, 3, generator=generator), torch.randn(2, 3, 8, 8, generator=generator)
+    given: dict[str, Any] = {
+        "x": x0 if x is None else x,
+        "weight": weight,
+        "scale": torch.ones(4),
+        "shift": torch.zeros(4),
+    }
+    return rf.ops.conv_bn_act(**{**given, **how})
+
+
+BAD: dict[str, dict[str, Any]] = {
+    "floats as stride": {"stride": (1.0, 1.0)},
+    "a float as groups": {"groups": 1.0},
+    "a word as flag": {"residual_after_activation": "no"},
+    "no activation": {"activation": None},
+    "an array": {"x": torch.zeros(2, 3, 8, 8).numpy()},
+    "an array as residual": {"residual": torch.zeros(2, 4, 6, 6).numpy()},
+    "no x": {"weight": None},
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_arguments_of_other_types_are_the_schemas_affair(name: str) -> None:
+    """What equals a right value, as 1.0 does 1, is refused as well, and leaves nothing behind for the next call."""
+    for _ in range(2):
+        with pytest.raises((RuntimeError, AttributeError)) as first:
+            _conv(**BAD[name])
+        expected = _conv(padding=1)
+        with pytest.raises((RuntimeError, AttributeError)) as second:
+            _conv(**BAD[name])
+        assert type(first.value) is type(second.value) and torch.equal(_conv(padding=1), expected)
+    module = rf.nn.ConvBNAct2d(8, 8, 3).eval()
+    x = torch.randn(1, 8, 5, 5)
+    with torch.no_grad():
+        expected = module(x)
+        module.conv.groups = 1.0  # type: ignore[assignment]
+        with pytest.raises((RuntimeError, TypeError)):
+            module(x)
+        module.conv.groups = 1
+        assert torch.equal(module(x), expected)
+
+
+def test_arguments_that_the_schema_converts() -> None:
+    import numpy as np
+
+    weight, vectors = torch.randn(4, 3, 7, 7), (torch.ones(4), torch.zeros(4))
+    pixels = torch.zeros(1, 20, 20, 3, dtype=torch.uint8)
+    mean, std = [0.25, 0.5, 0.75], [0.25, 0.5, 0.5]
+    given = rf.ops.stem(pixels, weight, *vectors, mean=np.array(mean), std=np.array(std), ceil_mode=1)  # type: ignore[arg-type]
+    assert torch.equal(given, rf.ops.stem(pixels, weight, *vectors, mean=mean, std=std, ceil_mode=True))
+    assert torch.equal(_conv(stride=True), _conv(stride=1))
+
+
+class _Calling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3, 1, 1))
+        self.register_buffer("one", torch.ones(3))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = rf.ops.conv_bn_act(x, self.weight, self.one, self.one, y)  # type: ignore[arg-type]
+        return rf.ops.head(rf.ops.add_act(x, y), self.weight[:, :, 0, 0])
+
+
+def test_networks_that_call_ops_are_traced_and_optimised() -> None:
+    model, x = _Calling().eval().requires_grad_(False), torch.randn(2, 3, 4, 4)
+    graph = torch.fx.symbolic_trace(model)
+    called = [str(node.target) for node in graph.graph.nodes if "resnet_fast" in str(node.target)]
+    assert called == [f"resnet_fast.{name}.default" for name in ("conv_bn_act", "add_act", "head")]
+    assert torch.equal(graph(x, x), model(x, x))
+    assert torch.allclose(rf.optimize(model, example_inputs=(x, x))(x, x), model(x, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", pytest.param("triton", marks=pytest.mark.triton)])
+def test_a_bound_op_checks_what_is_no_constant(backend: str) -> None:
+    with rf.backends.use(backend):
+        bound, x = ops.ALL["add_act"].bind(), torch.randn(2, 3, 4, 4)
+        for y in (x[:1], torch.randn(2, 3, 1, 1), torch.randn(2, 3, 8, 2)):
+            for pair in ((x, y), (y, x)):
+                with pytest.raises((ValueError, RuntimeError), match="they must be the same"):
+                    bound(*pair)
+        with pytest.raises((TypeError, RuntimeError)):
+            bound(x, x.long())
+        wide = bound(x.double(), x.double())
+        assert wide.dtype is torch.float64 and torch.equal(wide, (2 * x.double()).relu())
+
+
+def test_a_bound_op_computes_in_its_own_dtype() -> None:
+    weight, one, zero = torch.randn(4, 3, 3, 3), torch.ones(4), torch.zeros(4)
+    x = torch.randn(2, 3, 8, 8)
+    exact = torch.relu(torch.conv2d(x, weight, None, 1, 1))
+    for first in (x.bfloat16(), x.double(), x):
+        bound = ops.ALL["conv_bn_act"].bind(weight, one, zero, padding=(1, 1), dtype=torch.float32)
+        assert bound(first).dtype is torch.float32
+        assert torch.allclose(bound(x), exact, atol=1e-5)
+
+
+def test_threads_that_call_a_bound_op_for_the_first_time() -> None:
+    weight, one, zero = torch.randn(4, 3, 3, 3), torch.ones(4), torch.zeros(4)
+    x = torch.randn(1, 3, 6, 6)
+    for _ in range(20):
+        bound = ops.ALL["conv_bn_act"].bind(weight, one, zero)
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda _, bound=bound: bound(x), range(8)))
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_snapshot_without_constants_moves_and_casts() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return torch.relu(x + y)
+
+    x = torch.randn(2, 3, 4, 4)
+    fused = rf.optimize(Two().eval(), example_inputs=(x, x))
+    assert dict(fused.named_buffers()) == {}
+    assert torch.equal(fused.double().cpu()(x, x), (2 * x).relu())
 
 
 def test_python_frames_of_a_live_network() -> None:

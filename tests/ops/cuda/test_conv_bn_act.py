@@ -266,11 +266,11 @@ def test_prepared(late: bool, launched: list[str]) -> None:
         assert conv.backend == "cuda" and conv.backend_for(x.to("meta"), residual.to("meta")) == "cuda"
         kept = residual.clone()
         ours = conv(x, residual, overwrite_residual=True)
-        packed = conv.kept["weight"]
+        packed = conv.kept["read"][0]
         assert packed.dtype is torch.float16 and packed.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(residual, kept) or ours.data_ptr() == residual.data_ptr()
         assert conv(x[:0]).shape == (0, 16, 5, 4)
-        assert torch.equal(conv(x, residual.copy_(kept)), ours) and conv.kept["weight"] is packed
+        assert torch.equal(conv(x, residual.copy_(kept)), ours) and conv.kept["read"][0] is packed
         assert len(launched) == 2
     assert_obeys_error_rule(ours.cpu(), plain(**given, **options), plain(**doubled(given), **options))
 
