@@ -378,7 +378,7 @@ def stem(
 
     Args:
         x: [N, C, H, W] in out's dtype, or uint8 [N, H, W, C]; any strides.
-        weight: [K, 4, 4, 16] in out's dtype as ``ops.stem.cuda_weight`` packs it.
+        weight: [K, 4, 4, 16] in out's dtype as ``layouts.squares`` packs it.
         scale, shift: [K] float32, dense.
         normalisation: for uint8 [2, C] float32, dense: a value is ``byte * normalisation[0] + normalisation[1]``.
         out: [N, K, P, Q], dense channels_last.

@@ -91,3 +91,26 @@ def kernel_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def kernel_vector(vector: Tensor) -> Tensor:
     """Return a per-channel vector as the kernels read it: float32, dense."""
     return vector.detach().float().contiguous()
+
+
+# --- the stem's weight
+
+
+def taps_first(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[K, C, 7, 7] in ``dtype``, stored as [7, 7, C, K]: Triton's kernel then reads many output channels at a time."""
+    k, c, r, s = weight.shape
+    stored = torch.empty((r, s, c, k), dtype=dtype, device=weight.device)
+    return stored.permute(3, 2, 0, 1).copy_(weight.detach())
+
+
+def squares(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[K, C, 7, 7] as [K, 4, 4, 16] in ``dtype``: the 7x7 stride 2 as a 4x4 stride 1 over squares of 2x2 pixels.
+
+    A row and a column of zeros in front make it 8x8. The 16 values are those of a square, C channels for each of its
+    pixels, and zeros behind; C is at most 4.
+    """
+    k, c = weight.shape[:2]
+    packed = torch.zeros((k, 4, 4, 16), dtype=dtype, device=weight.device)
+    squares = torch.nn.functional.pad(weight.detach(), (1, 0, 1, 0)).view(k, c, 4, 2, 4, 2)
+    packed[..., : 4 * c].view(k, 4, 4, 2, 2, c).copy_(squares.permute(0, 2, 4, 3, 5, 1))
+    return packed

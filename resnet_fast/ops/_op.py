@@ -30,6 +30,7 @@ A = TypeVar("A", bound=tuple[Any, ...])
 
 _library = torch.library.Library("resnet_fast", "DEF")
 _CHECKS_KEPT = 10_000
+_LISTS = (list, tuple)
 _C: Any = torch._C
 
 
@@ -97,18 +98,16 @@ def _schema(name: str, arguments: type[Any], returns: Any) -> str:
     return name + torch.library.infer_schema(prototype, mutates_args=())
 
 
-def _are(kind: type, values: Any) -> bool:
-    return type(values) in (list, tuple) and all(type(value) is kind for value in values)
-
-
 #: Of an argument's type in a schema, whether a value is exactly of it; tensors are asked about by `unobserved`.
 _EXACT: dict[str, Callable[[Any], bool]] = {
     "int": lambda value: type(value) is int,
     "bool": lambda value: type(value) is bool,
     "float": lambda value: type(value) is float,
     "str": lambda value: type(value) is str,
-    "List[int]": lambda value: _are(int, value),
-    "Optional[List[float]]": lambda value: value is None or _are(float, value),
+    "List[int]": lambda value: type(value) in _LISTS and set(map(type, value)) <= {int},
+    "Optional[List[float]]": lambda value: (
+        value is None or (type(value) in _LISTS and set(map(type, value)) <= {float})
+    ),
 }
 
 

@@ -39,9 +39,8 @@ def _check_alike(op: str, **both: Tensor) -> None:
     if not x.is_floating_point() or y.dtype is not x.dtype:
         raise TypeError(f"{op}: {first} and {second} must have one floating point dtype, got {x.dtype} and {y.dtype}")
     if x.shape != y.shape:
-        raise ValueError(
-            f"{op}: {first} has shape {list(x.shape)}, {second} has {list(y.shape)}; they must be the same"
-        )
+        shapes = f"{first} has shape {list(x.shape)}, {second} has {list(y.shape)}"
+        raise ValueError(f"{op}: {shapes}; they must be the same")
     checks.device(op, x, first, **{second: y})
 
 

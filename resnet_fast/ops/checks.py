@@ -36,9 +36,8 @@ def weight_dtype(op: str, x: Tensor, weight: Tensor, image: str = "x", name: str
 def device(op: str, x: Tensor, called: str = "x", /, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:
-            raise ValueError(
-                f"{op}: {name} is on {tensor.device}, {called} is on {x.device}; they must be on one device"
-            )
+            devices = f"{name} is on {tensor.device}, {called} is on {x.device}"
+            raise ValueError(f"{op}: {devices}; they must be on one device")
 
 
 def per_channel(op: str, channels: int, weight: str = "weight", /, **vectors: Tensor) -> None:

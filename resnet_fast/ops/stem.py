@@ -1,7 +1,4 @@
-"""``stem``: the network's first four layers, convolution 7x7/2 + BatchNorm + ReLU + max-pool 3x3/2, as one op.
-
-Reads float NCHW or decoded uint8 NHWC images.
-"""
+"""``stem``: 7x7/2 convolution + BatchNorm + ReLU + 3x3/2 max-pool of float NCHW or uint8 NHWC images, as one op."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from resnet_fast.kernels.problems import Stem as Problem
 
 from .. import backends
 from ..backends import Backend, cuda, packing, triton
-from ..backends.layouts import kernel_vector, owned
+from ..backends.layouts import kernel_vector, owned, squares, taps_first
 from ..backends.packing import Geometry
 from . import checks
 from ._op import Bound, Op
@@ -110,28 +107,8 @@ def _normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torc
     return torch.tensor([factors, summands], dtype=torch.float32, device=device)
 
 
-def kernel_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[K, C, 7, 7] in ``dtype``, stored as [7, 7, C, K]: Triton's kernel then reads many output channels at a time."""
-    k, c, r, s = weight.shape
-    stored = torch.empty((r, s, c, k), dtype=dtype, device=weight.device)
-    return stored.permute(3, 2, 0, 1).copy_(weight.detach())
-
-
-def cuda_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[K, C, 7, 7] as [K, 4, 4, 16] in ``dtype``: the 7x7 stride 2 as a 4x4 stride 1 over squares of 2x2 pixels.
-
-    A row and a column of zeros in front make it 8x8. The 16 values are those of a square, C channels for each of its
-    pixels, and zeros behind; C is at most 4.
-    """
-    k, c = weight.shape[:2]
-    packed = torch.zeros((k, 4, 4, 16), dtype=dtype, device=weight.device)
-    squares = torch.nn.functional.pad(weight.detach(), (1, 0, 1, 0)).view(k, c, 4, 2, 4, 2)
-    packed[..., : 4 * c].view(k, 4, 4, 2, 2, c).copy_(squares.permute(0, 2, 4, 3, 5, 1))
-    return packed
-
-
 #: The weight as each backend's kernel reads it.
-PACKED = {triton.NAME: kernel_weight, cuda.NAME: cuda_weight}
+PACKED = {triton.NAME: taps_first, cuda.NAME: squares}
 
 
 def problem(a: Arguments) -> Problem:

@@ -595,13 +595,13 @@ def _cuda_add_launch(kernels: Any, tensors: Tensors, case: Case, config: Any) ->
 
 
 def _cuda_stem_launch(kernels: Any, tensors: Tensors, case: Case, config: Any) -> Any:
-    from resnet_fast.ops.stem import cuda_weight
+    from resnet_fast.backends.layouts import squares
 
     x, weight = _given(tensors, "x"), _given(tensors, "weight")
     if case.form == "nhwc":
         x = x.contiguous(memory_format=torch.channels_last)
     vectors = (_given(tensors, "scale"), _given(tensors, "shift"), tensors["normalise"])
-    return partial(cuda.stem, x, cuda_weight(weight, weight.dtype), *vectors, _given(tensors, "out"), case.problem)
+    return partial(cuda.stem, x, squares(weight, weight.dtype), *vectors, _given(tensors, "out"), case.problem)
 
 
 def _cuda_head_launch(kernels: Any, tensors: Tensors, case: Case, config: Any) -> Any:

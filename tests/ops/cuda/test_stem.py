@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import resnet_fast as rf
 from resnet_fast import backends, ops
-from resnet_fast.ops.stem import cuda_weight
+from resnet_fast.backends.layouts import squares
 from resnet_fast.roofline.measure import tf32
 from tests.cuda_device import (
     DEVICE,
@@ -193,7 +193,7 @@ def test_the_packed_weight_is_the_7x7_over_squares_of_pixels() -> None:
             for s in range(7):
                 inside = (r + 1) % 2 * 2 + (s + 1) % 2
                 want[:, (r + 1) // 2, (s + 1) // 2, inside * c : (inside + 1) * c] = weight[:, :, r, s]
-        packed = cuda_weight(weight, torch.float32)
+        packed = squares(weight, torch.float32)
         assert torch.equal(packed, want) and packed.is_contiguous()
 
 

@@ -14,9 +14,9 @@ from tests.numerics import assert_obeys_error_rule
 pytest.importorskip("triton")
 from resnet_fast import ops
 from resnet_fast.backends import triton as adapter
+from resnet_fast.backends.layouts import taps_first
 from resnet_fast.kernels import gpus
 from resnet_fast.kernels import stem as kernel
-from resnet_fast.ops.stem import kernel_weight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -248,5 +248,5 @@ def test_choices(name: str, precision: str) -> None:
 
 def test_the_kernels_weight_is_stored_with_output_channels_innermost() -> None:
     weight = torch.randn(6, 3, 7, 7, device=DEVICE)
-    stored = kernel_weight(weight, torch.float16)
+    stored = taps_first(weight, torch.float16)
     assert torch.equal(stored, weight.half()) and stored.stride() == (1, 6, 7 * 3 * 6, 3 * 6)
