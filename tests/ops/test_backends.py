@@ -10,7 +10,7 @@ import torch
 
 import resnet_fast as rf
 from resnet_fast import backends
-from resnet_fast.backends import FallbackWarning, onednn
+from resnet_fast.backends import FallbackWarning, onednn, packing
 
 
 @pytest.fixture
@@ -85,6 +85,7 @@ def test_a_torch_without_the_private_functions_falls_back_visibly(monkeypatch: p
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_convolution_pointwise'")
 
     monkeypatch.setattr(onednn, "_functions", gone)
+    monkeypatch.setattr(packing, "_supported", set())
     onednn._verify.cache_clear()
     try:
         assert "does not offer oneDNN's fused functions" in onednn.unavailable()
