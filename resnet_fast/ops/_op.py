@@ -2,7 +2,7 @@
 
 Each function of a declaration takes the arguments as one value. An op's file holds its arguments, ``check`` (every
 error), ``empty`` (outputs without data: the fake kernel), ``reference`` (plain torch, right everywhere), and if there
-are any, ``kernel`` (a GPU's), ``cpu`` (faster than the reference), gradients and autocast.
+are any, ``kernel`` (a GPU's), ``native`` (torch's fused functions), gradients and autocast.
 
 Ops are registered straight on the dispatcher rather than by ``torch.library.custom_op``, whose wrappers cost more at
 each call than a small convolution takes.
@@ -265,7 +265,7 @@ class Bound(Generic[A]):
         places = [value.device for value in self.constants.values() if isinstance(value, Tensor)]
         self.device = [*places, torch.device("cpu")][0] if device is None else device
         self._all_data = not places  # then inputs have only each other to fit to
-        self.candidates = backends.candidates(op.name, self.device, dtype, asked)
+        self.candidates = backends.candidates(op.kind, self.device, dtype, asked)
         self._native = False
         if not self.candidates and backends.runs("onednn", self.device.type, asked):
             reason = op.limits(self.constants, dtype)
