@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
@@ -137,6 +138,24 @@ def test_modes_and_profilers_see_the_op() -> None:
     with profile() as watching_too:
         rf.ops.add_act(x, y)
     assert "resnet_fast::add_act" in {event.key for event in watching_too.key_averages()}
+
+
+def test_a_profiler_of_another_thread_sees_the_call() -> None:
+    x, found = torch.rand(2, 3), []
+    with profile():
+        thread = threading.Thread(target=lambda: found.append(_op.unobserved((x,))))
+        thread.start()
+        thread.join()
+    assert found == [False] and _op.unobserved((x,))
+
+
+def test_live_layers_call_an_op_that_was_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = rf.nn.ConvBNAct2d(3, 4, 1).eval(), torch.randn(1, 3, 5, 5)
+    public = rf.ops.conv_bn_act
+    with torch.no_grad():
+        expected = module(x)
+        monkeypatch.setattr(rf.ops, "conv_bn_act", lambda *a, **k: public(*a, **k) + 1)
+        assert torch.equal(module(x), expected + 1)
 
 
 def test_lazily_negated_inputs() -> None:
