@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -55,53 +56,36 @@ def _silent(what: str, fraction: float) -> None:
     pass
 
 
-DATA, RECIPE, COMPUTING, FILES = "Data", "Recipe", "Computing", "Files"
-"""Headings of the options in --help."""
+_data, _recipe, _computing, _files = (
+    functools.partial(typer.Option, rich_help_panel=heading) for heading in ("Data", "Recipe", "Computing", "Files")
+)
+"""Options under one heading of --help each."""
 
 
 def imagenet(
-    data: Annotated[
-        Path,
-        typer.Option(
-            "--data", metavar="DIR", help="Folder with train/<class>/ and val/<class>/.", rich_help_panel=DATA
-        ),
-    ],
+    data: Annotated[Path, _data("--data", metavar="DIR", help="Folder with train/<class>/ and val/<class>/.")],
     image_size: Annotated[
         int | None,
-        typer.Option(
-            "--image-size",
-            min=32,
-            max=4096,
-            help="Height and width of the images (default: the weights' own, or 224).",
-            rich_help_panel=DATA,
+        _data(
+            "--image-size", min=32, max=4096, help="Height and width of the images (default: the weights' own, or 224)."
         ),
     ] = None,
     resize_size: Annotated[
         int | None,
-        typer.Option(
+        _data(
             "--resize-size",
             min=1,
             max=4096,
             help="Shorter side in validation before cropping (default: in the weights' proportion, or 8/7).",
-            rich_help_panel=DATA,
         ),
     ] = None,
     min_scale: Annotated[
-        float,
-        typer.Option(
-            "--min-scale", help="Smallest training crop, as a fraction of the image's area.", rich_help_panel=DATA
-        ),
+        float, _data("--min-scale", help="Smallest training crop, as a fraction of the image's area.")
     ] = 0.08,
-    workers: Annotated[
-        int, typer.Option("--workers", min=0, help="Data-loading workers per training process.", rich_help_panel=DATA)
-    ] = 4,
+    workers: Annotated[int, _data("--workers", min=0, help="Data-loading workers per training process.")] = 4,
     on_error: Annotated[
         OnError,
-        typer.Option(
-            "--on-error",
-            help="skip: leave damaged images out and count them; stop: end at the first one.",
-            rich_help_panel=DATA,
-        ),
+        _data("--on-error", help="skip: leave damaged images out and count them; stop: end at the first one."),
     ] = OnError.skip,
     arch: Annotated[
         str | None,
@@ -116,108 +100,49 @@ def imagenet(
             help="Start from published weights or a file; a classifier for other classes is replaced.",
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Number of epochs.", rich_help_panel=RECIPE)] = 90,
-    batch_size: Annotated[
-        int,
-        typer.Option("--batch-size", "-b", min=1, help="Images per forward and process.", rich_help_panel=RECIPE),
-    ] = 128,
-    accumulate: Annotated[
-        int, typer.Option("--accumulate", min=1, help="Forwards per optimizer step.", rich_help_panel=RECIPE)
-    ] = 1,
+    epochs: Annotated[int, _recipe("--epochs", min=1, help="Number of epochs.")] = 90,
+    batch_size: Annotated[int, _recipe("--batch-size", "-b", min=1, help="Images per forward and process.")] = 128,
+    accumulate: Annotated[int, _recipe("--accumulate", min=1, help="Forwards per optimizer step.")] = 1,
     lr: Annotated[
         float | None,
-        typer.Option(
-            "--lr",
-            help="Learning rate after the warm-up (default: 0.1 per 256 images in a step).",
-            rich_help_panel=RECIPE,
-        ),
+        _recipe("--lr", help="Learning rate after the warm-up (default: 0.1 per 256 images in a step)."),
     ] = None,
     warmup_epochs: Annotated[
         float | None,
-        typer.Option(
-            "--warmup-epochs",
-            help="Epochs of linear warm-up (default: 5, or a tenth of fewer than 50 epochs).",
-            rich_help_panel=RECIPE,
-        ),
+        _recipe("--warmup-epochs", help="Epochs of linear warm-up (default: 5, or a tenth of fewer than 50 epochs)."),
     ] = None,
-    momentum: Annotated[float, typer.Option("--momentum", help="Nesterov momentum.", rich_help_panel=RECIPE)] = 0.9,
+    momentum: Annotated[float, _recipe("--momentum", help="Nesterov momentum.")] = 0.9,
     weight_decay: Annotated[
-        float,
-        typer.Option(
-            "--weight-decay",
-            help="Weight decay of filters and matrices; norms and biases have none.",
-            rich_help_panel=RECIPE,
-        ),
+        float, _recipe("--weight-decay", help="Weight decay of filters and matrices; norms and biases have none.")
     ] = 1e-4,
-    label_smoothing: Annotated[
-        float,
-        typer.Option(
-            "--label-smoothing",
-            help="Label smoothing of the training loss.",
-            rich_help_panel=RECIPE,
-        ),
-    ] = 0.1,
+    label_smoothing: Annotated[float, _recipe("--label-smoothing", help="Label smoothing of the training loss.")] = 0.1,
     clip_norm: Annotated[
-        float | None,
-        typer.Option(
-            "--clip-norm", help="Clip the gradient norm to this value (default: off).", rich_help_panel=RECIPE
-        ),
+        float | None, _recipe("--clip-norm", help="Clip the gradient norm to this value (default: off).")
     ] = None,
     ema_decay: Annotated[
-        float,
-        typer.Option(
-            "--ema-decay", help="Keep a moving average with this decay per step; 0 for none.", rich_help_panel=RECIPE
-        ),
+        float, _recipe("--ema-decay", help="Keep a moving average with this decay per step; 0 for none.")
     ] = 0.0,
     zero_init_residual: Annotated[
-        bool,
-        typer.Option("--zero-init-residual", help="Start every block as the identity.", rich_help_panel=RECIPE),
+        bool, _recipe("--zero-init-residual", help="Start every block as the identity.")
     ] = False,
-    sync_bn: Annotated[
-        bool,
-        typer.Option(
-            "--sync-bn",
-            help="Compute BatchNorm's statistics over all processes.",
-            rich_help_panel=RECIPE,
-        ),
-    ] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed.", rich_help_panel=RECIPE)] = 0,
+    sync_bn: Annotated[bool, _recipe("--sync-bn", help="Compute BatchNorm's statistics over all processes.")] = False,
+    seed: Annotated[int, _recipe("--seed", min=0, help="Random seed.")] = 0,
     precision: Annotated[
-        TrainPrecision,
-        typer.Option("--precision", help="Precision of the computation, by autocast.", rich_help_panel=COMPUTING),
+        TrainPrecision, _computing("--precision", help="Precision of the computation, by autocast.")
     ] = TrainPrecision.float32,
-    device: Annotated[
-        TrainDevice, typer.Option("--device", help="auto: a CUDA GPU if there is one.", rich_help_panel=COMPUTING)
-    ] = TrainDevice.auto,
-    compile_it: Annotated[
-        bool, typer.Option("--compile", help="Run the training step under torch.compile.", rich_help_panel=COMPUTING)
-    ] = False,
+    device: Annotated[TrainDevice, _computing("--device", help="auto: a CUDA GPU if there is one.")] = TrainDevice.auto,
+    compile_it: Annotated[bool, _computing("--compile", help="Run the training step under torch.compile.")] = False,
     memory_efficient: Annotated[
-        bool,
-        typer.Option("--memory-efficient", help="Keep less memory for the backward pass.", rich_help_panel=COMPUTING),
+        bool, _computing("--memory-efficient", help="Keep less memory for the backward pass.")
     ] = False,
     threads: Threads = None,
-    out: Annotated[
-        Path,
-        typer.Option("--out", "-o", metavar="FOLDER", help="Output folder.", rich_help_panel=FILES),
-    ] = Path("runs/imagenet"),
+    out: Annotated[Path, _files("--out", "-o", metavar="FOLDER", help="Output folder.")] = Path("runs/imagenet"),
     checkpoint_every: Annotated[
-        int,
-        typer.Option(
-            "--checkpoint-every",
-            min=1,
-            metavar="STEPS",
-            help="Steps between checkpoints within an epoch.",
-            rich_help_panel=FILES,
-        ),
+        int, _files("--checkpoint-every", min=1, metavar="STEPS", help="Steps between checkpoints within an epoch.")
     ] = 500,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Continue from the checkpoint in --out if there is one.", rich_help_panel=FILES),
-    ] = False,
+    resume: Annotated[bool, _files("--resume", help="Continue from the checkpoint in --out if there is one.")] = False,
     allow_changes: Annotated[
-        bool,
-        typer.Option("--allow-changes", help="Resume even if images were added or removed.", rich_help_panel=FILES),
+        bool, _files("--allow-changes", help="Resume even if images were added or removed.")
     ] = False,
 ) -> None:
     """Train one of the ten ResNets on folders of images, ImageNet's or your own.
