@@ -13,6 +13,7 @@ from pathlib import Path
 
 from resnet_fast import caffe
 from resnet_fast.caffe import caffemodel
+from tests.caffe import files
 from tests.caffe import test_caffemodel as binary
 from tests.caffe import test_net as weights
 from tests.caffe import test_prototxt as text
@@ -63,7 +64,7 @@ def _binaries(folder: Path) -> Iterator[tuple[str, str]]:
 def _mismatches(folder: Path) -> Iterator[tuple[str, str]]:
     definition, path = folder / "net.prototxt", folder / "net.caffemodel"
     definition.write_text(weights.SMALL)
-    stored = weights.blobs_of(weights.filled(caffe.Net(caffe.parse_prototxt(weights.SMALL))))
+    stored = weights.blobs_of(files.network(weights.SMALL))
     for name, (change, _) in weights.MISMATCHES.items():
         caffemodel.write(path, "net", change(stored))
         yield name, _message(lambda: caffe.load(definition, path))

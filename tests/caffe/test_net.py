@@ -18,6 +18,7 @@ import resnet_fast as rf
 from resnet_fast import caffe
 from resnet_fast.caffe import caffemodel, layers
 from tests.caffe import files as caffe_files
+from tests.caffe.files import image, network
 from tests.numerics import assert_obeys_error_rule
 
 SMALL = """
@@ -40,29 +41,9 @@ layer { name: "prob" type: "Softmax" bottom: "fc5" top: "prob" }
 """
 
 
-def filled(net: caffe.Net, seed: int = 0) -> caffe.Net:
-    """With parameters none of which is trivial; BatchNorm's blobs are sums of many steps."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in net.children():
-            for name, tensor in layers.blobs(module).items():
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
-                if isinstance(module, layers.Scale) and name == "weight":
-                    tensor.add_(1)
-            if isinstance(module, layers.BatchNorm):
-                module.variance.abs_().add_(0.5).mul_(999.98)
-                module.mean.mul_(999.98)
-                module.factor.fill_(999.98)
-    return net.eval()
-
-
 @pytest.fixture
 def net() -> caffe.Net:
-    return filled(caffe.Net(caffe.parse_prototxt(SMALL)))
-
-
-def image(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return network(SMALL)
 
 
 # --------------------------------------------------------------------------------------------------------- the module
@@ -93,7 +74,7 @@ def test_blobs_stop_at_the_last_layer_needed(net: caffe.Net) -> None:
     assert features.layer("conv1") is net.layer("conv1")
     fused = rf.optimize(features, example_inputs=wide)
     for name, value in fused(wide).items():
-        assert_obeys_error_rule(value, found[name], filled(copy.deepcopy(features)).double()(wide.double())[name])
+        assert_obeys_error_rule(value, found[name], copy.deepcopy(features).double()(wide.double())[name])
 
 
 @pytest.mark.parametrize(
@@ -445,7 +426,7 @@ def test_the_declared_size_is_where_shapes_are_found() -> None:
     text = SMALL.replace("dim: 32 dim: 32", "dim: 41 dim: 19").replace(
         "kernel_size: 8 stride: 1 pool: AVE", "kernel_h: 10 kernel_w: 5 stride: 1 pool: AVE"
     )
-    net = filled(caffe.Net(caffe.parse_prototxt(text)))
+    net = network(text)
     fused = rf.optimize(net)
     assert left(fused.report(), "Pooling", "InnerProduct") == []
     x = image(2, 3, 41, 19)
@@ -455,7 +436,7 @@ def test_the_declared_size_is_where_shapes_are_found() -> None:
 def test_an_average_that_other_sizes_may_have_is_not_the_head() -> None:
     """With a stride, 8 to 15 pixels a side give one window of 8x8 rounded down, which is not their average."""
     text = SMALL.replace("kernel_size: 8 stride: 1 pool: AVE", "kernel_size: 8 stride: 8 pool: AVE round_mode: FLOOR")
-    net = filled(caffe.Net(caffe.parse_prototxt(text)))
+    net = network(text)
     fused = rf.optimize(net)
     for size in (32, 40):
         torch.testing.assert_close(fused(image(1, 3, size, size)), net(image(1, 3, size, size)))
@@ -469,7 +450,7 @@ def test_from_double_to_half(net: caffe.Net, dtype: torch.dtype) -> None:
     assert half.layer("bn_conv1").mean.dtype == torch.float32
     torch.testing.assert_close(half(x.to(dtype)).float(), exact, rtol=0.1, atol=0.02)
     text = SMALL.replace('type: "ReLU" bottom: "sum" top: "sum"', 'type: "BatchNorm" bottom: "sum" top: "sum"')
-    unfolded = filled(caffe.Net(caffe.parse_prototxt(text))).double()
+    unfolded = network(text).double()
     assert rf.optimize(unfolded, dtype=dtype)(x.double()).isfinite().all()
 
 
@@ -489,7 +470,7 @@ def test_a_model_s_own_attributes_are_its_own() -> None:
 
 def test_statistics_of_the_batch_are_not_folded() -> None:
     text = SMALL.replace("use_global_stats: true }", "use_global_stats: false }", 1)
-    net = filled(caffe.Net(caffe.parse_prototxt(text)))
+    net = network(text)
     x = image(4, 3, 32, 32)
     fused = rf.optimize(net)
     (row,) = (row for row in fused.report().rows if row.name == "bn_conv1")
@@ -502,7 +483,7 @@ def test_statistics_of_the_batch_are_not_folded() -> None:
 @pytest.mark.parametrize("name", caffe_files.GRAPHS)
 def test_every_kind_is_saved_and_loaded_bit_for_bit(name: str, tmp_path: Any) -> None:
     """As prototxt and caffemodel, and through the state_dict in a safetensors file."""
-    net = caffe_files.network(caffe_files.GRAPHS[name])
+    net = network(caffe_files.GRAPHS[name])
     loaded = caffe.load(*caffe_files.write(tmp_path, net))
     state = net.state_dict()
     assert loaded.definition == net.definition
@@ -517,7 +498,7 @@ def test_every_kind_is_saved_and_loaded_bit_for_bit(name: str, tmp_path: Any) ->
 
 def test_old_dimensions_of_a_shared_slope(tmp_path: Any) -> None:
     """1x1x1x1 stands for a blob without axes."""
-    net = caffe_files.network(caffe_files.GRAPHS["prelu of one slope"])
+    net = network(caffe_files.GRAPHS["prelu of one slope"])
     prototxt, caffemodel = caffe_files.write(tmp_path, net)
     content = Path(caffemodel).read_bytes()
     modern = b"\x3a\x08\x3a\x00\x2a\x04"  # blobs { shape {} data: 4 bytes }

@@ -94,10 +94,10 @@ def test_resnet_layer_by_layer(published: tuple[int, caffe.Net, Tensor, dict[str
 def test_resnet_optimized(published: tuple[int, caffe.Net, Tensor, dict[str, Tensor]]) -> None:
     depth, net, x, theirs = published
     names = (*INNER, *MIDDLE[depth], "fc1000")
-    watched = rf.optimize(watching(net, names), example_inputs=x)
+    watched = rf.optimize(net.features([*names, "prob"]), example_inputs=x)
     ours = watched(x)
     for name in names:
-        assert_close(ours[f"{name}_seen"], theirs[name], name)
+        assert_close(ours[name], theirs[name], name)
     assert_close(ours["prob"], theirs["prob"], "prob")
     assert [row.name for row in watched.report().not_fused] == ["prob"]
     ops = {row.fused for row in watched.report().fused}
@@ -108,7 +108,7 @@ def test_resnet_optimized(published: tuple[int, caffe.Net, Tensor, dict[str, Ten
 @pytest.mark.parametrize("name", ["conv1", "pool1", "res2a_branch2b"])
 def test_resnet_optimized_up_to_a_blob(published: tuple[int, caffe.Net, Tensor, dict[str, Tensor]], name: str) -> None:
     _, net, x, theirs = published
-    part = rf.optimize(up_to(net, name), example_inputs=x)
+    part = rf.optimize(net.features([name]), example_inputs=x)
     assert_close(part(x), theirs[name], name)
 
 
@@ -126,30 +126,6 @@ def test_other_sizes_and_batches(tmp_path: Path) -> None:
             for name in theirs:
                 assert_close(ours[name], theirs[name], f"{name} at {shape}")
             assert_close(fast(x), theirs["res3a"], f"optimized at {shape}")
-
-
-def watching(net: caffe.Net, names: Sequence[str]) -> caffe.Net:
-    """``net`` with further outputs, ``<name>_seen`` for each blob; the weights are shared."""
-    seen = tuple(d.Layer(f"{name}_seen", d.Split(), (name,), (f"{name}_seen",)) for name in names)
-    return with_weights(d.Definition("net", net.definition.inputs, net.definition.layers + seen), net)
-
-
-def up_to(net: caffe.Net, blob: str) -> caffe.Net:
-    """``net`` up to the last layer that writes ``blob``, without what that does not need; the weights are shared."""
-    needed, layers = {blob}, []
-    for layer in reversed(net.definition.layers):
-        if needed.intersection(layer.tops):
-            needed.update(layer.bottoms)
-            layers.append(layer)
-    return with_weights(d.Definition("net", net.definition.inputs, tuple(layers[::-1])), net)
-
-
-def with_weights(definition: d.Definition, net: caffe.Net) -> caffe.Net:
-    with torch.device("meta"):
-        other = caffe.Net(definition).eval()
-    state = net.state_dict()
-    other.load_state_dict({key: state[key] for key in other.state_dict()}, assign=True)
-    return other
 
 
 # ------------------------------------------------------------------------------------------------------ small networks

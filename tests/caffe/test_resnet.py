@@ -17,6 +17,7 @@ import resnet_fast as rf
 from resnet_fast.caffe import CaffeError, Net, deploy_prototxt, from_state_dict, prototxt, to_resnet, to_state_dict
 from resnet_fast.caffe import definition as d
 from resnet_fast.caffe.resnet import deploy_definition
+from tests.caffe import files
 from tests.numerics import assert_obeys_error_rule
 
 PUBLISHED = os.environ.get("RESNET_FAST_PUBLISHED")
@@ -76,24 +77,6 @@ def test_other_depths(depth: Any) -> None:
         from_state_dict({}, depth)
 
 
-def trained(definition: d.Definition) -> Net:
-    """A network with blobs as training leaves them, sums with a factor; none trivial, and activations in range."""
-    net = Net(definition).eval()
-    for name, module in net.named_modules():
-        if hasattr(module, "variance"):
-            module.factor.fill_(999.98)  # what published files have
-            module.mean.normal_(0, 0.2).mul_(999.98)
-            module.variance.uniform_(0.5, 1.5).mul_(999.98)
-        elif name.startswith("scale"):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.2)
-            if name.endswith("branch2c"):
-                module.weight.data.mul_(0.3)
-        elif getattr(module, "bias", None) is not None:
-            nn.init.normal_(module.bias, 0, 0.5)
-    return net
-
-
 def shaped(definition: d.Definition) -> Net:
     """Without numbers in the large weights: quick."""
     with torch.device("meta"):
@@ -110,8 +93,7 @@ def shaped(definition: d.Definition) -> Net:
 
 @pytest.fixture(scope="module")
 def net() -> Net:
-    torch.manual_seed(0)
-    return trained(prototxt.parse(deploy_prototxt(50)))
+    return files.resnet(50)
 
 
 def test_the_same_scores(net: Net) -> None:
