@@ -13,7 +13,7 @@ import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -139,7 +139,7 @@ def read_mean(path: str | os.PathLike[str]) -> Tensor:
     """
     path = Path(path)
     data = _map(path, "a mean file (.binaryproto)")
-    with _named(path), _ending("; one image, a BlobProto, is expected"):
+    with _named(path), _worded("", "; one image, a BlobProto, is expected"):
         blob = _blob(Reader(data), 0, 0, len(data), "the mean")
     shape = blob.shape
     while len(shape) > 3 and shape[0] == 1:
@@ -251,28 +251,16 @@ def _file(path: Path) -> str:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Puts the file's name before what went wrong."""
+def _worded(before: str, after: str = "", kind: type[ValueError] = WireError) -> Iterator[None]:
+    """Raise what went wrong as a ``kind``, with the text around it that says where."""
     try:
         yield
     except WireError as error:
-        raise CaffeError(f"{_file(path)}: {error}") from None
+        raise kind(f"{before}{error}{after}") from None
 
 
-@contextmanager
-def _ending(hint: str) -> Iterator[None]:
-    try:
-        yield
-    except WireError as error:
-        raise WireError(f"{error}{hint}") from None
-
-
-@contextmanager
-def _within(where: str) -> Iterator[None]:
-    try:
-        yield
-    except WireError as error:
-        raise WireError(f"{where}: {error}") from None
+def _named(path: Path) -> AbstractContextManager[None]:
+    return _worded(f"{_file(path)}: ", kind=CaffeError)
 
 
 def _net(reader: Reader, size: int) -> StoredNet:
@@ -315,7 +303,7 @@ def _layer(reader: Reader, layer: Field, index: int, blobs_left: int) -> StoredL
     )
     # The name may come last, and the blobs' errors should have it: first all fields, then the blobs.
     name, kind, found = "", V1_TYPE_NUMBERS[0] if v1 else "", []
-    with _within(f"layer {index} at byte {layer.offset}"):
+    with _worded(f"layer {index} at byte {layer.offset}: "):
         for field in reader.fields(layer.start, layer.stop):
             if field.number == name_number:
                 name = _text(reader, field, "the layer's name")
@@ -338,7 +326,7 @@ def _layer(reader: Reader, layer: Field, index: int, blobs_left: int) -> StoredL
                     f"{field.describe()} is a layer of the V0 format; convert the file with Caffe's "
                     "upgrade_net_proto_binary"
                 )
-    with _within(f"{_called(name, index)} at byte {layer.offset}"):
+    with _worded(f"{_called(name, index)} at byte {layer.offset}: "):
         blobs = tuple(_blob(reader, *place, f"blob {number}") for number, place in enumerate(found))
     return StoredLayer(name, kind, blobs, layer.offset)
 
@@ -482,7 +470,7 @@ def _plan(net_name: str, layers: list[tuple[str, str, Sequence[_Values]]], defin
             message += _encoded_text(_LAYER_TYPE, kind, f"{where}: the type")
             plan.append(_layer_part(message, where, blobs))
     if definition is not None:
-        with _within("definition"):
+        with _worded("definition: "):
             plan.extend(_merged(definition, given))
     count = sum(len(blobs) for _, blobs in plan)
     if count > MAX_BLOBS:

@@ -53,6 +53,10 @@ def _two(parameters: Any, name: str, short: str, default: int | None) -> tuple[i
         if default is None:
             raise ValueError(f"{name} is missing")
         return default, default
+    return _sides(name, values)
+
+
+def _sides(name: str, values: Sequence[int]) -> tuple[int, int]:
     if len(values) > 2:
         raise ValueError(f"{name} has {len(values)} values; one, or one each for height and width, was expected")
     return values[0], values[-1]
@@ -103,13 +107,9 @@ class _Filters(Parameters):
         p = layer.convolution_param
         kernel, stride = _two(p, "kernel_size", "kernel", None), _two(p, "stride", "stride", 1)
         padding = _two(p, "pad", "pad", 0)
-        if len(p.dilation) > 2:
-            raise ValueError(
-                f"dilation has {len(p.dilation)} values; one, or one each for height and width, was expected"
-            )
         if p.axis not in (1, -3):
             raise ValueError(f"axis is {p.axis}; only axis 1, the channels, is supported")
-        dilation = (p.dilation[0], p.dilation[-1]) if p.dilation else (1, 1)
+        dilation = _sides("dilation", p.dilation) if p.dilation else (1, 1)
         return cls(p.num_output, kernel, stride, padding, dilation, p.group, p.bias_term)
 
     def write(self, layer: Any) -> None:
@@ -127,8 +127,7 @@ class _Filters(Parameters):
             message.bias_term = False
 
     def shape(self, bottoms: Sequence[Shape]) -> Shape:
-        x = bottoms[0]
-        four_axes(x)
+        x = four_axes(bottoms[0])
         if x[1] % self.group or self.num_output % self.group:
             raise Illegal(f"{x[1]} channels and num_output {self.num_output} must be multiples of group {self.group}")
         sides = tuple(
@@ -248,17 +247,13 @@ class Pooling(Parameters):
             message.round_mode = message.RoundMode.Value(self.round_mode)
 
     def shape(self, bottoms: Sequence[Shape]) -> Shape:
-        x = bottoms[0]
-        four_axes(x)
+        x = four_axes(bottoms[0])
         if self.kernel is None:
             return (*x[:2], 1, 1)
         sides = layers.pooled_sizes(self, x[2], x[3])
         if min(sides) < 1:
             raise Illegal(f"its window {times(self.kernel)} does not fit into {times(x[2:])}")
         return (*x[:2], *sides)
-
-    def module(self, bottoms: Sequence[Shape], tops: int) -> nn.Module:
-        return layers.Pooling(self)
 
 
 @dataclass(frozen=True)
@@ -327,8 +322,7 @@ class BatchNorm(Parameters):
         return cls(stored, p.moving_average_fraction, p.eps, scale_bias)
 
     def shape(self, bottoms: Sequence[Shape]) -> Shape:
-        two_axes(bottoms[0])
-        return bottoms[0]
+        return two_axes(bottoms[0])
 
     def blobs(self, bottoms: Sequence[Shape]) -> dict[str, Shape]:
         channels = bottoms[0][1:2]
@@ -340,13 +334,19 @@ class BatchNorm(Parameters):
 
 
 @dataclass(frozen=True)
-class _Covering(Parameters):
-    """What Scale and Bias have in common: a parameter, or a second bottom, that covers axes of the first."""
+class Scale(Parameters):
+    """Product with a parameter (or a second bottom) that covers ``num_axes`` axes (-1: all) from ``axis`` on."""
 
+    message = Message(
+        "scale_param", "ScaleParameter", 142, None,
+        "axis 1 int32 1; num_axes 2 int32 1; filler 3 FillerParameter; bias_term 4 bool false;"
+        "bias_filler 5 FillerParameter",
+    )  # fmt: skip
     bottoms = (1, 2)
 
     axis: int = 1
     num_axes: int = 1
+    bias_term: bool = False
 
     def covered(self, bottoms: Sequence[Shape]) -> Shape:
         """Return the axes that the parameter, or the second bottom, covers."""
@@ -365,19 +365,6 @@ class _Covering(Parameters):
         elif x[axis : axis + len(bottoms[1])] != bottoms[1]:
             raise Illegal(f"its second bottom {times(bottoms[1])} does not match {times(x)} from axis {axis} on")
         return x
-
-
-@dataclass(frozen=True)
-class Scale(_Covering):
-    """Product with a parameter (or a second bottom) that covers ``num_axes`` axes (-1: all) from ``axis`` on."""
-
-    message = Message(
-        "scale_param", "ScaleParameter", 142, None,
-        "axis 1 int32 1; num_axes 2 int32 1; filler 3 FillerParameter; bias_term 4 bool false;"
-        "bias_filler 5 FillerParameter",
-    )  # fmt: skip
-
-    bias_term: bool = False
 
     def blobs(self, bottoms: Sequence[Shape]) -> dict[str, Shape]:
         weight = {"weight": self.covered(bottoms)} if len(bottoms) == 1 else {}
@@ -411,11 +398,7 @@ class LRN(Parameters):
             raise ValueError(f"local_size is {self.local_size}, it must be odd")
 
     def shape(self, bottoms: Sequence[Shape]) -> Shape:
-        four_axes(bottoms[0])
-        return bottoms[0]
-
-    def module(self, bottoms: Sequence[Shape], tops: int) -> nn.Module:
-        return layers.LRN(self)
+        return four_axes(bottoms[0])
 
 
 # --------------------------------------------------------------------------------------------------- element by element
@@ -446,8 +429,7 @@ class PReLU(Parameters):
     channel_shared: bool = False
 
     def shape(self, bottoms: Sequence[Shape]) -> Shape:
-        two_axes(bottoms[0])
-        return bottoms[0]
+        return two_axes(bottoms[0])
 
     def blobs(self, bottoms: Sequence[Shape]) -> dict[str, Shape]:
         return {"weight": () if self.channel_shared else bottoms[0][1:2]}
@@ -497,9 +479,6 @@ class Power(Parameters):
     power: float = 1.0
     scale: float = 1.0
     shift: float = 0.0
-
-    def module(self, bottoms: Sequence[Shape], tops: int) -> nn.Module:
-        return layers.Power(self)
 
 
 @dataclass(frozen=True)
@@ -571,9 +550,6 @@ class Eltwise(Parameters):
         if self.coeff and len(self.coeff) != len(bottoms):
             raise Illegal(f"it has {len(self.coeff)} coefficients for {len(bottoms)} bottoms")
         return bottoms[0]
-
-    def module(self, bottoms: Sequence[Shape], tops: int) -> nn.Module:
-        return layers.Eltwise(self)
 
 
 @dataclass(frozen=True)
@@ -660,9 +636,6 @@ class Crop(Parameters):
         axis = axis_of(self.axis, x)
         return (*x[:axis], *like[axis : len(x)])
 
-    def module(self, bottoms: Sequence[Shape], tops: int) -> nn.Module:
-        return layers.Crop(self)
-
 
 # ---------------------------------------------------------------------------------------------------- the same elements
 
@@ -682,9 +655,6 @@ class Flatten(Parameters):
         if begin > end:
             raise Illegal(f"its axis {self.axis} is behind end_axis {self.end_axis} of its bottom {times(x)}")
         return (*x[:begin], math.prod(x[begin:end]), *x[end:])
-
-    def module(self, bottoms: Sequence[Shape], tops: int) -> nn.Module:
-        return layers.Flatten(self)
 
 
 @dataclass(frozen=True)
@@ -739,9 +709,6 @@ class Reshape(Parameters):
         if math.prod(top) != count or len(top) > MAX_AXES:
             raise Illegal(f"its shape {times(self.dims)} makes {times(top)} of {times(x)}, which has {count} elements")
         return tuple(top)
-
-    def module(self, bottoms: Sequence[Shape], tops: int) -> nn.Module:
-        return layers.Reshape(self)
 
 
 @dataclass(frozen=True)

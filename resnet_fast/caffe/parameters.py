@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Self, TypeAlias
 
 from torch import nn
 
+from . import layers
+
 Shape: TypeAlias = tuple[int, ...]
 
 MAX_AXES = 32
@@ -133,8 +135,12 @@ class Parameters:
         return {}
 
     def module(self, bottoms: Sequence[Shape], tops: int) -> nn.Module | None:
-        """Return what computes the layer for bottoms of these shapes, any batch; None for the bottom itself."""
-        raise NotImplementedError
+        """Return what computes the layer for bottoms of these shapes, any batch; None for the bottom itself.
+
+        A kind without a method of its own has the module of its name in `layers`, which is made from the parameters.
+        """
+        made: nn.Module = getattr(layers, type(self).__name__)(self)
+        return made
 
 
 def to_float32(value: float) -> float:
@@ -153,14 +159,18 @@ def at_least(name: str, least: int, *values: int) -> None:
         raise ValueError(f"{name} is {max(values)}, at most {MAX_ELEMENTS} is possible")
 
 
-def four_axes(shape: Shape) -> None:
+def four_axes(shape: Shape) -> Shape:
+    """Return the shape of an image; raise Illegal for another."""
     if len(shape) != 4:
         raise Illegal(f"its bottom is {times(shape)}, [N, C, H, W] was expected")
+    return shape
 
 
-def two_axes(shape: Shape) -> None:
+def two_axes(shape: Shape) -> Shape:
+    """Return the shape of a blob with channels; raise Illegal for another."""
     if len(shape) < 2:
         raise Illegal(f"its bottom is {times(shape)}, at least [N, C] was expected")
+    return shape
 
 
 def axis_or_alias(message: Any, alias: str) -> int:

@@ -8,11 +8,32 @@ do not clash with another ``caffe.proto`` in the same process. protobuf is impor
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from . import kinds as _declared  # noqa: F401 - which fill KINDS
 from .errors import CaffeError
 from .parameters import KINDS, Message
+
+#: V1LayerParameter.LayerType: a type's number and name there, and its name since Caffe's V2 format.
+_V1_TYPES = (
+    (0, "NONE", ""), (1, "ACCURACY", "Accuracy"), (2, "BNLL", "BNLL"), (3, "CONCAT", "Concat"),
+    (4, "CONVOLUTION", "Convolution"), (5, "DATA", "Data"), (6, "DROPOUT", "Dropout"),
+    (7, "EUCLIDEAN_LOSS", "EuclideanLoss"), (8, "FLATTEN", "Flatten"), (9, "HDF5_DATA", "HDF5Data"),
+    (10, "HDF5_OUTPUT", "HDF5Output"), (11, "IM2COL", "Im2col"), (12, "IMAGE_DATA", "ImageData"),
+    (13, "INFOGAIN_LOSS", "InfogainLoss"), (14, "INNER_PRODUCT", "InnerProduct"), (15, "LRN", "LRN"),
+    (16, "MULTINOMIAL_LOGISTIC_LOSS", "MultinomialLogisticLoss"), (17, "POOLING", "Pooling"), (18, "RELU", "ReLU"),
+    (19, "SIGMOID", "Sigmoid"), (20, "SOFTMAX", "Softmax"), (21, "SOFTMAX_LOSS", "SoftmaxWithLoss"),
+    (22, "SPLIT", "Split"), (23, "TANH", "TanH"), (24, "WINDOW_DATA", "WindowData"), (25, "ELTWISE", "Eltwise"),
+    (26, "POWER", "Power"), (27, "SIGMOID_CROSS_ENTROPY_LOSS", "SigmoidCrossEntropyLoss"),
+    (28, "HINGE_LOSS", "HingeLoss"), (29, "MEMORY_DATA", "MemoryData"), (30, "ARGMAX", "ArgMax"),
+    (31, "THRESHOLD", "Threshold"), (32, "DUMMY_DATA", "DummyData"), (33, "SLICE", "Slice"), (34, "MVN", "MVN"),
+    (35, "ABSVAL", "AbsVal"), (36, "SILENCE", "Silence"), (37, "CONTRASTIVE_LOSS", "ContrastiveLoss"),
+    (38, "EXP", "Exp"), (39, "DECONVOLUTION", "Deconvolution"),
+)  # fmt: skip
+
+#: Layer type numbers of V1LayerParameter, as the names that Caffe's V2 format has for them.
+V1_TYPE_NUMBERS = {number: name for number, _, name in _V1_TYPES}
 
 _ENUMS: dict[str, dict[str, int]] = {
     "Phase": {"TRAIN": 0, "TEST": 1},
@@ -24,37 +45,10 @@ _ENUMS: dict[str, dict[str, int]] = {
     "Engine": {"DEFAULT": 0, "CAFFE": 1, "CUDNN": 2},
     "NormRegion": {"ACROSS_CHANNELS": 0, "WITHIN_CHANNEL": 1},
     "DB": {"LEVELDB": 0, "LMDB": 1},
-    # V1LayerParameter.LayerType; V1_TYPES has the names that these types have since.
-    "LayerType": {
-        "NONE": 0, "ABSVAL": 35, "ACCURACY": 1, "ARGMAX": 30, "BNLL": 2, "CONCAT": 3, "CONTRASTIVE_LOSS": 37,
-        "CONVOLUTION": 4, "DATA": 5, "DECONVOLUTION": 39, "DROPOUT": 6, "DUMMY_DATA": 32, "EUCLIDEAN_LOSS": 7,
-        "ELTWISE": 25, "EXP": 38, "FLATTEN": 8, "HDF5_DATA": 9, "HDF5_OUTPUT": 10, "HINGE_LOSS": 28, "IM2COL": 11,
-        "IMAGE_DATA": 12, "INFOGAIN_LOSS": 13, "INNER_PRODUCT": 14, "LRN": 15, "MEMORY_DATA": 29,
-        "MULTINOMIAL_LOGISTIC_LOSS": 16, "MVN": 34, "POOLING": 17, "POWER": 26, "RELU": 18, "SIGMOID": 19,
-        "SIGMOID_CROSS_ENTROPY_LOSS": 27, "SILENCE": 36, "SOFTMAX": 20, "SOFTMAX_LOSS": 21, "SPLIT": 22, "SLICE": 33,
-        "TANH": 23, "WINDOW_DATA": 24, "THRESHOLD": 31,
-    },
-}  # fmt: skip
+    "LayerType": {name: number for number, name, _ in _V1_TYPES},
+}
 
-#: What each V1 layer type is called since Caffe's V2 format.
-V1_TYPES = {
-    "NONE": "", "ABSVAL": "AbsVal", "ACCURACY": "Accuracy", "ARGMAX": "ArgMax", "BNLL": "BNLL", "CONCAT": "Concat",
-    "CONTRASTIVE_LOSS": "ContrastiveLoss", "CONVOLUTION": "Convolution", "DATA": "Data",
-    "DECONVOLUTION": "Deconvolution", "DROPOUT": "Dropout", "DUMMY_DATA": "DummyData",
-    "EUCLIDEAN_LOSS": "EuclideanLoss", "ELTWISE": "Eltwise", "EXP": "Exp", "FLATTEN": "Flatten",
-    "HDF5_DATA": "HDF5Data", "HDF5_OUTPUT": "HDF5Output", "HINGE_LOSS": "HingeLoss", "IM2COL": "Im2col",
-    "IMAGE_DATA": "ImageData", "INFOGAIN_LOSS": "InfogainLoss", "INNER_PRODUCT": "InnerProduct", "LRN": "LRN",
-    "MEMORY_DATA": "MemoryData", "MULTINOMIAL_LOGISTIC_LOSS": "MultinomialLogisticLoss", "MVN": "MVN",
-    "POOLING": "Pooling", "POWER": "Power", "RELU": "ReLU", "SIGMOID": "Sigmoid",
-    "SIGMOID_CROSS_ENTROPY_LOSS": "SigmoidCrossEntropyLoss", "SILENCE": "Silence", "SOFTMAX": "Softmax",
-    "SOFTMAX_LOSS": "SoftmaxWithLoss", "SPLIT": "Split", "SLICE": "Slice", "TANH": "TanH",
-    "WINDOW_DATA": "WindowData", "THRESHOLD": "Threshold",
-}  # fmt: skip
-
-#: Layer type numbers of V1LayerParameter, as the names that Caffe's V2 format has for them.
-V1_TYPE_NUMBERS = {number: V1_TYPES[name] for name, number in _ENUMS["LayerType"].items()}
-
-_SCALARS = ("bool", "float", "int32", "int64", "uint32", "string")
+_SCALARS = ("bool", "float", "double", "int32", "int64", "uint32", "string")
 
 #: Data layers, whose tops are inputs here, and what they and Input have; the other layers' are in `kinds`.
 _DATA = (
@@ -118,17 +112,21 @@ _MESSAGES: dict[str, str] = {
 }
 
 
-@functools.cache
-def _classes() -> dict[str, Any]:
+def build(messages: Mapping[str, str]) -> dict[str, Any]:
+    """Return protobuf's classes by name of these messages, whose fields are written as above, in a pool of their own.
+
+    Raises:
+        CaffeError: if protobuf is not installed.
+    """
     try:
         from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
     except ImportError as error:
         raise CaffeError(
             f"reading and writing prototxt needs the package protobuf: pip install protobuf ({error})"
-        ) from (error)
+        ) from error
     file = descriptor_pb2.FileDescriptorProto(name="resnet_fast/caffe.proto", package="caffe", syntax="proto2")
     kinds = descriptor_pb2.FieldDescriptorProto
-    for name, description in _messages().items():
+    for name, description in messages.items():
         message = file.message_type.add(name=name)
         for entry in description.split(";"):
             field_name, number, kind, *default = entry.split()
@@ -151,16 +149,17 @@ def _classes() -> dict[str, Any]:
                 field.default_value = default[0]
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(file.SerializeToString())
-    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"caffe.{name}")) for name in _messages()}
+    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"caffe.{name}")) for name in messages}
 
 
-def _messages() -> dict[str, str]:
-    """Return all messages, with the layers' own parameters at their numbers in either version of a layer."""
+@functools.cache
+def _classes() -> dict[str, Any]:
+    """Return the classes of all messages, with the layers' own parameters at their numbers in either version."""
     own = LAYER_PARAMETERS.values()
     found = {**_MESSAGES, **{m.name: m.fields for m in own}}
     found["LayerParameter"] += "".join(f"; {m.field} {m.number} {m.name}" for m in own)
     found["V1LayerParameter"] += "".join(f"; {m.field} {m.v1} {m.name}" for m in own if m.v1)
-    return {name: description.strip() for name, description in found.items()}
+    return build({name: description.strip() for name, description in found.items()})
 
 
 def message(name: str) -> Any:

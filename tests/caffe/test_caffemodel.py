@@ -28,76 +28,32 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from resnet_fast.caffe import caffemodel, wire
 from resnet_fast.caffe.caffemodel import StoredNet, read, read_mean, write, write_mean
 from resnet_fast.caffe.errors import CaffeError
+from resnet_fast.caffe.schema import build
 
 pytest.importorskip("google.protobuf")
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-_FIELDS: dict[str, list[tuple[str, int, str, bool]]] = {  # name, number, type, repeated
-    "BlobShape": [("dim", 1, "int64", True)],
-    "BlobProto": [
-        ("num", 1, "int32", False),
-        ("channels", 2, "int32", False),
-        ("height", 3, "int32", False),
-        ("width", 4, "int32", False),
-        ("data", 5, "float", True),
-        ("diff", 6, "float", True),
-        ("shape", 7, "BlobShape", False),
-        ("double_data", 8, "double", True),
-        ("double_diff", 9, "double", True),
-    ],
-    "LayerParameter": [
-        ("name", 1, "string", False),
-        ("type", 2, "string", False),
-        ("bottom", 3, "string", True),
-        ("top", 4, "string", True),
-        ("loss_weight", 5, "float", True),
-        ("blobs", 7, "BlobProto", True),
-    ],
-    "V1LayerParameter": [
-        ("bottom", 2, "string", True),
-        ("top", 3, "string", True),
-        ("name", 4, "string", False),
-        ("type", 5, "int32", False),  # an enum, but protobuf would put away a number it does not know
-        ("blobs", 6, "BlobProto", True),
-    ],
-    "NetParameter": [
-        ("name", 1, "string", False),
-        ("layers", 2, "V1LayerParameter", True),
-        ("input", 3, "string", True),
-        ("input_dim", 4, "int32", True),
-        ("input_shape", 8, "BlobShape", True),
-        ("layer", 100, "LayerParameter", True),
-    ],
+_MESSAGES = {
+    "BlobShape": "dim 1 int64+",
+    "BlobProto": "num 1 int32; channels 2 int32; height 3 int32; width 4 int32; data 5 float+; diff 6 float+;"
+    "shape 7 BlobShape; double_data 8 double+; double_diff 9 double+",
+    "LayerParameter": "name 1 string; type 2 string; bottom 3 string*; top 4 string*; loss_weight 5 float+;"
+    "blobs 7 BlobProto*",
+    # type is an enum, but protobuf would put away a number it does not know
+    "V1LayerParameter": "bottom 2 string*; top 3 string*; name 4 string; type 5 int32; blobs 6 BlobProto*",
+    "NetParameter": "name 1 string; layers 2 V1LayerParameter*; input 3 string*; input_dim 4 int32*;"
+    "input_shape 8 BlobShape*; layer 100 LayerParameter*",
 }
 _UNREAD = {"diff", "double_diff", "bottom", "top", "loss_weight", "input", "input_dim", "input_shape"}
 
 
-def classes(*, packed: bool = True, only_read: bool = False) -> dict[str, Any]:
-    return _classes(packed, only_read)
-
-
-@functools.cache
-def _classes(packed: bool, only_read: bool) -> dict[str, Any]:
-    """protobuf's classes, in a pool of their own; `only_read` without the fields that the reader skips."""
-    file = descriptor_pb2.FileDescriptorProto(name="caffe_test.proto", package="caffe_test", syntax="proto2")
-    kinds = descriptor_pb2.FieldDescriptorProto
-    for message, fields in _FIELDS.items():
-        descriptor = file.message_type.add(name=message)
-        for name, number, kind, repeated in fields:
-            if only_read and name in _UNREAD:
-                continue
-            field = descriptor.field.add(name=name, number=number)
-            field.label = kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL
-            if kind in _FIELDS:
-                field.type, field.type_name = kinds.TYPE_MESSAGE, f".caffe_test.{kind}"
-            else:
-                field.type = getattr(kinds, f"TYPE_{kind.upper()}")
-                if repeated and kind in ("float", "double", "int64"):
-                    field.options.packed = packed
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"caffe_test.{name}")) for name in _FIELDS}
+CLASSES = build(_MESSAGES)
+UNPACKED = build({name: fields.replace("+", "*") for name, fields in _MESSAGES.items()})
+READ = build({
+    name: ";".join(field for field in fields.split(";") if field.split()[0] not in _UNREAD)
+    for name, fields in _MESSAGES.items()
+})  # fmt: skip
+"""protobuf's classes: as Caffe has them, with nothing packed, and without the fields that the reader skips."""
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +62,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(message: str, *, packed: bool = True, **values: Any) -> Any:
-    return classes(packed=packed)[message](**values)
+    return (CLASSES if packed else UNPACKED)[message](**values)
 
 
 def blob(values: list[float], shape: list[int], **others: Any) -> Any:
@@ -251,17 +207,17 @@ def test_numbers_are_cut_as_protobuf_cuts_them(path: Path) -> None:
     two = b"\x82" + b"\x80" * 8 + b"\x02"  # 2**64 + 2
     content = message(7, message(1, two)) + message(5, bytes(8))
     path.write_bytes(conv1(content))
-    assert_same(read(path), classes()["NetParameter"].FromString(path.read_bytes()))
+    assert_same(read(path), CLASSES["NetParameter"].FromString(path.read_bytes()))
     assert read(path).layers[0].blobs[0].shape == (2,)
     four = wire.varint(2**32 + 4)
     legacy = b"".join(wire.tag(number, 0) + wire.varint(2**32 + 1) for number in (1, 2, 3)) + wire.tag(4, 0) + four
     path.write_bytes(message(2, wire.tag(5, 0) + four + message(6, legacy + message(5, bytes(16)))))
-    assert_same(read(path), classes()["NetParameter"].FromString(path.read_bytes()))
+    assert_same(read(path), CLASSES["NetParameter"].FromString(path.read_bytes()))
     assert read(path).layers[0].blobs[0].shape == (1, 1, 1, 4)
     assert read(path).layers[0].type == "Convolution"
     path.write_bytes(b"\x12" + two + b"\x08\x00")
     with pytest.raises(DecodeError):
-        classes()["NetParameter"].FromString(path.read_bytes())
+        CLASSES["NetParameter"].FromString(path.read_bytes())
     with pytest.raises(CaffeError, match="field 2 at byte 0 has 18446744073709551618 bytes, and 2 are left"):
         read(path)
 
@@ -345,7 +301,7 @@ def nets(draw: DrawFn) -> bytes:
 @settings(max_examples=60, deadline=None)
 def test_any_encoding_is_read_as_protobuf_reads_it(path: Path, data: bytes) -> None:
     path.write_bytes(data)
-    assert_same(read(path), classes()["NetParameter"].FromString(data))
+    assert_same(read(path), CLASSES["NetParameter"].FromString(data))
 
 
 # What is written
@@ -361,7 +317,7 @@ def test_protobuf_reads_what_is_written(path: Path) -> None:
         ("grad", "Scale", [torch.nn.Parameter(torch.ones(2)), weight[:, ::2], np.float16([0.5]), weight.astype(">f4")]),
     ]
     write(path, "net", iter(layers))
-    proto = classes()["NetParameter"].FromString(path.read_bytes())
+    proto = CLASSES["NetParameter"].FromString(path.read_bytes())
     assert_same(read(path), proto)
     assert proto.name == "net"
     assert [(each.name, each.type) for each in proto.layer] == [(name, kind) for name, kind, _ in layers]
@@ -397,7 +353,7 @@ def test_definition_is_merged(path: Path) -> None:
     net.layer.add(name="relu", type="ReLU", bottom=["conv1"], top=["conv1"])
     definition = net.SerializeToString() + b"\xc3\x3e\xc4\x3e"  # an unknown group stays, too
     write(path, "new", [("conv1", "Convolution", [np.float32([1, 2])]), ("relu", "ReLU", [])], definition)
-    proto = classes()["NetParameter"].FromString(path.read_bytes())
+    proto = CLASSES["NetParameter"].FromString(path.read_bytes())
     net.name = "new"
     net.layer[0].blobs[0].CopyFrom(blob([1.0, 2.0], [2]))
     proto.DiscardUnknownFields()
@@ -494,7 +450,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
 def test_mean(path: Path, dtype: torch.dtype, as_array: bool) -> None:
     mean = torch.arange(24.0).reshape(3, 2, 4).to(dtype)
     write_mean(path, mean.numpy() if as_array else mean)
-    proto = classes()["BlobProto"].FromString(path.read_bytes())
+    proto = CLASSES["BlobProto"].FromString(path.read_bytes())
     assert (proto.num, proto.channels, proto.height, proto.width) == (1, 3, 2, 4) and not proto.HasField("shape")
     assert list(proto.data) == list(range(24))
     stored = read_mean(path)
@@ -736,6 +692,7 @@ _CHILD = """
 import sys, time
 from resnet_fast.caffe.caffemodel import read
 from resnet_fast.caffe.errors import CaffeError
+from resnet_fast.caffe.schema import build
 
 def peak():
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
@@ -808,7 +765,7 @@ def assert_read_as_protobuf_or_refused(path: Path, data: bytes) -> None:
     if isinstance(net, str):
         return
     try:
-        expected = classes(only_read=True)["NetParameter"].FromString(data)
+        expected = READ["NetParameter"].FromString(data)
     except DecodeError:
         pytest.fail("was read, and protobuf refuses it")
     assert_same(net, expected)
