@@ -50,8 +50,6 @@ def _message(action: Callable[[], object]) -> str:
 def _definitions() -> Iterator[tuple[str, str]]:
     for name, (content, _) in text.HOSTILE.items():
         yield name, _message(lambda: caffe.Net(caffe.parse_prototxt(content)))  # noqa: B023 - called at once
-    for name, (content, _) in text.SHAPES.items():
-        yield name, _message(lambda: caffe.Net(caffe.parse_prototxt(text.HEAD + content)))  # noqa: B023
 
 
 def _binaries(folder: Path) -> Iterator[tuple[str, str]]:
