@@ -39,8 +39,6 @@ from resnet_fast.caffe.wire import (
     varint,
 )
 
-__all__ = ["Blob", "StoredLayer", "StoredNet", "read", "read_mean", "write", "write_mean"]
-
 MAX_FILE_BYTES = 2**31 - 1
 """No protobuf message may be larger; Caffe and OpenCV cannot read a larger file."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["CaffeError"]
-
 
 class CaffeError(ValueError):
     """A Caffe file or network that cannot be used. One line: file, layer, what is wrong, what would be right."""

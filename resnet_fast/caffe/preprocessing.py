@@ -19,8 +19,6 @@ from resnet_fast.models.preprocessing import crop_offset
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["CHANNEL_MEANS", "Preprocessing"]
-
 CHANNEL_MEANS = (103.063, 115.903, 123.152)
 """Blue, green and red of ``ResNet_mean.binaryproto`` (KaimingHe/deep-residual-networks), averaged over the image."""
 

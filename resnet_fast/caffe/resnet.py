@@ -23,8 +23,6 @@ from . import prototxt
 from .errors import CaffeError
 from .net import Net
 
-__all__ = ["deploy_definition", "deploy_prototxt", "from_state_dict", "to_resnet", "to_state_dict"]
-
 #: How many blocks each of the four stages has, by depth.
 _BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 

@@ -15,24 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = [
-    "BYTES",
-    "END_GROUP",
-    "FIXED32",
-    "FIXED64",
-    "MAX_DEPTH",
-    "MAX_FIELDS",
-    "START_GROUP",
-    "VARINT",
-    "Field",
-    "Reader",
-    "WireError",
-    "bytes_header",
-    "signed",
-    "tag",
-    "varint",
-]
-
 VARINT, FIXED64, BYTES, START_GROUP, END_GROUP, FIXED32 = range(6)
 
 MAX_FIELDS = 1_000_000

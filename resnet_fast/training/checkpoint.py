@@ -20,8 +20,6 @@ from torch import Tensor
 from resnet_fast._files import write_whole
 from resnet_fast.models.checkpoint import TRAINING_FORMAT, one_line, open_safetensors
 
-__all__ = ["MAX_BYTES", "Checkpoint", "check_folder", "load", "read_about", "save", "write_model"]
-
 MAX_BYTES = 16 * 2**30
 """Larger files are refused, in both directions. The largest of the ten ResNets with Adam and an average has 2 GB."""
 

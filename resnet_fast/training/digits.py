@@ -20,8 +20,6 @@ from torch import Tensor
 
 from resnet_fast.models.checkpoint import one_line
 
-__all__ = ["Digits", "Images", "load"]
-
 SIDE = 28
 """Height and width of MNIST's images, to which scikit-learn's 8x8 are enlarged."""
 

@@ -36,23 +36,6 @@ from resnet_fast.models.preprocessing import Preprocessing
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = [
-    "ON_ERROR",
-    "ImageFolder",
-    "TrainImages",
-    "ValImages",
-    "crop_box",
-    "normalize",
-    "pack_names",
-    "reason",
-    "scan",
-    "some",
-    "train_loader",
-    "unpack_names",
-    "unreadable",
-    "val_loader",
-]
-
 ON_ERROR = ("skip", "stop")
 """Choices for damaged images."""
 

@@ -36,27 +36,6 @@ from resnet_fast.training.distributed import Processes
 from resnet_fast.training.imagefolder import ImageFolder
 from resnet_fast.training.metrics import Metrics, draw
 
-__all__ = [
-    "CHECKPOINT",
-    "EMA_MODEL",
-    "METRICS",
-    "MODEL",
-    "PLOT",
-    "PRECISIONS",
-    "Diverged",
-    "Evaluation",
-    "Options",
-    "Training",
-    "build",
-    "evaluate",
-    "parameter_groups",
-    "restore",
-    "save",
-    "take_step",
-    "train",
-    "warmup_cosine",
-]
-
 CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model.safetensors"
 EMA_MODEL = "model_ema.safetensors"

@@ -19,8 +19,6 @@ from resnet_fast.benchmarking import plot
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Metrics", "draw", "read"]
-
 MAX_BYTES = 64 * 2**20
 """Larger files are refused unread."""
 

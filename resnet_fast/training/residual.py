@@ -24,8 +24,6 @@ from resnet_fast.models.residual_network import residual_network
 from resnet_fast.training import checkpoint
 from resnet_fast.training.digits import Digits, Images
 
-__all__ = ["Agreement", "Epoch", "Run", "Settings", "agreement"]
-
 ABOUT = {"arch": "residual_network"}
 """Metadata of the files, so that they are not taken for one of the ten ResNets."""
 
