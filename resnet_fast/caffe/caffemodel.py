@@ -389,9 +389,8 @@ def _chunk(field: Field, meaning: str, unpacked: int, places: array[int]) -> Non
 
 def _values(reader: Reader, places: array[int], count: int, dtype: str) -> _Array:
     itemsize = np.dtype(dtype).itemsize
-    chunks = [places[i : i + 3] for i in range(0, len(places), 3)] if len(places) <= 3 else []
-    if chunks and chunks[0][2] == itemsize:
-        return reader.numbers(chunks[0][0], count, itemsize, dtype)
+    if len(places) == 3 and places[2] == itemsize:
+        return reader.numbers(places[0], count, itemsize, dtype)
     values = np.empty(count, f"<u{itemsize}")  # integers: NaN keeps its payload on every processor
     filled = 0
     for i in range(0, len(places), 3):

@@ -24,7 +24,7 @@ from .errors import CaffeError
 from .net import Net
 
 #: How many blocks each of the four stages has, by depth.
-_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 _EPS = 1e-5
 """What torch adds to a variance, and Caffe's default."""
@@ -45,8 +45,8 @@ def deploy_definition(depth: int, num_classes: int = 1000) -> d.Definition:
     Raises:
         ValueError: for a depth other than 50, 101 and 152, or less than one class.
     """
-    if depth not in _BLOCKS:
-        raise ValueError(f"depth must be one of {', '.join(map(str, _BLOCKS))}, got {depth!r}")
+    if depth not in BLOCKS:
+        raise ValueError(f"depth must be one of {', '.join(map(str, BLOCKS))}, got {depth!r}")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     layers: list[d.Layer] = []
@@ -83,7 +83,7 @@ def deploy_definition(depth: int, num_classes: int = 1000) -> d.Definition:
 
 def _blocks(depth: int) -> Iterator[tuple[int, int, str]]:
     """Stage (2 to 5), index in the stage and Caffe's name of every block: res4a to res4f, or res4a, res4b1, ..."""
-    for stage, count in enumerate(_BLOCKS[depth], start=2):
+    for stage, count in enumerate(BLOCKS[depth], start=2):
         numbered = depth > 50 and stage in (3, 4)
         for index in range(count):
             yield stage, index, f"res{stage}{f'b{index}' if numbered and index else 'abcdef'[index]}"
@@ -137,7 +137,7 @@ def to_resnet(net: Net) -> ResNet:
     depth, state = _state(net)
     with torch.device("meta"):
         classes = state["fc.weight"].shape[0]
-        model = ResNet(Bottleneck, _BLOCKS[depth], num_classes=classes, stride_in_1x1=True, unpadded_pool=True)
+        model = ResNet(Bottleneck, BLOCKS[depth], num_classes=classes, stride_in_1x1=True, unpadded_pool=True)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -199,7 +199,7 @@ def _depth(net: Net) -> int:
         raise CaffeError(f"{source}: its input is {shown}; a ResNet has one input of Nx3xHxW")
     sizes = net.shapes(shapes[0])
     found = [_comparable(layer, definition, sizes) for layer in definition.layers]
-    depth = min(_BLOCKS, key=lambda depth: abs(len(deploy_definition(depth).layers) - len(found)))
+    depth = min(BLOCKS, key=lambda depth: abs(len(deploy_definition(depth).layers) - len(found)))
     published = deploy_definition(depth)
     expected = [_comparable(layer, published, {"res5c": (1, 2048, 7, 7)}) for layer in published.layers]
     for index, (ours, theirs) in enumerate(zip(expected, found, strict=False)):

@@ -14,7 +14,6 @@ import typer
 from resnet_fast.cli.common import UserError, as_user_errors, check_output
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from resnet_fast.caffe import Net
@@ -252,22 +251,18 @@ def _from_torchvision(found: _Tensors, v1: bool) -> Net:
 
 def _depth(state: Mapping[str, Any]) -> int | None:
     """Return 50, 101 or 152, by the number of bottlenecks in the four stages."""
+    from resnet_fast.caffe.resnet import BLOCKS
+
     blocks = {key.rsplit(".", 2)[0] for key in state if key.startswith("layer") and key.endswith(".conv3.weight")}
-    count = [sum(block.startswith(f"layer{stage}.") for block in blocks) for stage in (1, 2, 3, 4)]
-    known = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
-    return next((depth for depth, blocks_of in known.items() if blocks_of == count), None)
-
-
-def _widest(state: Mapping[str, Tensor]) -> torch.dtype:
-    """Return the number format in which a caffemodel holds such tensors."""
-    import torch
-
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in state.values()) else torch.float32
+    count = tuple(sum(block.startswith(f"layer{stage}.") for block in blocks) for stage in (1, 2, 3, 4))
+    return next((depth for depth, known in BLOCKS.items() if known == count), None)
 
 
 def _widened(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with all floating point ones in one dtype that holds them exactly."""
-    dtype = _widest(state)
+    """Return the tensors with all floating point ones in one dtype that holds them exactly, as a caffemodel's are."""
+    import torch
+
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in state.values()) else torch.float32
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 

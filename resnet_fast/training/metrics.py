@@ -72,9 +72,9 @@ class Metrics:
             raise ValueError(f"metrics: epoch {epoch} comes after epoch {self.rows[-1]['epoch']}")
         self.rows.append({"epoch": epoch, **{name: values[name] for name in self.columns[1:]}})
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows([[repr(row[name]) for name in self.columns] for row in self.rows])
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)  # floats by repr
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, lambda name: Path(name).write_bytes(text.getvalue().encode()))
 

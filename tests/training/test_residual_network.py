@@ -49,14 +49,17 @@ def network(lively: ResidualNetwork) -> ResidualNetwork:
 # --- an implementation that shares no line with the package's
 
 
-def tensorflow_windows(size: int, kernel: int, stride: int) -> list[list[int]]:
-    """Which pixels each SAME window sees, padding left out, by the definition in TensorFlow's documentation."""
+def tensorflow_starts(size: int, kernel: int, stride: int) -> list[int]:
+    """Where each SAME window begins, in the padding or in the image, by TensorFlow's documentation."""
     outputs = -(-size // stride)
     total = max((outputs - 1) * stride + kernel - size, 0)
-    first = -(total // 2)
-    return [
-        [i for i in range(first + o * stride, first + o * stride + kernel) if 0 <= i < size] for o in range(outputs)
-    ]
+    return [output * stride - total // 2 for output in range(outputs)]
+
+
+def tensorflow_windows(size: int, kernel: int, stride: int) -> list[list[int]]:
+    """Which pixels each SAME window sees, padding left out."""
+    starts = tensorflow_starts(size, kernel, stride)
+    return [[i for i in range(start, start + kernel) if 0 <= i < size] for start in starts]
 
 
 def tensorflow_pool(x: Tensor) -> Tensor:
@@ -68,22 +71,14 @@ def tensorflow_pool(x: Tensor) -> Tensor:
 def tensorflow_conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
     """A SAME convolution as sums over windows: slow, float64, no padding function."""
     kernel = weight.shape[-1]
+    around = x.new_zeros(*x.shape[:2], *(size + 2 * kernel for size in x.shape[2:]))  # more than any padding
+    around[:, :, kernel:-kernel, kernel:-kernel] = x
+    rows, columns = (tensorflow_starts(size, kernel, stride) for size in x.shape[2:])
     lines = []
-    for o_row, rows in enumerate(tensorflow_windows(x.shape[2], kernel, stride)):
-        line = []
-        for o_column, columns in enumerate(tensorflow_windows(x.shape[3], kernel, stride)):
-            taps = [window_taps(size, kernel, stride, o) for size, o in ((x.shape[2], o_row), (x.shape[3], o_column))]
-            w = weight[:, :, taps[0]][:, :, :, taps[1]]
-            line.append(torch.einsum("ncij,kcij->nk", x[:, :, rows][:, :, :, columns], w) + bias)
-        lines.append(torch.stack(line, -1))
+    for row in rows:
+        windows = [around[:, :, row + kernel :, column + kernel :][:, :, :kernel, :kernel] for column in columns]
+        lines.append(torch.stack([torch.einsum("ncij,kcij->nk", w, weight) + bias for w in windows], -1))
     return torch.stack(lines, -2)
-
-
-def window_taps(size: int, kernel: int, stride: int, output: int) -> list[int]:
-    """Which elements of the kernel meet a pixel at this output position."""
-    outputs = -(-size // stride)
-    first = -(max((outputs - 1) * stride + kernel - size, 0) // 2) + output * stride
-    return [i for i in range(kernel) if 0 <= first + i < size]
 
 
 def reference(state: dict[str, Tensor], x: Tensor) -> Tensor:

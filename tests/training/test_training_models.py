@@ -38,6 +38,13 @@ def networks(name: str, kinks: bool = True, **options: Any) -> tuple[nn.Module, 
     return ours, theirs, copy.deepcopy(theirs).double()
 
 
+def lean_copy(model: nn.Module) -> nn.Module:
+    """The same network with ``memory_efficient``."""
+    lean = copy.deepcopy(model)
+    lean.memory_efficient = True
+    return lean
+
+
 def batches(count: int, images: int, size: int = 48) -> list[tuple[Tensor, Tensor]]:
     made = [(torch.randn(images, 3, size, size), torch.randint(0, 10, (images,))) for _ in range(count)]
     return [(x.contiguous(memory_format=torch.channels_last), y) for x, y in made]
@@ -125,9 +132,7 @@ def test_three_steps_of_memory_efficient_have_the_same_bits(name: str) -> None:
 def test_one_step_under_autocast() -> None:
     """bfloat16: the distance to float64 is that of torchvision's; what is stored stays float32."""
     ours, theirs, exact = networks("resnet18", kinks=False)
-    lean = rf.resnet18(num_classes=10, memory_efficient=True).to(memory_format=torch.channels_last)
-    lean.load_state_dict(ours.state_dict())
-    data = batches(1, 8)
+    lean, data = lean_copy(ours), batches(1, 8)
     found = train(ours, data, autocast=True)
     assert_equal(train(lean, data, autocast=True), found)
     assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in ours.parameters())
@@ -166,9 +171,7 @@ def test_gradients_accumulate(lean: bool) -> None:
 def test_gradient_checkpointing(reentrant: bool, lean: bool) -> None:
     """The same gradients; the second forward updates the running statistics again, as torchvision's does."""
     ours, theirs, _ = networks("resnet18")
-    for block in ours.modules():
-        if isinstance(block, rf.models.BasicBlock):
-            block.memory_efficient = lean
+    ours.memory_efficient = lean
     plain = copy.deepcopy(ours)
     ((x, y),) = batches(1, 2, 32)
 
@@ -193,9 +196,7 @@ def test_gradient_checkpointing(reentrant: bool, lean: bool) -> None:
 def test_a_batch_with_a_nan(lean: bool) -> None:
     """Loss, gradients and statistics are NaN exactly where torchvision's are."""
     ours, theirs, _ = networks("resnet18")
-    for module in ours.modules():
-        if hasattr(module, "memory_efficient"):
-            module.memory_efficient = lean
+    ours.memory_efficient = lean
     data = batches(1, 3)
     data[0][0][1, 2, 30, 40] = float("nan")
     found, wanted = train(ours, data), train(theirs, data)
@@ -207,8 +208,8 @@ def test_a_batch_with_a_nan(lean: bool) -> None:
 # --- memory
 
 
-def bytes_kept(model: nn.Module, x: Tensor, y: Tensor, autocast: bool) -> int:
-    """What a forward keeps for its backward: distinct storages, without parameters and buffers."""
+def bytes_kept(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """What a forward keeps for its backward: distinct storages, without the model's parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
     alive = []
@@ -220,12 +221,9 @@ def bytes_kept(model: nn.Module, x: Tensor, y: Tensor, autocast: bool) -> int:
             alive.append(storage)  # or its memory would be counted again under another tensor
         return tensor
 
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-    ):
-        loss = nn.functional.cross_entropy(model(x), y)
-    assert loss.requires_grad
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = forward()
+    assert out.requires_grad
     return sum(kept.values())
 
 
@@ -233,9 +231,14 @@ def bytes_kept(model: nn.Module, x: Tensor, y: Tensor, autocast: bool) -> int:
 def test_memory_kept_for_the_backward(autocast: bool) -> None:
     """ResNet-50: no more than torchvision keeps, and at most 0.6 of it with ``memory_efficient``."""
     ((x, y),) = batches(1, 2, 224)
-    theirs = bytes_kept(torchvision_models.resnet50(num_classes=10), x, y, autocast)
-    assert bytes_kept(rf.resnet50(num_classes=10), x, y, autocast) <= theirs
-    lean = bytes_kept(rf.resnet50(num_classes=10, memory_efficient=True), x, y, autocast)
+
+    def kept(model: nn.Module) -> int:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return bytes_kept(model, lambda: nn.functional.cross_entropy(model(x), y))
+
+    theirs = kept(torchvision_models.resnet50(num_classes=10))
+    assert kept(rf.resnet50(num_classes=10)) <= theirs
+    lean = kept(rf.resnet50(num_classes=10, memory_efficient=True))
     assert lean <= 0.6 * theirs, f"{lean / theirs:.3f}"
 
 
@@ -283,9 +286,7 @@ def _only_the_classifier(model: nn.Module) -> None:
 def test_frozen_parts(freeze: Callable[[nn.Module], Any], options: dict[str, Any]) -> None:
     """Gradients for exactly what asks for them, of the same values; nothing frozen changes."""
     models = networks("resnet18", kinks=False, **options)
-    lean = rf.resnet18(num_classes=10, memory_efficient=True, **options).to(memory_format=torch.channels_last)
-    lean.load_state_dict(models[0].state_dict())
-    for model in (*models, lean):
+    for model in models:
         for module in model.modules():
             if getattr(module, "running_var", None) is not None:
                 generator = torch.Generator().manual_seed(module.running_var.shape[0])
@@ -293,6 +294,7 @@ def test_frozen_parts(freeze: Callable[[nn.Module], Any], options: dict[str, Any
                 module.running_var.uniform_(0.5, 1.5, generator=generator)
         freeze(model)
     data = batches(1, 4, 48)
+    lean = lean_copy(models[0])
     found = train(models[0], data)
     assert_equal(train(lean, data), found)
     assert_obeys(found, train(models[1], data), train(models[2], data))
@@ -332,20 +334,8 @@ def test_compiled_memory_efficient_blocks_keep_as_little() -> None:
     torch._dynamo.reset()
     block = rf.resnet18(memory_efficient=True).layer2[0]
     x = torch.randn(2, 64, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
-    kept = []
-    for forward in (block, torch.compile(block, fullgraph=True, backend="aot_eager_decomp_partition")):
-        saved: dict[int, int] = {}
-        own = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *block.buffers())}
-
-        def pack(t: Tensor, saved: dict[int, int] = saved, own: set[int] = own) -> Tensor:
-            if t.dim() == 4 and t.untyped_storage().data_ptr() not in own:
-                saved[t.untyped_storage().data_ptr()] = t.numel()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = forward(x)
-        out.sum().backward()
-        kept.append(sum(saved.values()))
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager_decomp_partition")
+    kept = [bytes_kept(block, lambda forward=forward: forward(x)) for forward in (block, compiled)]
     assert kept[1] <= kept[0], kept
 
 
@@ -353,9 +343,7 @@ def test_compiled_memory_efficient_blocks_keep_as_little() -> None:
 def test_memory_efficient_blocks_still_show_hooks() -> None:
     """A hook on an inner layer fires, and that block keeps everything; the gradients are right."""
     ours, theirs, exact = networks("resnet18", kinks=False)
-    for module in ours.modules():
-        if hasattr(module, "memory_efficient"):
-            module.memory_efficient = True
+    ours.memory_efficient = True
     seen: list[str] = []
     ours.layer2[0].bn1.register_forward_hook(lambda *_: seen.append("bn1"))
     data = batches(1, 4)
@@ -444,8 +432,8 @@ def test_a_backward_inside_autocast_computes_as_its_forward_did() -> None:
             half = [None if t is None else t.bfloat16() for t in (x, weight, bias)]
             return torch.ops.aten.convolution.default(*half, *rest)
 
-    model, plain = rf.resnet18(num_classes=10, memory_efficient=True), rf.resnet18(num_classes=10)
-    plain.load_state_dict(model.state_dict())
+    plain = rf.resnet18(num_classes=10)
+    model = lean_copy(plain)
     ((x, y),) = batches(1, 2, 32)
     losses = [nn.functional.cross_entropy(network(x), y) for network in (model, plain)]
     with torch.library._scoped_library("aten", "IMPL") as library:
