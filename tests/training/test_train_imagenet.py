@@ -25,7 +25,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 import resnet_fast as rf
 from resnet_fast import models
@@ -33,6 +32,8 @@ from resnet_fast.benchmarking.peers import plain
 from resnet_fast.cli.classify import load_network
 from resnet_fast.models import Preprocessing
 from resnet_fast.training import checkpoint, distributed, imagefolder, imagenet, metrics
+from tests.command_line import Outcome
+from tests.command_line import run as command
 from tests.numerics import assert_obeys_error_rule, unit_roundoff
 from tests.training import ddp_worker
 
@@ -389,53 +390,37 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(data: Path, tmp_pa
 # --- the command line
 
 
-def command(*arguments: str | Path) -> tuple[int, str, str]:
-    from resnet_fast.cli import app
-
-    done = CliRunner().invoke(app, [*map(str, arguments)])
-    return done.exit_code, done.stdout, done.stderr
-
-
-def run(*arguments: str | Path) -> tuple[int, str, str]:
+def run(*arguments: str | Path) -> Outcome:
     return command("train", "imagenet", "--arch", "resnet18", *arguments)
 
 
-def failed(outcome: tuple[int, str, str], *mentions: str) -> None:
-    code, out, err = outcome
-    assert code in (1, 2), outcome
-    assert len(err.strip().splitlines()) == 1 and err.startswith("resnet-fast: "), err
-    assert "Traceback" not in out + err
-    for mention in mentions:
-        assert mention in err, (mention, err)
-
-
 def test_wrong_folders_are_named(tmp_path: Path) -> None:
-    def attempt(data: Path) -> tuple[int, str, str]:
+    def attempt(data: Path) -> Outcome:
         return run(
             "--data", data, "--out", tmp_path / "out", "--image-size", "64", "--batch-size", "1", "--workers", "0",
             "--on-error", "stop",
         )  # fmt: skip
 
-    failed(attempt(tmp_path / "none"), "none/train: no such folder", "expected", "<class>/ with images")
+    attempt(tmp_path / "none").failed("none/train: no such folder", "expected", "<class>/ with images")
     good = tmp_path / "good"
     make_images(good / "train", (1, 1, 1))
-    failed(attempt(good), "good/val: no such folder")
+    attempt(good).failed("good/val: no such folder")
     make_images(good / "val", (1, 1, 1))
     (good / "val" / "fox").mkdir()
     (good / "val" / "dog" / "0.png").unlink()
     (good / "val" / "dog").rmdir()
-    failed(attempt(good), "val: lacks 'dog' and also has 'fox'; its classes must be the 3 of the training images")
+    attempt(good).failed("val: lacks 'dog' and also has 'fox'; its classes must be the 3 of the training images")
     (good / "val" / "fox").rmdir()
     (good / "val" / "dog").mkdir()
-    failed(attempt(good), "val/dog: has no images", ".png")
+    attempt(good).failed("val/dog: has no images", ".png")
     (good / "val" / "dog" / "0.png").write_bytes(b"no image")
     (good / "train" / "cat" / "0.png").write_bytes((good / "train" / "cat" / "0.png").read_bytes()[:200])
-    failed(attempt(good), "val/dog/0.png: not an image", "--on-error skip would go on without it")
+    attempt(good).failed("val/dog/0.png: not an image", "--on-error skip would go on without it")
     empty = tmp_path / "empty"
     (empty / "train").mkdir(parents=True)
-    failed(attempt(empty), "empty/train: has no folders")
+    attempt(empty).failed("empty/train: has no folders")
     (empty / "train" / "cat").mkdir()
-    failed(attempt(empty), "empty/train: has one class only, 'cat'")
+    attempt(empty).failed("empty/train: has one class only, 'cat'")
 
 
 def test_an_unreadable_image_is_named_by_reading_processes_too(tmp_path: Path) -> None:
@@ -463,12 +448,12 @@ def test_wrong_options_are_named(data: Path, tmp_path: Path) -> None:
         (("--clip-norm", "0"), ("clip_norm is 0.0",)),
         (("--batch-size", "17"), ("train: has 16 images, one step takes 17", "a smaller batch_size would do")),
         (("--arch", "resnet1"), ("unknown arch 'resnet1'", "resnet18")),
-        (("--precision", "int8"), ("'int8'", "bfloat16")),
         (("--out", data / "train" / "cat" / "0.png"), ("a file; it must be a folder",)),
     ):
-        failed(run(*usual, *arguments), *mentions)
+        run(*usual, *arguments).failed(*mentions)
+    run(*usual, "--precision", "int8").failed("'int8'", "bfloat16", code=2)
     if not torch.cuda.is_available():
-        failed(run(*usual, "--device", "cuda"), "device is cuda, and torch sees no CUDA GPU here; use cpu")
+        run(*usual, "--device", "cuda").failed("device is cuda, and torch sees no CUDA GPU here; use cpu")
 
 
 # --- one reader and one preprocessing
@@ -533,9 +518,8 @@ def test_training_validation_classify_and_the_library_predict_the_same(tmp_path:
     with torch.no_grad():
         row = model(Preprocessing(52, 48)(files[0])[None]).softmax(1)[0]
     assert json.loads(said)["images"][0]["predictions"][0]["probability"] == pytest.approx(float(row.max()), rel=1e-4)
-    failed(
-        command("classify", files[0], "-a", "resnet50", "-w", out / imagenet.MODEL),
-        "weights of resnet18 by its metadata, but --arch is resnet50",
+    command("classify", files[0], "-a", "resnet50", "-w", out / imagenet.MODEL).failed(
+        "weights of resnet18 by its metadata, but --arch is resnet50"
     )
 
 
@@ -580,9 +564,7 @@ def test_the_next_image_stands_in_for_a_damaged_one(data: Path, damaged: Path) -
 def test_damaged_images_are_skipped_and_counted_or_stop_the_run(damaged: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     usual = ("--data", damaged, "--image-size", "32", "--batch-size", "8", "--workers", "0", "--epochs", "1")
-    failed(
-        run(*usual, "--out", out, "--on-error", "stop"), "val/cat/1.png: not an image", "--on-error skip would go on"
-    )
+    run(*usual, "--out", out, "--on-error", "stop").failed("val/cat/1.png: not an image", "--on-error skip would go on")
     assert not list(out.iterdir())  # nothing was trained
     code, said, err = run(*usual, "--out", out)
     assert code == 0 and err == "", err
@@ -591,11 +573,9 @@ def test_damaged_images_are_skipped_and_counted_or_stop_the_run(damaged: Path, t
     row = metrics.read(out / imagenet.METRICS)[0]
     assert (row["skipped_images"], row["val_images"]) == (1, 6)
     shutil.copy(damaged / "val" / "cat" / "0.png", damaged / "val" / "cat" / "1.png")
-    failed(
-        run(*usual, "--out", tmp_path / "stop", "--on-error", "stop"), "train/dog/2.png: damaged or unreadable image"
-    )
+    run(*usual, "--out", tmp_path / "stop", "--on-error", "stop").failed("train/dog/2.png: damaged or unreadable image")
     (damaged / "train" / "cat" / "9.png").symlink_to("nowhere")
-    failed(run(*usual, "--out", tmp_path / "gone"), "train/cat/9.png: no such file")
+    run(*usual, "--out", tmp_path / "gone").failed("train/cat/9.png: no such file")
     assert not list((tmp_path / "gone").iterdir())
 
 
@@ -647,12 +627,12 @@ def test_a_reading_process_that_is_killed_is_one_line(
 ) -> None:
     monkeypatch.setattr(imagefolder, "crop_box", lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
     usual = ("--data", data, "--out", tmp_path / "out", "--image-size", "32", "--batch-size", "4", "--epochs", "1")
-    failed(run(*usual, "--workers", "1"), "a process that reads images died", "fewer --workers", "--resume")
+    run(*usual, "--workers", "1").failed("a process that reads images died", "fewer --workers", "--resume")
 
 
 def test_a_batch_that_batchnorm_cannot_train_on_is_refused_before_the_start(data: Path, tmp_path: Path) -> None:
     usual = ("--data", data, "--out", tmp_path / "out", "--batch-size", "1", "--workers", "0")
-    failed(run(*usual, "--image-size", "32"), "batch_size is 1 and image_size 32", "--batch-size 2 or --image-size 33")
+    run(*usual, "--image-size", "32").failed("batch_size is 1 and image_size 32", "--batch-size 2 or --image-size 33")
     imagenet.take_step(
         built(data, batch_size=1, image_size=33), [(batch_of(1)[0].new_zeros(1, 33, 33, 3), batch_of(1)[1])]
     )
@@ -762,9 +742,9 @@ def test_wrong_weights_to_start_from(data: Path, tmp_path: Path) -> None:
         (("-a", "resnet34", "-w", tmp_path / "small.safetensors"), "does not fit resnet34"),
         (("-w", tmp_path / "caffe.safetensors", "--zero-init-residual"), "give one of the two"),
     ):
-        failed(run(*usual, *arguments), mention)
-    failed(
-        command("train", "imagenet", *usual, "-w", tmp_path / "small.safetensors"), "'residual_network', which is none"
+        run(*usual, *arguments).failed(mention)
+    command("train", "imagenet", *usual, "-w", tmp_path / "small.safetensors").failed(
+        "'residual_network', which is none"
     )
 
 

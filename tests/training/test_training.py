@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
-from resnet_fast.cli import app
 from resnet_fast.models.checkpoint import read_with_metadata
 from resnet_fast.training import checkpoint, digits, metrics
 from resnet_fast.training.digits import Digits, Images
 from resnet_fast.training.residual import Run, Settings, agreement
+from tests.command_line import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -582,10 +582,7 @@ def test_agreement_finds_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- the command
 
 
-def run_command(*arguments: object) -> tuple[int, str, str]:
-    found = CliRunner().invoke(app, ["train", "residual", *map(str, arguments)])
-    assert "Traceback" not in found.output
-    return found.exit_code, found.stdout, found.stderr
+run_command = partial(run, "train", "residual")
 
 
 @pytest.fixture
@@ -621,23 +618,21 @@ def test_the_command_resumes_to_the_same_files(bars: Path, tmp_path: Path) -> No
     timeless = [[{name: row[name] for name in row if name != "seconds"} for row in found] for found in rows]
     assert timeless[0] == timeless[1] and [row["epoch"] for row in rows[1]] == [0, 1]
 
-    def wrong(*changes: object) -> str:
-        code, out, err = run_command(*options, "--epochs", 2, *changes)
-        assert code in (1, 2) and len(err.strip().splitlines()) == 1 and err.startswith("resnet-fast: "), (out, err)
-        return err
-
-    assert "exists; give --resume" in wrong("--out", parts)
-    assert "seed 2 (now 3)" in wrong("--out", parts, "--resume", "--seed", 3)
-    assert "no checkpoint to continue from" in wrong("--out", tmp_path / "new", "--resume")
-    assert "bars.npz, a file; it must be a folder" in wrong("--out", bars)
-    assert "cannot be written to" in wrong("--out", "/proc/none")
-    assert "data is" in wrong("--out", tmp_path / "new", "--data", "nonsense")
-    assert "lr is -1" in wrong("--out", tmp_path / "new", "--lr", "-1")
-    assert "more than the 44" in wrong("--out", tmp_path / "new", "--batch-size", 45)
-    assert "must be cpu or cuda" in wrong("--out", tmp_path / "new", "--device", "tpu")
-    assert "--seed" in wrong("--out", tmp_path / "new", "--seed", -1)
+    for changes, mention in (
+        (("--out", parts), "exists; give --resume"),
+        (("--out", parts, "--resume", "--seed", 3), "seed 2 (now 3)"),
+        (("--out", tmp_path / "new", "--resume"), "no checkpoint to continue from"),
+        (("--out", bars), "bars.npz, a file; it must be a folder"),
+        (("--out", "/proc/none"), "cannot be written to"),
+        (("--out", tmp_path / "new", "--data", "nonsense"), "data is"),
+        (("--out", tmp_path / "new", "--lr", "-1"), "lr is -1"),
+        (("--out", tmp_path / "new", "--batch-size", 45), "more than the 44"),
+        (("--out", tmp_path / "new", "--device", "tpu"), "must be cpu or cuda"),
+    ):
+        run_command(*options, "--epochs", 2, *changes).failed(mention)
+    run_command(*options, "--seed", -1).failed("--seed", code=2)
     (parts / "checkpoint.safetensors").write_bytes(b"cut")
-    assert "truncated" in wrong("--out", parts, "--resume")
+    run_command(*options, "--out", parts, "--resume").failed("truncated")
 
 
 def test_the_command_fails_when_answers_differ(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
