@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import re
 import shutil
 import sys
 import tempfile
@@ -24,24 +25,8 @@ import atheris
 with atheris.instrument_imports(include=["resnet_fast.caffe"]):
     from resnet_fast import caffe
     from resnet_fast.caffe import caffemodel, prototxt
+    from tests.caffe import files
 
-DEFINITION = """
-name: "n" input: "data" input_shape { dim: 1 dim: 3 dim: 9 dim: 9 }
-layer { name: "c" type: "Convolution" bottom: "data" top: "c" convolution_param { num_output: 2 kernel_size: 3 } }
-layer { name: "b" type: "BatchNorm" bottom: "c" top: "c" batch_norm_param { eps: 1e-3 } }
-layer { name: "s" type: "Scale" bottom: "c" top: "c" scale_param { bias_term: true } }
-layer { name: "p" type: "Pooling" bottom: "c" top: "p" pooling_param { kernel_size: 3 stride: 2 pad: 1 pool: AVE } }
-layer { name: "e" type: "Eltwise" bottom: "p" bottom: "p" top: "e" eltwise_param { coeff: 1 coeff: -1 } }
-layer { name: "f" type: "InnerProduct" bottom: "e" top: "f" inner_product_param { num_output: 2 } }
-layer { name: "d" type: "Deconvolution" bottom: "p" top: "d"
-        convolution_param { num_output: 2 kernel_size: 4 stride: 2 } }
-layer { name: "crop" type: "Crop" bottom: "d" bottom: "data" top: "crop" crop_param { axis: 2 offset: 0 } }
-layer { name: "cut" type: "Slice" bottom: "data" top: "x" top: "y" slice_param { axis: 1 slice_point: 1 } }
-layer { name: "l" type: "LRN" bottom: "x" top: "l" lrn_param { local_size: 3 norm_region: WITHIN_CHANNEL } }
-layer { name: "q" type: "PReLU" bottom: "y" top: "y" prelu_param { channel_shared: true } }
-layer { name: "v" type: "Reshape" bottom: "y" top: "v" reshape_param { shape { dim: 0 dim: -1 } axis: 0 num_axes: 3 } }
-layer { name: "w" type: "Flatten" bottom: "v" top: "w" flatten_param { axis: 1 end_axis: -1 } }
-"""
 V1 = """
 input: "data" input_dim: 1 input_dim: 3 input_dim: 9 input_dim: 9
 layers { name: "c" type: CONVOLUTION bottom: "data" top: "c" convolution_param { num_output: 2 kernel_h: 1 kernel_w: 2 }
@@ -59,14 +44,14 @@ def of_prototxt(folder: Path) -> tuple[Case, list[bytes]]:
         caffe.Net(definition)
         assert prototxt.parse(prototxt.emit(definition)) == definition
 
-    pasted = DEFINITION.replace("\n", "").replace("dim: 9 dim", "dim: 9dim")
-    return run, [DEFINITION.encode(), V1.encode(), pasted.encode()]
+    texts = [prototxt.emit(definition) for definition in files.GRAPHS.values()]
+    pasted = [re.sub(r"\n *", "", text) for text in texts]
+    return run, [text.encode() for text in (V1, *texts, *pasted)]
 
 
 def of_caffemodel(folder: Path) -> tuple[Case, list[bytes]]:
     """A file of weights, for a network that has such layers; also as a mean image."""
-    (folder / "n.prototxt").write_text(DEFINITION)
-    caffe.save(caffe.Net(caffe.parse_prototxt(DEFINITION)), folder / "n.prototxt", folder / "n.caffemodel")
+    definition, weights = files.write(folder, files.network(files.GRAPHS["squeeze and excitation"]))
     file = folder / "case.caffemodel"
 
     def run(data: bytes) -> None:
@@ -74,9 +59,9 @@ def of_caffemodel(folder: Path) -> tuple[Case, list[bytes]]:
         with contextlib.suppress(caffe.CaffeError):
             caffemodel.read_mean(file)
         caffemodel.read(file)  # most end here, before a network is built
-        caffe.load(folder / "n.prototxt", file, strict=False)
+        caffe.load(definition, file, strict=False)
 
-    return run, [(folder / "n.caffemodel").read_bytes()]
+    return run, [Path(weights).read_bytes()]
 
 
 def main() -> None:
