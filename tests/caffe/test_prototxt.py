@@ -121,41 +121,32 @@ def test_what_the_scan_misses_is_not_skipped(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_v1_layers() -> None:
-    text = (
-        HEAD
-        + """
-layers { name: "c" type: CONVOLUTION bottom: "data" top: "c" blobs_lr: 1 blobs_lr: 2 weight_decay: 1
-         convolution_param { num_output: 4 kernel_size: 3 } }
-layers { name: "r" type: RELU bottom: "c" top: "c" }
-layers { name: "p" type: POOLING bottom: "c" top: "p" pooling_param { kernel_size: 2 stride: 2 } }
-layers { name: "f" type: INNER_PRODUCT bottom: "p" top: "f" inner_product_param { num_output: 5 } }
-layers { name: "s" type: SOFTMAX bottom: "f" top: "s" }
-"""
-    )
-    found = caffe.parse_prototxt(text)
-    assert [layer.type for layer in found.layers] == ["Convolution", "ReLU", "Pooling", "InnerProduct", "Softmax"]
-    assert [layer.line for layer in found.layers] == [3, 5, 6, 7, 8]
-    assert found == caffe.parse_prototxt(caffe.emit_prototxt(found))
-
-
-def test_v1_names_of_further_layers() -> None:
     text = """input: "data" input_dim: 1 input_dim: 4 input_dim: 6 input_dim: 6
-layers { name: "l" type: LRN bottom: "data" top: "l" lrn_param { local_size: 3 alpha: 2 } }
+layers { name: "c" type: CONVOLUTION bottom: "data" top: "c" blobs_lr: 1 blobs_lr: 2 weight_decay: 1
+         convolution_param { num_output: 4 kernel_size: 1 } }
+layers { name: "r" type: RELU bottom: "c" top: "c" }
+layers { name: "l" type: LRN bottom: "c" top: "l" lrn_param { local_size: 3 alpha: 2 } }
 layers { name: "s" type: SLICE bottom: "l" top: "a" top: "b" slice_param { slice_dim: 1 slice_point: 1 } }
 layers { name: "p" type: POWER bottom: "a" top: "p" power_param { power: 2 } }
 layers { name: "g" type: SIGMOID bottom: "b" top: "b" }
 layers { name: "t" type: TANH bottom: "b" top: "t" }
 layers { name: "d" type: DECONVOLUTION bottom: "t" top: "d"
          convolution_param { num_output: 2 kernel_size: 4 stride: 2 } }
-layers { name: "f" type: FLATTEN bottom: "d" top: "f" }
+layers { name: "m" type: POOLING bottom: "d" top: "m" pooling_param { kernel_size: 2 stride: 2 } }
+layers { name: "f" type: FLATTEN bottom: "m" top: "f" }
 layers { name: "o" type: DROPOUT bottom: "f" top: "f" dropout_param { dropout_ratio: 1 } }
+layers { name: "i" type: INNER_PRODUCT bottom: "f" top: "i" inner_product_param { num_output: 5 } }
+layers { name: "e" type: SOFTMAX bottom: "i" top: "e" }
 """
     found = caffe.parse_prototxt(text)
     assert [layer.parameters for layer in found.layers] == [
-        d.LRN(3, 2.0), d.Slice(1, (1,)), d.Power(2.0), d.Sigmoid(), d.TanH(), d.Deconvolution(2, (4, 4), (2, 2)),
-        d.Flatten(), d.Dropout(1.0),
+        d.Convolution(4, (1, 1)), d.ReLU(), d.LRN(3, 2.0), d.Slice(1, (1,)), d.Power(2.0), d.Sigmoid(), d.TanH(),
+        d.Deconvolution(2, (4, 4), (2, 2)), d.Pooling("MAX", (2, 2), (2, 2)), d.Flatten(), d.Dropout(1.0),
+        d.InnerProduct(5), d.Softmax(),
     ]  # fmt: skip
-    assert d.shapes(found)["s"] == ((1, 1, 6, 6), (1, 3, 6, 6)) and d.shapes(found)["f"] == ((1, 2 * 14 * 14),)
+    assert [layer.line for layer in found.layers] == [2, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16]
+    assert d.shapes(found)["s"] == ((1, 1, 6, 6), (1, 3, 6, 6)) and d.shapes(found)["f"] == ((1, 2 * 7 * 7),)
+    assert found == caffe.parse_prototxt(caffe.emit_prototxt(found))
 
 
 def test_geometry() -> None:
@@ -191,11 +182,6 @@ def test_phases() -> None:
     staged = caffe.parse_prototxt("state { level: 1 stage: 'x' }" + text)
     assert {"r5", "r7"} <= {layer.name for layer in staged.layers}
     assert not {"r6", "r8"} & {layer.name for layer in staged.layers}
-
-
-def test_excluded_layers_may_be_of_any_kind() -> None:
-    data = 'layer { name: "d" type: "Data" top: "data" include { phase: TRAIN } data_param { source: "x" } }'
-    assert len(caffe.parse_prototxt(HEAD + data + conv()).layers) == 1
 
 
 def test_float32_as_in_the_file() -> None:
