@@ -149,28 +149,22 @@ def read_mean(path: str | os.PathLike[str]) -> Tensor:
     return blob.tensor().to(torch.float32).reshape(shape)
 
 
-def write(
-    path: str | os.PathLike[str],
-    net_name: str,
-    layers: Iterable[tuple[str, str, Sequence[Tensor | _Array]]],
-    definition: bytes | None = None,
-) -> None:
+def write(path: str | os.PathLike[str], net: Any, blobs: Sequence[Sequence[Tensor | _Array]]) -> None:
     """Writes a caffemodel in Caffe's current format (V2), under a temporary name until it is complete.
 
     Args:
-        layers: name, type and blobs of each. Blobs are tensors on any device or arrays of any floating dtype: float64
-            becomes `double_data`, everything else float32 `data`, bit for bit if it was float32.
-        definition: a serialized NetParameter (V2), for a file that holds the definition too, as Caffe's own do. Its
-            layers are written as they are, but with the blobs given here; its name and blobs are dropped.
+        net: a NetParameter message (V2) without weights: the definition, which the file holds too, as Caffe's own do.
+        blobs: of each of its layers: tensors on any device or arrays of any floating dtype. float64 becomes
+            `double_data`, everything else float32 `data`, bit for bit if it was float32.
 
     Raises:
         FileNotFoundError: if the folder does not exist.
-        CaffeError: before anything is written: if a layer with blobs comes twice, a blob is no strided floating array,
-            a limit of this module would be passed, or `definition` lacks a layer or has it with another type.
+        CaffeError: before anything is written: if a blob is no strided floating array, or a limit of this module would
+            be passed.
     """
     path = Path(path)
     with _named(path):
-        _write(path, _plan(net_name, list(layers), definition))
+        _write(path, _plan(net, blobs))
 
 
 def write_mean(path: str | os.PathLike[str], mean: Tensor | _Array) -> None:
@@ -448,63 +442,29 @@ _Values: TypeAlias = "Tensor | _Array"
 _Part: TypeAlias = tuple[bytes, list[tuple[bytes, _Values]]]
 
 
-def _plan(net_name: str, layers: list[tuple[str, str, Sequence[_Values]]], definition: bytes | None) -> list[_Part]:
+def _plan(net: Any, blobs: Sequence[Sequence[_Values]]) -> list[_Part]:
     """What stands in the file: for each layer the bytes before its blobs, and those before each blob's values."""
-    if len(layers) > MAX_LAYERS:
-        raise WireError(f"layers has {len(layers):,} entries, at most {MAX_LAYERS:,} can be read back")
-    if not layers:
+    if len(net.layer) > MAX_LAYERS:
+        raise WireError(f"layers has {len(net.layer):,} entries, at most {MAX_LAYERS:,} can be read back")
+    if not net.layer:
         raise WireError("layers is empty, a net with at least one layer is expected")
-    plan: list[_Part] = [(_encoded_text(_NET_NAME, net_name, "the net's name"), [])]
-    given: dict[str, tuple[str, Sequence[_Values]]] = {}
-    for index, (name, kind, blobs) in enumerate(layers):
-        if blobs and name in given:
-            raise WireError(f"layers has two layers with blobs named {_quoted(name)}, names must differ")
-        if blobs:
-            given[name] = kind, blobs
-        if definition is None:
-            where = _called(name, index)
-            message = _encoded_text(_LAYER_NAME, name, f"{where}: the name")
-            message += _encoded_text(_LAYER_TYPE, kind, f"{where}: the type")
-            plan.append(_layer_part(message, where, blobs))
-    if definition is not None:
-        with _worded("definition: "):
-            plan.extend(_merged(definition, given))
-    count = sum(len(blobs) for _, blobs in plan)
+    _check_size(net.name, "the net's name")
+    head = type(net)()
+    head.CopyFrom(net)
+    head.ClearField("layer")
+    plan: list[_Part] = [(head.SerializeToString(), [])]
+    for index, (layer, own) in enumerate(zip(net.layer, blobs, strict=True)):
+        where = _called(layer.name, index)
+        _check_size(layer.name, f"{where}: the name")
+        _check_size(layer.type, f"{where}: the type")
+        plan.append(_layer_part(layer.SerializeToString(), where, own))
+    count = sum(len(own) for own in blobs)
     if count > MAX_BLOBS:
         raise WireError(f"layers has {count:,} blobs, at most {MAX_BLOBS:,} can be read back")
-    size = sum(len(head) + sum(len(header) + _bytes(values) for header, values in blobs) for head, blobs in plan)
+    size = sum(len(head) + sum(len(header) + _bytes(values) for header, values in parts) for head, parts in plan)
     if size > MAX_FILE_BYTES:
         raise WireError(_too_large(size))
     return plan
-
-
-def _merged(definition: bytes, given: dict[str, tuple[str, Sequence[_Values]]]) -> Iterator[_Part]:
-    reader = Reader(definition)
-    left = dict(given)
-    for index, field in enumerate(reader.fields(0, len(definition))):
-        if field.number == _NET_LAYERS:
-            raise WireError(f"{field.describe()} is a layer of the V1 format, V2 (`layer`) is expected")
-        if field.number == _NET_NAME:
-            continue
-        if field.number != _NET_LAYER:
-            yield definition[field.offset : field.stop], []
-            continue
-        field.expect("a layer", BYTES)
-        name = kind = ""
-        message = bytearray()
-        for inner in reader.fields(field.start, field.stop):
-            if inner.number == _LAYER_NAME:
-                name = _text(reader, inner, "the layer's name")
-            elif inner.number == _LAYER_TYPE:
-                kind = _text(reader, inner, "the layer's type")
-            if inner.number != _LAYER_BLOBS:
-                message += definition[inner.offset : inner.stop]
-        wanted, blobs = left.pop(name, (kind, ()))
-        if wanted != kind:
-            raise WireError(f"layer {_quoted(name)} has type {_quoted(kind)}, the blobs are of a {_quoted(wanted)}")
-        yield _layer_part(bytes(message), _called(name, index), blobs)
-    if left:
-        raise WireError(f"has no layer {', '.join(map(_quoted, list(left)[:3]))}, and blobs were given for it")
 
 
 def _layer_part(message: bytes, where: str, blobs: Sequence[_Values]) -> _Part:
@@ -540,14 +500,10 @@ def _blob_header(values: _Values, what: str) -> tuple[bytes, int, tuple[int, ...
     return header + bytes_header(_BLOB_DOUBLE_DATA if double else _BLOB_DATA, size), size, shape
 
 
-def _encoded_text(number: int, text: str, what: str) -> bytes:
-    try:
-        encoded = text.encode()
-    except UnicodeEncodeError:
-        raise WireError(f"{what} {_quoted(text)} cannot be encoded as UTF-8") from None
-    if len(encoded) > MAX_NAME_BYTES:
-        raise WireError(f"{what} has {len(encoded)} bytes, at most {MAX_NAME_BYTES} can be read back")
-    return bytes_header(number, len(encoded)) + encoded
+def _check_size(text: str, what: str) -> None:
+    size = len(text.encode())
+    if size > MAX_NAME_BYTES:
+        raise WireError(f"{what} has {size} bytes, at most {MAX_NAME_BYTES} can be read back")
 
 
 def _bytes(values: _Values) -> int:

@@ -139,7 +139,7 @@ def save(
     if not isinstance(net, Net):
         raise TypeError(f"save: expected the module that load() gives, got {type(net).__name__}")
     _check_targets(prototxt_file, caffemodel_file)
-    stored: list[tuple[str, str, list[Tensor]]] = []
+    blobs: list[list[Tensor]] = []
     for layer, bottoms, _ in d.walk(net.definition):
         own = [] if (module := net.find(layer.name)) is None else list(layers.blobs(module).values())
         shapes = [tuple(tensor.shape) for tensor in own]
@@ -151,13 +151,12 @@ def save(
             )
         if any(tensor.is_meta for tensor in own):
             raise CaffeError(f"save: {layer} has parameters without data, on the meta device")
-        stored.append((layer.name, layer.type, own))
+        blobs.append(own)
     text = prototxt.emit(net.definition)
-    definition = prototxt.to_message(net.definition).SerializeToString()
 
     def write_weights() -> None:
         if caffemodel_file is not None:
-            caffemodel.write(caffemodel_file, net.definition.name, stored, definition)
+            caffemodel.write(caffemodel_file, prototxt.to_message(net.definition), blobs)
 
     def write_both(name: str) -> None:  # the weights last of what can fail, and the text takes its name after them
         Path(name).write_text(text, encoding="utf-8")

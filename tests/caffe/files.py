@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from resnet_fast import caffe
+from resnet_fast.caffe import caffemodel, layers, schema
 from resnet_fast.caffe import definition as d
-from resnet_fast.caffe import layers
 
 FACTOR = 999.98
 """What BatchNorm's sums are divided by: about where Caffe's own arrives, and no power of two."""
@@ -99,6 +100,18 @@ def write(folder: Path, net: caffe.Net, name: str = "net") -> tuple[str, str]:
     files = str(folder / f"{name}.prototxt"), str(folder / f"{name}.caffemodel")
     caffe.save(net, *files)
     return files
+
+
+def write_layers(
+    path: Path, layers: Iterable[tuple[str, str, Sequence[Tensor | np.ndarray]]], name: str = "net"
+) -> None:
+    """Writes a caffemodel of layers with these names, types and blobs."""
+    net, blobs = schema.message("NetParameter"), []
+    net.name = name
+    for layer, kind, own in layers:
+        net.layer.add(name=layer, type=kind)
+        blobs.append(own)
+    caffemodel.write(path, net, blobs)
 
 
 def feeds(net: caffe.Net, batch: int | None = None, size: tuple[int, int] | None = None) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ def _mismatches(folder: Path) -> Iterator[tuple[str, str]]:
     definition.write_text(weights.SMALL)
     stored = weights.blobs_of(files.network(weights.SMALL))
     for name, (change, _) in weights.MISMATCHES.items():
-        caffemodel.write(path, "net", change(stored))
+        files.write_layers(path, change(stored))
         yield name, _message(lambda: caffe.load(definition, path))
 
 

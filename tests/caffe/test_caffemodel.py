@@ -29,6 +29,7 @@ from resnet_fast.caffe import caffemodel, wire
 from resnet_fast.caffe.caffemodel import StoredNet, read, read_mean, write, write_mean
 from resnet_fast.caffe.errors import CaffeError
 from resnet_fast.caffe.schema import build
+from tests.caffe.files import write_layers
 
 pytest.importorskip("google.protobuf")
 from google.protobuf.message import DecodeError
@@ -304,7 +305,7 @@ def test_protobuf_reads_what_is_written(path: Path) -> None:
         ("half", "Scale", [torch.tensor([1.5, 2.0], dtype=dtype) for dtype in (torch.float16, torch.bfloat16)]),
         ("grad", "Scale", [torch.nn.Parameter(torch.ones(2)), weight[:, ::2], np.float16([0.5]), weight.astype(">f4")]),
     ]
-    write(path, "net", iter(layers))
+    write_layers(path, layers, "net")
     proto = CLASSES["NetParameter"].FromString(path.read_bytes())
     assert_same(read(path), proto)
     assert proto.name == "net"
@@ -325,7 +326,7 @@ def test_protobuf_reads_what_is_written(path: Path) -> None:
 def test_round_trip_is_bit_exact(path: Path, singles: list[int], doubles: list[int]) -> None:
     single = torch.from_numpy(np.array(singles, "u4").view("f4"))
     double = np.array(doubles, "u8").view("f8")
-    write(path, "", [("a", "Scale", [single, double])])
+    write_layers(path, [("a", "Scale", [single, double])])
     first, second = read(path).layers[0].blobs
     assert bits(first.values) == singles and bits(second.values) == doubles
     assert second.values.dtype == np.float64
@@ -335,18 +336,13 @@ def test_round_trip_is_bit_exact(path: Path, singles: list[int], doubles: list[i
     assert bits(read(path).layers[0].blobs[0].values) == singles
 
 
-def test_definition_is_merged(path: Path) -> None:
-    net = make("NetParameter", name="old", input=["data"], input_dim=[1, 3, 8, 8])
-    net.layer.add(name="conv1", type="Convolution", bottom=["data"], top=["conv1"], blobs=[blob([9.0], [1])])
+def test_the_definition_is_written_too(path: Path) -> None:
+    net = make("NetParameter", name="net", input=["data"], input_dim=[1, 3, 8, 8])
+    net.layer.add(name="conv1", type="Convolution", bottom=["data"], top=["conv1"])
     net.layer.add(name="relu", type="ReLU", bottom=["conv1"], top=["conv1"])
-    definition = net.SerializeToString() + b"\xc3\x3e\xc4\x3e"  # an unknown group stays, too
-    write(path, "new", [("conv1", "Convolution", [np.float32([1, 2])]), ("relu", "ReLU", [])], definition)
-    proto = CLASSES["NetParameter"].FromString(path.read_bytes())
-    net.name = "new"
-    net.layer[0].blobs[0].CopyFrom(blob([1.0, 2.0], [2]))
-    proto.DiscardUnknownFields()
-    assert proto == net
-    assert b"\xc3\x3e\xc4\x3e" in path.read_bytes()
+    write(path, net, [[np.float32([1, 2])], []])
+    net.layer[0].blobs.add().CopyFrom(blob([1.0, 2.0], [2]))
+    assert CLASSES["NetParameter"].FromString(path.read_bytes()) == net
     assert [len(each.blobs) for each in read(path).layers] == [1, 0]
 
 
@@ -354,7 +350,7 @@ def test_one_layer_at_a_time(path: Path) -> None:
     n = 250_000
     half = np.ones(n, np.float16)
     tracemalloc.start()
-    write(path, "", [(str(i), "Scale", [half]) for i in range(12)])
+    write_layers(path, [(str(i), "Scale", [half]) for i in range(12)])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert path.stat().st_size > 12 * 4 * n
@@ -369,47 +365,37 @@ def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     calls = iter([np.float32([1])])
     monkeypatch.setattr(caffemodel, "_little_endian", lambda _: next(calls))
     with pytest.raises(StopIteration):
-        write(target, "", [("a", "Scale", [np.float32([1]), np.float32([1])])])
+        write_layers(target, [("a", "Scale", [np.float32([1]), np.float32([1])])])
     assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == ({target.name: before} if before else {})
 
 
 _ONE = np.float32([1])
-_V1_NET = b"\x12\x00"
 
 
 @pytest.mark.parametrize(
-    ("layers", "definition", "text"),
+    ("layers", "text"),
     [
-        ([], None, "layers is empty, a net with at least one layer is expected"),
-        ([("a", "X", [_ONE]), ("a", "X", [_ONE])], None,
-         "layers has two layers with blobs named 'a', names must differ"),
-        ([("a", "X", [np.int32([1])])], None,
-         "layer 'a': blob 0 is int32; a dense floating tensor or array is expected"),
-        ([("a", "X", [_ONE, torch.ones(2, dtype=torch.int64)])], None,
+        ([], "layers is empty, a net with at least one layer is expected"),
+        ([("a", "X", [np.int32([1])])], "layer 'a': blob 0 is int32; a dense floating tensor or array is expected"),
+        ([("a", "X", [_ONE, torch.ones(2, dtype=torch.int64)])],
          "layer 'a': blob 1 is torch.int64, torch.strided on cpu; a dense floating tensor or array is expected"),
-        ([("a", "X", [torch.ones(2, device="meta")])], None,
+        ([("a", "X", [torch.ones(2, device="meta")])],
          "layer 'a': blob 0 is torch.float32, torch.strided on meta; a dense floating tensor or array is expected"),
-        ([("", "X", [torch.ones([1] * 33)])], None,
-         "layer 0: blob 0 has 33 dimensions, at most 32 can be read back"),
-        ([("a", "X", [torch.empty(2**40, 0)])], None,
+        ([("", "X", [torch.ones([1] * 33)])], "layer 0: blob 0 has 33 dimensions, at most 32 can be read back"),
+        ([("a", "X", [torch.empty(2**40, 0)])],
          "layer 'a': blob 0 declares 1099511627776x0; dimensions are from 0 to 2147483647"),
-        ([("a", "X", [_ONE] * 65)], None, "layer 'a': 65 blobs, at most 64 can be read back"),
-        ([("\ud800", "X", [])], None, "layer '\\ud800': the name '\\ud800' cannot be encoded as UTF-8"),
-        ([("a" * 1025, "X", [])], None,
-         f"layer '{'a' * 77}...': the name has 1025 bytes, at most 1024 can be read back"),
-        ([("a", "X", [torch.ones(1).expand(2**29)])], None, "2,147,483,684 bytes, the format allows 2,147,483,647"),
-        ([("a", "X", [np.broadcast_to(np.float64(1), (2**28,))])], None,
-         "2,147,483,684 bytes, the format allows 2,147,483,647"),
-        ([("b", "X", [_ONE])], layer("a", "X"), "definition: has no layer 'b', and blobs were given for it"),
-        ([("a", "Y", [_ONE])], layer("a", "X"), "definition: layer 'a' has type 'X', the blobs are of a 'Y'"),
-        ([("a", "Y", [_ONE])], _V1_NET,
-         "definition: field 2 at byte 0 is a layer of the V1 format, V2 (`layer`) is expected"),
+        ([("a", "X", [_ONE] * 65)], "layer 'a': 65 blobs, at most 64 can be read back"),
+        ([("a" * 1025, "X", [])], f"layer '{'a' * 77}...': the name has 1025 bytes, at most 1024 can be read back"),
+        ([("a", "X" * 1025, [])], "layer 'a': the type has 1025 bytes, at most 1024 can be read back"),
+        ([("a", "X", [torch.ones(1).expand(2**29)])], "2,147,483,687 bytes, the format allows 2,147,483,647"),
+        ([("a", "X", [np.broadcast_to(np.float64(1), (2**28,))])],
+         "2,147,483,687 bytes, the format allows 2,147,483,647"),
     ],
 )  # fmt: skip
-def test_what_is_not_written(tmp_path: Path, layers: list[Any], definition: bytes | None, text: str) -> None:
+def test_what_is_not_written(tmp_path: Path, layers: list[Any], text: str) -> None:
     target = tmp_path / "net.caffemodel"
     with pytest.raises(CaffeError) as error:
-        write(target, "", layers, definition)
+        write_layers(target, layers)
     assert str(error.value) == f"{target}: {text}"
     assert not list(tmp_path.iterdir())
 
@@ -417,17 +403,17 @@ def test_what_is_not_written(tmp_path: Path, layers: list[Any], definition: byte
 def test_limits_of_writing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caffemodel, "MAX_LAYERS", 2)
     with pytest.raises(CaffeError, match="layers has 3 entries, at most 2 can be read back"):
-        write(path, "", [("a", "X", [])] * 3)
+        write_layers(path, [("a", "X", [])] * 3)
     monkeypatch.setattr(caffemodel, "MAX_BLOBS", 3)
     with pytest.raises(CaffeError, match="layers has 4 blobs, at most 3 can be read back"):
-        write(path, "", [("a", "X", [_ONE] * 2), ("b", "X", [_ONE] * 2)])
+        write_layers(path, [("a", "X", [_ONE] * 2), ("b", "X", [_ONE] * 2)])
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(CaffeError, match="is a folder, the name of a file to write is expected"):
-        write(tmp_path, "", [("a", "X", [])])
+        write_layers(tmp_path, [("a", "X", [])])
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        write(tmp_path / "no" / "net.caffemodel", "", [("a", "X", [])])
+        write_layers(tmp_path / "no" / "net.caffemodel", [("a", "X", [])])
 
 
 # Mean images
@@ -678,6 +664,7 @@ import sys, time
 from resnet_fast.caffe.caffemodel import read
 from resnet_fast.caffe.errors import CaffeError
 from resnet_fast.caffe.schema import build
+from tests.caffe.files import write_layers
 
 def peak():
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))

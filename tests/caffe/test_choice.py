@@ -115,7 +115,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     net = caffe_files.randomize(caffe.Net(caffe.parse_prototxt(DETECTOR, upto="conv2")))
     stored = [(name, "Convolution", list(net.layer(name).parameters())) for name in ("conv1", "side", "conv2")]
     stored.append(("score", "InnerProduct", [torch.ones(2, 9), torch.ones(2)]))
-    caffe.caffemodel.write(folder / "net.caffemodel", "detector", stored)
+    caffe_files.write_layers(folder / "net.caffemodel", stored)
     return folder / "net.prototxt", folder / "net.caffemodel"
 
 

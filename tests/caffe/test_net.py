@@ -259,7 +259,7 @@ MISMATCHES = {
 def test_weights_of_another_network(net: caffe.Net, tmp_path: Path, case: str) -> None:
     change, message = MISMATCHES[case]
     (tmp_path / "n.prototxt").write_text(SMALL)
-    caffemodel.write(tmp_path / "n.caffemodel", "n", change(blobs_of(net)))
+    caffe_files.write_layers(tmp_path / "n.caffemodel", change(blobs_of(net)))
     with pytest.raises(caffe.CaffeError, match=re.escape(message)) as error:
         caffe.load(tmp_path / "n.prototxt", tmp_path / "n.caffemodel")
     assert "n.caffemodel" in str(error.value)
@@ -271,7 +271,7 @@ def test_not_strict(net: caffe.Net, tmp_path: Path) -> None:
     """As for finetuning in Caffe: what the file lacks is initialised, what the network lacks is left out; both said."""
     (tmp_path / "n.prototxt").write_text(SMALL)
     stored = [entry for entry in blobs_of(net) if entry[0] != "fc5"]
-    caffemodel.write(tmp_path / "n.caffemodel", "n", [*stored, ("fc1000", "InnerProduct", [torch.ones(2, 2)])])
+    caffe_files.write_layers(tmp_path / "n.caffemodel", [*stored, ("fc1000", "InnerProduct", [torch.ones(2, 2)])])
     with pytest.warns(UserWarning, match="n.caffemodel: ") as said:
         again = caffe.load(tmp_path / "n.prototxt", tmp_path / "n.caffemodel", strict=False)
     messages = sorted(str(warning.message).partition("n.caffemodel: ")[2] for warning in said)
@@ -285,7 +285,7 @@ def test_doubles_and_legacy_shapes(net: caffe.Net, tmp_path: Path) -> None:
     """Old files: four dimensions for every blob, a fully connected layer's 1x1xNxK among them."""
     (tmp_path / "n.prototxt").write_text(SMALL)
     stored = [(name, kind, [blob.double() for blob in blobs]) for name, kind, blobs in blobs_of(net)]
-    caffemodel.write(tmp_path / "n.caffemodel", "n", stored)
+    caffe_files.write_layers(tmp_path / "n.caffemodel", stored)
     again = caffe.load(tmp_path / "n.prototxt", tmp_path / "n.caffemodel")
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
     assert again.layer("conv1").weight.dtype == torch.float32
