@@ -1,4 +1,4 @@
-"""A Caffe network as data: inputs, layers, parameters, which layers a phase includes, and every blob's shape.
+"""A Caffe network as data: inputs, layers, their parameters, and every blob's shape.
 
 No file format and no tensor here. What the layers' types have and do is declared in `kinds`, which this module offers
 as its own.
@@ -7,9 +7,8 @@ as its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from .errors import CaffeError
 from .kinds import *  # noqa: F403 - every declaration, under the names that it has there
@@ -178,38 +177,3 @@ def walk(
             raise CaffeError(f"{definition.source or 'definition'}: {layer}: {error}") from None
         blobs.update(zip(layer.tops, tops, strict=True))
         yield layer, bottoms, tops
-
-
-def shapes(definition: Definition, inputs: Mapping[str, Shape] | None = None) -> dict[str, tuple[Shape, ...]]:
-    """Return the shapes of each layer's tops by the layer's name; arguments and errors as for :func:`walk`."""
-    return {layer.name: tops for layer, _, tops in walk(definition, inputs)}
-
-
-# --------------------------------------------------------------------------------------------------------------- phase
-
-
-@dataclass(frozen=True)
-class State:
-    """What include and exclude rules are compared with."""
-
-    phase: str = "TEST"
-    level: int = 0
-    stages: frozenset[str] = frozenset()
-
-
-def included(state: State, include: Sequence[Any], exclude: Sequence[Any]) -> bool:
-    """Return whether a layer with these rules (NetStateRule messages) is part of the network, as Caffe decides."""
-    if include:
-        return any(_meets(state, rule) for rule in include)
-    return not any(_meets(state, rule) for rule in exclude)
-
-
-def _meets(state: State, rule: Any) -> bool:
-    phase = {"TRAIN": 0, "TEST": 1}[state.phase]
-    return (
-        (not rule.HasField("phase") or rule.phase == phase)
-        and (not rule.HasField("min_level") or state.level >= rule.min_level)
-        and (not rule.HasField("max_level") or state.level <= rule.max_level)
-        and state.stages.issuperset(rule.stage)
-        and state.stages.isdisjoint(rule.not_stage)
-    )

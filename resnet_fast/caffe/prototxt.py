@@ -331,11 +331,21 @@ def _definition(net: Any, scanned: _Scanned, source: str, choice: Choice) -> d.D
 
 
 def _included(net: Any, scanned: _Scanned, source: str, choice: Choice) -> list[_Entry]:
-    """Return the layers that phase, level and stages leave."""
+    """Return the layers that phase, level and stages leave, as Caffe decides it by their NetStateRule messages."""
     if net.layer and net.layers:
         raise CaffeError(f"{source}: has both `layer` and `layers` entries; a network has one kind")
+    phase, stages = {"TRAIN": 0, "TEST": 1}[choice.phase], {*net.state.stage, *choice.stages}
     level = net.state.level if choice.level is None else choice.level
-    state = d.State(choice.phase, level, frozenset((*net.state.stage, *choice.stages)))
+
+    def meets(rule: Any) -> bool:
+        return (
+            (not rule.HasField("phase") or rule.phase == phase)
+            and (not rule.HasField("min_level") or level >= rule.min_level)
+            and (not rule.HasField("max_level") or level <= rule.max_level)
+            and stages.issuperset(rule.stage)
+            and stages.isdisjoint(rule.not_stage)
+        )
+
     places = scanned.layers["layers" if net.layers else "layer"]
     if len(places) != len(net.layers or net.layer):
         raise CaffeError(
@@ -347,7 +357,8 @@ def _included(net: Any, scanned: _Scanned, source: str, choice: Choice) -> list[
         where = f"{source}: {d.describe(message.name, kind, place.line)}"
         if message.include and message.exclude:
             raise CaffeError(f"{where}: has both include and exclude rules; Caffe takes one kind")
-        if not d.included(state, message.include, message.exclude):
+        excluded = not any(map(meets, message.include)) if message.include else any(map(meets, message.exclude))
+        if excluded:
             continue
         if net.layers and any(name == "layer" for name, _ in place.unknown):
             raise CaffeError(f"{where}: of the V0 format; convert the file with Caffe's upgrade_net_proto_text")

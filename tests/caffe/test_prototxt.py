@@ -145,7 +145,8 @@ layers { name: "e" type: SOFTMAX bottom: "i" top: "e" }
         d.InnerProduct(5), d.Softmax(),
     ]  # fmt: skip
     assert [layer.line for layer in found.layers] == [2, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16]
-    assert d.shapes(found)["s"] == ((1, 1, 6, 6), (1, 3, 6, 6)) and d.shapes(found)["f"] == ((1, 2 * 7 * 7),)
+    shapes = {layer.name: tops for layer, _, tops in d.walk(found)}
+    assert (shapes["s"], shapes["f"]) == (((1, 1, 6, 6), (1, 3, 6, 6)), ((1, 2 * 7 * 7),))
     assert found == caffe.parse_prototxt(caffe.emit_prototxt(found))
 
 
