@@ -102,7 +102,7 @@ def train(
 ) -> Run:
     """Train up to ``epochs`` epochs, with a progress bar and a line for each; keep files in ``out`` if it is given."""
     from resnet_fast.training import checkpoint
-    from resnet_fast.training.metrics import Metrics
+    from resnet_fast.training.metrics import Metrics, try_to_draw
     from resnet_fast.training.residual import ABOUT, Epoch, Run
 
     run = Run(data, settings, device=device)
@@ -130,28 +130,16 @@ def train(
                 run.save(out / CHECKPOINT)
     if out is not None:
         checkpoint.write_model(out / MODEL, run.model.state_dict(), ABOUT)
-    if out is not None and metrics is not None:
-        _draw(console, metrics.rows, out / PLOT, data.name)
+    if out is not None and metrics is not None and metrics.rows:
+        error = try_to_draw(metrics.rows, out / PLOT, f"residual network, {data.name}")
+        plot = f"Plot: {escape(str(out / PLOT))}"
+        console.print(plot if error is None else f"[yellow]No plot:[/] {escape(one_line(error))}", soft_wrap=True)
     return run
 
 
 def _line(number: int, found: Epoch) -> str:
     """Return the line the original prints: epochs from 0, mean accuracy of the batches, validation accuracy."""
     return f"epoch: {number} , train: {found.train_accuracy:.4f} , valid: {found.valid_accuracy:.4f}"
-
-
-def _draw(console: Console, rows: list[dict[str, float]], path: Path, name: str) -> None:
-    from resnet_fast.benchmarking.plot import PlotError
-    from resnet_fast.training.metrics import draw
-
-    if not rows:
-        return
-    try:
-        draw(rows, path, f"residual network, {name}")
-    except (PlotError, ImportError, OSError) as error:
-        console.print(f"[yellow]No plot:[/] {escape(one_line(error))}", soft_wrap=True)
-    else:
-        console.print(f"Plot: {escape(str(path))}", soft_wrap=True)
 
 
 def show_agreement(console: Console, run: Run) -> bool:

@@ -26,7 +26,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resnet_fast import models
-from resnet_fast.benchmarking.plot import PlotError
 from resnet_fast.models import weights as registry
 from resnet_fast.models.checkpoint import WeightsError, read_with_metadata
 from resnet_fast.models.images import ImageError, UnopenedImageError
@@ -34,7 +33,7 @@ from resnet_fast.models.preprocessing import MAX_SIZE, Preprocessing
 from resnet_fast.training import checkpoint, distributed, imagefolder
 from resnet_fast.training.distributed import Processes
 from resnet_fast.training.imagefolder import ImageFolder
-from resnet_fast.training.metrics import Metrics, draw
+from resnet_fast.training.metrics import Metrics, try_to_draw
 
 CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model.safetensors"
@@ -680,7 +679,10 @@ def train(
     if table is not None:
         _write_models(training)
         classes = f"{len(train_folder.classes)} classes of {options.data}"
-        _draw(table, f"{options.model}, {options.precision}, {classes}", say)
+        plot = options.out / PLOT
+        if table.rows:
+            error = try_to_draw(table.rows, plot, f"{options.model}, {options.precision}, {classes}")
+            say(f"plot: {plot}" if error is None else f"no plot: {error}")
         say(f"written: {options.out / MODEL}" + ("" if training.ema is None else f" and {EMA_MODEL}"))
     return training
 
@@ -833,18 +835,6 @@ def _closing(epoch: int, epochs: int, row: Mapping[str, float], val_images: int)
         f"{row['val_loss']:.4f} top-1 {row['val_accuracy']:.2%} top-5 {row['val_top5_accuracy']:.2%}{more}, "
         f"{row['images_per_second']:.4g} images/s"
     )
-
-
-def _draw(table: Metrics, title: str, say: Callable[[str], None]) -> None:
-    path = table.path.with_name(PLOT)
-    if not table.rows:
-        return
-    try:
-        draw(table.rows, path, title)
-    except (PlotError, ImportError, OSError) as error:
-        say(f"no plot: {error}")
-    else:
-        say(f"plot: {path}")
 
 
 def _write_models(training: Training) -> None:

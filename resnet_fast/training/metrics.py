@@ -123,6 +123,15 @@ def draw(rows: Sequence[Mapping[str, float]], path: str | os.PathLike[str], titl
     return plot.save(_figure(rows, title), path)
 
 
+def try_to_draw(rows: Sequence[Mapping[str, float]], path: str | os.PathLike[str], title: str) -> Exception | None:
+    """Plot as :func:`draw` does; return the error if matplotlib is missing or the file cannot be written."""
+    try:
+        draw(rows, path, title)
+    except (plot.PlotError, ImportError, OSError) as error:
+        return error
+    return None
+
+
 def _figure(rows: Sequence[Mapping[str, float]], title: str) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter

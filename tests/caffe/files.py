@@ -131,30 +131,21 @@ def image(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def windows() -> st.SearchStrategy[tuple[d.Pooling, tuple[int, int]]]:
+@st.composite
+def windows(draw: st.DrawFn) -> tuple[d.Pooling, tuple[int, int]]:
     """Pooling layers that Caffe accepts, each with a size of image on which at least one window is left."""
-
-    @st.composite
-    def draw_one(draw: st.DrawFn) -> tuple[d.Pooling, tuple[int, int]]:
-        method = draw(st.sampled_from(("MAX", "AVE")))
-        size = draw(st.integers(1, 13)), draw(st.integers(1, 13))
-        if draw(st.integers(0, 19)) == 0:
-            return d.Pooling(method), size
-        kernel = draw(st.integers(1, 7)), draw(st.integers(1, 7))
-        stride = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-        padding = draw(st.integers(0, kernel[0] - 1)), draw(st.integers(0, kernel[1] - 1))
-        if draw(st.booleans()):
-            padding = 0, 0
-        p = d.Pooling(method, kernel, stride, padding, draw(st.sampled_from(("CEIL", "FLOOR"))))
-        assume(min(window_counts(p, size)) > 0)
-        return p, size
-
-    return draw_one()
-
-
-def writer(definition: d.Definition, blob: str) -> d.Layer:
-    """The layer that writes ``blob`` last, by whose name OpenCV knows the blob."""
-    return [layer for layer in definition.layers if blob in layer.tops][-1]
+    method = draw(st.sampled_from(("MAX", "AVE")))
+    size = draw(st.integers(1, 13)), draw(st.integers(1, 13))
+    if draw(st.integers(0, 19)) == 0:
+        return d.Pooling(method), size
+    kernel = draw(st.integers(1, 7)), draw(st.integers(1, 7))
+    stride = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    padding = draw(st.integers(0, kernel[0] - 1)), draw(st.integers(0, kernel[1] - 1))
+    if draw(st.booleans()):
+        padding = 0, 0
+    p = d.Pooling(method, kernel, stride, padding, draw(st.sampled_from(("CEIL", "FLOOR"))))
+    assume(min(window_counts(p, size)) > 0)
+    return p, size
 
 
 # ---------------------------------------------------------------------------------------------------------- references
@@ -168,7 +159,8 @@ def reference(net: caffe.Net, inputs: dict[str, Tensor], dtype: type = np.float6
         own = [] if (module := net.find(layer.name)) is None else list(layers.blobs(module).values())
         values = [tensor.detach().double().numpy().astype(dtype) for tensor in own]
         if isinstance(layer.parameters, d.Slice):
-            blobs.update(zip(layer.tops, _sliced(layer.parameters, bottoms[0], len(layer.tops)), strict=True))
+            p, parts = layer.parameters, len(layer.tops)
+            blobs.update(zip(layer.tops, np.split(bottoms[0], p.slice_point or parts, p.axis), strict=True))
             continue
         top = _computed(layer.parameters, bottoms, values)
         assert top.dtype == dtype
@@ -265,10 +257,6 @@ def _cropped(p: d.Crop, x: np.ndarray, like: np.ndarray) -> np.ndarray:
             begin = p.offset[0] if len(p.offset) == 1 else p.offset[axis - p.axis % x.ndim]
         x = np.take(x, range(begin, begin + like.shape[axis]), axis)
     return x
-
-
-def _sliced(p: d.Slice, x: np.ndarray, tops: int) -> list[np.ndarray]:
-    return np.split(x, p.slice_point if p.slice_point else tops, p.axis)
 
 
 def _normalised(p: d.LRN, x: np.ndarray) -> np.ndarray:

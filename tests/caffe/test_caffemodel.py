@@ -23,7 +23,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from hypothesis.strategies import DrawFn, SearchStrategy
+from hypothesis.strategies import DrawFn
 
 from resnet_fast.caffe import caffemodel, wire
 from resnet_fast.caffe.caffemodel import StoredNet, read, read_mean, write, write_mean
@@ -749,26 +749,23 @@ def test_random_bytes(path: Path, data: bytes) -> None:
     assert_read_as_protobuf_or_refused(path, data)
 
 
-def mutated(data: bytes) -> SearchStrategy[bytes]:
-    @st.composite
-    def strategy(draw: DrawFn) -> bytes:
-        changed = bytearray(data)
-        for _ in range(draw(st.integers(1, 3))):
-            at = draw(st.integers(0, len(changed) - 1))
-            kind = draw(st.sampled_from(["flip", "set", "insert", "delete", "repeat"]))
-            if kind == "flip":
-                changed[at] ^= 1 << draw(st.integers(0, 7))
-            elif kind == "set":
-                changed[at] = draw(st.sampled_from([0, 1, 0x7F, 0x80, 0xFF]))
-            elif kind == "insert":
-                changed[at:at] = draw(st.binary(min_size=1, max_size=4))
-            elif kind == "delete" and len(changed) > 4:
-                del changed[at : at + draw(st.integers(1, 3))]
-            elif kind == "repeat":
-                changed[at:at] = changed[at : at + draw(st.integers(1, 20))]
-        return bytes(changed)
-
-    return strategy()
+@st.composite
+def mutated(draw: DrawFn, data: bytes) -> bytes:
+    changed = bytearray(data)
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, len(changed) - 1))
+        kind = draw(st.sampled_from(["flip", "set", "insert", "delete", "repeat"]))
+        if kind == "flip":
+            changed[at] ^= 1 << draw(st.integers(0, 7))
+        elif kind == "set":
+            changed[at] = draw(st.sampled_from([0, 1, 0x7F, 0x80, 0xFF]))
+        elif kind == "insert":
+            changed[at:at] = draw(st.binary(min_size=1, max_size=4))
+        elif kind == "delete" and len(changed) > 4:
+            del changed[at : at + draw(st.integers(1, 3))]
+        elif kind == "repeat":
+            changed[at:at] = changed[at : at + draw(st.integers(1, 20))]
+    return bytes(changed)
 
 
 @given(st.one_of(mutated(SMALL), mutated(SMALL_V1)))

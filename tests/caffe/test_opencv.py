@@ -6,7 +6,6 @@ Every comparison has a Net of its own, since OpenCV fuses layers and reuses memo
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +23,11 @@ from tests.caffe import files as caffe_files
 cv2 = pytest.importorskip("cv2", reason="needs OpenCV: pip install 'opencv-python-headless>=4.10,<5'")
 
 
+if hasattr(cv2, "setLogLevel"):  # OpenCV before 4.13
+    cv2.setLogLevel(0)
+else:
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
 LIMIT = 1e-5
 """Of the largest absolute value of a blob: what its elements may differ by."""
 
@@ -33,7 +37,8 @@ def opencv(files: Sequence[str], net: caffe.Net, inputs: dict[str, Tensor], blob
     theirs = cv2.dnn.readNetFromCaffe(*files)
     for name, value in inputs.items():
         theirs.setInput(value.numpy(), name)
-    writers = [caffe_files.writer(net.definition, name) for name in blobs]
+    # By the name of the layer that writes it last OpenCV knows a blob.
+    writers = [[layer for layer in net.definition.layers if name in layer.tops][-1] for name in blobs]
     found = theirs.forwardAndRetrieve([layer.name for layer in writers])  # of each layer all its tops
     return {
         name: torch.from_numpy(np.array(values[layer.tops.index(name) if layer.type != "Split" else 0]))
@@ -274,17 +279,8 @@ def opencv_differs(p: d.Pooling, size: tuple[int, int]) -> str:
     return ""
 
 
-@functools.lru_cache(maxsize=1)
-def _level() -> None:
-    if hasattr(cv2, "setLogLevel"):  # OpenCV before 4.13
-        cv2.setLogLevel(0)
-    else:
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-
-
 def opencv_pool(p: d.Pooling, x: Tensor) -> Tensor:
     """One pooling layer. OpenCV's own name of ``round_mode: FLOOR`` is ``ceil_mode: false``."""
-    _level()
     text = caffe.emit_prototxt(caffe_files.definition({"data": tuple(x.shape)}, ("pool", p, "data")))
     theirs = cv2.dnn.readNetFromCaffe(
         np.frombuffer(text.replace("round_mode: FLOOR", "ceil_mode: false").encode(), np.uint8)
