@@ -83,8 +83,6 @@ class Blob:
     values: np.ndarray[Any, Any]
     """One-dimensional, float32 or float64, little-endian, read-only; a view of the mapped file if they are packed
     there, then perhaps not aligned."""
-    offset: int
-    """Where it begins in the file, in bytes."""
 
     def tensor(self) -> Tensor:
         """Return a copy, of `shape`, float32 or float64 as stored."""
@@ -109,8 +107,6 @@ class StoredNet:
 
     name: str
     layers: tuple[StoredLayer, ...]
-    version: int
-    """2 for `layer`, 1 for the older `layers`."""
 
 
 def read(path: str | os.PathLike[str]) -> StoredNet:
@@ -138,7 +134,7 @@ def read_mean(path: str | os.PathLike[str]) -> Tensor:
     path = Path(path)
     data = _map(path, "a mean file (.binaryproto)")
     with _named(path), _worded("", "; one image, a BlobProto, is expected"):
-        blob = _blob(Reader(data), 0, 0, len(data), "the mean")
+        blob = _blob(Reader(data), 0, len(data), "the mean")
     shape = blob.shape
     while len(shape) > 3 and shape[0] == 1:
         shape = shape[1:]
@@ -258,15 +254,15 @@ def _named(path: Path) -> AbstractContextManager[None]:
 def _net(reader: Reader, size: int) -> StoredNet:
     name, blobs = "", 0
     layers: list[StoredLayer] = []
-    versions: set[int] = set()
+    version = 0  # the field's number
     with_blobs: dict[str, StoredLayer] = {}
     for field in reader.fields(0, size):
         if field.number == _NET_NAME:
             name = _text(reader, field, "the net's name")
         elif field.number in (_NET_LAYER, _NET_LAYERS):
             field.expect("a layer", BYTES)
-            versions.add(2 if field.number == _NET_LAYER else 1)
-            if len(versions) > 1:
+            version = version or field.number
+            if field.number != version:
                 raise WireError(
                     f"{field.describe()} is {'`layers` (V1)' if field.number == _NET_LAYERS else '`layer` (V2)'}, and "
                     "those before are of the other format; a net has one of them"
@@ -285,7 +281,7 @@ def _net(reader: Reader, size: int) -> StoredNet:
                     )
     if not layers:
         raise WireError("holds no layers, a net with weights (.caffemodel) is expected")
-    return StoredNet(name, tuple(layers), versions.pop())
+    return StoredNet(name, tuple(layers))
 
 
 def _layer(reader: Reader, layer: Field, index: int, blobs_left: int) -> StoredLayer:
@@ -308,7 +304,7 @@ def _layer(reader: Reader, layer: Field, index: int, blobs_left: int) -> StoredL
                     kind = _text(reader, field, "the layer's type")
             elif field.number == blobs_number:
                 field.expect("a blob", BYTES)
-                found.append((field.offset, field.start, field.stop))
+                found.append((field.start, field.stop))
                 if len(found) > MAX_BLOBS_PER_LAYER:
                     raise WireError(f"more than {MAX_BLOBS_PER_LAYER} blobs until byte {field.offset}")
                 if len(found) > blobs_left:
@@ -323,7 +319,7 @@ def _layer(reader: Reader, layer: Field, index: int, blobs_left: int) -> StoredL
     return StoredLayer(name, kind, blobs, layer.offset)
 
 
-def _blob(reader: Reader, offset: int, start: int, stop: int, what: str) -> Blob:
+def _blob(reader: Reader, start: int, stop: int, what: str) -> Blob:
     legacy: dict[int, int] = {}
     dimensions: list[int] = []
     # Places of values: start, count and stride, flat, since a hostile file can have one chunk per value.
@@ -351,7 +347,7 @@ def _blob(reader: Reader, offset: int, start: int, stop: int, what: str) -> Blob
     if count != expected:
         hint = "; it has raw_data, which only NVIDIA's Caffe writes and reads" if raw else ""
         raise WireError(f"{what} declares {_shape(shape)} = {expected} values and holds {count}{hint}")
-    return Blob(shape, bool(legacy), _values(reader, places, count, "<f8" if double else "<f4"), offset)
+    return Blob(shape, bool(legacy), _values(reader, places, count, "<f8" if double else "<f4"))
 
 
 def _dimensions(reader: Reader, shape: Field, dimensions: list[int], what: str) -> None:

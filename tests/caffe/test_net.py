@@ -289,12 +289,12 @@ def test_doubles_and_legacy_shapes(net: caffe.Net, tmp_path: Path) -> None:
     again = caffe.load(tmp_path / "n.prototxt", tmp_path / "n.caffemodel")
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
     assert again.layer("conv1").weight.dtype == torch.float32
-    blob = caffemodel.Blob((1, 1, 5, 8), True, np.zeros(40, np.float32), 0)
+    blob = caffemodel.Blob((1, 1, 5, 8), True, np.zeros(40, np.float32))
     from resnet_fast.caffe.files import _same_shape
 
     assert _same_shape(blob, (5, 8))
     assert not _same_shape(blob, (8, 5))
-    assert not _same_shape(caffemodel.Blob((1, 1, 5, 8), False, np.zeros(40, np.float32), 0), (5, 8))
+    assert not _same_shape(caffemodel.Blob((1, 1, 5, 8), False, np.zeros(40, np.float32)), (5, 8))
 
 
 def test_pruned_and_normed_weights_are_saved_as_they_compute(net: caffe.Net, tmp_path: Path) -> None:
