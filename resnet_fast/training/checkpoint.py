@@ -9,7 +9,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,8 +118,6 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     if (size := path.stat().st_size) > MAX_BYTES:
         raise ValueError(f"{path}: {size:,} bytes, a checkpoint has at most {MAX_BYTES:,}")
     tensors, metadata = _read(path)
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path}: a safetensors file, but not a training checkpoint; {_RIGHT}")
     if metadata.get("version") != _VERSION:
         raise ValueError(f"{path}: checkpoint version {metadata.get('version')!r}, this package reads {_VERSION!r}")
     try:
@@ -143,10 +141,7 @@ def read_about(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises:
         ValueError: if it is not a checkpoint.
     """
-    metadata = _read(Path(path), tensors=False)[1]
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path}: a safetensors file, but not a training checkpoint; {_RIGHT}")
-    return _without_own(metadata)
+    return _without_own(_read(Path(path), tensors=False)[1])
 
 
 def _without_own(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -188,39 +183,32 @@ class _Writer:
         self.tensors[name] = data
 
     def encode(self, value: Any, where: str) -> Any:
-        return _encode(value, where, self._reference)
-
-    def _reference(self, value: Tensor, where: str) -> Any:
-        self.add(where, value)
-        return {_TAG: "tensor", "v": where}
-
-
-def _encode(value: Any, where: str, tensor: Callable[[Tensor, str], Any]) -> Any:
-    """Return ``value`` in JSON's types; other types become a dict with the key "$"."""
-    if isinstance(value, Tensor):
-        return tensor(value, where)
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else {_TAG: "float", "v": repr(float(value))}
-    if isinstance(value, list | tuple):
-        items = [_encode(item, f"{where}/{index}", tensor) for index, item in enumerate(value)]
-        return items if isinstance(value, list) else {_TAG: "tuple", "v": items}
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str | int) or isinstance(key, bool):
-                raise TypeError(f"checkpoint: {where} has the key {key!r}, a str or an int was expected")
-        encoded = [(key, _encode(item, f"{where}/{key}", tensor)) for key, item in value.items()]
-        plain = _TAG not in value and all(isinstance(key, str) for key in value)
-        return dict(encoded) if plain else {_TAG: "items", "v": [list(pair) for pair in encoded]}
-    raise TypeError(
-        f"checkpoint: {where} is a {type(value).__name__}; "
-        "None, bool, int, float, str, tensors, and list, tuple and dict of these can be kept"
-    )
+        """Return ``value`` in JSON's types; other types become a dict with the key "$"."""
+        if isinstance(value, Tensor):
+            self.add(where, value)
+            return {_TAG: "tensor", "v": where}
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, str):
+            return str(value)
+        if isinstance(value, int):
+            return int(value)
+        if isinstance(value, float):
+            return float(value) if math.isfinite(value) else {_TAG: "float", "v": repr(float(value))}
+        if isinstance(value, list | tuple):
+            items = [self.encode(item, f"{where}/{index}") for index, item in enumerate(value)]
+            return items if isinstance(value, list) else {_TAG: "tuple", "v": items}
+        if isinstance(value, Mapping):
+            for key in value:
+                if not isinstance(key, str | int) or isinstance(key, bool):
+                    raise TypeError(f"checkpoint: {where} has the key {key!r}, a str or an int was expected")
+            encoded = [(key, self.encode(item, f"{where}/{key}")) for key, item in value.items()]
+            plain = _TAG not in value and all(isinstance(key, str) for key in value)
+            return dict(encoded) if plain else {_TAG: "items", "v": [list(pair) for pair in encoded]}
+        raise TypeError(
+            f"checkpoint: {where} is a {type(value).__name__}; "
+            "None, bool, int, float, str, tensors, and list, tuple and dict of these can be kept"
+        )
 
 
 def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -307,14 +295,17 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str
     try:
         with open_safetensors(path) as file:
             metadata: dict[str, str] = file.metadata() or {}
-            if metadata.get("format") != _FORMAT or not tensors:
-                return {}, metadata
+            ours = metadata.get("format") == _FORMAT
+            names = file.keys() if ours and tensors else ()
             # Copies: the file is mapped, and may be replaced or cut while its tensors are in use.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118 - no mapping
+            found = {name: file.get_tensor(name).clone() for name in names}
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or one_line(error)}); {_RIGHT}") from error
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: truncated, or not a safetensors file ({one_line(error)}); {_RIGHT}") from error
+    if not ours:
+        raise ValueError(f"{path}: a safetensors file, but not a training checkpoint; {_RIGHT}")
+    return found, metadata
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:

@@ -14,7 +14,7 @@ import os
 import signal
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,6 +175,7 @@ def crop_box(
     return left, top, left + w, top + h
 
 
+@dataclass(eq=False)
 class TrainImages(Dataset[tuple[Tensor, int, int]]):
     """Randomly cropped and flipped images, uint8 [crop_size, crop_size, 3], with their targets.
 
@@ -185,21 +186,13 @@ class TrainImages(Dataset[tuple[Tensor, int, int]]):
     it, cropped as was drawn for the damaged one; otherwise 0.
     """
 
-    def __init__(
-        self,
-        folder: ImageFolder,
-        preprocessing: Preprocessing,
-        *,
-        min_scale: float = 0.08,
-        seed: int = 0,
-        on_error: str = "skip",
-    ) -> None:
-        self.folder = folder
-        self.preprocessing = preprocessing
-        self.min_scale = min_scale
-        self.seed = seed
-        self.on_error = on_error
-        self.epoch = 0
+    folder: ImageFolder
+    preprocessing: Preprocessing
+    _: KW_ONLY
+    min_scale: float = 0.08
+    seed: int = 0
+    on_error: str = "skip"
+    epoch: int = field(default=0, init=False)
 
     def __len__(self) -> int:
         return len(self.folder)
@@ -232,16 +225,17 @@ class TrainImages(Dataset[tuple[Tensor, int, int]]):
         raise first
 
 
+@dataclass(eq=False)
 class ValImages(Dataset[tuple[Tensor, int]]):
     """Resized and centre-cropped images, uint8 [crop_size, crop_size, 3], with their targets.
 
     With ``on_error`` "skip" a damaged image is black, and its target -1.
     """
 
-    def __init__(self, folder: ImageFolder, preprocessing: Preprocessing, *, on_error: str = "skip") -> None:
-        self.folder = folder
-        self.preprocessing = preprocessing
-        self.on_error = on_error
+    folder: ImageFolder
+    preprocessing: Preprocessing
+    _: KW_ONLY
+    on_error: str = "skip"
 
     def __len__(self) -> int:
         return len(self.folder)
@@ -258,12 +252,12 @@ class ValImages(Dataset[tuple[Tensor, int]]):
         return _pixels(image), int(self.folder.targets[index])
 
 
+@dataclass(eq=False)
 class _Checked(Dataset[int]):
     """The index of an image that cannot be read, -1 for the others."""
 
-    def __init__(self, folder: ImageFolder, whole: bool) -> None:
-        self.folder = folder
-        self.whole = whole
+    folder: ImageFolder
+    whole: bool
 
     def __getitem__(self, index: int) -> int:
         try:
