@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from . import definition as d
 from . import schema
@@ -125,15 +125,15 @@ def parse(text: str, *, source: str = "prototxt", **choice: Any) -> d.Definition
     net = schema.message("NetParameter")
     from google.protobuf import text_format
 
-    scanned = _scan(text, source, net.DESCRIPTOR)
-    unknown = any(place.unknown for places in scanned.layers.values() for place in places)
+    text, places = _scan(text, source, net.DESCRIPTOR)
+    unknown = any(place.unknown for layers in places.values() for place in layers)
     try:  # what the scan did not report must not be skipped here
-        text_format.Parse(scanned.text, net, allow_unknown_field=unknown)
+        text_format.Parse(text, net, allow_unknown_field=unknown)
     except text_format.ParseError as error:
         raise CaffeError(f"{source}: {_one_line(error)}") from None
     except RecursionError:
         raise CaffeError(f"{source}: nested too deeply") from None
-    return _definition(net, scanned, source, chosen)
+    return _definition(net, places, source, chosen)
 
 
 def emit(definition: d.Definition) -> str:
@@ -155,10 +155,7 @@ class _Place:
     unknown: list[tuple[str, int]] = field(default_factory=list)
 
 
-@dataclass
-class _Scanned:
-    text: str
-    layers: dict[str, list[_Place]]  # "layer" and "layers"
+_Places: TypeAlias = "dict[str, list[_Place]]"  # of "layer" and "layers"
 
 
 @dataclass
@@ -177,7 +174,8 @@ class _Level:
 _OF_SOLVERS = ("net", "train_net", "test_net", "test_iter", "test_interval", "base_lr", "lr_policy", "solver_mode")
 
 
-def _scan(text: str, source: str, root: Any) -> _Scanned:
+def _scan(text: str, source: str, root: Any) -> tuple[str, _Places]:
+    """Return the text as protobuf reads it, and where its layers stand."""
     if "\0" in text:
         raise CaffeError(f"{source}: holds a NUL character, so it is no text; is it the caffemodel?")
     if len(text) > MAX_BYTES:
@@ -186,7 +184,7 @@ def _scan(text: str, source: str, root: Any) -> _Scanned:
         raise CaffeError(f"{source}: seems to be a web page, a prototxt was expected")
     if re.fullmatch(r"\S+\.(prototxt|txt|caffemodel)", text):
         raise CaffeError(f"{source}: the text is {text!r}; read_prototxt reads a file of that name")
-    result = _Scanned("", {"layer": [], "layers": []})
+    places: _Places = {"layer": [], "layers": []}
     out: list[str] = []
     levels = [_Level(root, "", None, "the network")]
     line = 1
@@ -239,9 +237,9 @@ def _scan(text: str, source: str, root: Any) -> _Scanned:
             else:
                 if known is not None:
                     inner = known.message_type
-                if len(levels) == 1 + sum(entry.closing == "]" for entry in levels) and name in result.layers:
+                if len(levels) == 1 + sum(entry.closing == "]" for entry in levels) and name in places:
                     place = _Place(line)
-                    result.layers[name].append(place)
+                    places[name].append(place)
                 levels.append(_Level(inner, _OPEN[token], place, "layer" if place and not level.place else name))
                 named = ("", None)
         elif token in _CLOSE and kind == "symbol":
@@ -253,8 +251,7 @@ def _scan(text: str, source: str, root: Any) -> _Scanned:
         position = match.end()
     if len(levels) > 1:
         raise CaffeError(f"{source}: ends inside {levels[-1].name!r}: {levels[-1].closing!r} is missing")
-    result.text = "".join(out)
-    return result
+    return "".join(out), places
 
 
 def _split(token: str, level: _Level) -> tuple[str, str]:
@@ -296,8 +293,8 @@ class _Entry:
         return name in self.message.top and name not in self.message.bottom
 
 
-def _definition(net: Any, scanned: _Scanned, source: str, choice: Choice) -> d.Definition:
-    entries = _included(net, scanned, source, choice)
+def _definition(net: Any, places: _Places, source: str, choice: Choice) -> d.Definition:
+    entries = _included(net, places, source, choice)
     given = dict(choice.inputs or {})
     inputs = [] if given.keys() >= set(net.input) else list(_header_inputs(net, source))
     made = {*net.input, *(name for entry in entries for name in (*entry.message.top, *entry.message.bottom))}
@@ -330,7 +327,7 @@ def _definition(net: Any, scanned: _Scanned, source: str, choice: Choice) -> d.D
     return result
 
 
-def _included(net: Any, scanned: _Scanned, source: str, choice: Choice) -> list[_Entry]:
+def _included(net: Any, places: _Places, source: str, choice: Choice) -> list[_Entry]:
     """Return the layers that phase, level and stages leave, as Caffe decides it by their NetStateRule messages."""
     if net.layer and net.layers:
         raise CaffeError(f"{source}: has both `layer` and `layers` entries; a network has one kind")
@@ -346,13 +343,11 @@ def _included(net: Any, scanned: _Scanned, source: str, choice: Choice) -> list[
             and stages.isdisjoint(rule.not_stage)
         )
 
-    places = scanned.layers["layers" if net.layers else "layer"]
-    if len(places) != len(net.layers or net.layer):
-        raise CaffeError(
-            f"{source}: {len(net.layers or net.layer)} layers were parsed, {len(places)} found in the text"
-        )
+    messages, found = net.layers or net.layer, places["layers" if net.layers else "layer"]
+    if len(found) != len(messages):
+        raise CaffeError(f"{source}: {len(messages)} layers were parsed, {len(found)} found in the text")
     entries = []
-    for message, place in zip(net.layers or net.layer, places, strict=True):
+    for message, place in zip(messages, found, strict=True):
         kind = _type(message)
         where = f"{source}: {d.describe(message.name, kind, place.line)}"
         if message.include and message.exclude:
