@@ -52,10 +52,6 @@ class OnError(str, enum.Enum):
     stop = "stop"
 
 
-def _silent(what: str, fraction: float) -> None:
-    pass
-
-
 _data, _recipe, _computing, _files = (
     functools.partial(typer.Option, rich_help_panel=heading) for heading in ("Data", "Recipe", "Computing", "Files")
 )
@@ -180,7 +176,11 @@ def imagenet(
                 first = processes.first
                 if_stopped(lambda: training_stopped(out / imagenet.CHECKPOINT, resume) if first else None)
                 torch.backends.cudnn.benchmark = True  # all batches have the same shape
-                with progress_bar(lines=console) if first else contextlib.nullcontext(_silent) as show:
+                with (
+                    progress_bar(lines=console)
+                    if first
+                    else contextlib.nullcontext(lambda what, fraction: None) as show
+                ):
                     imagenet.train(
                         options, processes, progress=show,
                         say=lambda line: console.print(escape(printable(line)), soft_wrap=True),
