@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hypothesis import assume
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from resnet_fast import caffe
@@ -129,23 +127,6 @@ def feeds(net: caffe.Net, batch: int | None = None, size: tuple[int, int] | None
 def image(*shape: int, seed: int = 1) -> Tensor:
     """A float32 normal random input."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@st.composite
-def windows(draw: st.DrawFn) -> tuple[d.Pooling, tuple[int, int]]:
-    """Pooling layers that Caffe accepts, each with a size of image on which at least one window is left."""
-    method = draw(st.sampled_from(("MAX", "AVE")))
-    size = draw(st.integers(1, 13)), draw(st.integers(1, 13))
-    if draw(st.integers(0, 19)) == 0:
-        return d.Pooling(method), size
-    kernel = draw(st.integers(1, 7)), draw(st.integers(1, 7))
-    stride = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    padding = draw(st.integers(0, kernel[0] - 1)), draw(st.integers(0, kernel[1] - 1))
-    if draw(st.booleans()):
-        padding = 0, 0
-    p = d.Pooling(method, kernel, stride, padding, draw(st.sampled_from(("CEIL", "FLOOR"))))
-    assume(min(window_counts(p, size)) > 0)
-    return p, size
 
 
 # ---------------------------------------------------------------------------------------------------------- references

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import resnet_fast as rf
-from resnet_fast import caffe
 from resnet_fast.caffe import definition as d
-from resnet_fast.caffe import layers
 from resnet_fast.caffe.resnet import deploy_definition
+from tests.caffe.files import network
 from tests.numerics import assert_obeys_error_rule
 from tests.triton_device import DEVICE, FORMS, count_launches, kernels
 
@@ -45,27 +44,11 @@ def small() -> d.Definition:
     return d.Definition("small", (d.Input("data", (1, 3, 37, 31)),), tuple(made))
 
 
-def filled(definition: d.Definition) -> caffe.Net:
-    """Values for which every term counts, and activations keep their size."""
-    generator = torch.Generator().manual_seed(0)
-    net = caffe.Net(definition).eval()
-    with torch.no_grad():
-        for module in net.children():
-            if isinstance(module, layers.BatchNorm):
-                module.factor.fill_(999.98)
-                module.mean.normal_(0, 0.1, generator=generator).mul_(999.98)
-                module.variance.uniform_(0.7, 1.4, generator=generator).mul_(999.98)
-            elif isinstance(module, layers.Scale):
-                module.weight.uniform_(0.4, 0.8, generator=generator)
-                module.bias.uniform_(-0.2, 0.2, generator=generator)
-    return net
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_caffe_network(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = count_launches(monkeypatch, "conv_bn_act", "stem", "head", "add_act")
-    net = filled(small())
+    net = network(small())
     x = torch.randn(2, 3, 37, 31, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.no_grad(), kernels(form):
         exact = copy.deepcopy(net).double()(x.double())
@@ -78,7 +61,7 @@ def test_a_caffe_network(form: str, dtype: torch.dtype, monkeypatch: pytest.Monk
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_resnet_50_on_a_gpu(dtype: torch.dtype) -> None:
-    net = filled(deploy_definition(50)).cuda()
+    net = network(deploy_definition(50)).cuda()
     x = torch.randn(2, 3, 224, 224, device="cuda").to(dtype)
     with torch.no_grad():
         exact = copy.deepcopy(net).double().blobs(x.double(), ["fc1000"])["fc1000"]

@@ -19,6 +19,7 @@ import resnet_fast as rf
 from resnet_fast import caffe
 from resnet_fast.caffe import definition as d
 from tests.caffe import files as caffe_files
+from tests.caffe.test_layers import windows
 
 cv2 = pytest.importorskip("cv2", reason="needs OpenCV: pip install 'opencv-python-headless>=4.10,<5'")
 
@@ -211,7 +212,7 @@ def test_a_factor_of_zero_and_one_in_a_large_batch(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- pooling
 
 
-@given(caffe_files.windows())
+@given(windows())
 @settings(max_examples=200, deadline=None)
 def test_pooling(case: tuple[d.Pooling, tuple[int, int]]) -> None:
     """All windows but those of :func:`opencv_differs`."""
