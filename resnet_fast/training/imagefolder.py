@@ -259,12 +259,15 @@ class _Checked(Dataset[int]):
     folder: ImageFolder
     whole: bool
 
-    def __getitem__(self, index: int) -> int:
+    def error(self, index: int) -> ImageError | None:
         try:
             (read_image if self.whole else check_image)(self.folder.path(index))
-        except ImageError:
-            return index
-        return -1
+        except ImageError as error:
+            return error
+        return None
+
+    def __getitem__(self, index: int) -> int:
+        return -1 if self.error(index) is None else index
 
 
 def _end_on_sigterm(_worker: int) -> None:
@@ -277,19 +280,12 @@ def unreadable(
 ) -> Iterator[tuple[int, list[ImageError]]]:
     """Read the images of ``share``, whole or their headers alone; yield how many are done, and the errors."""
     workers = workers if len(share) >= _WORTH_WORKERS else 0
-    loader = DataLoader(
-        _Checked(folder, whole), batch_size=64, sampler=share, num_workers=workers, worker_init_fn=_end_on_sigterm
-    )
+    images = _Checked(folder, whole)
+    loader = DataLoader(images, batch_size=64, sampler=share, num_workers=workers, worker_init_fn=_end_on_sigterm)
     done = 0
     for found in loader:
-        errors: list[ImageError] = []
-        for index in found[found >= 0].tolist():
-            try:
-                (read_image if whole else check_image)(folder.path(index))
-            except ImageError as error:
-                errors.append(error)
         done += len(found)
-        yield done, errors
+        yield done, [error for index in found[found >= 0].tolist() if (error := images.error(index)) is not None]
 
 
 def _pixels(image: Image) -> Tensor:

@@ -190,7 +190,7 @@ def test_left_out_layers_are_those_of_the_file(files: tuple[Path, Path]) -> None
         ({"stages": "deploy"}, TypeError, "stages is 'deploy'; a list of names was expected"),
         ({"level": "1"}, TypeError, "level is '1'; an integer was expected"),
         ({"upto": ["conv1"]}, TypeError, "the name of one layer or blob was expected"),
-        ({"phase": "test"}, ValueError, "it must be 'TEST' or 'TRAIN'"),
+        ({"phase": "test"}, ValueError, "phase is 'test'; it must be 'TEST' or 'TRAIN'"),
         ({"inputs": [("data", (1,))]}, TypeError, "inputs is a list; a dict of shapes by name was expected"),
         ({"inputs": {"data": "1,3,8,8"}}, TypeError, "is no shape; a tuple of integers was expected"),
         ({"inputs": {"data": (1, 3, 0, 8)}}, caffe.CaffeError, "shape 1x3x0x8; 1 to 32 sizes of at least 1"),

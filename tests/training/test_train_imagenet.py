@@ -66,12 +66,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+USUAL = ddp_worker.OPTIONS | {"batch_size": 4, "image_size": 32}
+
+
 def options(data: Path, output: Path, **changed: Any) -> imagenet.Options:
-    usual: dict[str, Any] = {
-        "arch": "resnet18", "epochs": 2, "batch_size": 4, "lr": 0.02, "warmup_epochs": 0.5, "image_size": 32,
-        "workers": 0, "ema_decay": 0.5, "checkpoint_every": 3,
-    }  # fmt: skip
-    return imagenet.Options(data=data, out=output, **usual | changed)
+    return imagenet.Options(data=data, out=output, **USUAL | changed)
 
 
 def same_files(left: Path, right: Path) -> None:
@@ -335,11 +334,9 @@ def test_a_run_that_is_killed_and_resumed_is_the_whole_run_bit_for_bit(data: Pat
     assert not torch.equal(load_file(whole.out / imagenet.EMA_MODEL)["conv1.weight"], state["conv1.weight"])
 
     cut = replace(whole, out=tmp_path / "cut", checkpoint_every=3)
-    command = (
-        "-m", "resnet_fast.cli", "train", "imagenet", "--data", data, "--out", cut.out, "--arch", "resnet18",
-        "--epochs", "2", "--batch-size", "4", "--lr", "0.02", "--warmup-epochs", "0.5", "--image-size", "32",
-        "--workers", "0", "--ema-decay", "0.5", "--checkpoint-every", "3", "--device", "cpu", "--threads", "1",
-    )  # fmt: skip
+    command = ["-m", "resnet_fast.cli", "train", "imagenet", "--data", data, "--out", cut.out, "--device", "cpu"]
+    for name, value in (USUAL | {"threads": 1}).items():
+        command += [f"--{name.replace('_', '-')}", value]
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
