@@ -416,6 +416,27 @@ def expected(folder: Path, path: Path, mean: Tensor, scale: float = 1.0) -> Tens
         return caffe.load(folder / "a.prototxt", folder / "a.caffemodel").double()(x[None].double())[0]
 
 
+def assert_says(entry: dict[str, Any], probabilities: Tensor) -> None:
+    """The predictions for an image are these probabilities, the largest first."""
+    values, indices = probabilities.topk(3)
+    assert [row["index"] for row in entry["predictions"]] == indices.tolist()
+    assert [row["label"] for row in entry["predictions"]] == [f"class {index}" for index in indices.tolist()]
+    assert [row["probability"] for row in entry["predictions"]] == pytest.approx(values.tolist(), rel=1e-4)
+
+
+def with_data_layer(folder: Path, transform: str) -> str:
+    """The definition with a data layer in place of its input."""
+    layer = (
+        'layer { name: "in" type: "MemoryData" top: "data" top: "label" memory_data_param { batch_size: 1 channels: 3 '
+        f"height: 32 width: 32 }} transform_param {{ {transform} }} }}"
+    )
+    text, count = re.subn(
+        r'input: "data"\s*input_shape {.*?}', layer, (folder / "a.prototxt").read_text(), flags=re.DOTALL
+    )
+    assert count == 1
+    return text
+
+
 PUBLISHED = torch.tensor([103.063, 115.903, 123.152]).view(3, 1, 1)
 
 
@@ -437,10 +458,7 @@ def test_classify_by_hand(mean: str | None, folder: Path) -> None:
     for path, entry in zip(pictures, data["images"], strict=True):
         probabilities = expected(folder, path, subtracted)
         assert probabilities.max() < 0.999
-        values, indices = probabilities.topk(3)
-        assert [row["index"] for row in entry["predictions"]] == indices.tolist()
-        assert [row["label"] for row in entry["predictions"]] == [f"class {index}" for index in indices.tolist()]
-        assert [row["probability"] for row in entry["predictions"]] == pytest.approx(values.tolist(), rel=1e-4)
+        assert_says(entry, probabilities)
         answers.append(probabilities)
     assert not torch.allclose(answers[0], answers[1], rtol=0.01)
 
@@ -460,34 +478,18 @@ def test_classify_with_a_scale(
     transform: str, options: list[str], mean: tuple[int, ...], scale: float, folder: Path, tmp_path: Path
 ) -> None:
     """By option, or as the definition's data layer says."""
-    text = (folder / "a.prototxt").read_text()
-    head = re.compile(r'input: "data"\s*input_shape {.*?}', re.DOTALL)
-    data = (
-        'layer { name: "in" type: "MemoryData" top: "data" top: "label" memory_data_param { batch_size: 1 channels: 3 '
-        f"height: 32 width: 32 }} transform_param {{ {transform} }} }}"
-    )
-    assert len(head.findall(text)) == 1
     definition = tmp_path / "n.prototxt"
-    definition.write_text(head.sub(data, text) if transform else text)
+    definition.write_text(with_data_layer(folder, transform) if transform else (folder / "a.prototxt").read_text())
     found = run("classify", "--prototxt", definition, "--caffemodel", folder / "a.caffemodel", "--json", *options,
                 folder / "0.png")  # fmt: skip
-    rows = json.loads(found.passed())["images"][0]["predictions"]
     assert "note" not in found.err
-    values, indices = expected(folder, folder / "0.png", torch.tensor(mean).view(3, 1, 1), scale).topk(3)
-    assert [row["index"] for row in rows] == indices.tolist()
-    assert [row["probability"] for row in rows] == pytest.approx(values.tolist(), rel=1e-4)
+    probabilities = expected(folder, folder / "0.png", torch.tensor(mean).view(3, 1, 1), scale)
+    assert_says(json.loads(found.passed())["images"][0], probabilities)
 
 
 def test_a_mean_image_that_the_definition_names_is_asked_for(folder: Path, tmp_path: Path) -> None:
     """A path in a stranger's file is not opened."""
-    text = re.sub(
-        r'input: "data"\s*input_shape {.*?}',
-        'layer { name: "in" type: "MemoryData" top: "data" memory_data_param { batch_size: 1 channels: 3 height: 32 '
-        'width: 32 } transform_param { mean_file: "/etc/passwd" } }',
-        (folder / "a.prototxt").read_text(),
-        flags=re.DOTALL,
-    )
-    (tmp_path / "n.prototxt").write_text(text)
+    (tmp_path / "n.prototxt").write_text(with_data_layer(folder, 'mean_file: "/etc/passwd"'))
     found = run("classify", "--prototxt", tmp_path / "n.prototxt", "--caffemodel", folder / "a.caffemodel",
                 folder / "0.png")  # fmt: skip
     found.failed("subtracts the mean image /etc/passwd; give it with --mean FILE")
@@ -511,10 +513,7 @@ def test_classify_scores(ending: str, folder: Path, tmp_path: Path) -> None:
         net.state_dict()[name].copy_(tensor.view_as(net.state_dict()[name]))
     files = caffe_files.write(tmp_path, net, "b")
     found = run("classify", folder / "0.png", "--prototxt", files[0], "--caffemodel", files[1], "--json")
-    values, indices = expected(folder, folder / "0.png", PUBLISHED).topk(3)
-    rows = json.loads(found.passed())["images"][0]["predictions"]
-    assert [row["index"] for row in rows] == indices.tolist()
-    assert [row["probability"] for row in rows] == pytest.approx(values.tolist(), rel=1e-4)
+    assert_says(json.loads(found.passed())["images"][0], expected(folder, folder / "0.png", PUBLISHED))
 
 
 def test_labels(folder: Path, tmp_path: Path) -> None:
