@@ -22,6 +22,7 @@ from resnet_fast.caffe import caffemodel
 from resnet_fast.cli import classify
 from resnet_fast.models.checkpoint import with_metadata
 from tests.caffe import files as caffe_files
+from tests.caffe.test_preprocessing import by_hand
 from tests.command_line import run
 from tests.numerics import assert_obeys_error_rule
 
@@ -404,14 +405,7 @@ def wrong(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(folder: Path, path: Path, mean: Tensor, scale: float = 1.0) -> Tensor:
     """Probabilities of a picture: resized to 37, cropped to 32, BGR, minus the mean, times the scale, through the
     unfused network."""
-    factor = scale
-    image = Image.open(path)
-    width, height = image.size
-    scale = 37 / min(width, height)
-    image = image.resize((max(37, int(width * scale)), max(37, int(height * scale))), Image.Resampling.BILINEAR)
-    left, top = (round((extent - 32) / 2) for extent in image.size)
-    rgb = torch.tensor(list(image.crop((left, top, left + 32, top + 32)).tobytes())).view(32, 32, 3)
-    x = (torch.stack([rgb[..., 2], rgb[..., 1], rgb[..., 0]]).float() - mean) * factor
+    x = (torch.from_numpy(by_hand(Image.open(path), 37, 32).copy()) - mean) * scale
     with torch.no_grad():
         return caffe.load(folder / "a.prototxt", folder / "a.caffemodel").double()(x[None].double())[0]
 
