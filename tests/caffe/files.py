@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -110,6 +112,34 @@ def write_layers(
         net.layer.add(name=layer, type=kind)
         blobs.append(own)
     caffemodel.write(path, net, blobs)
+
+
+_READ = """
+import sys
+from resnet_fast import caffe
+from resnet_fast.caffe import caffemodel
+
+def peak():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines["VmHWM"].split()[0]) // 1024
+
+for path in sys.argv[1:]:
+    before = peak()
+    try:
+        caffe.read_prototxt(path) if path.endswith(".prototxt") else caffemodel.read(path)
+        message = "was read"
+    except caffe.CaffeError as error:
+        message = str(error)
+    print(peak() - before, message, sep="|")
+"""
+
+
+def peak_memory(*paths: Path) -> list[tuple[int, str]]:
+    """By how many MiB a process grows that reads these files, one after the other, and what it says of each."""
+    command = [sys.executable, "-c", _READ, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    lines = (line.split("|", 1) for line in done.stdout.splitlines())
+    return [(int(grown), text) for grown, text in lines]
 
 
 def feeds(net: caffe.Net, batch: int | None = None, size: tuple[int, int] | None = None) -> dict[str, Tensor]:

@@ -11,8 +11,6 @@ import math
 import os
 import re
 import struct
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +27,7 @@ from resnet_fast.caffe import caffemodel, wire
 from resnet_fast.caffe.caffemodel import StoredNet, read, read_mean, write, write_mean
 from resnet_fast.caffe.errors import CaffeError
 from resnet_fast.caffe.schema import build
-from tests.caffe.files import write_layers
+from tests.caffe.files import peak_memory, write_layers
 
 pytest.importorskip("google.protobuf")
 from google.protobuf.message import DecodeError
@@ -655,38 +653,14 @@ def test_memory_of_hostile_files(path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert peaks[1] < 1.1 * peaks[0] + 20_000, f"{peaks[0]:,} and {peaks[1]:,} bytes"
 
 
-_CHILD = """
-import sys, time
-from resnet_fast.caffe.caffemodel import read
-from resnet_fast.caffe.errors import CaffeError
-from resnet_fast.caffe.schema import build
-from tests.caffe.files import write_layers
-
-def peak():
-    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return int(lines["VmHWM"].split()[0]) / 1024
-
-for path in sys.argv[1:]:
-    before = peak()
-    try:
-        read(path)
-        message = "was read"
-    except CaffeError as error:
-        message = str(error)
-    print(round(peak() - before), message.removeprefix(path + ": "), sep="|")
-"""
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read from /proc")
 def test_peak_memory_of_60_megabytes(tmp_path: Path) -> None:
     cases = ["empty V1 layers", "named layers of blobs"]
-    for index, case in enumerate(cases):
-        (tmp_path / str(index)).write_bytes(_FILLED[case][0](_MB) * 60)
-    command = [sys.executable, "-c", _CHILD, *(str(tmp_path / str(index)) for index in range(len(cases)))]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    for line, case in zip(lines, cases, strict=True):
-        grown, text = line.split("|")
-        assert int(grown) < 80, line  # MiB
+    paths = [tmp_path / f"{index}.caffemodel" for index in range(len(cases))]
+    for path, case in zip(paths, cases, strict=True):
+        path.write_bytes(_FILLED[case][0](_MB) * 60)
+    for case, (grown, text) in zip(cases, peak_memory(*paths), strict=True):
+        assert grown < 80, text  # MiB
         assert _FILLED[case][1] in text
 
 
