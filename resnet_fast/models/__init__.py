@@ -8,36 +8,20 @@ otherwise enums of the same names. They are created on first use, so importing t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+from resnet_fast.models import resnet
 from resnet_fast.models.checkpoint import WeightsError, read_checkpoint
 from resnet_fast.models.images import ImageError, read_image
 from resnet_fast.models.preprocessing import Preprocessing
 from resnet_fast.models.residual_network import ResidualNetwork, residual_network
-from resnet_fast.models.resnet import (
-    BasicBlock,
-    Bottleneck,
-    ResNet,
-    resnet18,
-    resnet34,
-    resnet50,
-    resnet101,
-    resnet152,
-    resnext50_32x4d,
-    resnext101_32x8d,
-    resnext101_64x4d,
-    wide_resnet50_2,
-    wide_resnet101_2,
-)
+from resnet_fast.models.resnet import *  # noqa: F403
+from resnet_fast.models.resnet import BUILDERS, ResNet
 from resnet_fast.models.weights import categories, enum_names, get_model_weights, get_weight, model_of, preprocessing
 
 __all__ = [
-    "BasicBlock",
-    "Bottleneck",
     "ImageError",
     "Preprocessing",
-    "ResNet",
     "ResidualNetwork",
     "WeightsError",
     "categories",
@@ -49,33 +33,8 @@ __all__ = [
     "read_checkpoint",
     "read_image",
     "residual_network",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
 ]
-
-_CONSTRUCTORS: dict[str, Callable[..., ResNet]] = {
-    constructor.__name__: constructor
-    for constructor in (
-        resnet18,
-        resnet34,
-        resnet50,
-        resnet101,
-        resnet152,
-        resnext50_32x4d,
-        resnext101_32x8d,
-        resnext101_64x4d,
-        wide_resnet50_2,
-        wide_resnet101_2,
-    )
-}
+__all__ += resnet.__all__
 
 
 def list_models() -> list[str]:
@@ -86,7 +45,7 @@ def list_models() -> list[str]:
         >>> rf.models.list_models()[:3]
         ['resnet18', 'resnet34', 'resnet50']
     """
-    return list(_CONSTRUCTORS)
+    return list(BUILDERS)
 
 
 def get_model(name: str, **config: Any) -> ResNet:
@@ -100,9 +59,9 @@ def get_model(name: str, **config: Any) -> ResNet:
         >>> rf.models.get_model("resnet18", num_classes=10).fc
         Linear(in_features=512, out_features=10, bias=True)
     """
-    if name not in _CONSTRUCTORS:
-        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(_CONSTRUCTORS)}")
-    return _CONSTRUCTORS[name](**config)
+    if name not in BUILDERS:
+        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(BUILDERS)}")
+    return BUILDERS[name](**config)
 
 
 def __getattr__(name: str) -> Any:

@@ -361,7 +361,11 @@ def _resnet(
     weights: WeightsArgument,
     progress: bool,
     kwargs: dict[str, Any],
+    **fixed: int,
 ) -> ResNet:
+    """Make a model with the arguments of `ResNet`; those in `fixed` are the architecture's."""
+    for argument, value in fixed.items():
+        _fix(kwargs, argument, value)
     chosen = _weights.resolve(name, weights)
     if chosen is None:
         return ResNet(block, layers, **kwargs)
@@ -419,6 +423,9 @@ class _WeightsOf(GenericAlias):
 
 
 _P = ParamSpec("_P")
+
+BUILDERS: dict[str, Callable[..., ResNet]] = {}
+"""The functions of the ten models by name, in the order of their definition."""
 
 _ARGUMENTS = """
 
@@ -491,6 +498,7 @@ def _builder(builder: Callable[_P, ResNet]) -> Callable[_P, ResNet]:
             )
         return builder(**kwargs)  # type: ignore[call-arg]
 
+    BUILDERS[name] = wrapper
     return wrapper
 
 
@@ -527,36 +535,32 @@ def resnet152(*, weights: WeightsArgument = None, progress: bool = True, **kwarg
 @_builder
 def resnext50_32x4d(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Return a ResNeXt-50 32x4d (arXiv:1611.05431)."""
-    _fix(kwargs, "groups", 32)
-    _fix(kwargs, "width_per_group", 4)
-    return _resnet("resnext50_32x4d", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs)
+    return _resnet("resnext50_32x4d", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs, groups=32, width_per_group=4)
 
 
 @_builder
 def resnext101_32x8d(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Return a ResNeXt-101 32x8d (arXiv:1611.05431)."""
-    _fix(kwargs, "groups", 32)
-    _fix(kwargs, "width_per_group", 8)
-    return _resnet("resnext101_32x8d", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
+    return _resnet(
+        "resnext101_32x8d", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs, groups=32, width_per_group=8
+    )
 
 
 @_builder
 def resnext101_64x4d(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Return a ResNeXt-101 64x4d (arXiv:1611.05431)."""
-    _fix(kwargs, "groups", 64)
-    _fix(kwargs, "width_per_group", 4)
-    return _resnet("resnext101_64x4d", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
+    return _resnet(
+        "resnext101_64x4d", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs, groups=64, width_per_group=4
+    )
 
 
 @_builder
 def wide_resnet50_2(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Return a Wide ResNet-50-2 (arXiv:1605.07146), 3x3 convolutions twice as wide."""
-    _fix(kwargs, "width_per_group", 128)
-    return _resnet("wide_resnet50_2", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs)
+    return _resnet("wide_resnet50_2", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs, width_per_group=128)
 
 
 @_builder
 def wide_resnet101_2(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Return a Wide ResNet-101-2 (arXiv:1605.07146), 3x3 convolutions twice as wide."""
-    _fix(kwargs, "width_per_group", 128)
-    return _resnet("wide_resnet101_2", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
+    return _resnet("wide_resnet101_2", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs, width_per_group=128)

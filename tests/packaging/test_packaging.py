@@ -21,20 +21,9 @@ from pathlib import Path
 import pytest
 
 import resnet_fast
+from resnet_fast.models import list_models
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = [
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-]
 
 
 def run(
@@ -298,7 +287,7 @@ print(json.dumps([names, shape, resnet_fast.__file__, resnet_fast.kernels.gpus._
 """
     output = succeed("-W", "ignore", "-c", code, cwd=tmp_path, isolated=True, PYTHONPATH=packages)
     names, shape, package, gpus = json.loads(output.splitlines()[-1])
-    assert sorted(names) == sorted(MODELS)
+    assert sorted(names) == sorted(list_models())
     assert shape == [1, 7]
     assert Path(package) == ROOT / "resnet_fast" / "__init__.py"
     assert Path(gpus) == ROOT / "kernels" / "gpus.py"
