@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+
+#: Padding, stride, dilation and groups of a convolution, in the order of torch's functions.
+Window: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 
 
 @functools.cache
@@ -52,13 +55,13 @@ def _verify() -> None:
         weight = torch.randn(16, 16, 1, 1, **options)
         bias = torch.randn(16, **options)
         expected = torch.conv2d(x, weight, bias)
-        geometry = ([0, 0], [1, 1], [1, 1], 1)
-        packed = pack_conv(weight, *geometry, list(x.shape))
+        window: Window = ([0, 0], [1, 1], [1, 1], 1)
+        packed = pack_conv(weight, window, list(x.shape))
         results = {
-            "convolution": (conv(x, packed, bias, *geometry, relu=False), expected),
-            "convolution + ReLU": (conv(x, packed, bias, *geometry, relu=True), expected.relu()),
-            "convolution + sum": (conv_sum(x, x, packed, bias, *geometry, relu=False), expected + x),
-            "in-place sum": (conv_sum_(x.clone(), x, packed, bias, *geometry, relu=True), (expected + x).relu()),
+            "convolution": (conv(x, packed, bias, window, relu=False), expected),
+            "convolution + ReLU": (conv(x, packed, bias, window, relu=True), expected.relu()),
+            "convolution + sum": (conv_sum(x, x, packed, bias, window, relu=False), expected + x),
+            "in-place sum": (conv_sum_(x.clone(), x, packed, bias, window, relu=True), (expected + x).relu()),
         }
         for name, (actual, wanted) in results.items():
             if not torch.allclose(actual, wanted, rtol=1e-4, atol=1e-4):
@@ -89,75 +92,31 @@ def unsupported(dtype: torch.dtype) -> str:
     return unavailable()
 
 
-def pack_conv(
-    weight: Tensor,
-    padding: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    input_size: Sequence[int],
-) -> Tensor:
+def pack_conv(weight: Tensor, window: Window, input_size: Sequence[int]) -> Tensor:
     """``weight`` [K, C/groups, R, S] in the blocked layout that oneDNN prefers for inputs of ``input_size`` (NCHW)."""
-    packed: Tensor = _functions()["pack_conv"](weight, padding, stride, dilation, groups, input_size)
+    packed: Tensor = _functions()["pack_conv"](weight, *window, input_size)
     return packed
 
 
-def conv(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor,
-    padding: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    *,
-    relu: bool,
-) -> Tensor:
+def conv(x: Tensor, packed: Tensor, bias: Tensor, window: Window, *, relu: bool) -> Tensor:
     """``conv(x, w) + bias``, with oneDNN's NaN-dropping ReLU if ``relu``; ``x`` channels_last."""
-    attribute = "relu" if relu else "none"
-    y: Tensor = _functions()["conv"](x, packed, bias, padding, stride, dilation, groups, attribute, [], "")
+    y: Tensor = _functions()["conv"](x, packed, bias, *window, "relu" if relu else "none", [], "")
     return y
 
 
-def conv_sum(
-    x: Tensor,
-    residual: Tensor,
-    packed: Tensor,
-    bias: Tensor,
-    padding: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    *,
-    relu: bool,
-) -> Tensor:
+def conv_sum(x: Tensor, residual: Tensor, packed: Tensor, bias: Tensor, window: Window, *, relu: bool) -> Tensor:
     """``conv(x, w) + bias + residual`` in a new tensor; ``relu`` as in :func:`conv`."""
     if residual.shape[2] == residual.shape[3] == 1:  # torch 2.11: "could not create a memory"
-        return conv_sum_(residual.clone(), x, packed, bias, padding, stride, dilation, groups, relu=relu)
+        return conv_sum_(residual.clone(), x, packed, bias, window, relu=relu)
     act = "relu" if relu else None
-    y: Tensor = _functions()["conv_sum"](
-        x, residual, packed, bias, padding, stride, dilation, groups, "add", 1.0, act, [], None
-    )
+    y: Tensor = _functions()["conv_sum"](x, residual, packed, bias, *window, "add", 1.0, act, [], None)
     return y
 
 
-def conv_sum_(
-    residual: Tensor,
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor,
-    padding: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    *,
-    relu: bool,
-) -> Tensor:
+def conv_sum_(residual: Tensor, x: Tensor, packed: Tensor, bias: Tensor, window: Window, *, relu: bool) -> Tensor:
     """``residual += conv(x, w) + bias`` in place, in one pass; returns it. ``relu`` as in :func:`conv`."""
     act = "relu" if relu else None
-    y: Tensor = _functions()["conv_sum_"](
-        residual, x, packed, bias, padding, stride, dilation, groups, "add", 1.0, act, [], None
-    )
+    y: Tensor = _functions()["conv_sum_"](residual, x, packed, bias, *window, "add", 1.0, act, [], None)
     return y
 
 

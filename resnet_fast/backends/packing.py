@@ -55,10 +55,7 @@ class PackedConv:
 
     bias: Tensor
     weight_shape: torch.Size
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
+    window: onednn.Window
     _by_shape: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     _by_layout: dict[bytes, Tensor] = field(default_factory=dict)
 
@@ -66,7 +63,7 @@ class PackedConv:
         channels = self.weight_shape[1]
         # oneDNN multiplies bfloat16 channels in pairs. With an odd count the last pair reaches into the next pixel,
         # times 0: harmless for numbers, but there a NaN or infinity spreads. A channel of zeros keeps pixels apart.
-        self._pads = self.bias.dtype is torch.bfloat16 and channels % 2 == 1 and self.groups == 1
+        self._pads = self.bias.dtype is torch.bfloat16 and channels % 2 == 1 and self.window[-1] == 1
 
     def _input(self, x: Tensor) -> Tensor:
         """``x`` in the bias' dtype, dense and channels_last, with a channel of zeros behind an odd bfloat16 count."""
@@ -84,7 +81,7 @@ class PackedConv:
         weight, keep = folded()
         if self._pads:
             weight = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, 1))
-        packed = onednn.pack_conv(weight, self.padding, self.stride, self.dilation, self.groups, list(size))
+        packed = onednn.pack_conv(weight, self.window, list(size))
         if not keep:
             return packed
         # New dictionaries, so that other threads may read the old ones meanwhile.
@@ -123,17 +120,16 @@ class PackedConv:
         relu = activation == "relu"
         late = residual if residual_after_activation else None
         early = None if residual_after_activation else residual
-        geometry = (self.padding, self.stride, self.dilation, self.groups)
         post_op = relu and finite
         packed = self._by_shape.get(shape)
         if packed is None:
             packed = self._packed(shape, folded)
         if early is None:
-            y = onednn.conv(x, packed, self.bias, *geometry, relu=post_op)
+            y = onednn.conv(x, packed, self.bias, self.window, relu=post_op)
         elif overwrite_residual:
-            y = onednn.conv_sum_(early, x, packed, self.bias, *geometry, relu=post_op)
+            y = onednn.conv_sum_(early, x, packed, self.bias, self.window, relu=post_op)
         else:
-            y = onednn.conv_sum(x, early, packed, self.bias, *geometry, relu=post_op)
+            y = onednn.conv_sum(x, early, packed, self.bias, self.window, relu=post_op)
         if relu and not post_op:
             y.relu_()
         if late is not None:
@@ -198,7 +194,7 @@ def packed(
     stride, padding, dilation, groups = geometry
     if kept is not None:
         if "packed" not in kept:
-            conv = PackedConv(shift.to(dtype), weight.shape, list(stride), list(padding), list(dilation), groups)
+            conv = PackedConv(shift.to(dtype), weight.shape, (list(padding), list(stride), list(dilation), groups))
             kept["packed"] = conv, lambda: (fold(weight, scale, dtype), True)
         made: tuple[PackedConv, Folded] = kept["packed"]
         return made
@@ -224,7 +220,7 @@ def packed(
     if found is None or found[0] != digest:
         own = shift.clone()
         digest = _digest(weight, scale, own)
-        conv = PackedConv(own.to(dtype), shape, list(stride), list(padding), list(dilation), groups)
+        conv = PackedConv(own.to(dtype), shape, (list(padding), list(stride), list(dilation), groups))
         entries.pop(key, None)
         entries[key] = found = (digest, conv)
         for old in list(entries)[:-_WEIGHTS_KEPT]:
