@@ -326,15 +326,22 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _workspace(size: int, to: int, device: torch.device) -> tuple[Tensor | None, int]:
-    """Memory of ``size`` bytes and an address in it that is a multiple of ``to``; (None, 0) for no bytes.
+def _workspace(size: int, to: int, device: torch.device) -> Tensor | None:
+    """Memory of ``size`` bytes at an address that is a multiple of ``to``; None for no bytes.
 
     It may be freed as soon as the launch is on the stream: torch reuses memory in the order of that stream.
     """
     if size == 0:
-        return None, 0
+        return None
     memory = torch.empty(size + to, dtype=torch.uint8, device=device)
-    return memory, -(-memory.data_ptr() // to) * to
+    return memory[-memory.data_ptr() % to :]
+
+
+def _run(function: str, device: torch.device, *arguments: Any) -> None:
+    """Call a function of the module with the addresses of tensors, 0 for None, on the device's current stream."""
+    values = [_pointer(each) if each is None or isinstance(each, Tensor) else each for each in arguments]
+    with triton.on(device):
+        getattr(_module(), function)(*values, _stream(device))
 
 
 def conv_bn_act(
@@ -365,10 +372,8 @@ def conv_bn_act(
     pointers = [x.data_ptr(), weight.data_ptr(), scale.data_ptr(), shift.data_ptr(), _pointer(residual), out.data_ptr()]
     fields = (*pointers, *_sizes(problem), activation == "relu", residual_after_activation)
     with triton.on(device):
-        size = module.conv_bn_act_workspace(name, *fields, 0)
-        memory, address = _workspace(size, 256, device)
-        module.conv_bn_act(name, *fields, address, _stream(device))
-        del memory
+        memory = _workspace(module.conv_bn_act_workspace(name, *fields, 0), 256, device)
+        module.conv_bn_act(name, *fields, _pointer(memory), _stream(device))
 
 
 def stem(
@@ -384,15 +389,13 @@ def stem(
         out: [N, K, P, Q], dense channels_last.
         problem: ``kernels.problems.Stem``.
     """
-    module, device = _module(), x.device
     stride_n, *others = x.stride()
     strides = (others[2], others[0], others[1]) if problem.uint8 else others
-    with triton.on(device):
-        module.stem(
-            x.data_ptr(), stride_n, *strides, problem.uint8, _pointer(normalisation), weight.data_ptr(),
-            scale.data_ptr(), shift.data_ptr(), out.data_ptr(), problem.n, problem.c, problem.h, problem.w, problem.k,
-            *problem.convolved, *problem.output, problem.ceil_mode, problem.precision, _stream(device),
-        )  # fmt: skip
+    _run(
+        "stem", x.device, x, stride_n, *strides, problem.uint8, normalisation, weight, scale, shift, out, problem.n,
+        problem.c, problem.h, problem.w, problem.k, *problem.convolved, *problem.output, problem.ceil_mode,
+        problem.precision,
+    )  # fmt: skip
 
 
 def head(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, problem: Any, gpu: GPU) -> None:
@@ -402,35 +405,19 @@ def head(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, problem: A
         x: [N, C, H, W], dense channels_last. weight: [K, C] of x's dtype, dense. bias: [K] float32, dense, or None.
         problem: ``kernels.problems.Head``.
     """
-    module, device = _module(), x.device
     sizes = (problem.n, problem.h * problem.w, problem.c, problem.k, problem.precision)
-    with triton.on(device):
-        memory, address = _workspace(module.head_workspace(*sizes, gpu.multiprocessors), 16, device)
-        module.head(
-            x.data_ptr(), weight.data_ptr(), _pointer(bias), out.data_ptr(), *sizes, address, gpu.multiprocessors,
-            _stream(device),
-        )  # fmt: skip
-        del memory
+    memory = _workspace(_module().head_workspace(*sizes, gpu.multiprocessors), 16, x.device)
+    _run("head", x.device, x, weight, bias, out, *sizes, memory, gpu.multiprocessors)
 
 
 def add_act(x: Tensor, y: Tensor, out: Tensor, *, activation: str = "relu") -> None:
     """Fill ``out`` with ``act(x + y)``: one dtype and the same dense strides; ``out`` may be x or y."""
-    device = x.device
-    with triton.on(device):
-        _module().add_act(
-            x.data_ptr(), y.data_ptr(), out.data_ptr(), x.numel(), PRECISIONS[x.dtype], activation == "relu",
-            _stream(device),
-        )  # fmt: skip
+    _run("add_act", x.device, x, y, out, x.numel(), PRECISIONS[x.dtype], activation == "relu")
 
 
 def add_act_backward(grad: Tensor, output: Tensor, out: Tensor) -> None:
     """Fill ``out`` with ``grad`` where not ``output`` <= 0, else 0; tensors as for :func:`add_act`."""
-    device = output.device
-    with triton.on(device):
-        _module().add_act_backward(
-            grad.data_ptr(), output.data_ptr(), out.data_ptr(), output.numel(), PRECISIONS[output.dtype],
-            _stream(device),
-        )  # fmt: skip
+    _run("add_act_backward", output.device, grad, output, out, output.numel(), PRECISIONS[output.dtype])
 
 
 # Training BatchNorm + residual + ReLU. All images here are [N, C, H, W], dense channels_last and of one dtype; vectors
@@ -440,6 +427,11 @@ def add_act_backward(grad: Tensor, output: Tensor, out: Tensor) -> None:
 def _rows(x: Tensor) -> tuple[int, int]:
     """Return an image's pixels and channels: what its memory is as a matrix."""
     return (x.numel() // x.shape[1] if x.shape[1] else 0), x.shape[1]
+
+
+def _sums(x: Tensor) -> Tensor | None:
+    """Return the workspace of the functions that sum over an image's pixels."""
+    return _workspace(_module().batch_norm_act_workspace(*_rows(x), PRECISIONS[x.dtype]), 16, x.device)
 
 
 def batch_norm_act_statistics(
@@ -456,14 +448,10 @@ def batch_norm_act_statistics(
 
     ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance; None for no such statistics.
     """
-    module, device, precision, rows = _module(), x.device, PRECISIONS[x.dtype], _rows(x)
-    with triton.on(device):
-        memory, address = _workspace(module.batch_norm_act_workspace(*rows, precision), 16, device)
-        module.batch_norm_act_statistics(
-            x.data_ptr(), mean.data_ptr(), invstd.data_ptr(), _pointer(running_mean), _pointer(running_var), *rows, eps,
-            momentum, precision, address, _stream(device),
-        )  # fmt: skip
-        del memory
+    _run(
+        "batch_norm_act_statistics", x.device, x, mean, invstd, running_mean, running_var, *_rows(x), eps, momentum,
+        PRECISIONS[x.dtype], _sums(x),
+    )  # fmt: skip
 
 
 def batch_norm_act_apply(
@@ -478,12 +466,10 @@ def batch_norm_act_apply(
     activation: str = "relu",
 ) -> None:
     """Fill ``out`` with ``act((x - mean) * invstd * gamma + beta + residual)``; it may be x or the residual."""
-    device = x.device
-    with triton.on(device):
-        _module().batch_norm_act_apply(
-            x.data_ptr(), mean.data_ptr(), invstd.data_ptr(), _pointer(gamma), _pointer(beta), _pointer(residual),
-            out.data_ptr(), *_rows(x), activation == "relu", PRECISIONS[x.dtype], _stream(device),
-        )  # fmt: skip
+    _run(
+        "batch_norm_act_apply", x.device, x, mean, invstd, gamma, beta, residual, out, *_rows(x), activation == "relu",
+        PRECISIONS[x.dtype],
+    )  # fmt: skip
 
 
 def batch_norm_act_reduce(
@@ -499,14 +485,10 @@ def batch_norm_act_reduce(
 
     ``g`` is ``grad`` where the ReLU was open, which ``output`` tells; all of it if that is None.
     """
-    module, device, precision, rows = _module(), x.device, PRECISIONS[x.dtype], _rows(x)
-    with triton.on(device):
-        memory, address = _workspace(module.batch_norm_act_workspace(*rows, precision), 16, device)
-        module.batch_norm_act_reduce(
-            grad.data_ptr(), x.data_ptr(), _pointer(output), mean.data_ptr(), invstd.data_ptr(), sum_grad.data_ptr(),
-            sum_grad_xhat.data_ptr(), *rows, precision, address, _stream(device),
-        )  # fmt: skip
-        del memory
+    _run(
+        "batch_norm_act_reduce", x.device, grad, x, output, mean, invstd, sum_grad, sum_grad_xhat, *_rows(x),
+        PRECISIONS[x.dtype], _sums(x),
+    )  # fmt: skip
 
 
 def batch_norm_act_backward(
@@ -526,10 +508,7 @@ def batch_norm_act_backward(
     ``grad_x = gamma * invstd * (g - sum_grad / rows - xhat * sum_grad_xhat / rows)``, without the sums (None) for
     statistics that do not depend on x.
     """
-    device = x.device
-    with triton.on(device):
-        _module().batch_norm_act_backward(
-            grad.data_ptr(), x.data_ptr(), _pointer(output), mean.data_ptr(), invstd.data_ptr(), _pointer(gamma),
-            _pointer(sum_grad), _pointer(sum_grad_xhat), _pointer(grad_x), _pointer(grad_residual), *_rows(x),
-            PRECISIONS[x.dtype], _stream(device),
-        )  # fmt: skip
+    _run(
+        "batch_norm_act_backward", x.device, grad, x, output, mean, invstd, gamma, sum_grad, sum_grad_xhat, grad_x,
+        grad_residual, *_rows(x), PRECISIONS[x.dtype],
+    )  # fmt: skip

@@ -47,20 +47,10 @@ def batch_norm_act_statistics(x: Tensor, *vectors: Tensor | None, **options: Any
     _launch("statistics", (x, *vectors), x, **options)
 
 
-def batch_norm_act_apply(
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
-    *,
-    activation: str = "relu",
-) -> None:
+def batch_norm_act_apply(x: Tensor, *others: Tensor | None, activation: str = "relu") -> None:
     """Launch the twin of :func:`cuda.batch_norm_act_apply`."""
-    tensors = (x, mean, invstd, gamma, beta, residual, out)
-    _launch("apply", tensors, x, residual=residual, activation=activation)
+    residual, _out = others[-2:]
+    _launch("apply", (x, *others), x, residual=residual, activation=activation)
 
 
 def batch_norm_act_reduce(grad: Tensor, x: Tensor, output: Tensor | None, *vectors: Tensor) -> None:
