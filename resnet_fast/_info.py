@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -76,24 +75,6 @@ def _native(found: dict[str, Any]) -> str:
     return f"{what}{', emulated on the CPU' if found['emulated'] else ''}"
 
 
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux: platform.processor() has the name
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def info() -> Info:
     """Return what is built, found and used in this process, and why not something faster.
 
@@ -105,8 +86,9 @@ def info() -> Info:
         ''
     """
     from . import __version__
+    from .benchmarking import machine
 
-    found = {package: _version(package) for package in _PACKAGES}
+    found = {package: machine.version_of(package) for package in _PACKAGES}
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
@@ -114,7 +96,7 @@ def info() -> Info:
         version=__version__,
         python=platform.python_version(),
         platform=platform.platform(),
-        cpu=f"{_cpu_name()}, {os.cpu_count()} cores",
+        cpu=f"{machine.processor()[0]}, {os.cpu_count()} cores",
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,

@@ -13,16 +13,17 @@ from resnet_fast.cli.classify import load_network
 from resnet_fast.cli.common import (
     Arch,
     Dtype,
+    JsonTarget,
     Precision,
     Threads,
-    UserError,
     as_user_errors,
     check_arch,
-    check_output,
-    err_console,
+    check_results,
     out_console,
     progress_bar,
+    save_plot,
     set_threads,
+    warn_if_disturbed,
     write_json,
 )
 
@@ -54,9 +55,7 @@ def bench(
         int | None, typer.Option("--runs", min=1, help="Number of rounds, instead of --seconds.", show_default=False)
     ] = None,
     image_size: Annotated[int, typer.Option("--image-size", min=33, help="Height and width of the images.")] = 224,
-    json_target: Annotated[
-        str | None, typer.Option("--json", metavar="PATH|-", help="Write the result as JSON; - prints it instead.")
-    ] = None,
+    json_target: JsonTarget = None,
     plot_path: Annotated[
         Path | None, typer.Option("--plot", metavar="PATH", help="Draw the result: .png, .svg or .pdf.")
     ] = None,
@@ -67,9 +66,7 @@ def bench(
     Rounds are interleaved in changing order; ratios are medians over the rounds.
     """
     check_arch(arch)
-    if json_target not in (None, "-"):
-        check_output(Path(str(json_target)))
-    check_output(plot_path)
+    check_results(json_target, plot_path)
     from resnet_fast.benchmarking import plot
     from resnet_fast.benchmarking.compare import Setting, compare, fresh_model
     from resnet_fast.benchmarking.timing import Schedule
@@ -85,33 +82,26 @@ def bench(
             peers=names,
             schedule=Schedule(seconds=seconds, rounds=runs, min_rounds=3),
         )
-    if plot_path is not None:
-        with as_user_errors(plot.PlotError):
-            plot.check(plot_path)
     set_threads(threads)
     with progress_bar() as progress:
         progress(f"making {arch}", 0.0)
         model = fresh_model(arch, image_size=image_size) if weights is None else load_network(arch, weights).model
-        try:
+        with as_user_errors(RuntimeError):
             result = compare(setting, model, progress=progress)
-        except RuntimeError as error:
-            raise UserError(str(error)) from error
 
     if json_target is not None:
         write_json(result, json_target)
     if json_target != "-":
         show(result)
     if plot_path is not None:
-        with as_user_errors(plot.PlotError, OSError):
-            plot.save(plot.comparison(result), plot_path)
-        err_console().print(f"plot written to {escape(str(plot_path))}")
+        save_plot(plot.comparison(result), plot_path)
     wrong = [name for name, row in result["contestants"].items() if row["ours"] and row["status"] != "timed"]
     return 1 if wrong else 0
 
 
 def show(result: dict[str, Any]) -> None:
     """Print ``result`` as a table, with the machine and setting it belongs to."""
-    from resnet_fast.benchmarking.machine import DISTURBED, threads_text
+    from resnet_fast.benchmarking.machine import threads_text
 
     setting, machine = result["setting"], result["machine"]
     console = out_console()
@@ -146,7 +136,4 @@ def show(result: dict[str, Any]) -> None:
             console.print(f"not timed: {escape(row['label'])}: {escape(row['reason'])}", soft_wrap=True)
     console.print(f"{escape(machine['cpu'])}, {machine['cores']} cores, torch {machine['versions']['torch']}; "
                   f"weights: {escape(setting['parameters'])}", soft_wrap=True)  # fmt: skip
-    busy = result["others_busy_cores"]
-    if busy is not None and busy > DISTURBED:
-        console.print(f"[yellow]Other processes kept {busy:.2f} cores busy meanwhile: do not trust these times.[/]",
-                      soft_wrap=True)  # fmt: skip
+    warn_if_disturbed(console, result["others_busy_cores"])

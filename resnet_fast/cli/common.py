@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.figure import Figure
 
 
 class UserError(Exception):
@@ -126,6 +129,9 @@ Dtype = Annotated[Precision, typer.Option("--dtype", help="Precision of the comp
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, max=1024, help="Number of CPU threads (default: torch's choice).")
 ]
+JsonTarget = Annotated[
+    str | None, typer.Option("--json", metavar="PATH|-", help="Write the result as JSON; - prints it instead.")
+]
 
 
 def printable(text: str) -> str:
@@ -169,6 +175,17 @@ def check_output(path: Path | None) -> None:
     _outputs[path] = _written(path)
 
 
+def check_results(json_target: str | None, plot_path: Path | None) -> None:
+    """Raise UserError now if the JSON, unless it goes to stdout, or the plot could not be written later."""
+    check_output(None if json_target in (None, "-") else Path(str(json_target)))
+    check_output(plot_path)
+    if plot_path is not None:
+        from resnet_fast.benchmarking import plot
+
+        with as_user_errors(plot.PlotError):
+            plot.check(plot_path)
+
+
 @contextlib.contextmanager
 def as_user_errors(*kinds: type[BaseException]) -> Iterator[None]:
     """Turn errors of ``kinds`` into a UserError with the same message."""
@@ -187,6 +204,25 @@ def out_console() -> Console:
     """Return the console for stdout, the command's answer; 120 columns wide if that is not a terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=120)
+
+
+def table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    """Return an empty table whose first columns are texts, and whose last ones numbers."""
+    empty = Table(title=title, title_justify="left", header_style="bold")
+    for heading in (*left, *right):
+        empty.add_column(heading, justify="left" if heading in left else "right")
+    return empty
+
+
+def warn_if_disturbed(console: Console, busy: float | None) -> None:
+    """Print a warning if other processes kept so many cores busy that times mean little; None for not known."""
+    from resnet_fast.benchmarking.machine import DISTURBED
+
+    if busy is not None and busy > DISTURBED:
+        console.print(
+            f"[yellow]Other processes kept {busy:.2f} cores busy meanwhile: do not trust these times.[/]",
+            soft_wrap=True,
+        )
 
 
 class _Clock(ProgressColumn):
@@ -244,3 +280,12 @@ def write_json(data: Any, target: str) -> None:
         return
     with as_user_errors(OSError):
         results.write(target, data)
+
+
+def save_plot(figure: Figure, path: Path) -> None:
+    """Write a plot and say so on stderr."""
+    from resnet_fast.benchmarking import plot
+
+    with as_user_errors(plot.PlotError, OSError):
+        plot.save(figure, path)
+    err_console().print(f"plot written to {escape(str(path))}")

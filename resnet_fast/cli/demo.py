@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from resnet_fast.cli.classify import Network, load_network, top
 from resnet_fast.cli.common import (
@@ -28,6 +27,8 @@ from resnet_fast.cli.common import (
     out_console,
     progress_bar,
     set_threads,
+    table,
+    warn_if_disturbed,
 )
 from resnet_fast.cli.images import read_image
 
@@ -118,7 +119,7 @@ def demo(
         samples = _measure(tasks, seconds, lambda fraction: progress("measuring speed", fraction))
     busy = disturbance.cores()
     speeds = _show_speed(console, samples, dtypes)
-    _warn_if_disturbed(console, busy)
+    warn_if_disturbed(console, busy)
 
     disturbance = machine.Disturbance()
     breakdowns: dict[torch.dtype, tuple[list[NodeTime], list[NodeTime]]] = {}
@@ -128,7 +129,7 @@ def demo(
             breakdowns[dtype] = _breakdown(network, batch[:1], dtype, speeds[dtype])
     busy = disturbance.cores()
     _show_breakdown(console, breakdowns)
-    _warn_if_disturbed(console, busy)
+    warn_if_disturbed(console, busy)
     _show_traffic(console, network)
     faster = f"fused is {' and '.join(f'{speeds[d].ratio:.2f} times as fast in {name_of(d)}' for d in dtypes)}"
     _draw(console, output, f"{arch}, batch 1, {image_size} px, {machine.describe().summary}\n{faster}", breakdowns)
@@ -203,13 +204,13 @@ def _out_of_reach(arch: str) -> str:
 
     url = registry.url(models.get_model_weights(arch)["DEFAULT"])
     name = url.rsplit("/", 1)[-1]
-    if (Path(torch.hub.get_dir()).expanduser() / "checkpoints" / name).exists():
+    folder = Path(torch.hub.get_dir()).expanduser() / "checkpoints"
+    if (folder / name).exists():
         return ""
     try:
         request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "resnet_fast"})
         urllib.request.urlopen(request, timeout=PATIENCE).close()
     except (OSError, ValueError) as error:  # URLError is an OSError
-        folder = Path(torch.hub.get_dir()).expanduser() / "checkpoints"
         return f"the pretrained {name} is not in {folder} and cannot be downloaded: {error}"
     return ""
 
@@ -233,10 +234,7 @@ def _batch(network: Network, paths: list[Path], image_size: int) -> Tensor:
     """Return the photographs as float32 [2, 3, image_size, image_size], by the weights' own preprocessing."""
     import torch
 
-    prepare = network.preprocessing
-    if image_size != prepare.crop_size:
-        resized = round(image_size * prepare.resize_size / prepare.crop_size)
-        prepare = dataclasses.replace(prepare, crop_size=image_size, resize_size=resized)
+    prepare = network.preprocessing.for_size(image_size)
     return torch.stack([prepare(read_image(path)) for path in paths])
 
 
@@ -272,13 +270,6 @@ def _call(run: Callable[[object], object], x: object) -> Callable[[int], object]
     return lambda number: run(x)
 
 
-def _warn_if_disturbed(console: Console, busy: float | None) -> None:
-    from resnet_fast.benchmarking import machine
-
-    if busy is not None and busy > machine.DISTURBED:
-        console.print(f"[yellow]Other processes kept {busy:.2f} cores busy meanwhile: do not trust these times.[/]")
-
-
 def _breakdown(network: Network, x: Tensor, dtype: torch.dtype, speed: Speed) -> tuple[list[NodeTime], list[NodeTime]]:
     """Return the node times of the plain and of the fused network, in proportion, so that they sum to ``speed``'s.
 
@@ -304,11 +295,7 @@ def _scaled(times: list[NodeTime], total: float) -> list[NodeTime]:
 
 def _show_answers(console: Console, answers: Answers, paths: list[Path], network: Network) -> bool:
     """Show both top-5 of every photograph; return whether they are the same, up to ties within the error rule."""
-    table = Table(title="The same answers (float32)", title_justify="left", header_style="bold")
-    table.add_column("photograph")
-    table.add_column("plain torch layers")
-    table.add_column("fused")
-    table.add_column("same?")
+    shown = table("The same answers (float32)", ("photograph", "plain torch layers", "fused", "same?"), ())
     agreed = True
     for index, path in enumerate(paths):
         ordinary = top(answers.plain[index], network.labels, 5)
@@ -319,14 +306,14 @@ def _show_answers(console: Console, answers: Answers, paths: list[Path], network
             same = left["index"] == right["index"]
             tie = gap <= verdict.allowed * float(exact.norm())
             agreed &= same or tie
-            table.add_row(
+            shown.add_row(
                 path.name if rank == 0 else "",
                 f"{escape(left['label'])}  {left['probability']:.2%}",
                 f"{escape(right['label'])}  {right['probability']:.2%}",
                 "yes" if same else "a tie" if tie else "[bold red]NO[/]",
                 end_section=rank == len(ordinary) - 1,
             )
-    console.print(table)
+    console.print(shown)
     return agreed
 
 
@@ -334,11 +321,9 @@ def _show_differences(console: Console, answers: dict[torch.dtype, Answers]) -> 
     """Show how far the fused answers are from plain ones and from float64; return whether the error rule holds."""
     from resnet_fast.benchmarking.peers import name_of
 
-    table = Table(title="The largest difference", title_justify="left", header_style="bold")
-    table.add_column("precision")
-    for heading in ("plain - fused", "of a score of", "fused - float64", "plain - float64", "allowed"):
-        table.add_column(heading, justify="right")
-    table.add_column("error rule")
+    numbers = ("plain - fused", "of a score of", "fused - float64", "plain - float64", "allowed")
+    shown = table("The largest difference", ("precision",), numbers)
+    shown.add_column("error rule")
     agreed = True
     for dtype, found in answers.items():
         plain_error = (found.plain.double() - found.exact).norm(dim=1) / found.exact.norm(dim=1)
@@ -346,7 +331,7 @@ def _show_differences(console: Console, answers: dict[torch.dtype, Answers]) -> 
         verdict = found.verdicts[worst]
         passed = all(one.passed for one in found.verdicts)
         agreed &= passed
-        table.add_row(
+        shown.add_row(
             name_of(dtype),
             f"{float((found.plain - found.fused).abs().max()):.1e}",
             f"{float(found.exact.abs().max()):.1f}",
@@ -355,7 +340,7 @@ def _show_differences(console: Console, answers: dict[torch.dtype, Answers]) -> 
             f"{verdict.allowed:.1e}",
             "holds" if passed else f"[bold red]BROKEN[/]: {escape(verdict.reason)}",
         )
-    console.print(table)
+    console.print(shown)
     console.print(
         "Error rule: at most twice as far from float64 as plain torch at the same precision, plus one rounding.\n"
         "Distances are relative to the norm of all scores.\n"
@@ -377,15 +362,13 @@ def _show_speed(console: Console, samples: Samples, dtypes: list[torch.dtype]) -
     from resnet_fast.benchmarking.peers import name_of
     from resnet_fast.benchmarking.timing import flatten, paired_ratio, summarize
 
-    table = Table(title="Speed, one image, interleaved", title_justify="left", header_style="bold")
-    table.add_column("precision")
-    for heading in ("plain torch, ms", "fused, ms", "speed-up of fusing", "samples"):
-        table.add_column(heading, justify="right")
+    numbers = ("plain torch, ms", "fused, ms", "speed-up of fusing", "samples")
+    shown = table("Speed, one image, interleaved", ("precision",), numbers)
     speeds = {}
     for dtype in dtypes:
         ordinary, fused = samples[f"eager {name_of(dtype)}"], samples[f"optimize {name_of(dtype)}"]
         left, right, ratio = summarize(flatten(ordinary)), summarize(flatten(fused)), paired_ratio(fused, ordinary)
-        table.add_row(
+        shown.add_row(
             name_of(dtype),
             f"{1e3 * left.p50:.1f} ({1e3 * left.p10:.1f} - {1e3 * left.p90:.1f})",
             f"{1e3 * right.p50:.1f} ({1e3 * right.p10:.1f} - {1e3 * right.p90:.1f})",
@@ -393,7 +376,7 @@ def _show_speed(console: Console, samples: Samples, dtypes: list[torch.dtype]) -
             str(right.count),
         )
         speeds[dtype] = Speed(left.p50, right.p50, ratio.p50)
-    console.print(table)
+    console.print(shown)
     if len(dtypes) == 1:
         console.print("This processor has no bfloat16 instructions, so only float32 was measured.")
     return speeds
@@ -404,21 +387,18 @@ def _show_breakdown(console: Console, breakdowns: dict[torch.dtype, tuple[list[N
     from resnet_fast.benchmarking.profile import STAGES, by_part, by_stage
 
     for dtype, (ordinary, fused) in breakdowns.items():
-        table = Table(title=f"Where the time goes, ms, {name_of(dtype)}", title_justify="left", header_style="bold")
-        table.add_column("by kind of work")
-        table.add_column("plain", justify="right")
-        table.add_column("fused", justify="right")
+        shown = table(f"Where the time goes, ms, {name_of(dtype)}", ("by kind of work",), ("plain", "fused"))
         left, right = by_part(ordinary), by_part(fused)
         for part in [*left, *(part for part in right if part not in left)]:
-            table.add_row(part, *(f"{1e3 * side[part]:.2f}" if part in side else "" for side in (left, right)))
-        table.add_section()
-        table.add_row("[bold]by stage of the network[/]")
+            shown.add_row(part, *(f"{1e3 * side[part]:.2f}" if part in side else "" for side in (left, right)))
+        shown.add_section()
+        shown.add_row("[bold]by stage of the network[/]")
         stages_left, stages_right = by_stage(ordinary), by_stage(fused)
         for stage in STAGES:
-            table.add_row(stage, f"{1e3 * stages_left[stage]:.2f}", f"{1e3 * stages_right[stage]:.2f}")
-        table.add_section()
-        table.add_row("[bold]whole network[/]", f"{1e3 * sum(left.values()):.2f}", f"{1e3 * sum(right.values()):.2f}")
-        console.print(table)
+            shown.add_row(stage, f"{1e3 * stages_left[stage]:.2f}", f"{1e3 * stages_right[stage]:.2f}")
+        shown.add_section()
+        shown.add_row("[bold]whole network[/]", f"{1e3 * sum(left.values()):.2f}", f"{1e3 * sum(right.values()):.2f}")
+        console.print(shown)
     console.print("The totals are the medians above, divided in proportion to times measured layer by layer.\n")
 
 

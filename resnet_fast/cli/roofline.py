@@ -19,13 +19,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from resnet_fast.cli.common import (
+    JsonTarget,
     UserError,
     as_user_errors,
     check_arch,
-    check_output,
-    err_console,
+    check_results,
     one_line,
     out_console,
+    save_plot,
+    table,
     write_json,
 )
 
@@ -112,23 +114,14 @@ def roofline(
     plot_path: Annotated[
         Path | None, typer.Option("--plot", metavar="PATH", help="Draw the rooflines: .png, .svg or .pdf.")
     ] = None,
-    json_target: Annotated[
-        str | None, typer.Option("--json", metavar="PATH|-", help="Write the result as JSON; - prints it instead.")
-    ] = None,
+    json_target: JsonTarget = None,
 ) -> None:
     """Show the least time that each layer can take on a GPU, one kernel per convolution and rotated.
 
     With a CUDA GPU here and no other one asked for, the measured time stands beside the floor.
     """
     check_arch(arch)
-    if json_target not in (None, "-"):
-        check_output(Path(str(json_target)))
-    check_output(plot_path)
-    from resnet_fast.benchmarking import plot
-
-    if plot_path is not None:
-        with as_user_errors(plot.PlotError):
-            plot.check(plot_path)
+    check_results(json_target, plot_path)
     device = _device_name()
     chosen = _choose(gpu, bandwidth, tflops, capability, device)
     subject = Subject(arch, batch, image_size, precision)
@@ -143,9 +136,7 @@ def roofline(
     if plot_path is not None:
         from resnet_fast.roofline import plot as pictures
 
-        with as_user_errors(plot.PlotError, OSError):
-            plot.save(pictures.figure(f"{subject}; {chosen.name}", found, chosen, precision.value, seconds), plot_path)
-        err_console().print(f"plot written to {escape(str(plot_path))}")
+        save_plot(pictures.figure(f"{subject}; {chosen.name}", found, chosen, precision.value, seconds), plot_path)
 
 
 # --- which GPU
@@ -306,14 +297,6 @@ def show(subject: Subject, gpu: GPU, found: tuple[Schedule, ...], seconds: Secon
     rates = f"{gpu.bandwidth / 1e12:.4g} TB/s, {gpu.flops[precision] / 1e12:.4g} TFLOP/s in {precision}"
     console.print(f"{escape(gpu.name)}: {rates} ({escape(gpu.source)})", soft_wrap=True)
     console.print(escape(remark), soft_wrap=True)
-
-
-def table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
-    """Return an empty table whose first columns are texts, and whose last ones numbers."""
-    empty = Table(title=title, title_justify="left", header_style="bold")
-    for heading in (*left, *right):
-        empty.add_column(heading, justify="left" if heading in left else "right")
-    return empty
 
 
 def _layers(subject: Subject, gpu: GPU, schedule: Schedule, seconds: Seconds | None) -> Table:

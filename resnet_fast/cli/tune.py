@@ -21,8 +21,9 @@ from resnet_fast.cli.common import (
     one_line,
     out_console,
     progress_bar,
+    table,
 )
-from resnet_fast.cli.roofline import DEFAULT_GPU, Arithmetic, table
+from resnet_fast.cli.roofline import DEFAULT_GPU, Arithmetic
 from resnet_fast.kernels import problems
 
 if TYPE_CHECKING:
