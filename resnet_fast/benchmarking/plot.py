@@ -63,13 +63,15 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
 
 def comparison(result: dict[str, Any]) -> Figure:
     """Return bars of the median time per batch of every timed runtime, with the 10th and 90th percentile."""
-    from matplotlib.figure import Figure
-
     setting, cpu, version = result["setting"], result["machine"]["cpu"], result["machine"]["versions"]["torch"]
     rows = [row for row in result["contestants"].values() if row["status"] == "timed"]
     rows.sort(key=lambda row: row["seconds"]["p50"])
-    figure = Figure(figsize=(8, 0.9 + 0.45 * len(rows)))
-    axes = figure.add_subplot()
+    title = (
+        f"{setting['arch']}, {setting['dtype']}, batch {setting['batch']}, {setting['image_size']} px\n"
+        f"{cpu}, {threads_text(setting['threads'])}, torch {version}"
+    )
+    label = "ms per batch, lower is better (median; whiskers: 10th and 90th percentile)"
+    figure, axes = _bars(title, label, (8, 0.9 + 0.45 * len(rows)))
     for position, row in enumerate(rows):
         seconds = row["seconds"]
         middle = 1e3 * seconds["p50"]
@@ -78,24 +80,13 @@ def comparison(result: dict[str, Any]) -> Figure:
                   xerr=whiskers, error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2})  # fmt: skip
         _label(axes, 1e3 * seconds["p90"], position, f"{middle:.4g} ms")
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    axes.invert_yaxis()
     axes.set_xlim(0, 1.2e3 * max(row["seconds"]["p90"] for row in rows))
-    axes.set_xlabel("ms per batch, lower is better (median; whiskers: 10th and 90th percentile)")
-    axes.set_title(
-        f"{setting['arch']}, {setting['dtype']}, batch {setting['batch']}, {setting['image_size']} px\n"
-        f"{cpu}, {threads_text(setting['threads'])}, torch {version}",
-        fontsize=10, loc="left",
-    )  # fmt: skip
-    _plain_frame(axes)
     return figure
 
 
 def breakdown(title: str, bars: dict[str, dict[str, float]]) -> Figure:
     """Return stacked bars: bar label -> part (a key of ``PARTS``) -> seconds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.5, 1.4 + 0.55 * len(bars)))
-    axes = figure.add_subplot()
+    figure, axes = _bars(title, "ms per image, lower is better", (8.5, 1.4 + 0.55 * len(bars)))
     for position, parts in enumerate(bars.values()):
         left = 0.0
         for part, color in PARTS.items():
@@ -104,25 +95,18 @@ def breakdown(title: str, bars: dict[str, dict[str, float]]) -> Figure:
             left += width
         _label(axes, left, position, f"{left:.1f} ms")
     axes.set_yticks(range(len(bars)), list(bars))
-    axes.invert_yaxis()
     axes.set_xlim(0, 1.15e3 * max(sum(parts.values()) for parts in bars.values()))
-    axes.set_xlabel("ms per image, lower is better")
-    axes.set_title(title, fontsize=10, loc="left")
     used = [part for part in PARTS if any(parts.get(part, 0.0) > 0 for parts in bars.values())]
     handles = [axes.barh(0, 0, color=PARTS[part]) for part in used]
     axes.legend(handles, used, ncols=5, fontsize=8, frameon=False, loc="upper left",
                 bbox_to_anchor=(0, -0.08 - 0.45 / len(bars)))  # fmt: skip
-    _plain_frame(axes)
     return figure
 
 
 def throughput(title: str, groups: dict[str, dict[str, float]], ours: set[str]) -> Figure:
     """Return grouped bars: case -> runtime -> images per second; those in ``ours`` have resnet_fast's colour."""
-    from matplotlib.figure import Figure
-
     bars = [(group, name, rate) for group, found in groups.items() for name, rate in found.items()]
-    figure = Figure(figsize=(8.5, 1.2 + 0.24 * len(bars) + 0.2 * len(groups)))
-    axes = figure.add_subplot()
+    figure, axes = _bars(title, "images per second", (8.5, 1.2 + 0.24 * len(bars) + 0.2 * len(groups)))
     position, ticks = 0.0, []
     for group, found in groups.items():
         ticks.append((position + (len(found) - 1) / 2, group))
@@ -132,39 +116,37 @@ def throughput(title: str, groups: dict[str, dict[str, float]], ours: set[str]) 
             position += 1
         position += 0.8
     axes.set_yticks([tick for tick, _ in ticks], [group for _, group in ticks])
-    axes.invert_yaxis()
     axes.set_xlim(0, 1.35 * max(rate for _, _, rate in bars))
-    axes.set_xlabel("images per second")
-    axes.set_title(title, fontsize=10, loc="left")
-    _plain_frame(axes)
     return figure
 
 
 def shares(title: str, rows: dict[str, float]) -> Figure:
     """Return bars of the share of its floor's speed, between 0 and about 1, that each kernel reaches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.5, 1.1 + 0.27 * len(rows)))
-    axes = figure.add_subplot()
+    figure, axes = _bars(title, "floor / measured time, in percent", (8.5, 1.1 + 0.27 * len(rows)))
     for position, share in enumerate(rows.values()):
         axes.barh(position, 100 * share, color=OURS, height=0.75)
         _label(axes, 100 * share, position, f"{100 * share:.0f} %", fontsize=8)
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
-    axes.invert_yaxis()
     axes.set_xlim(0, 115 * max(1.0, *rows.values()))
     axes.axvline(100, color=INK, linewidth=0.8)
-    axes.set_xlabel("floor / measured time, in percent")
-    axes.set_title(title, fontsize=10, loc="left")
-    _plain_frame(axes)
     return figure
+
+
+def _bars(title: str, label: str, size: tuple[float, float]) -> tuple[Figure, Any]:
+    """Return a figure of this size in inches and its axes for horizontal bars, the first one on top."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size)
+    axes = figure.add_subplot()
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.set_title(title, fontsize=10, loc="left")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    return figure, axes
 
 
 def _label(axes: Any, x: float, y: float, text: str, fontsize: int = 9) -> None:
     """Write ``text`` to the right of (x, y). The gap is in points: SVG drops leading blanks."""
     axes.annotate(text, (x, y), xytext=(6, 0), textcoords="offset points", va="center", color=INK, fontsize=fontsize)
-
-
-def _plain_frame(axes: Any) -> None:
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(axis="y", length=0)
