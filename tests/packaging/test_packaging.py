@@ -110,7 +110,7 @@ seconds = time.process_time() - began
 print(json.dumps([seconds, sorted({name.split(".")[0] for name in set(sys.modules) - before})]))
 """
     runs = [json.loads(succeed("-c", code, cwd=tmp_path)) for _ in range(3)]
-    costly = "PIL matplotlib onnx onnxruntime openvino rich sklearn torchvision triton typer"
+    costly = "PIL matplotlib onnx onnxruntime openvino rich safetensors sklearn torchvision triton typer"
     assert not set(costly.split()) & set(runs[0][1])
     assert min(seconds for seconds, _ in runs) < 0.3, runs
 

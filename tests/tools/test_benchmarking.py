@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks import report
 from resnet_fast.benchmarking import gate, machine, network, peers, plot, profile, results, timing
 from resnet_fast.benchmarking.compare import Setting, compare, fresh_model, ratios
+from resnet_fast.benchmarking.device import CUDA
 from resnet_fast.benchmarking.timing import Schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -263,6 +264,8 @@ def test_compare_fails_if_the_optimized_network_is_wrong(model: nn.Module) -> No
         ({"precision": "fp16"}, "precision is 'fp16'"),
         ({"peers": ("tensorflow",)}, "unknown peer 'tensorflow'; there are optimize, live"),
         ({"peers": ("jax",)}, "unknown peer 'jax'"),
+        ({"precision": "int8", "device": CUDA}, "precision is 'int8'"),
+        ({"peers": ("openvino",), "device": CUDA}, "unknown peer 'openvino'; there are optimize, recorded"),
     ],
 )
 def test_setting_refuses(wrong: dict[str, Any], message: str) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from resnet_fast import models
 from resnet_fast.benchmarking import compare
-from resnet_fast.cli import app, classify, common, convert
+from resnet_fast.cli import classify, common, convert
+from tests.command_line import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,10 +93,9 @@ def interrupt(*_: Any, **__: Any) -> Any:
 
 def stopped(*arguments: str | Path) -> str:
     """The one line of a command that is interrupted."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 130, (result.exit_code, result.output, result.exception)
-    (line,) = result.stderr.splitlines()
-    return line.removeprefix("resnet-fast: ")
+    found = run(*arguments)
+    found.failed(code=130)
+    return found.err.strip().removeprefix("resnet-fast: ")
 
 
 def test_stopped_commands_say_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,29 +96,6 @@ def test_networks_at_every_precision(model: nn.Module, precision: str) -> None:
     assert all(row["call"]["status"] == "timed" for row in found["contestants"].values())
 
 
-def test_a_wrong_optimize_fails_the_case(model: nn.Module) -> None:
-    def wrong(task: Task) -> Any:
-        right = PEERS["eager"].build(task)
-        return peers.Contestant(right.prepare, lambda batch: right.run(batch) + 1, right.result)
-
-    lineup = dict(PEERS) | {"optimize": Peer("optimize", "wrong", wrong)}
-    with pytest.raises(RuntimeError, match=r"could not be measured: error .* is beyond"):
-        compare(setting("eager"), model, peers=lineup)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"precision": "int8"}, "precision is 'int8'"),
-        ({"batch": 0}, "is 0"),
-        ({"peers": ("openvino",)}, "unknown peer 'openvino'; there are optimize, recorded"),
-    ],
-)
-def test_cases_refuse(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Setting(**({"arch": "resnet18", "precision": "fp16", "batch": 1, "device": CPU} | wrong))
-
-
 def test_turns_divide_by_their_calls_and_wait_for_the_device() -> None:
     now, waits = [0.0], []
 
