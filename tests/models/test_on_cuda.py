@@ -16,7 +16,7 @@ import resnet_fast as rf
 from resnet_fast import backends, models
 from resnet_fast.graph import cuda_graphs
 from tests.cuda_device import DEVICE, assert_obeys_error_rule, kernels, watch
-from tests.models.test_on_triton import NETS, nets, without_the_wide_stages
+from tests.models.test_on_triton import NETS, Tap, nets, seeded
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -70,14 +70,9 @@ def test_asked_of_optimize_alone(launched: list[str]) -> None:
     assert counted(launched)["conv_bn_act"] >= 7
 
 
-@pytest.mark.parametrize("kind", ["bottlenecks", "basic blocks"])
-def test_live_networks_equal_torchvision(kind: str, launched: list[str]) -> None:
-    torch.manual_seed(0)
-    block = "BasicBlock" if kind == "basic blocks" else "Bottleneck"
-    theirs, ours = torchvision.models.resnet, models.resnet
-    net = without_the_wide_stages(theirs.ResNet(getattr(theirs, block), [2, 1, 1, 1])).eval()
-    live = without_the_wide_stages(ours.ResNet(getattr(ours, block), [2, 1, 1, 1])).eval()
-    live.load_state_dict(net.state_dict())
+@pytest.mark.parametrize("block", ["Bottleneck", "BasicBlock"])
+def test_live_networks_equal_torchvision(block: str, launched: list[str]) -> None:
+    net, live = (seeded(library, block) for library in (torchvision.models.resnet, models.resnet))
     with kernels():
         compare(live.half().to(DEVICE), net, torch.randn(1, 3, 32, 32), torch.float16)
     counts = counted(launched)
@@ -85,28 +80,13 @@ def test_live_networks_equal_torchvision(kind: str, launched: list[str]) -> None
 
 
 def test_a_live_network_sees_other_weights_at_once() -> None:
-    live = (
-        without_the_wide_stages(models.resnet.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])).eval().half().to(DEVICE)
-    )
+    live = seeded(models.resnet, "BasicBlock", 1).half().to(DEVICE)
     x = torch.randn(1, 3, 32, 32, dtype=torch.float16, device=DEVICE)
     with kernels(), torch.no_grad():
         before = live(x)
         live.fc.weight.mul_(2)
         live.fc.bias.mul_(2)
         assert torch.allclose(live(x), 2 * before, rtol=1e-2, atol=1e-3)
-
-
-class Tap(nn.Module):
-    """An addition that no convolution can carry."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 16, 3, padding=1)
-        self.norm = nn.BatchNorm2d(16)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.relu(self.norm(self.conv(x)))
-        return torch.relu(y + torch.max_pool2d(y, 3, 1, 1))
 
 
 @pytest.mark.parametrize("asked", ["auto", "cuda"])
@@ -123,8 +103,7 @@ def test_an_addition_that_no_convolution_can_carry(asked: str, launched: list[st
 
 def test_gradients_through_a_live_network(launched: list[str]) -> None:
     """Frozen statistics, gradients to the image and to every parameter."""
-    torch.manual_seed(0)
-    live = without_the_wide_stages(models.resnet.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])).eval().to(DEVICE)
+    live = seeded(models.resnet, "BasicBlock", 1).to(DEVICE)
     x = torch.randn(1, 3, 32, 32, device=DEVICE)
     found: list[dict[str, torch.Tensor]] = []
     for backend in ("cuda", "reference"):

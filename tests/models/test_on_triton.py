@@ -47,6 +47,15 @@ def nets(name: str, layers: tuple[int, ...] = (2, 1, 1, 1)) -> tuple[nn.Module, 
     return without_the_wide_stages(small(layers, **NETS[name])).eval(), torch.randn(2, 3, *SIZES[name])
 
 
+def seeded(library: Any, block: str, first: int = 2) -> nn.Module:
+    """A network of torchvision's or of ours, which the same seed gives the same parameters.
+
+    first: blocks of the first stage.
+    """
+    torch.manual_seed(0)
+    return without_the_wide_stages(library.ResNet(getattr(library, block), [first, 1, 1, 1])).eval()
+
+
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each op's kernel was launched."""
@@ -74,7 +83,7 @@ def test_optimized_networks_equal_torchvision(form: str, name: str, dtype: torch
     assert launched["stem"] == launched["head"] == 1 and launched["conv_bn_act"] >= 7
 
 
-def test_planned_networks_equal_torchvision(form: str, launched: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planned_networks_equal_torchvision(form: str, launched: Counter[str]) -> None:
     """With bottleneck_tail, on a GPU of one multiprocessor, whose tiles a few pixels fill."""
     net, x = nets("bottlenecks", (2, 2, 1, 1))
     gpu = replace(triton.gpu_of(torch.device(DEVICE)) if DEVICE == "cuda" else gpus.known(form), multiprocessors=1)
@@ -89,32 +98,29 @@ def test_planned_networks_equal_torchvision(form: str, launched: Counter[str], m
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_live_networks_equal_torchvision(form: str, dtype: torch.dtype, launched: Counter[str]) -> None:
-    torch.manual_seed(0)
-    ours, theirs = models.resnet, torchvision.models.resnet
-    net = without_the_wide_stages(theirs.ResNet(theirs.BasicBlock, [2, 1, 1, 1])).eval()
-    live = without_the_wide_stages(ours.ResNet(ours.BasicBlock, [2, 1, 1, 1])).eval()
-    live.load_state_dict(net.state_dict())
+    net, live = (seeded(library, "BasicBlock") for library in (torchvision.models.resnet, models.resnet))
     x = torch.randn(1, 3, 32, 32)
     with kernels(form):
         compare(live.to(dtype).to(DEVICE), net, x, dtype)
     assert launched["stem"] == launched["head"] == 1 and launched["conv_bn_act"] == 7
 
 
+class Tap(nn.Module):
+    """An addition that no convolution can carry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.norm(self.conv(x)))
+        return torch.relu(y + torch.max_pool2d(y, 3, 1, 1))
+
+
 def test_features_under_the_residual_after_the_activation(form: str, launched: Counter[str]) -> None:
     """An addition that no convolution can carry runs as add_act."""
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 16, 3, padding=1)
-            self.norm = nn.BatchNorm2d(16)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = torch.relu(self.norm(self.conv(x)))
-            z = torch.max_pool2d(y, 3, 1, 1)
-            return torch.relu(y + z)
-
-    net = Net().eval()
+    net = Tap().eval()
     with kernels(form):
         fused = rf.optimize(copy.deepcopy(net).to(DEVICE), backend="triton")
         compare(fused, net, torch.randn(2, 3, 9, 12), torch.float32)
@@ -123,8 +129,7 @@ def test_features_under_the_residual_after_the_activation(form: str, launched: C
 
 def test_lazily_negated_images(form: str) -> None:
     net, _ = nets("basic blocks")
-    x = torch.randn(1, 3, 32, 32, dtype=torch.complex64)
-    lazy = torch.conj(x).imag
+    lazy = torch.conj(torch.randn(1, 3, 32, 32, dtype=torch.complex64)).imag
     assert lazy.is_neg()
     with kernels(form):
         fused = rf.optimize(copy.deepcopy(net).to(DEVICE), backend="triton")

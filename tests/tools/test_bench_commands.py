@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,15 @@ from tests.tools.test_comparison_on_gpu import CPU, NO_GPU
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine without a GPU; torch is left as deterministic, which ``--check`` makes it, as it was before."""
+    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 def test_deadline_starts_nothing_that_it_has_no_time_for() -> None:
     now = [0.0]
     deadline = Deadline(10.0, clock=lambda: now[0])
@@ -67,11 +76,8 @@ def test_a_process_that_dies_costs_only_its_item() -> None:
 # --- training
 
 
-def test_training_steps_are_judged_and_timed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_steps_are_judged_and_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of several rounds in one file, with what an earlier one measured."""
-    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
     case = bench_training.Case("resnet18", "fp32", 4, 32, judged=4)
     options: dict[str, Any] = {"device": "cpu", "seconds": 0.05}
     assert bench_training.measure_into(tmp_path, case, ("eager", "ours"), **options)
@@ -87,7 +93,6 @@ def test_training_steps_are_judged_and_timed(
 
 
 def test_wrong_gradients_fail_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
     seen: list[tuple[str, tuple[str, ...]]] = []
 
     def measured(case: bench_training.Case, *, names: tuple[str, ...], **options: Any) -> dict[str, Any]:
@@ -131,28 +136,21 @@ def test_conv_shapes_are_those_of_the_network() -> None:
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
-def test_smoke_judges_every_op(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
-    before = torch.are_deterministic_algorithms_enabled()
-    try:
-        assert bench_ops.check(tmp_path, Deadline(100), device="cpu", workers=1, precisions=(precision,)) == 0
-        rows = results.read(tmp_path / "correctness.json")["ops"]
-        every = {"conv_bn_act", "add_act", "batch_norm_act", "stem", "head", "bottleneck_tail"}
-        assert {name.split()[0] for name in rows} == every
-        assert all(row["passed"] and row["error"] <= row["allowed"] for row in rows.values())
-    finally:
-        torch.use_deterministic_algorithms(before)
+def test_smoke_judges_every_op(precision: str, tmp_path: Path) -> None:
+    assert bench_ops.check(tmp_path, Deadline(100), device="cpu", workers=1, precisions=(precision,)) == 0
+    rows = results.read(tmp_path / "correctness.json")["ops"]
+    every = {"conv_bn_act", "add_act", "batch_norm_act", "stem", "head", "bottleneck_tail"}
+    assert {name.split()[0] for name in rows} == every
+    assert all(row["passed"] and row["error"] <= row["allowed"] for row in rows.values())
 
 
-def test_smoke_shares_its_work_between_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+def test_smoke_shares_its_work_between_processes(tmp_path: Path) -> None:
     assert bench_ops.check(tmp_path, Deadline(100), device="cpu", workers=2, precisions=("fp32",)) == 0
     assert len(results.read(tmp_path / "correctness.json")["ops"]) == len(ops.small("fp32", "cpu"))
 
 
 def test_smoke_that_is_cut_off_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CUDA kernels are not measured then, so ``cuda`` must not count as done."""
-    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
     passed, now = [True], [0.0]
 
     def one(item: Any) -> tuple[str, dict[str, Any]]:
@@ -171,7 +169,6 @@ def test_smoke_that_is_cut_off_says_so(tmp_path: Path, monkeypatch: pytest.Monke
 def test_smoke_by_the_cuda_kernels_covers_all_that_they_compute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
     seen: dict[str, set[str]] = {}
 
     def one(item: tuple[str, int, str, str]) -> tuple[str, dict[str, Any]]:
@@ -190,7 +187,6 @@ def test_smoke_by_the_cuda_kernels_covers_all_that_they_compute(
 def test_smoke_sees_a_wrong_and_a_broken_op(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
     right = ops.add_act(16, 5, 2, "fp32")
 
     def skewed(x: Tensor, y: Tensor) -> Tensor:
@@ -207,11 +203,7 @@ def test_smoke_sees_a_wrong_and_a_broken_op(
         return case
 
     monkeypatch.setattr(ops, "small", lambda precision, device: [functools.partial(add_act, case) for case in cases])
-    before = torch.are_deterministic_algorithms_enabled()
-    try:
-        assert bench_ops.check(tmp_path, Deadline(100), device="cpu", workers=1, precisions=("fp32",)) == 1
-    finally:
-        torch.use_deterministic_algorithms(before)
+    assert bench_ops.check(tmp_path, Deadline(100), device="cpu", workers=1, precisions=("fp32",)) == 1
     rows = results.read(tmp_path / "correctness.json")["ops"]
     assert [row["passed"] for row in rows.values()] == [True, False, False]
     assert "beyond the allowed" in rows["add_act skewed fp32 batch 2"]["reason"]
@@ -219,8 +211,7 @@ def test_smoke_sees_a_wrong_and_a_broken_op(
     assert capsys.readouterr().out.count("WRONG") == 2
 
 
-def test_ops_are_timed_beside_their_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+def test_ops_are_timed_beside_their_floor(tmp_path: Path) -> None:
     ceilings = bench_ops.measure_ceilings(CPU, size=1 << 16, edge=64)
     assert set(ceilings) == {"copy", "fp16", "bf16", "tf32", "fp32"}
     assert all(row["per_second"] > 0 for row in ceilings.values())
@@ -240,8 +231,7 @@ def test_ops_are_timed_beside_their_floor(tmp_path: Path, monkeypatch: pytest.Mo
     assert set(row["against_plain"]) >= {"p10", "p50", "p90"}
 
 
-def test_accuracy_is_written_for_every_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
+def test_accuracy_is_written_for_every_network(tmp_path: Path) -> None:
     cases = (("resnet18", "bf16"), ("resnet18", "fp32"))
     assert bench_models.check(tmp_path, Deadline(100), cases, device="cpu", image_size=64, batch=5) == 0
     rows = results.read(tmp_path / "correctness.json")["models"]
@@ -276,7 +266,6 @@ def test_without_a_module_the_cuda_check_says_so(
 @pytest.mark.cuda
 def test_smoke_by_the_cuda_kernels_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they do not compute is wrong there, for a fallback would be judged in their place."""
-    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
     native_device = "cuda" if not native.unavailable() else "cpu"
 
     def small(precision: str, device: str) -> list[Callable[[], ops.OpCase]]:
@@ -289,18 +278,14 @@ def test_smoke_by_the_cuda_kernels_and_no_others(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(ops, "small", small)
     how: dict[str, Any] = {"device": native_device, "workers": 1, "backend": "cuda", "precisions": ("fp16", "fp32")}
-    before = torch.are_deterministic_algorithms_enabled()
-    try:
-        with installed():
-            assert bench_ops.check(tmp_path, Deadline(60), **how) == 0
-            rows = results.read(tmp_path / "correctness.json")["ops"]
-            assert [name.split()[0] for name in rows] == ["conv_bn_act", "head", "head"]
-            assert all(name.endswith("by cuda") and row["passed"] for name, row in rows.items())
-            monkeypatch.setattr(native, "kernel", lambda *given: ("", "not today"))
-            with pytest.warns(backends.FallbackWarning):
-                assert bench_ops.check(tmp_path, Deadline(60), **how) == 1
-    finally:
-        torch.use_deterministic_algorithms(before)
+    with installed():
+        assert bench_ops.check(tmp_path, Deadline(60), **how) == 0
+        rows = results.read(tmp_path / "correctness.json")["ops"]
+        assert [name.split()[0] for name in rows] == ["conv_bn_act", "head", "head"]
+        assert all(name.endswith("by cuda") and row["passed"] for name, row in rows.items())
+        monkeypatch.setattr(native, "kernel", lambda *given: ("", "not today"))
+        with pytest.warns(backends.FallbackWarning):
+            assert bench_ops.check(tmp_path, Deadline(60), **how) == 1
     rows = results.read(tmp_path / "correctness.json")["ops"]
     assert [row["reason"] for row in rows.values()] == ["something slower ran than was asked for"] * 3
 
@@ -310,7 +295,6 @@ def test_smoke_by_the_cuda_kernels_and_no_others(tmp_path: Path, monkeypatch: py
 
 @pytest.fixture
 def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Book:
-    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
     return Book(tmp_path, "ops", ("ceilings", "rows"))
 
 
@@ -376,7 +360,6 @@ def test_cudnn_tries_its_algorithms_and_may_have_none(
 def test_a_kernel_that_takes_the_gpu_away_ends_the_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
     launched = []
 
     def faults(x: Tensor, y: Tensor) -> Tensor:
@@ -402,7 +385,6 @@ def test_a_kernel_that_takes_the_gpu_away_ends_the_pass(
 
 
 def test_the_most_important_cases_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "report", lambda: NO_GPU)
     seen: dict[tuple[str, int], set[str]] = {}
 
     def full(precision: str, batch: int, device: str) -> list[Any]:

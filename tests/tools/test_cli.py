@@ -156,7 +156,7 @@ def test_unknown_weights_name(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [["classify", "photo.jpg"], ["bench"], ["demo"]])
-def test_unknown_arch_lists_the_ten(command: list[str], folder: Path) -> None:
+def test_unknown_arch_lists_the_ten(command: list[str]) -> None:
     run(*command, "-a", "resnet19").failed("unknown arch 'resnet19'", *models.list_models())
 
 
@@ -239,7 +239,7 @@ def test_pipes_are_held_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run("classify", "/dev/zero").failed("/dev/zero: an image file was expected, this is a device or pipe")
 
 
-def test_odd_names_are_shown_with_escapes(folder: Path, tmp_path: Path) -> None:
+def test_odd_names_are_shown_with_escapes(tmp_path: Path) -> None:
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/new\nline\xff\x1b[31m.png")
     Image.new("RGB", (60, 40)).save(odd)
     state = models.resnet18(num_classes=2).state_dict()
@@ -295,7 +295,7 @@ def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
 # --- bench
 
 
-def test_bench_json(folder: Path) -> None:
+def test_bench_json() -> None:
     arguments = ["--image-size", "64", "--runs", "2", "--peers", "eager", "--batch", "2"]
     found = run("bench", "-a", "resnet18", *arguments, "--json", "-").json()
     keys = {"schema", "kind", "setting", "machine", "time", "contestants", "ratios", "samples", "others_busy_cores"}
@@ -456,7 +456,7 @@ def test_demo_agrees_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_the_second_act_trains_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: bool) -> None:
+def test_the_second_act_trains_and_compares(monkeypatch: pytest.MonkeyPatch, wrong: bool) -> None:
     pytest.importorskip("sklearn")
     from resnet_fast.training import digits, residual
 

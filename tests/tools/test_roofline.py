@@ -12,10 +12,8 @@ import pytest
 import torch
 import torchvision
 from torch import fx, nn
-from typer.testing import CliRunner
 
 from resnet_fast import models
-from resnet_fast.cli import app
 from resnet_fast.cli import roofline as command
 from resnet_fast.graph import inventory, optimize
 from resnet_fast.graph.inventory import Layer
@@ -23,6 +21,8 @@ from resnet_fast.graph.schedules import rotated
 from resnet_fast.kernels import gpus
 from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct
 from resnet_fast.roofline import LAUNCH, Kernel, Schedule, Work, cost, fits_on_chip, measure
+from tests import command_line
+from tests.command_line import Outcome
 
 H100 = gpus.known("h100")
 BATCH = torch.empty(128, 3, 224, 224, dtype=torch.float16, device="meta")
@@ -417,9 +417,8 @@ def test_measured_times_are_no_less_than_their_floors() -> None:
 # --- the command
 
 
-def run(*arguments: str | Path) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, ["roofline", *map(str, arguments)])
-    return result.exit_code, result.stdout, result.stderr
+def run(*arguments: str | Path) -> Outcome:
+    return command_line.run("roofline", *arguments)
 
 
 @pytest.fixture
@@ -429,8 +428,9 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_gpu")
 def test_the_tables() -> None:
-    code, out, err = run("--model", "resnet18", "--gpu", "l4", "--dtype", "bf16", "--batch", "4")
-    assert code == 0 and not err
+    found = run("--model", "resnet18", "--gpu", "l4", "--dtype", "bf16", "--batch", "4")
+    out = found.passed()
+    assert not found.err
     lines = out.splitlines()
     assert lines[0].strip() == "per-conv: resnet18, bf16, batch 4, 224 px, l4"
     stem = next(line for line in lines if " stem " in line)
@@ -451,8 +451,7 @@ def test_the_tables() -> None:
 @pytest.mark.usefixtures("no_gpu")
 def test_json_and_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    code, _, err = run("-a", "resnet50", "-b", "128", "--json", tmp_path / "a.json", "--plot", tmp_path / "a.svg")
-    assert code == 0, err
+    run("-a", "resnet50", "-b", "128", "--json", tmp_path / "a.json", "--plot", tmp_path / "a.svg").passed()
     found = json.loads((tmp_path / "a.json").read_text())
     assert set(found) == {"schema", "kind", "setting", "gpu", "measured", "schedules"}
     assert found["setting"] == {"arch": "resnet50", "batch": 128, "image_size": 224, "dtype": "fp16"}
@@ -475,20 +474,16 @@ def test_json_and_plot(tmp_path: Path) -> None:
 
 
 def test_json_alone_on_stdout() -> None:
-    code, out, err = run("-a", "resnet18", "-b", "1", "--gpu", "a100", "--json", "-")
-    assert code == 0 and json.loads(out)["gpu"]["bandwidth"] == 2.039e12, err
+    assert run("-a", "resnet18", "-b", "1", "--gpu", "a100", "--json", "-").json()["gpu"]["bandwidth"] == 2.039e12
 
 
 @pytest.mark.usefixtures("no_gpu")
 def test_a_gpu_by_numbers() -> None:
     numbers = ["--bandwidth", "3.0", "--tflops", "798"]
-    code, out, err = run("-a", "resnet50", "--json", "-", *numbers)
-    assert code == 0, err
-    found, built_in = json.loads(out), json.loads(run("-a", "resnet50", "--json", "-")[1])
+    built_in, found = (run("-a", "resnet50", "--json", "-", *given).json() for given in ((), numbers))
     assert found["gpu"]["name"] == "given" and "as given" in found["gpu"]["source"]
     assert found["schedules"] == built_in["schedules"][:3]  # optimize() plans for built-in GPUs only
-    code, out, _ = run("-a", "resnet50", "--json", "-", *numbers, "--capability", "86", "--gpu", "a6000")
-    found = json.loads(out)
+    found = run("-a", "resnet50", "--json", "-", *numbers, "--capability", "86", "--gpu", "a6000").json()
     assert (found["gpu"]["name"], found["gpu"]["capability"]) == ("a6000", 86)
     tails = [row for row in found["schedules"][2]["rows"] if row["op"] == "bottleneck_tail"]
     assert tails[-3]["parts"][-1] == "layer4.0.conv3"  # 512 + 512 channels do not fit into 99 KiB
@@ -500,8 +495,7 @@ def test_measured_times_stand_beside_the_floor(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(command, "_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(command, "measure", lambda subject, device: (seconds, ("triton",)))
     arguments = ["-a", "resnet18", "-b", "2", "--size", "64"]
-    code, out, _ = run(*arguments, "--json", tmp_path / "a.json", "--plot", tmp_path / "a.svg")
-    assert code == 0
+    out = run(*arguments, "--json", tmp_path / "a.json", "--plot", tmp_path / "a.svg").passed()
     lines = [line for line in out.splitlines() if "layer2.0.conv1" in line]
     assert all("3.00x" in line for line in lines) and lines
     assert "measured on NVIDIA H100 80GB HBM3, random weights, triton: optimize()'s 21 fused ops take" in out
@@ -509,9 +503,8 @@ def test_measured_times_stand_beside_the_floor(monkeypatch: pytest.MonkeyPatch, 
     assert all(row["measured_seconds"] == pytest.approx(3 * row["floor_seconds"]) for row in rows)
     assert "hollow: measured" in (tmp_path / "a.svg").read_text()
 
-    _, out, _ = run(*arguments, "--gpu", "h100")  # the same one, by name
-    assert "3.00x" in out
-    _, out, _ = run(*arguments, "--gpu", "l4")
+    assert "3.00x" in run(*arguments, "--gpu", "h100").out  # the same one, by name
+    out = run(*arguments, "--gpu", "l4").out
     assert "3.00x" not in out
     assert "nothing measured: this machine's GPU is NVIDIA H100 80GB HBM3, the floors are l4's" in out
 
@@ -533,20 +526,17 @@ def test_measured_times_stand_beside_the_floor(monkeypatch: pytest.MonkeyPatch, 
 )
 @pytest.mark.usefixtures("no_gpu")
 def test_errors_are_one_line(arguments: list[str], mention: str) -> None:
-    code, out, err = run(*arguments)
-    assert code == 1 and not out
-    assert err.startswith("resnet-fast: ") and len(err.strip().splitlines()) == 1
-    assert mention in err
+    found = run(*arguments)
+    found.failed(mention)
+    assert not found.out
 
 
 def test_a_gpu_that_is_not_built_in_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_device_name", lambda: "NVIDIA RTX A6000")
-    code, _, err = run("-a", "resnet18")
-    assert code == 1 and "this machine's GPU, NVIDIA RTX A6000, is not built in" in err and "--bandwidth" in err
+    run("-a", "resnet18").failed("this machine's GPU, NVIDIA RTX A6000, is not built in", "--bandwidth")
 
 
 @pytest.mark.usefixtures("no_gpu")
 def test_wrong_options_exit_with_2() -> None:
     for arguments in (["--dtype", "int8"], ["--batch", "0"], ["--size", "0"]):
-        code, _, err = run(*arguments)
-        assert code == 2 and len(err.strip().splitlines()) == 1
+        run(*arguments).failed(code=2)
