@@ -211,19 +211,15 @@ def test_smoke_sees_a_wrong_and_a_broken_op(
     assert capsys.readouterr().out.count("WRONG") == 2
 
 
-def test_ops_are_timed_beside_their_floor(tmp_path: Path) -> None:
+def test_ops_are_timed_beside_their_floor(book: Book, tmp_path: Path) -> None:
     ceilings = bench_ops.measure_ceilings(CPU, size=1 << 16, edge=64)
     assert set(ceilings) == {"copy", "fp16", "bf16", "tf32", "fp32"}
     assert all(row["per_second"] > 0 for row in ceilings.values())
-    book = Book(tmp_path, "ops", ("ceilings", "rows"))
-    limits = gpus.GPU("slow", 90, 1, 1, 1, 1 << 16, 1e9, dict.fromkeys(gpus.PRECISIONS, 1e9))
     case = ops.conv_bn_act(ops.ConvShape(16, 16, 3, 1, 8), 2, "fp32")
     with torch.no_grad():
-        assert bench_ops.measure_op(book, case, limits, CPU, seconds=0.05)
+        assert bench_ops.measure_op(book, case, LIMITS, CPU, seconds=0.05)
     row = results.read(tmp_path / "ops.json")["rows"][case.title]
-    assert row["floor_seconds"] == pytest.approx(
-        2 * 2 * 16 * 64 * 9 * 16 / 1e9
-    )  # by hand: 2 * N * P * Q * K * R * S * C
+    assert row["floor_seconds"] == pytest.approx(2 * 2 * 16 * 64 * 9 * 16 / 1e9)  # 2 * N * P * Q * K * R * S * C
     assert row["bound"] == "math" and row["share"] == pytest.approx(row["floor_seconds"] / row["seconds"]["p50"])
     moved = 4 * (2 * 2 * 16 * 64)
     assert row["bytes"] == moved + 4 * 16 * 9 * 16 + 2 * 4 * 16
