@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,21 +28,6 @@ def _import() -> ModuleType:
 
 native_build = _import()
 Program = Callable[[str, str], Path]
-
-
-@pytest.fixture
-def program(tmp_path: Path) -> Program:
-    """Makes a shell script that stands in for a program."""
-
-    def make(name: str, body: str) -> Path:
-        folder = tmp_path / "programs"
-        folder.mkdir(exist_ok=True)
-        path = folder / name
-        path.write_text(f"#!/bin/sh\n{body}\n")
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-        return path
-
-    return make
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -211,12 +212,9 @@ def test_wheel_is_pure_and_holds_the_package_only(archives: tuple[set[str], Path
 
 
 @pytest.fixture
-def broken_nvcc(tmp_path: Path) -> str:
+def broken_nvcc(program: Callable[[str, str], Path]) -> str:
     """A CUDA compiler that says what is wrong with it."""
-    nvcc = tmp_path / "nvcc"
-    nvcc.write_text("#!/bin/sh\necho 'nvcc fatal   : this compiler is broken on purpose' >&2\nexit 1\n")
-    nvcc.chmod(0o755)
-    return str(nvcc)
+    return str(program("nvcc", "echo 'nvcc fatal   : this compiler is broken on purpose' >&2\nexit 1"))
 
 
 @pytest.mark.parametrize("found", [True, False])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from resnet_fast.kernels import gpus
 from tests.tools.test_comparison_on_gpu import NO_GPU
 
 ROOT = Path(__file__).resolve().parents[2]
+Program = Callable[[str, str], Path]
 
 
 # --- the whole thing
@@ -355,15 +357,11 @@ def test_no_time_left_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 # --- environment
 
 
-def test_environment_reads_what_nvidia_smi_and_nvcc_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, text in (
-        ("nvidia-smi", "NVIDIA H200, 580.1, 143771 MiB, 345 MHz, 1980 MHz, 3201 MHz, 3201 MHz, 700 W, 30, Default, P0"),
-        ("nvcc", "Cuda compilation tools, release 13.0, V13.0.88"),
-    ):
-        program = tmp_path / name
-        program.write_text(f"#!/bin/sh\necho '{text}'\n")
-        program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+def test_environment_reads_what_nvidia_smi_and_nvcc_say(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "NVIDIA H200, 580.1, 143771 MiB, 345 MHz, 1980 MHz, 3201 MHz, 3201 MHz, 700 W, 30, Default, P0"
+    program("nvidia-smi", f"echo '{said}'")
+    nvcc = program("nvcc", "echo 'Cuda compilation tools, release 13.0, V13.0.88'")
+    monkeypatch.setenv("PATH", str(nvcc.parent), prepend=os.pathsep)
     monkeypatch.setenv("RESNET_FAST_COMMIT", "abc")
     found = environment.report()
     assert found["gpus"][0]["name"] == "NVIDIA H200" and found["gpus"][0]["clocks.max.sm"] == "1980 MHz"
@@ -374,11 +372,11 @@ def test_environment_reads_what_nvidia_smi_and_nvcc_say(tmp_path: Path, monkeypa
     json.dumps(found)
 
 
-def test_clocks_are_sampled_while_something_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho '1980, 3201, 650.1, 51'\necho '1755, 3201, 699.9, 60'\nsleep 60\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+def test_clocks_are_sampled_while_something_runs(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi = program("nvidia-smi", "echo '1980, 3201, 650.1, 51'\necho '1755, 3201, 699.9, 60'\nsleep 60")
+    monkeypatch.setenv("PATH", str(smi.parent), prepend=os.pathsep)
     with environment.Clocks() as clocks:
         time.sleep(0.5)
     assert clocks.seen["clocks.sm"] == {"min": 1755.0, "median": 1980.0, "max": 1980.0, "samples": 2}
@@ -562,13 +560,12 @@ def test_pytest_that_is_cut_off_still_counts(monkeypatch: pytest.MonkeyPatch, tm
 
 @pytest.mark.parametrize(("errors", "status"), [(0, 0), (3, 1)])
 def test_the_sanitizers_summary_is_read(
-    errors: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    errors: int, status: int, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = Fake(monkeypatch, tmp_path)
-    program = tmp_path / "compute-sanitizer"
-    program.write_text(f"#!/bin/sh\necho '========= ERROR SUMMARY: {errors} errors'\nexit {9 if errors else 0}\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: str(program) if name == "compute-sanitizer" else None)
+    said = f"echo '========= ERROR SUMMARY: {errors} errors'"
+    sanitizer = program("compute-sanitizer", f"{said}\nexit {9 if errors else 0}")
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: str(sanitizer) if name == sanitizer.name else None)
     monkeypatch.setattr(gpu, "files_with", lambda marks, cwd, env: [f"tests/{marks}.py"])
     given = Stage("sanitizer", "", 0.9, 0.0)
     assert gpu.perform(fake.run, (given,)) == status
