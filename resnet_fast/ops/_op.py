@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import backends
+from .._dtypes import DTYPES
+from .._random import Random
 from ..backends import Backend
 from .common import transformed
 
@@ -128,7 +130,8 @@ class Op(Generic[A]):
         autocast: the arguments cast for an autocast dtype. ``torch.library.register_autocast`` would cast every
             floating point tensor; scale, shift and weights stay as they are, they are folded in float32.
         dtype: what kernels compute in. data: the fields that are no constants of a network.
-        problem: what a launch choice depends on; None if no choice is made by it.
+        problem: what a launch choice depends on; None if no choice is made by it. sample: random arguments of such a
+            problem, with every tensor that it may have.
         freeze: the constants as :meth:`bind` keeps them, for inputs of a dtype. limits: why ``native`` cannot
             compute with such constants, or "". single: the result that callers of a bound op see.
         kind: the op whose kernels, tables and fallbacks these are, if not its own.
@@ -148,6 +151,7 @@ class Op(Generic[A]):
     dtype: Callable[[A], torch.dtype] = lambda a: a[0].dtype
     data: tuple[str, ...] = ("x",)
     problem: Callable[[A], Any] | None = None
+    sample: Callable[[Any, Random], A] | None = None
     freeze: Callable[[dict[str, Any], torch.dtype], dict[str, Any]] = lambda constants, dtype: constants
     limits: Callable[[dict[str, Any], torch.dtype], str] = lambda constants, dtype: ""
     single: Callable[[A, Any], Any] = lambda a, output: output
@@ -220,6 +224,11 @@ class Op(Generic[A]):
         """Return the op on constants, given in the order of the arguments without data, or by name (:class:`Bound`)."""
         names = [name for name in self._names if name not in self.data]
         return Bound(self, {**dict(zip(names, constants, strict=False)), **named}, dtype, backend)
+
+    def example(self, problem: Any, device: torch.device, generator: torch.Generator | None = None) -> A:
+        """Return random arguments of a kernel's problem; on the device "meta" they are shapes alone."""
+        assert self.sample is not None, f"{self.name} has no kernel of its own"
+        return self.sample(problem, Random(device, DTYPES[problem.precision], generator))
 
     def _plain(self, a: A) -> Any:
         self.check(a)

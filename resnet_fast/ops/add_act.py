@@ -13,6 +13,7 @@ from torch import Tensor
 from resnet_fast.kernels.problems import AddAct as Problem
 
 from .. import backends
+from .._random import Random
 from ..backends import Backend, cuda, triton
 from . import checks
 from ._op import Bound, Op
@@ -67,6 +68,10 @@ def problem(x: Tensor) -> Problem:
     return Problem(x.numel(), triton.precision(x.dtype))
 
 
+def _two(asked: Problem, random: Random) -> tuple[Tensor, Tensor]:
+    return random.normal(asked.length, dtype=random.dtype), random.normal(asked.length, dtype=random.dtype)
+
+
 def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | None) -> Tensor | None:
     out, asked = torch.empty_like(a.x), problem(a.x)
     x, y = _flat(a.x, out.stride()), _flat(a.y, out.stride())
@@ -106,7 +111,7 @@ def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
 
 OP = Op(
     NAME, Arguments, check, lambda a: torch.empty_like(a.x), reference, kernel, native, context, backward, autocast,
-    data=("x", "y"), problem=lambda a: problem(a.x),
+    data=("x", "y"), problem=lambda a: problem(a.x), sample=lambda asked, random: Arguments(*_two(asked, random)),
 )  # fmt: skip
 
 
@@ -142,7 +147,7 @@ BACKWARD = Op(
     f"{NAME}_backward", Gradient, lambda a: _check_alike(f"{NAME}_backward", grad=a.grad, output=a.output),
     lambda a: torch.empty_like(a.output), _gradient_reference, _gradient_kernel, None,
     lambda ctx, a, output: ctx.save_for_backward(a.output), _gradient_backward, lambda dtype, a: a,
-    kind=NAME,
+    problem=lambda a: problem(a.output), sample=lambda asked, random: Gradient(*_two(asked, random)), kind=NAME,
 )  # fmt: skip
 
 

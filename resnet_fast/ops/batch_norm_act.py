@@ -17,6 +17,7 @@ from torch import Tensor
 from resnet_fast.kernels.problems import BatchNormAct as Problem
 
 from .. import backends
+from .._random import Random
 from ..backends import Backend, cuda, triton, triton_batch_norm_act
 from ..backends.layouts import channels_last, empty_channels_last, kernel_vector
 from ..backends.torch_batch_norm import moments as welford
@@ -134,6 +135,17 @@ class Statistics(NamedTuple):
     group: str
 
 
+def _sample_x(asked: Problem, random: Random) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw x, images of one pixel, with its mean and inverse deviation."""
+    deviation, mean = random.scale_and_shift(asked.c)
+    x = random.normal(asked.rows, asked.c).mul_(deviation).add_(mean).to(random.dtype)
+    return x[:, :, None, None], mean, 1 / deviation
+
+
+def _sample_statistics(asked: Problem, random: Random) -> Statistics:
+    return Statistics(_sample_x(asked, random)[0], random.normal(asked.c), random.normal(asked.c).abs(), 0.1, 1e-5, "")
+
+
 def _statistics_kernel(
     among: tuple[Backend, ...], a: Statistics, bound: Bound[Statistics] | None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -190,7 +202,7 @@ def _statistics_empty(a: Statistics) -> tuple[Tensor, Tensor, Tensor]:
 
 STATISTICS = Op(
     "batch_norm_statistics", Statistics, lambda a: check_all(a.x, None, None, a.running_mean, a.running_var, None),
-    _statistics_empty, _statistics, _statistics_kernel, kind=NAME,
+    _statistics_empty, _statistics, _statistics_kernel, sample=_sample_statistics, kind=NAME,
     schema="batch_norm_statistics(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, "
     "float eps, str group) -> (Tensor, Tensor, Tensor)",
 )  # fmt: skip
@@ -406,9 +418,15 @@ def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
     return a._replace(residual=None if a.residual is None else cast(a.residual, a.x.dtype))
 
 
+def sample(asked: Problem, random: Random) -> Arguments:
+    x, mean, invstd = _sample_x(asked, random)
+    residual = random.image(*x.shape) if asked.residual else None
+    return Arguments(x, *random.scale_and_shift(asked.c), mean, invstd, residual, "relu", True, None, "")
+
+
 OP = Op(
     NAME, Arguments, lambda a: check_all(*a[:7]), lambda a: empty_channels_last(a.x, a.x.shape), reference, kernel,
-    native, context, backward, autocast,
+    native, context, backward, autocast, sample=sample,
 )  # fmt: skip
 
 
@@ -539,9 +557,17 @@ def _backward_empty(a: Backward) -> _Gradients:
     return image(a.need_x), vector(), vector(), image(a.need_residual)
 
 
+def _sample_backward(asked: Problem, random: Random) -> Backward:
+    """Draw arguments of the step "reduce" or "backward", which are one op."""
+    x, mean, invstd = _sample_x(asked, random)
+    grad, output = random.image(*x.shape), random.image(*x.shape) if asked.relu else None
+    gamma, reduces = random.scale_and_shift(asked.c)[0], asked.step == "reduce"
+    return Backward(grad, x, output, gamma, mean, invstd, True, None, "", not reduces, reduces, asked.residual)
+
+
 BACKWARD = Op(
     f"{NAME}_backward", Backward, _check_backward, _backward_empty, _backward_reference, _backward_kernel,
-    _backward_native, returns=_Gradients, kind=NAME,
+    _backward_native, sample=_sample_backward, returns=_Gradients, kind=NAME,
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from resnet_fast.kernels.bottleneck_tail_choice import Problem
 
 from .. import backends
+from .._random import Random
 from ..backends import Backend, cuda, packing, triton
 from ..backends.layouts import channels_last, empty_channels_last, kernel_vector, kernel_weight
 from ..backends.packing import Geometry
@@ -169,6 +170,21 @@ def kernel_problem(a: Arguments) -> Problem | None:
     return Problem(n, h, w, mid, a.weight3.shape[0], a.stride[0], shortcut, following, triton.precision(a.a.dtype))
 
 
+def sample(asked: Problem, random: Random) -> Arguments:
+    """Images are as a ReLU leaves them, as in the network."""
+
+    def constants(k: int, c: int, kernel: int = 1) -> tuple[Tensor | None, ...]:
+        return (random.weight(k, c, kernel, kernel), *random.scale_and_shift(k)) if k and c else (None, None, None)
+
+    c, h, w, stride = asked.shortcut or (asked.k, *asked.output, 1)
+    tensors: tuple[Any, ...] = (
+        random.image(asked.n, asked.mid, asked.h, asked.w).relu_(), *constants(asked.mid, asked.mid, 3),
+        *constants(asked.k, asked.mid), random.image(asked.n, c, h, w).relu_(),
+        *constants(asked.k, c if asked.shortcut else 0), *constants(asked.following, asked.k),
+    )  # fmt: skip
+    return Arguments._make((*tensors, (asked.stride,) * 2, (stride,) * 2))
+
+
 def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | None) -> tuple[Tensor, Tensor]:
     """Compute the op by its Triton kernel, or its convolutions one after the other if that has no tile for them."""
     if among == (cuda,):
@@ -282,7 +298,8 @@ def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
 
 OP = Op(
     NAME, Arguments, check, empty, reference, kernel, native, context, backward, autocast,
-    dtype=lambda a: a.a.dtype, data=("a", "residual"), freeze=lambda constants, dtype: freeze_constants(constants),
+    dtype=lambda a: a.a.dtype, data=("a", "residual"), sample=sample,
+    freeze=lambda constants, dtype: freeze_constants(constants),
     limits=lambda constants, dtype: packing.unsupported(dtype, constants["weight2"], 1),
     single=lambda a, output: output[0] if a.weight1 is None else output, returns=tuple[Tensor, Tensor],
 )  # fmt: skip

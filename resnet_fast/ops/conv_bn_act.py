@@ -11,6 +11,7 @@ from torch import Tensor
 from resnet_fast.kernels.problems import ConvBNAct as Problem
 
 from .. import backends
+from .._random import Random
 from ..backends import Backend, cuda, packing, triton
 from ..backends.layouts import channels_last, empty_channels_last, kernel_vector, kernel_weight
 from ..backends.packing import Geometry
@@ -97,6 +98,16 @@ def problem(a: Arguments) -> Problem:
     return Problem(n, h, w, c, k, (r, s), stride, padding, dilation, a.groups, precision, a.residual is not None)
 
 
+def sample(asked: Problem, random: Random) -> Arguments:
+    return Arguments(
+        random.image(asked.n, asked.c, asked.h, asked.w),
+        random.weight(asked.k, asked.c // asked.groups, *asked.kernel),
+        *random.scale_and_shift(asked.k),
+        random.image(asked.n, asked.k, *asked.output) if asked.residual else None,
+        *(asked.stride, asked.padding, asked.dilation, asked.groups),
+    )
+
+
 def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | None) -> Tensor | None:
     kept = {} if bound is None else bound.kept
     if "read" not in kept:  # in one step, for threads
@@ -173,7 +184,7 @@ def freeze(constants: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 OP = Op(
     NAME, Arguments, check, lambda a: empty_channels_last(a.x, output_shape(a)), reference, kernel, native, context,
-    backward, autocast, data=("x", "residual"), problem=problem, freeze=freeze,
+    backward, autocast, data=("x", "residual"), problem=problem, sample=sample, freeze=freeze,
     limits=lambda constants, dtype: packing.unsupported(dtype, constants["weight"], constants.get("groups", 1)),
 )  # fmt: skip
 

@@ -18,6 +18,7 @@ from resnet_fast.kernels import _tables
 from resnet_fast.kernels.problems import ConvStatistics as Problem
 
 from .. import backends
+from .._random import Random
 from ..backends import triton
 from ..backends.layouts import channels_last, empty_channels_last, kernel_vector, kernel_weight
 from . import checks
@@ -132,14 +133,14 @@ def run_kernel(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     config = kernels.choose(problem, triton.gpu_of(x.device))
     mean, variance = (torch.empty(problem.k, dtype=torch.float32, device=x.device) for _ in range(2))
     workspace = torch.empty(kernels.workspace_size(problem, config), dtype=torch.float32, device=x.device)
-    vectors = (None, None) if before is None else _scale_and_shift(before)
+    vectors = (None, None) if before is None else scale_and_shift(before)
     with triton.on(x.device):
         for launch in kernels.launches(x, weight, *vectors, y, mean, variance, workspace, problem, config):
             launch()
     return y, mean, variance
 
 
-def _scale_and_shift(norm: Norm) -> tuple[Tensor, Tensor]:
+def scale_and_shift(norm: Norm) -> tuple[Tensor, Tensor]:
     """Return a norm as the kernel applies it, [C] each in float32: ``x * scale + shift``."""
     mean, scale = kernel_vector(norm.mean), kernel_vector(norm.invstd)
     if norm.gamma is not None:
@@ -178,9 +179,19 @@ def context(ctx: Any, a: Arguments, output: tuple[Tensor, Tensor, Tensor]) -> No
     save_norm_and_conv(ctx, a)
 
 
+def sample(asked: Problem, random: Random) -> Arguments:
+    """An x whose mean is not 0; statistics in front such that they leave it about as large."""
+    c, before = asked.c, NO_NORM
+    if asked.normalised:
+        before = Norm(*random.scale_and_shift(c), random.normal(c), random.normal(c).abs() + 0.5, False, None, "")
+    x, weight = random.image(asked.n, c, asked.h, asked.w), random.weight(asked.k, c // asked.groups, *asked.kernel)
+    geometry = asked.stride, asked.padding, asked.dilation, asked.groups
+    return Arguments._make((x.add_(0.5), *before, weight, None, *geometry))
+
+
 OP = Op(
     NAME, Arguments, check, empty, compute, context=context, backward=norm_and_conv_backward,
-    autocast=lambda dtype, a: a._replace(x=cast(a.x, dtype)), returns=tuple[Tensor, Tensor, Tensor],
+    autocast=lambda dtype, a: a._replace(x=cast(a.x, dtype)), sample=sample, returns=tuple[Tensor, Tensor, Tensor],
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from resnet_fast.kernels.problems import Head as Problem
 
 from .. import backends
+from .._random import Random
 from ..backends import Backend, cuda, onednn, triton
 from ..backends.layouts import channels_last, kernel_vector
 from . import checks
@@ -51,6 +52,11 @@ def problem(a: Arguments) -> Problem:
     """Return what a launch choice depends on; the tensors may be without data."""
     n, c, h, w = a.x.shape
     return Problem(n, h, w, c, a.weight.shape[0], triton.precision(a.x.dtype, "matmul"))
+
+
+def sample(asked: Problem, random: Random) -> Arguments:
+    x, weight = random.image(asked.n, asked.c, asked.h, asked.w), random.weight(asked.k, asked.c)
+    return Arguments(x, weight, random.normal(asked.k, dtype=random.dtype))
 
 
 def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | None) -> Tensor | None:
@@ -110,7 +116,7 @@ def freeze(constants: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 OP = Op(
     NAME, Arguments, check, empty, reference, kernel, native, context, backward, autocast, problem=problem,
-    freeze=freeze, limits=lambda constants, dtype: onednn.unavailable(),
+    sample=sample, freeze=freeze, limits=lambda constants, dtype: onednn.unavailable(),
 )  # fmt: skip
 
 

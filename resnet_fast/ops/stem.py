@@ -12,6 +12,7 @@ from torch import Tensor
 from resnet_fast.kernels.problems import Stem as Problem
 
 from .. import backends
+from .._random import Random
 from ..backends import Backend, cuda, packing, triton
 from ..backends.layouts import kernel_vector, owned, squares, taps_first
 from ..backends.packing import Geometry
@@ -107,6 +108,11 @@ def _normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torc
     return torch.tensor([factors, summands], dtype=torch.float32, device=device)
 
 
+def normalisation(a: Arguments) -> Tensor | None:
+    """Return what the kernels apply to bytes: [2, C] float32, a factor and a summand; None for float images."""
+    return None if a.mean is None or a.std is None else _normalisation(tuple(a.mean), tuple(a.std), a.x.device)
+
+
 #: The weight as each backend's kernel reads it.
 PACKED = {triton.NAME: taps_first, cuda.NAME: squares}
 
@@ -117,6 +123,15 @@ def problem(a: Arguments) -> Problem:
     height, width = _sizes(a)[0]
     uint8 = a.x.dtype is torch.uint8
     return Problem(a.x.shape[0], height, width, c, k, uint8, a.ceil_mode, triton.precision(a.dtype))
+
+
+def sample(asked: Problem, random: Random) -> Arguments:
+    image = random.normal(asked.n, asked.c, asked.h, asked.w, dtype=random.dtype)
+    constants = random.weight(asked.k, asked.c, *KERNEL), *random.scale_and_shift(asked.k)
+    if not asked.uint8:
+        return Arguments(image, *constants, ceil_mode=asked.ceil_mode)
+    pixels = (image * 64 + 128).clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return Arguments(pixels, *constants, [0.5] * asked.c, [0.25] * asked.c, asked.ceil_mode)
 
 
 def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | None) -> Tensor | None:
@@ -130,12 +145,11 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
     form = choice.name, a.dtype
     if form not in kept:
         kept[form] = PACKED[choice.name](a.weight, a.dtype), kernel_vector(a.scale), kernel_vector(a.shift)
-    normalisation = None if a.mean is None or a.std is None else _normalisation(tuple(a.mean), tuple(a.std), a.x.device)
     weight, scale, shift = kept[form]
     if choice.backend is cuda:
-        cuda.stem(a.x, weight, scale, shift, normalisation, out, asked)
+        cuda.stem(a.x, weight, scale, shift, normalisation(a), out, asked)
     else:
-        triton.launch(NAME, asked, a.x.device, a.x, weight, scale, shift, normalisation, out)
+        triton.launch(NAME, asked, a.x.device, a.x, weight, scale, shift, normalisation(a), out)
     return out
 
 
@@ -181,7 +195,7 @@ def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
 
 OP = Op(
     NAME, Arguments, check, empty, reference, kernel, native, context, backward, autocast, dtype=lambda a: a.dtype,
-    problem=problem, freeze=lambda constants, dtype: freeze_constants(constants),
+    problem=problem, sample=sample, freeze=lambda constants, dtype: freeze_constants(constants),
     limits=lambda constants, dtype: packing.unsupported(dtype, constants["weight"], 1),
 )  # fmt: skip
 

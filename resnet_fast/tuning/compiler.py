@@ -133,7 +133,7 @@ class _Driver:
 def launches(case: Case, config: Any) -> tuple[Any, ...]:
     """Return the case's ``Launch``, or all of them in order, on tensors that have no data."""
     op = ops.get(case.op)
-    made = op.launch(op.kernel, op.tensors(case.problem, torch.device("meta")), case, config)
+    made = op.launch(op.kernel, op.example(case, torch.device("meta")), case, config)
     return made.parts if isinstance(made, ops.Launches) else (made,)
 
 

@@ -20,7 +20,7 @@ from resnet_fast.roofline.measure import tf32
 
 from . import ops
 from .compiler import Compiler, tasks
-from .ops import Case
+from .ops import Case, Example
 
 if TYPE_CHECKING:
     from resnet_fast.kernels.gpus import GPU
@@ -57,6 +57,12 @@ def error(ours: Tensor, exact: Tensor, precision: str) -> str:
     return ""
 
 
+def wrong(outputs: Sequence[Tensor], exact: Sequence[Tensor], precision: str) -> str:
+    """Return the first thing that is wrong with the outputs, "" if nothing is; empty ones have nothing to compare."""
+    pairs = zip(outputs, exact, strict=True)
+    return next((reason for ours, right in pairs if right.numel() and (reason := error(ours, right, precision))), "")
+
+
 class CudaRunner:
     """Runs the launches of cases on one GPU; a context manager, since it owns processes.
 
@@ -69,8 +75,8 @@ class CudaRunner:
         self._compiler = Compiler(jobs)
         self.batch = 2 * self._compiler.jobs
         self._case: Case | None = None
-        self._sets: list[dict[str, Tensor | None]] = []
-        self._exact: dict[str, Tensor] = {}
+        self._sets: list[Example] = []
+        self._exact: tuple[Tensor, ...] = ()
 
     def __enter__(self) -> CudaRunner:
         return self
@@ -85,16 +91,14 @@ class CudaRunner:
         if before is not None and _same_tensors(before, case):
             self._case = case
             return
-        self._case, self._sets, self._exact = case, [], {}  # the last case's memory is free before more is taken
+        self._case, self._sets, self._exact = case, [], ()  # the last case's memory is free before more is taken
         torch.manual_seed(0)
-        first = op.tensors(case.problem, self.device)
+        first = op.example(case, self.device)
         with tf32(False), torch.no_grad():
-            half = case.problem.precision in ("fp16", "bf16")
-            self._exact = op.reference(_widened(first, torch.float32 if half else torch.float64), case)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in first.values() if tensor is not None)
+            self._exact = first.exact(torch.float32 if case.problem.precision in ("fp16", "bf16") else torch.float64)
         # Successive launches take different tensors, so that none finds its own in the level-2 cache.
-        count = min(_MOST_SETS, 1 + math.ceil(2 * self.gpu.l2 / size))
-        self._sets = [first, *(op.tensors(case.problem, self.device) for _ in range(count - 1))]
+        count = min(_MOST_SETS, 1 + math.ceil(2 * self.gpu.l2 / first.nbytes))
+        self._sets = [first, *(op.example(case, self.device) for _ in range(count - 1))]
 
     def unusable(self, configs: Sequence[Any]) -> Mapping[Any, str]:
         assert self._case is not None
@@ -115,34 +119,23 @@ class CudaRunner:
         return reasons
 
     def wrong(self, config: Any) -> str:
-        return self.wrong_by(lambda tensors: self._launch_on(config, tensors)())
-
-    def wrong_by(self, run: Callable[[dict[str, Tensor | None]], object]) -> str:
-        """What is wrong with the outputs that ``run`` fills in the case's first set of tensors, "" if nothing is."""
         from triton import errors
 
-        case, tensors = self._case, self._sets[0]
+        case, example = self._case, self._sets[0]
         assert case is not None
-        for name in self._exact:
-            output = tensors[name]
-            assert output is not None
+        for output in example.outputs:
             output.fill_(math.nan)  # what the launch does not write shows
         try:
             with torch.cuda.device(self.device):
-                run(tensors)
+                self._launch_on(config, example)()
                 torch.cuda.synchronize()
         except (errors.TritonError, RuntimeError, ValueError) as failure:
             torch.cuda.synchronize()  # raises where the GPU can run nothing any more in this process: the sweep is over
             return f"does not run: {' '.join(str(failure).split())[:200]}"
-        for name, exact in self._exact.items():
-            output = tensors[name]
-            assert output is not None
-            if reason := error(output, exact, case.problem.precision):
-                return reason
-        return ""
+        return wrong(example.outputs, self._exact, case.problem.precision)
 
     def seconds(self, config: Any) -> float:
-        return self._timed([self._launch_on(config, tensors) for tensors in self._sets])
+        return self._timed([self._launch_on(config, example) for example in self._sets])
 
     def separately(self) -> float:
         case = self._case
@@ -151,7 +144,7 @@ class CudaRunner:
         if parts is None:
             return math.inf
         with torch.no_grad(), tf32(case.problem.precision == "tf32"):
-            return self._timed([partial(parts, tensors, case) for tensors in self._sets])
+            return self._timed([partial(parts, example) for example in self._sets])
 
     def _timed(self, launches: Sequence[Callable[[], object]]) -> float:
         """Seconds of one of the launches, from replays of a CUDA graph of them all."""
@@ -181,23 +174,15 @@ class CudaRunner:
                 taken.append(1e-3 * begin.elapsed_time(end))
         return statistics.median(taken[1:]) / (rounds * len(launches))
 
-    def _launch_on(self, config: Any, tensors: dict[str, Tensor | None]) -> Any:
+    def _launch_on(self, config: Any, example: Example) -> Any:
         assert self._case is not None
         op = ops.get(self._case.op)
-        return op.launch(op.kernel, tensors, self._case, config)
+        return op.launch(op.kernel, example, self._case, config)
 
 
 def _same_tensors(a: Case, b: Case) -> bool:
     """Return whether the two cases are of Triton's and CUDA's kernels for one thing."""
     return (a.op.removesuffix(".cuda"), a.problem, a.form) == (b.op.removesuffix(".cuda"), b.problem, b.form)
-
-
-def _widened(tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor | None]:
-    """Floating point tensors in ``dtype``; images of bytes stay so."""
-    return {
-        name: tensor if tensor is None or not tensor.is_floating_point() else tensor.to(dtype)
-        for name, tensor in tensors.items()
-    }
 
 
 def versions(device: torch.device) -> dict[str, str]:

@@ -1,34 +1,41 @@
-"""Each op as launches see it: from a fused layer to its kernel's problem, tensors for one, the answer, the least work.
+"""Which launches a fused layer brings about, and each of them on an example of its op's: for compiling and measuring.
 
-One small adapter per op, so that compiling and measuring treat all of them alike. No launch choice is made here.
+Tensors, outputs and right answers are those of the ops' declarations. No launch choice is made here.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from resnet_fast._dtypes import DTYPES
+from resnet_fast import backends
 from resnet_fast.backends import cuda, triton
 from resnet_fast.graph.inventory import Block, Layer
 from resnet_fast.kernels import cuda_choice
 from resnet_fast.kernels.problems import AddAct, BatchNormAct, ConvBNAct, ConvStatistics, Head, Stem
+from resnet_fast.ops import ALL, checks
+from resnet_fast.ops import Op as Declaration
+from resnet_fast.ops.add_act import BACKWARD as ADD_ACT_BACKWARD
+from resnet_fast.ops.batch_norm_act import BACKWARD, STATISTICS, statistics
+from resnet_fast.ops.batch_norm_act import OP as BATCH_NORM_ACT
+from resnet_fast.ops.bottleneck_tail import composed
+from resnet_fast.ops.conv_statistics import OP as CONV_STATISTICS
+from resnet_fast.ops.conv_statistics import scale_and_shift
+from resnet_fast.ops.recompute import apply_norm, convolve
+from resnet_fast.ops.stem import PACKED, normalisation
 from resnet_fast.roofline import Work, cost
 
 if TYPE_CHECKING:
     from resnet_fast.kernels.gpus import GPU
 
-Tensors = Mapping[str, Tensor | None]
-
-_EPS = 1e-5
+_EPS, _MOMENTUM = 1e-5, 0.1
 
 
 @dataclass(frozen=True)
@@ -61,17 +68,50 @@ class Launches:
 
 
 @dataclass(frozen=True)
+class Example:
+    """Tensors for the launches of a case.
+
+    Attributes:
+        arguments, outputs: of the op's declaration, the outputs without values; those that the case has not are empty.
+        others: what its launches read or write besides.
+    """
+
+    declaration: Declaration[Any]
+    arguments: Any
+    outputs: tuple[Any, ...]
+    others: tuple[Any, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all its tensors."""
+        everything = (*self.arguments, *self.outputs, *self.others)
+        return sum(each.nbytes for each in everything if isinstance(each, Tensor))
+
+    def exact(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return what the outputs must be, computed by the reference from floating point arguments in ``dtype``."""
+        wide = [
+            each.to(dtype, copy=True) if isinstance(each, Tensor) and each.is_floating_point() else each
+            for each in self.arguments
+        ]
+        with backends.use("reference"):  # of the ops that a reference calls too
+            return _several(self.declaration.reference(self.arguments._make(wide)))
+
+
+def _several(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+@dataclass(frozen=True)
 class Op:
-    """What compiling and measuring need of an op.
+    """What compiling and measuring need of an op besides its declaration.
 
     Attributes:
         matrix: whether its products are worth Hopper's warp-group instructions.
         cases: the cases that a layer or a block of a network brings about; most bring about none.
-        tensors: arguments and outputs (named ``out`` or ``out_...``) for a problem, of (problem, device), random.
-        launch: fills the outputs, of (kernel module, tensors, case, config): a ``Launch``, or ``Launches``.
-        reference: what the outputs must be, of (tensors, case), in the dtype that the floating point inputs have.
+        launch: fills an example's outputs, of (kernel module, example, case, config): a ``Launch``, or ``Launches``.
+        declared: the declaration of the op that computes a case. others: of (arguments, case), an example's.
         work: bytes and operations of a problem.
-        parts: does what the kernel does by several launches, of (tensors, case); None if there is no such way.
+        parts: does what the kernel does by several launches, of an example; None if there is no such way.
         plain: whether those are what the op does by itself where no table says that its kernel takes less time.
         native: the CUDA kernels in place of a module of Triton's.
     """
@@ -79,10 +119,10 @@ class Op:
     name: str
     matrix: bool
     cases: Callable[[Layer | Block], Iterator[Case]]
-    tensors: Callable[[Any, torch.device], dict[str, Tensor | None]]
-    launch: Callable[[ModuleType, Tensors, Case, Any], Any]
-    reference: Callable[[Tensors, Case], dict[str, Tensor]]
-    parts: Callable[[Tensors, Case], object] | None = None
+    launch: Callable[[Any, Example, Case, Any], Any]
+    declared: Callable[[Case], Declaration[Any]] = lambda case: ALL[case.problem.op]
+    others: Callable[[Any, Case], tuple[Any, ...]] = lambda a, case: ()
+    parts: Callable[[Example], object] | None = None
     plain: bool = False
     native: CudaKernels | None = None
     work: Callable[[Any], Work] = cost.work
@@ -91,6 +131,14 @@ class Op:
     def kernel(self) -> Any:
         """The kernel's module, whose import imports triton; of CUDA kernels what stands in for one."""
         return importlib.import_module(f"resnet_fast.kernels.{self.name}") if self.native is None else self.native
+
+    def example(self, case: Case, device: torch.device) -> Example:
+        """Return random tensors for a case; on the device "meta" they are shapes alone."""
+        declaration = self.declared(case)
+        a = declaration.example(case.problem, device)
+        if case.form in checks.ACTIVATIONS:
+            a = a._replace(activation=case.form)
+        return Example(declaration, a, _several(declaration.empty(a)), self.others(a, case))
 
 
 @dataclass(frozen=True)
@@ -168,29 +216,6 @@ def supported(case: Case, gpu: GPU) -> bool:
     return supports is None or bool(supports(case.problem, gpu))
 
 
-# --- tensors, which on the device "meta" are shapes alone
-
-
-def _image(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.randn(shape, dtype=dtype, device=device).to(memory_format=torch.channels_last)
-
-
-def _weight(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Such that a product of unit inputs has about unit size."""
-    made = torch.randn(shape, device=device) / max(1, torch.Size(shape[1:]).numel()) ** 0.5
-    made = made.to(dtype)
-    return made.to(memory_format=torch.channels_last) if len(shape) == 4 else made
-
-
-def _per_channel(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scale and shift."""
-    return torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device)
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
-
-
 # --- conv_bn_act
 
 
@@ -199,31 +224,9 @@ def _conv_cases(layer: Layer | Block) -> Iterator[Case]:
         yield Case("conv_bn_act", layer.problem, layer.activation)
 
 
-def _conv_tensors(problem: Any, device: torch.device) -> dict[str, Tensor | None]:
-    dtype = DTYPES[problem.precision]
-    shape = (problem.n, problem.k, *problem.output)
-    scale, shift = _per_channel(problem.k, device)
-    return {
-        "x": _image((problem.n, problem.c, problem.h, problem.w), dtype, device),
-        "weight": _weight((problem.k, problem.c // problem.groups, *problem.kernel), dtype, device),
-        "scale": scale,
-        "shift": shift,
-        "residual": _image(shape, dtype, device) if problem.residual else None,
-        "out": _empty(shape, dtype, device),
-    }
-
-
-def _conv_launch(kernel: ModuleType, tensors: Tensors, case: Case, config: Any) -> Any:
-    return kernel.launch(**tensors, problem=case.problem, config=config, activation=case.form or "relu")
-
-
-def _conv_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
-    from resnet_fast.ops.conv_bn_act import OP
-
-    problem = case.problem
-    arguments: list[Any] = [tensors[name] for name in ("x", "weight", "scale", "shift", "residual")]
-    arguments += [problem.stride, problem.padding, problem.dilation, problem.groups, case.form or "relu"]
-    return {"out": OP.reference(OP.arguments(*arguments))}
+def _conv_launch(kernel: Any, example: Example, case: Case, config: Any) -> Any:
+    a = example.arguments
+    return kernel.launch(*a[:5], *example.outputs, case.problem, config, activation=a.activation)
 
 
 # --- add_act
@@ -237,20 +240,9 @@ def _add_cases(layer: Layer | Block) -> Iterator[Case]:
             yield Case("add_act", problem, form)
 
 
-def _add_tensors(problem: Any, device: torch.device) -> dict[str, Tensor | None]:
-    x, y, out = (torch.randn(problem.length, dtype=DTYPES[problem.precision], device=device) for _ in range(3))
-    return {"x": x, "y": y, "out": out}
-
-
-def _add_launch(kernel: ModuleType, tensors: Tensors, case: Case, config: Any) -> Any:
-    arguments = (tensors["x"], tensors["y"], tensors["out"], case.problem, config)
-    return kernel.launch_backward(*arguments) if case.form == "backward" else kernel.launch(*arguments)
-
-
-def _add_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
-    x, y = tensors["x"], tensors["y"]
-    assert x is not None and y is not None
-    return {"out": torch.where(y <= 0, 0.0, x) if case.form == "backward" else torch.relu(x + y)}
+def _add_launch(kernel: Any, example: Example, case: Case, config: Any) -> Any:
+    launch = kernel.launch_backward if case.form == "backward" else kernel.launch
+    return launch(*example.arguments[:2], *example.outputs, case.problem, config)
 
 
 # --- batch_norm_act: each pass over memory is a case
@@ -270,70 +262,40 @@ def _norm_cases(layer: Layer | Block) -> Iterator[Case]:
     yield Case("batch_norm_act", problem("backward", relu=relu, residual=residual))
 
 
-def _norm_tensors(problem: Any, device: torch.device) -> dict[str, Tensor | None]:
-    """Images as matrices [rows, c]. ``y`` is the forward's output where a ReLU asks for it."""
-    dtype, rows, c, step = DTYPES[problem.precision], problem.rows, problem.c, problem.step
+def _norm_others(a: Any, case: Case) -> tuple[Tensor, ...]:
+    """Return the sums that the step "reduce" leaves for "backward"."""
+    if case.problem.step != "backward":
+        return ()
+    _, *sums, _ = BACKWARD.reference(a._replace(need_x=False, need_sums=True, need_residual=False))
+    return tuple(sums)
 
-    def image() -> Tensor:
-        return torch.randn(rows, c, dtype=dtype, device=device)
 
-    def vector() -> Tensor:
-        return torch.empty(c, device=device)
-
-    std, mean = _per_channel(c, device)
-    x = torch.randn(rows, c, device=device).mul_(std).add_(mean).to(dtype)
+def _norm_tensors(example: Example, step: str) -> tuple[Any, ...]:
+    """Return what launches of a step take, of Triton's and of CUDA's kernels."""
+    a, outputs = example.arguments, example.outputs
     if step == "statistics":
-        running = {"running_mean": torch.randn(c, device=device), "running_var": torch.rand(c, device=device)}
-        return {"x": x, "out_mean": vector(), "out_invstd": vector(), **running}
-    given: dict[str, Tensor | None] = {"x": x, "mean": mean, "invstd": 1 / std}
-    gamma, beta = _per_channel(c, device)
+        return a.x, *outputs[:2], a.running_mean, a.running_var
     if step == "apply":
-        residual = image() if problem.residual else None
-        return given | {"gamma": gamma, "beta": beta, "residual": residual, "out": torch.empty_like(x)}
-    given |= {"grad": image(), "y": image() if problem.relu else None}
+        return a.x, a.mean, a.invstd, a.gamma, a.beta, a.residual, *outputs
+    grad_x, *sums, grad_residual = outputs
+    given = a.grad, a.x, a.output, a.mean, a.invstd
     if step == "reduce":
-        return given | {"out_sum_grad": vector(), "out_sum_grad_xhat": vector()}
-    sums = rows**0.5 * torch.randn(2, c, device=device)
-    given |= {"gamma": gamma, "sum_grad": sums[0], "sum_grad_xhat": sums[1]}
-    return given | {"out": torch.empty_like(x), "out_residual": torch.empty_like(x) if problem.residual else None}
+        return *given, *sums
+    return *given, a.gamma, *example.others, grad_x, grad_residual if a.need_residual else None
 
 
-def _norm_launch(kernel: ModuleType, tensors: Tensors, case: Case, config: Any) -> Any:
-    problem, x = case.problem, _given(tensors, "x")
-
-    def given(names: str) -> list[Tensor | None]:
-        return [tensors[name] for name in names.split()]
-
-    if problem.step == "apply":
-        arguments = given("x mean invstd gamma beta residual out")
-        return Launches(kernel.apply(*arguments, problem, config, activation=case.form or "relu"))
-    if problem.step == "backward":
-        arguments = given("grad x y mean invstd gamma sum_grad sum_grad_xhat out out_residual")
-        return Launches(kernel.backward(*arguments, problem, config))
-    workspace = torch.empty(kernel.workspace_size(problem, config), device=x.device)
-    if problem.step == "reduce":
-        arguments = given("grad x y mean invstd out_sum_grad out_sum_grad_xhat")
-        return Launches(kernel.reduce(*arguments, workspace, problem, config))
-    arguments = given("x out_mean out_invstd running_mean running_var")
-    return Launches(kernel.statistics(*arguments, workspace, problem, config, eps=_EPS, momentum=0.1))
+def _norm_options(example: Example, step: str) -> dict[str, Any]:
+    options = {"statistics": ("eps", "momentum"), "apply": ("activation",)}.get(step, ())
+    return {name: getattr(example.arguments, name) for name in options}
 
 
-def _norm_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
-    step, x, y = case.problem.step, _given(tensors, "x"), tensors.get("y")
-    if step == "statistics":
-        return {"out_mean": x.mean(0), "out_invstd": (x.var(0, unbiased=False) + _EPS).rsqrt()}
-    xhat = (x - _given(tensors, "mean")) * _given(tensors, "invstd")
-    if step == "apply":
-        out = xhat * _given(tensors, "gamma") + _given(tensors, "beta")
-        out = out if tensors["residual"] is None else out + tensors["residual"]
-        return {"out": out if case.form == "none" else torch.relu(out)}
-    g = _given(tensors, "grad") if y is None else torch.where(y <= 0, 0.0, _given(tensors, "grad"))
-    if step == "reduce":
-        return {"out_sum_grad": g.sum(0), "out_sum_grad_xhat": (g * xhat).sum(0)}
-    of_mean, of_std = _given(tensors, "sum_grad"), _given(tensors, "sum_grad_xhat")
-    through = g - of_mean / case.problem.rows - xhat * (of_std / case.problem.rows)
-    made = {"out": through * (_given(tensors, "gamma") * _given(tensors, "invstd"))}
-    return made | ({"out_residual": g} if case.problem.residual else {})
+def _norm_launch(kernel: Any, example: Example, case: Case, config: Any) -> Any:
+    problem, tensors = case.problem, _norm_tensors(example, case.problem.step)
+    if problem.step in ("statistics", "reduce"):
+        size = kernel.workspace_size(problem, config)
+        tensors = (*tensors, torch.empty(size, device=example.arguments.x.device))
+    launches = getattr(kernel, problem.step)
+    return Launches(launches(*tensors, problem, config, **_norm_options(example, problem.step)))
 
 
 # --- conv_statistics: in training, in place of torch's convolution and the pass "statistics"
@@ -354,64 +316,38 @@ def _statistics_cases(layer: Layer | Block) -> Iterator[Case]:
         yield Case("conv_statistics", ConvStatistics(**{**vars(conv), "residual": False, "normalised": each}))
 
 
-def _statistics_tensors(problem: Any, device: torch.device) -> dict[str, Tensor | None]:
-    """As the convolution's, with the BatchNorm in front as scale and shift (and a mean of 0 for its parts)."""
-    dtype, c, k = DTYPES[problem.precision], problem.c, problem.k
-    scale, shift = _per_channel(c, device) if problem.normalised else (None, None)
-    return {
-        "x": _image((problem.n, c, problem.h, problem.w), dtype, device).add_(0.5),
-        "weight": _weight((k, c // problem.groups, *problem.kernel), dtype, device),
-        "scale": scale,
-        "shift": shift,
-        "zero": torch.zeros(c, device=device) if problem.normalised else None,
-        "running_mean": torch.randn(k, device=device),
-        "running_var": torch.rand(k, device=device),
-        "variance": torch.empty(k, device=device),
-        "out": _empty((problem.n, k, *problem.output), dtype, device),
-        "out_mean": torch.empty(k, device=device),
-        "out_invstd": torch.empty(k, device=device),
-    }
+def _statistics_others(a: Any, case: Case) -> tuple[Tensor | None, ...]:
+    """Return the scale and shift of a BatchNorm in front, running statistics, and memory for an inverse deviation."""
+    k, device = case.problem.k, a.x.device
+    running = torch.randn(k, device=device), torch.rand(k, device=device)
+    return *((None, None) if a.before is None else scale_and_shift(a.before)), *running, torch.empty(k, device=device)
 
 
-def _statistics_launch(kernel: ModuleType, tensors: Tensors, case: Case, config: Any) -> Any:
+def _statistics_launch(kernel: Any, example: Example, case: Case, config: Any) -> Any:
     """Return all that the parts do: the running statistics too."""
     from resnet_fast.kernels import batch_norm_act
 
-    problem, x = case.problem, _given(tensors, "x")
-    workspace = torch.empty(kernel.workspace_size(problem, config), device=x.device)
-    filled = [tensors[name] for name in ("x", "weight", "scale", "shift", "out", "out_mean", "variance")]
-    vectors = [tensors[name] for name in ("out_mean", "variance", "out_invstd", "running_mean", "running_var")]
-    finish = batch_norm_act.finish(*vectors, problem.pixels, problem.k, eps=_EPS, momentum=0.1)
-    return Launches((*kernel.launches(*filled, workspace, problem, config), finish))
+    problem, a = case.problem, example.arguments
+    _, mean, variance = example.outputs
+    *before, running_mean, running_var, invstd = example.others
+    workspace = torch.empty(kernel.workspace_size(problem, config), device=a.x.device)
+    launches = kernel.launches(a.x, a.weight, *before, *example.outputs, workspace, problem, config)
+    vectors = (mean, variance, invstd, running_mean, running_var)
+    finish = batch_norm_act.finish(*vectors, problem.pixels, problem.k, eps=_EPS, momentum=_MOMENTUM)
+    return Launches((*launches, finish))
 
 
-def _statistics_parts(tensors: Tensors, case: Case) -> object:
+def _statistics_parts(example: Example) -> object:
     """By the algorithm that cuDNN finds fastest when it tries them."""
-    from resnet_fast.ops.batch_norm_act import statistics
-
-    problem, x, scale = case.problem, _given(tensors, "x"), tensors["scale"]
-    how = (problem.stride, problem.padding, problem.dilation, problem.groups)
+    a = example.arguments
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
-        if scale is not None:
-            x = torch.ops.resnet_fast.batch_norm_act.default(
-                x, None, tensors["shift"], tensors["zero"], scale, None, "relu", False, None, ""
-            )
-        y = torch.conv2d(x, _given(tensors, "weight"), None, *how)
-        return statistics(y, tensors["running_mean"], tensors["running_var"], 0.1, _EPS)
+        y = convolve(a.x if a.before is None else apply_norm(a.x, a.before), *a[8:])
+        _, _, running_mean, running_var, _ = example.others
+        return statistics(y, running_mean, running_var, _MOMENTUM, _EPS)
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-def _statistics_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
-    problem, x, scale = case.problem, _given(tensors, "x"), tensors["scale"]
-    if scale is not None:
-        x = torch.relu(x * scale.view(-1, 1, 1) + _given(tensors, "shift").view(-1, 1, 1))
-    how = (problem.stride, problem.padding, problem.dilation, problem.groups)
-    y = torch.conv2d(x, _given(tensors, "weight"), None, *how)
-    var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
-    return {"out": y, "out_mean": mean, "out_invstd": (var + _EPS).rsqrt()}
 
 
 # --- stem
@@ -424,40 +360,20 @@ def _stem_cases(layer: Layer | Block) -> Iterator[Case]:
             yield Case("stem", replace(layer.problem, uint8=form == "uint8"), form)
 
 
-def _stem_tensors(problem: Any, device: torch.device) -> dict[str, Tensor | None]:
-    dtype, n, c, h, w = DTYPES[problem.precision], problem.n, problem.c, problem.h, problem.w
-    scale, shift = _per_channel(problem.k, device)
-    x = torch.randn(n, c, h, w, dtype=dtype, device=device)
-    normalise = None
-    if problem.uint8:
-        x = torch.randint(0, 256, (n, h, w, c), dtype=torch.uint8, device=device)
-        normalise = torch.stack([torch.full((c,), 1 / 64.0), torch.full((c,), -2.0)]).to(device)
-    weight = _weight((problem.k, c, 7, 7), dtype, device)
-    return {
-        "x": x,
-        "weight": weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1),  # as the op packs it: [7, 7, C, K]
-        "scale": scale,
-        "shift": shift,
-        "normalise": normalise,
-        "out": _empty((n, problem.k, *problem.output), dtype, device),
-    }
+def _stem_x(example: Example, case: Case) -> Tensor:
+    x: Tensor = example.arguments.x
+    return x.contiguous(memory_format=torch.channels_last) if case.form == "nhwc" else x
 
 
-def _stem_launch(kernel: ModuleType, tensors: Tensors, case: Case, config: Any) -> Any:
-    given = dict(tensors)
-    if case.form == "nhwc" and given["x"] is not None:
-        given["x"] = given["x"].contiguous(memory_format=torch.channels_last)
-    return kernel.launch(**given, problem=case.problem, config=config)
+def _stem_constants(example: Example, backend: str) -> tuple[Tensor | None, ...]:
+    """Return the constants as a backend's kernel reads them."""
+    a = example.arguments
+    return PACKED[backend](a.weight, a.dtype), a.scale, a.shift, normalisation(a)
 
 
-def _stem_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
-    from resnet_fast.ops.stem import OP
-
-    x, weight, scale, shift, normalise = (tensors[name] for name in ("x", "weight", "scale", "shift", "normalise"))
-    assert x is not None and weight is not None and scale is not None and shift is not None
-    if normalise is not None:  # pixel * factor + summand, before the padding with zeros
-        x = (x.to(weight.dtype) * normalise[0] + normalise[1]).permute(0, 3, 1, 2)
-    return {"out": OP.reference(OP.arguments(x, weight, scale, shift, None, None, case.problem.ceil_mode))}
+def _stem_launch(kernel: Any, example: Example, case: Case, config: Any) -> Any:
+    constants = _stem_constants(example, triton.NAME)
+    return kernel.launch(_stem_x(example, case), *constants, *example.outputs, case.problem, config)
 
 
 # --- head
@@ -468,25 +384,8 @@ def _head_cases(layer: Layer | Block) -> Iterator[Case]:
         yield Case("head", layer.problem)
 
 
-def _head_tensors(problem: Any, device: torch.device) -> dict[str, Tensor | None]:
-    dtype = DTYPES[problem.precision]
-    return {
-        "x": _image((problem.n, problem.c, problem.h, problem.w), dtype, device),
-        "weight": _weight((problem.k, problem.c), dtype, device),
-        "bias": torch.randn(problem.k, dtype=dtype, device=device),
-        "out": torch.empty(problem.n, problem.k, dtype=dtype, device=device),
-    }
-
-
-def _head_launch(kernel: ModuleType, tensors: Tensors, case: Case, config: Any) -> Any:
-    return kernel.launch(**tensors, problem=case.problem, config=config)
-
-
-def _head_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
-    from resnet_fast.ops.head import OP
-
-    arguments: Any = [tensors[name] for name in ("x", "weight", "bias")]
-    return {"out": OP.reference(OP.arguments(*arguments))}
+def _head_launch(kernel: Any, example: Example, case: Case, config: Any) -> Any:
+    return kernel.launch(*example.arguments, *example.outputs, case.problem, config)
 
 
 # --- bottleneck_tail
@@ -500,142 +399,66 @@ def _tail_cases(layer: Layer | Block) -> Iterator[Case]:
                 yield Case("bottleneck_tail", block.problem)
 
 
-def _tail_tensors(problem: Any, device: torch.device) -> dict[str, Tensor | None]:
-    dtype, n, mid, k = DTYPES[problem.precision], problem.n, problem.mid, problem.k
-    out = (n, k, *problem.output)
-    made: dict[str, Tensor | None] = {"a": _image((n, mid, problem.h, problem.w), dtype, device)}
-    convolutions = [("2", mid, (mid, mid, 3, 3)), ("3", k, (k, mid, 1, 1))]
-    if problem.shortcut is None:
-        made["residual"] = _image(out, dtype, device)
-    else:
-        c, h, w, _ = problem.shortcut
-        made["residual"] = _image((n, c, h, w), dtype, device)
-        convolutions.append(("_shortcut", k, (k, c, 1, 1)))
-    if problem.following:
-        convolutions.append(("1", problem.following, (problem.following, k, 1, 1)))
-    for suffix in ("2", "3", "_shortcut", "1"):
-        made |= {f"{name}{suffix}": None for name in ("weight", "scale", "shift")}
-    for suffix, channels, shape in convolutions:
-        made[f"weight{suffix}"] = _weight(shape, dtype, device)
-        made[f"scale{suffix}"], made[f"shift{suffix}"] = _per_channel(channels, device)
-    made["out"] = _empty(out, dtype, device)
-    made["out_following"] = (
-        _empty((n, problem.following, *problem.output), dtype, device) if problem.following else None
-    )
-    return made
+def _tail_launch(kernel: Any, example: Example, case: Case, config: Any) -> Any:
+    a, (out, following) = example.arguments, example.outputs
+    projection, reduction = (None if constants[0] is None else constants for constants in (a[8:11], a[11:14]))
+    next_one = following if case.problem.following else None
+    return kernel.launch(*a[:8], projection, out, reduction, next_one, case.problem, config)
 
 
-def _tail_launch(kernel: ModuleType, tensors: Tensors, case: Case, config: Any) -> Any:
-    given = dict(tensors)
-    vectors = ("weight", "scale", "shift")
-    projection, reduction = (
-        None if given[f"weight{suffix}"] is None else tuple(given[f"{name}{suffix}"] for name in vectors)
-        for suffix in ("_shortcut", "1")
-    )
-    return kernel.launch(
-        given["a"], *(given[f"{name}2"] for name in vectors), *(given[f"{name}3"] for name in vectors),
-        given["residual"], projection, given["out"], reduction, given["out_following"], case.problem, config,
-    )  # fmt: skip
-
-
-def _tail_arguments(tensors: Tensors, problem: Any) -> Any:
-    stride = 1 if problem.shortcut is None else problem.shortcut[3]
-    arguments: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if not name.startswith("out")}
-    return arguments | {"stride": (problem.stride,) * 2, "shortcut_stride": (stride,) * 2}
-
-
-def _tail_parts(tensors: Tensors, case: Case) -> object:
-    from resnet_fast.ops.bottleneck_tail import Arguments, composed
-
-    return composed(Arguments(**_tail_arguments(tensors, case.problem)))
-
-
-def _tail_reference(tensors: Tensors, case: Case) -> dict[str, Tensor]:
-    from resnet_fast.ops.bottleneck_tail import OP
-
-    problem = case.problem
-    y, following = OP.reference(OP.arguments(**_tail_arguments(tensors, problem)))
-    return {"out": y, "out_following": following} if problem.following else {"out": y}
-
+_OF_STEPS: dict[str, Declaration[Any]] = {
+    "statistics": STATISTICS, "apply": BATCH_NORM_ACT, "reduce": BACKWARD, "backward": BACKWARD
+}  # fmt: skip
 
 _OPS = {
     op.name: op
     for op in (
-        Op("conv_bn_act", True, _conv_cases, _conv_tensors, _conv_launch, _conv_reference),
-        Op("bottleneck_tail", True, _tail_cases, _tail_tensors, _tail_launch, _tail_reference, _tail_parts),
-        Op("stem", True, _stem_cases, _stem_tensors, _stem_launch, _stem_reference),
-        Op("head", False, _head_cases, _head_tensors, _head_launch, _head_reference),
-        Op("add_act", False, _add_cases, _add_tensors, _add_launch, _add_reference),
-        Op("batch_norm_act", False, _norm_cases, _norm_tensors, _norm_launch, _norm_reference),
+        Op("conv_bn_act", True, _conv_cases, _conv_launch),
+        Op("bottleneck_tail", True, _tail_cases, _tail_launch, parts=lambda example: composed(example.arguments)),
+        Op("stem", True, _stem_cases, _stem_launch),
+        Op("head", False, _head_cases, _head_launch),
         Op(
-            "conv_statistics",
-            True,
-            _statistics_cases,
-            _statistics_tensors,
-            _statistics_launch,
-            _statistics_reference,
-            _statistics_parts,
-            plain=True,
+            "add_act", False, _add_cases, _add_launch,
+            lambda case: ADD_ACT_BACKWARD if case.form == "backward" else ALL["add_act"],
+        ),
+        Op("batch_norm_act", False, _norm_cases, _norm_launch, lambda case: _OF_STEPS[case.problem.step], _norm_others),
+        Op(
+            "conv_statistics", True, _statistics_cases, _statistics_launch, lambda case: CONV_STATISTICS,
+            _statistics_others, _statistics_parts, plain=True,
         ),
     )
-}
+}  # fmt: skip
 
 
-# --- CUDA kernels: the same cases, tensors, answers and work; what is packed is packed before the launch is timed
+# --- CUDA kernels: the same cases and examples; what is packed is packed before the launch is timed
 
 
-def _cuda_conv_launch(kernels: Any, tensors: Tensors, case: Case, config: Any) -> Any:
-    given: dict[str, Any] = {**tensors, "problem": case.problem, "activation": case.form or "relu"}
-    return partial(cuda.conv_bn_act, config.kernel, **given)
+def _cuda_conv_launch(kernels: Any, example: Example, case: Case, config: Any) -> Any:
+    a = example.arguments
+    tensors: tuple[Any, ...] = (*a[:5], *example.outputs, case.problem)
+    return partial(cuda.conv_bn_act, config.kernel, *tensors, activation=a.activation)
 
 
-def _cuda_add_launch(kernels: Any, tensors: Tensors, case: Case, config: Any) -> Any:
+def _cuda_add_launch(kernels: Any, example: Example, case: Case, config: Any) -> Any:
     run = cuda.add_act_backward if case.form == "backward" else cuda.add_act
-    return partial(run, *(_given(tensors, name) for name in ("x", "y", "out")))
+    return partial(run, *example.arguments[:2], *example.outputs)
 
 
-def _cuda_stem_launch(kernels: Any, tensors: Tensors, case: Case, config: Any) -> Any:
-    from resnet_fast.backends.layouts import squares
-
-    x, weight = _given(tensors, "x"), _given(tensors, "weight")
-    if case.form == "nhwc":
-        x = x.contiguous(memory_format=torch.channels_last)
-    vectors = (_given(tensors, "scale"), _given(tensors, "shift"), tensors["normalise"])
-    return partial(cuda.stem, x, squares(weight, weight.dtype), *vectors, _given(tensors, "out"), case.problem)
+def _cuda_stem_launch(kernels: Any, example: Example, case: Case, config: Any) -> Any:
+    constants = _stem_constants(example, cuda.NAME)
+    tensors: tuple[Any, ...] = (_stem_x(example, case), *constants, *example.outputs)
+    return partial(cuda.stem, *tensors, problem=case.problem)
 
 
-def _cuda_head_launch(kernels: Any, tensors: Tensors, case: Case, config: Any) -> Any:
-    x, bias = _given(tensors, "x"), _given(tensors, "bias").float()
-    gpu = triton.gpu_of(x.device)
-    return partial(cuda.head, x, _given(tensors, "weight"), bias, _given(tensors, "out"), case.problem, gpu)
+def _cuda_head_launch(kernels: Any, example: Example, case: Case, config: Any) -> Any:
+    (x, weight, bias), (out,) = example.arguments, example.outputs
+    return partial(cuda.head, x, weight, bias.float(), out, case.problem, triton.gpu_of(x.device))
 
 
-def _cuda_norm_launch(kernels: Any, tensors: Tensors, case: Case, config: Any) -> Any:
-    """Return the launches read an image's memory as a matrix; a matrix is one of one-pixel images."""
-    images = {
-        name: tensor[:, :, None, None] if tensor is not None and tensor.dim() == 2 else tensor
-        for name, tensor in tensors.items()
-    }
-
-    def given(names: str) -> list[Any]:
-        return [images[name] for name in names.split()]
-
-    if case.problem.step == "statistics":
-        names = given("x out_mean out_invstd running_mean running_var")
-        return partial(cuda.batch_norm_act_statistics, *names, eps=_EPS, momentum=0.1)
-    if case.problem.step == "apply":
-        names = given("x mean invstd gamma beta residual out")
-        return partial(cuda.batch_norm_act_apply, *names, activation=case.form or "relu")
-    if case.problem.step == "reduce":
-        return partial(cuda.batch_norm_act_reduce, *given("grad x y mean invstd out_sum_grad out_sum_grad_xhat"))
-    names = given("grad x y mean invstd gamma sum_grad sum_grad_xhat out out_residual")
-    return partial(cuda.batch_norm_act_backward, *names)
-
-
-def _given(tensors: Tensors, name: str) -> Tensor:
-    tensor = tensors[name]
-    assert tensor is not None
-    return tensor
+def _cuda_norm_launch(kernels: Any, example: Example, case: Case, config: Any) -> Any:
+    step = case.problem.step
+    run = getattr(cuda, f"batch_norm_act_{step}")
+    return partial(run, *_norm_tensors(example, step), **_norm_options(example, step))
 
 
 _CUDA_OPS = {

@@ -419,9 +419,9 @@ def test_cudnns_way_gives_the_right_answers(monkeypatch: pytest.MonkeyPatch) -> 
 def test_one_runs_tensors_serve_triton_and_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     adapter = adapters.get("add_act")
-    monkeypatch.setitem(adapters._OPS, "add_act", adapters.replace(
-        adapter, tensors=lambda problem, device: made.append("") or adapter.tensors(problem, device)
-    ))  # fmt: skip
+    declared = adapter.declared
+    watched = adapters.replace(adapter, declared=lambda case: made.append("") or declared(case))
+    monkeypatch.setitem(adapters._OPS, "add_act", watched)
     problem = adapter.kernel.Problem(1 << 20, "fp16")
     with tuning.CudaRunner(gpus.known("l4"), torch.device("cpu"), jobs=1) as runner:
         runner.load(adapters.Case("add_act", problem, "relu"))

@@ -293,11 +293,12 @@ several = {
 }
 triton.runtime.driver.set_active(compiler._Driver(90))
 given = task("h100", "fp16", 128)
-tensors = ops.get("conv_bn_act").tensors(given.case.problem, torch.device("meta"))
+example = ops.get("conv_bn_act").example(given.case, torch.device("meta"))
+a, (out,) = example.arguments, example.outputs
 workspace = torch.empty(kernel.workspace_size(given.case.problem, given.config), device="meta")
 raw = []
-for options in ({}, {"scale_in": tensors["scale"], "shift_in": tensors["shift"]}):
-    arguments = (tensors["x"], tensors["weight"], tensors["out"], given.case.problem, given.config)
+for options in ({}, {"scale_in": a.scale, "shift_in": a.shift}):
+    arguments = (a.x, a.weight, out, given.case.problem, given.config)
     launch, _ = kernel.launch_raw(*arguments, workspace=workspace, **options)
     found = compiler.Compiled(given, compiler._resources(launch.compile()))
     raw.append([launch.kernel.__name__, check.faults(found, gpus.known("h100"))])

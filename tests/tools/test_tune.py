@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 pytest.importorskip("triton")
 
 from resnet_fast import backends
+from resnet_fast._dtypes import DTYPES
 from resnet_fast.backends import cuda as native
 from resnet_fast.backends import triton
 from resnet_fast.cli import app
@@ -243,13 +244,13 @@ def test_the_plain_way_of_a_training_convolution_does_the_same(normalised: bool)
     given = next(each for each in CASES if each.op == "conv_statistics" and each.problem.normalised is normalised)
     given = dataclasses.replace(given, problem=dataclasses.replace(given.problem, precision="fp32"))
     op = ops.get("conv_statistics")
-    tensors = op.tensors(given.problem, CPU)
-    exact = op.reference(cuda._widened(tensors, torch.float64), given)
+    example = op.example(given, CPU)
+    _, *exact = example.exact(torch.float64)
     before = torch.backends.cudnn.benchmark
     assert op.parts is not None
-    mean, invstd, _ = op.parts(tensors, given)
+    mean, invstd, _ = op.parts(example)
     assert torch.backends.cudnn.benchmark is before
-    assert cuda.error(mean, exact["out_mean"], "fp32") == "" and cuda.error(invstd, exact["out_invstd"], "fp32") == ""
+    assert cuda.wrong([mean, invstd.square().reciprocal() - 1e-5], exact, "fp32") == ""
 
 
 def test_training_convolutions_are_those_of_the_network() -> None:
@@ -386,20 +387,26 @@ def test_every_op_has_a_case() -> None:
 def test_adapters_describe_what_the_kernels_take(given: ops.Case) -> None:
     """References fill the outputs' shapes; work is positive; each heuristic makes a launch."""
     op = ops.get(given.op)
-    tensors = op.tensors(given.problem, CPU)
-    exact = op.reference(cuda._widened(tensors, torch.float64), given)
-    for name, answer in exact.items():
-        output = tensors[name]
-        assert output is not None and output.shape == answer.shape and answer.dtype is torch.float64, name
-        assert answer.isfinite().all() and 0.05 < answer.std() < 50
-    assert {name for name, tensor in tensors.items() if name.startswith("out") and tensor is not None} == set(exact)
+    example = op.example(given, CPU)
+    for output, answer in zip(example.outputs, example.exact(torch.float64), strict=True):
+        assert output.shape == answer.shape and answer.dtype is torch.float64
+        assert not answer.numel() or (answer.isfinite().all() and 0.05 < answer.std() < 50)
     assert sweep.floor(given, LITTLE) > 0
     configs = sweep.configs(given, LITTLE)
     assert {type(config) for config in configs} == {op.kernel.Config}
-    launch = op.launch(op.kernel, tensors, given, configs[0])
+    launch = op.launch(op.kernel, example, given, configs[0])
     for part in launch.parts if isinstance(launch, ops.Launches) else (launch,):
         assert math.prod(part.grid) >= 1
     assert op.kernel.as_fields(configs[0]).keys() == op.kernel.Config.__dataclass_fields__.keys()
+
+
+def assert_passes_the_gate(given: ops.Case, example: ops.Example, exact: Sequence[torch.Tensor], config: Any) -> None:
+    """A launch fills its outputs, NaN before, with the right answer."""
+    op = ops.get(given.op)
+    for output in example.outputs:
+        output.fill_(math.nan)
+    op.launch(op.kernel, example, given, config)()
+    assert cuda.wrong(example.outputs, exact, given.problem.precision) == "", (str(given), config)
 
 
 @pytest.mark.parametrize("op", ops.names())
@@ -414,20 +421,15 @@ def test_launches_pass_the_gate(op: str) -> None:
         kinds[(each.form, *(getattr(each.problem, name, None) for name in names), following)] = each
     adapter = ops.get(op)
     for given in list(kinds.values())[-(8 if op == "batch_norm_act" else 4) :]:
-        tensors = adapter.tensors(given.problem, torch.device(DEVICE))
-        exact = adapter.reference(cuda._widened(tensors, torch.float32), given)
-        for name in exact:
-            tensors[name].fill_(math.nan)  # type: ignore[union-attr]
-        adapter.launch(adapter.kernel, tensors, given, adapter.kernel.heuristic(given.problem, LITTLE))()
-        for name, answer in exact.items():
-            output = tensors[name]
-            assert output is not None
-            assert cuda.error(output, answer, given.problem.precision) == "", (str(given), name)
+        example = adapter.example(given, torch.device(DEVICE))
+        assert_passes_the_gate(
+            given, example, example.exact(torch.float32), adapter.kernel.heuristic(given.problem, LITTLE)
+        )
 
 
 @pytest.mark.parametrize("precision", list(cuda.ALLOWED))
 def test_the_gate(precision: str) -> None:
-    dtype = ops.DTYPES[precision]
+    dtype = DTYPES[precision]
     exact = torch.randn(4, 64, 14, 14, dtype=torch.float64)
     rounded = exact.to(torch.float32).to(dtype)
     assert cuda.error(rounded, exact, precision) == ""
@@ -615,16 +617,10 @@ def test_cuda_launches_pass_the_gate(op: str) -> None:
         assert len(cases) == len(described)
         for given in cases:
             adapter = ops.get(given.op)
-            tensors = adapter.tensors(given.problem, device)
-            exact = adapter.reference(cuda._widened(tensors, torch.float32), given)
+            example = adapter.example(given, device)
+            exact = example.exact(torch.float32)
             for config in dict.fromkeys([adapter.kernel.choose(given.problem, gpu), *sweep.configs(given, gpu)[:3]]):
-                for name in exact:
-                    tensors[name].fill_(math.nan)  # type: ignore[union-attr]
-                adapter.launch(adapter.kernel, tensors, given, config)()
-                for name, answer in exact.items():
-                    output = tensors[name]
-                    assert output is not None
-                    assert cuda.error(output, answer, given.problem.precision) == "", (str(given), config, name)
+                assert_passes_the_gate(given, example, exact, config)
 
 
 def test_the_compile_check_knows_cudas_choices_by_their_problems(
