@@ -1,6 +1,7 @@
-"""The fused ops as cases to judge and to time: shapes, seeded data, plain torch beside each, and its floor.
+"""The fused ops as cases to judge and to time: shapes, plain torch beside each, and its floor.
 
-The single-op benchmarks and the GPU stages take their cases from here. Nothing here times anything.
+Tensors are the examples of the ops' declarations. The single-op benchmarks and the GPU stages take their cases from
+here. Nothing here times anything.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from torch import Tensor
 
 import resnet_fast as rf
 from resnet_fast._dtypes import DTYPES
+from resnet_fast._random import Random
 from resnet_fast.benchmarking.gate import judge
+from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct, Head, Stem
 from resnet_fast.ops import ALL
+from resnet_fast.ops.conv_bn_act import Arguments as Conv
 from resnet_fast.roofline import Work, cost
 from resnet_fast.tuning import shapes
 
@@ -82,13 +86,52 @@ def _outputs(result: Result) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else result
 
 
-def noise(*shape: int, seed: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-    """Seeded noise of mean 0 and variance 1, channels_last if it has four dimensions; on "meta" without values."""
-    if device == "meta":
-        made = torch.empty(shape, dtype=dtype, device="meta")
-    else:
-        made = torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
-    return made.contiguous(memory_format=torch.channels_last) if made.dim() == 4 else made
+def _generator(seed: int, device: str) -> torch.Generator | None:
+    return None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+
+def _case(
+    name: str,
+    problem: Any,
+    batch: int,
+    device: str,
+    plain: Callable[[Any], Result],
+    cudnn: Callable[[Any], Callable[..., Tensor]] | None = None,
+    **form: Any,
+) -> OpCase:
+    """Return the case of an op's problem.
+
+    Args:
+        plain: torch's own layers, of the op's arguments. cudnn: a contestant, made of an example. form: fields of the
+            arguments that are not the problem's.
+    """
+    op, public = ALL[problem.op], getattr(rf.ops, problem.op)
+
+    def example(seed: int) -> Any:
+        return op.example(problem, torch.device(device), _generator(seed, device))._replace(**form)
+
+    first = example(1)
+    constants = {key: value for key, value in first._asdict().items() if key not in op.data}
+
+    def data(seed: int) -> tuple[Tensor, ...]:
+        given = example(10 + seed)
+        return tuple(tensor for key in op.data if (tensor := getattr(given, key)) is not None)
+
+    def by(function: Callable[..., Result]) -> Callable[..., Result]:
+        return lambda *activations: function(**constants, **dict(zip(op.data, activations, strict=False)))
+
+    def exact(**given: Any) -> Result:
+        wide = {key: value.double() if isinstance(value, Tensor) else value for key, value in given.items()}
+        return plain(op.arguments(**wide))
+
+    contestants = {
+        "plain": by(lambda **given: plain(op.arguments(**given))),
+        "op": by(public),
+        "prepared": op.bind(**constants, dtype=DTYPES[problem.precision]),
+    }
+    if cudnn is not None:
+        contestants["cudnn"] = cudnn(first)
+    return OpCase(op.name, name, problem.precision, batch, data, contestants, by(exact), cost.work(problem))
 
 
 # --- convolutions
@@ -113,9 +156,10 @@ class ConvShape:
         extras = (f"-g{self.groups}" if self.groups > 1 else "", "-residual" if self.residual else "")
         return shape + "".join(extras) + ("" if self.activation == "relu" else f"-{self.activation}")
 
-    @property
-    def output(self) -> int:
-        return (self.size + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1
+    def problem(self, batch: int, precision: str) -> ConvBNAct:
+        pairs = [(each, each) for each in (self.kernel, self.stride, self.kernel // 2, 1)]
+        sizes = (batch, self.size, self.size, self.c, self.k)
+        return ConvBNAct(*sizes, *pairs, self.groups, precision, self.residual)
 
 
 def conv_shapes(arch: str, image_size: int = 224) -> tuple[ConvShape, ...]:
@@ -129,84 +173,36 @@ def conv_shapes(arch: str, image_size: int = 224) -> tuple[ConvShape, ...]:
     )
 
 
-def _constants(c: int, k: int, kernel: int, *, groups: int, seed: int, dtype: torch.dtype, device: str) -> Any:
-    """weight, scale, shift that keep the variance."""
-    weight = noise(k, c // groups, kernel, kernel, seed=seed, dtype=torch.float32, device=device)
-    weight = (weight / (c // groups * kernel**2) ** 0.5).to(dtype)
-    scale = noise(k, seed=seed + 1, dtype=torch.float32, device=device).abs() + 0.5
-    return weight, scale, noise(k, seed=seed + 2, dtype=torch.float32, device=device)
-
-
-def _plain_conv(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None = None,
-    relu: bool = True,
-    **how: Any,
-) -> Tensor:
+def _plain_conv(a: Conv) -> Tensor:
     """torch's layers for the same: convolution, batch norm, addition, ReLU."""
-    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-    y = F.batch_norm(F.conv2d(x, weight, **how), zero, one, scale, shift, eps=1e-30)  # torch 2.11 refuses 0
-    if residual is not None:
-        y = y + residual
-    return F.relu(y, inplace=True) if relu else y
+    zero, one = torch.zeros_like(a.scale), torch.ones_like(a.scale)
+    y = torch.conv2d(a.x, a.weight, None, *a.geometry)
+    y = F.batch_norm(y, zero, one, a.scale, a.shift, eps=1e-30)  # torch 2.11 refuses 0
+    if a.residual is not None:
+        y = y + a.residual
+    return F.relu(y, inplace=True) if a.activation == "relu" else y
 
 
-def _cudnn_conv(weight: Tensor, scale: Tensor, shift: Tensor, relu: bool, **how: Any) -> Callable[..., Tensor]:
+def _cudnn_conv(a: Conv) -> Callable[..., Tensor]:
     """cuDNN's convolution with bias, residual and ReLU in its epilogue; the scale is folded into the weight before."""
-    folded = (weight.float() * scale.view(-1, 1, 1, 1)).to(weight.dtype).contiguous(memory_format=torch.channels_last)
-    bias, given = shift.to(weight.dtype), (how["stride"], how["padding"], (1, 1), how.get("groups", 1))
+    folded = (a.weight.float() * a.scale.view(-1, 1, 1, 1)).to(a.weight.dtype)
+    folded, bias, geometry = folded.contiguous(memory_format=torch.channels_last), a.shift.to(folded.dtype), a.geometry
 
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not relu:
-            y = torch.conv2d(x, folded, bias, *given)
+        if a.activation != "relu":
+            y = torch.conv2d(x, folded, bias, *geometry)
             return y if residual is None else y + residual
         if residual is None:
-            return torch.cudnn_convolution_relu(x, folded, bias, *given)
-        return torch.cudnn_convolution_add_relu(x, folded, residual, 1.0, bias, *given)
+            return torch.cudnn_convolution_relu(x, folded, bias, *geometry)
+        return torch.cudnn_convolution_add_relu(x, folded, residual, 1.0, bias, *geometry)
 
     return run
 
 
 def conv_bn_act(shape: ConvShape, batch: int, precision: str, device: str = "cpu") -> OpCase:
     """``conv_bn_act`` on one convolution of a network."""
-    dtype, relu = DTYPES[precision], shape.activation == "relu"
-    constants = _constants(
-        shape.c, shape.k, shape.kernel, groups=shape.groups, seed=1, dtype=dtype, device=device
-    )  # fmt: skip
-    wide = tuple(tensor.double() for tensor in constants)
-    how: dict[str, Any] = {
-        "stride": (shape.stride,) * 2, "padding": (shape.kernel // 2,) * 2, "groups": shape.groups
-    }  # fmt: skip
-    fixed = ALL["conv_bn_act"].bind(*constants, **how, activation=shape.activation, dtype=dtype)
-
-    def data(seed: int) -> tuple[Tensor, ...]:
-        made = [noise(batch, shape.c, shape.size, shape.size, seed=10 + seed, dtype=dtype, device=device)]
-        if shape.residual:
-            size = shape.output
-            made.append(noise(batch, shape.k, size, size, seed=1000 + seed, dtype=dtype, device=device))
-        return tuple(made)
-
-    return OpCase(
-        "conv_bn_act", shape.name, precision, batch, data,
-        contestants={
-            "plain": lambda x, residual=None: _plain_conv(x, *constants, residual, relu, **how),
-            "op": lambda x, residual=None: rf.ops.conv_bn_act(
-                x, *constants, residual, activation=shape.activation, **how
-            ),
-            "prepared": fixed,
-            "cudnn": _cudnn_conv(*constants, relu, **how),
-        },
-        exact=lambda x, residual=None: _plain_conv(
-            x.double(), *wide, None if residual is None else residual.double(), relu, **how
-        ),
-        work=cost.conv(
-            batch, shape.c, (shape.size,) * 2, shape.k, (shape.kernel,) * 2, how["stride"], (shape.output,) * 2,
-            groups=shape.groups, residual=shape.residual, itemsize=dtype.itemsize,
-        ),
-    )  # fmt: skip
+    problem = shape.problem(batch, precision)
+    return _case(shape.name, problem, batch, device, _plain_conv, _cudnn_conv, activation=shape.activation)
 
 
 # --- the others
@@ -214,12 +210,11 @@ def conv_bn_act(shape: ConvShape, batch: int, precision: str, device: str = "cpu
 
 def add_act(channels: int, size: int, batch: int, precision: str, device: str = "cpu") -> OpCase:
     """``add_act`` on two tensors of a network."""
-    dtype = DTYPES[precision]
+    dtype, shape = DTYPES[precision], (batch, channels, size, size)
 
     def data(seed: int) -> tuple[Tensor, ...]:
-        return tuple(
-            noise(batch, channels, size, size, seed=first + seed, dtype=dtype, device=device) for first in (10, 1000)
-        )
+        draw = Random(torch.device(device), dtype, _generator(10 + seed, device))
+        return draw.image(*shape), draw.image(*shape)
 
     return OpCase(
         "add_act", f"{channels}-{size}px", precision, batch, data,
@@ -235,13 +230,12 @@ def batch_norm_act(channels: int, size: int, batch: int, precision: str, device:
     Of a whole batch alone: the statistics of some of its images are others.
     """
     dtype = DTYPES[precision]
-    gamma = noise(channels, seed=1, dtype=torch.float32, device=device).abs() + 0.5
-    beta = noise(channels, seed=2, dtype=torch.float32, device=device)
+    gamma, beta = Random(torch.device(device), dtype, _generator(1, device)).scale_and_shift(channels)
     elements = batch * channels * size * size
 
     def data(seed: int) -> tuple[Tensor, ...]:
-        shape = (batch, channels, size, size)
-        return tuple(noise(*shape, seed=first + seed, dtype=dtype, device=device) for first in (10, 1000, 2000))
+        draw = Random(torch.device(device), dtype, _generator(10 + seed, device))
+        return tuple(draw.image(batch, channels, size, size) for _ in range(3))
 
     def run(function: Callable[..., Tensor], x: Tensor, residual: Tensor, grad: Tensor) -> Result:
         given = [tensor.detach().requires_grad_() for tensor in (x, residual, gamma.to(grad), beta.to(grad))]
@@ -272,48 +266,27 @@ def batch_norm_act(channels: int, size: int, batch: int, precision: str, device:
 
 def stem(size: int, batch: int, precision: str, device: str = "cpu", *, k: int = 64) -> OpCase:
     """``stem`` on float images of three channels, with padded pooling."""
-    dtype = DTYPES[precision]
-    constants = _constants(3, k, 7, groups=1, seed=1, dtype=dtype, device=device)
-    wide = tuple(tensor.double() for tensor in constants)
 
-    def plain(x: Tensor, *given: Tensor) -> Tensor:
-        return F.max_pool2d(_plain_conv(x, *given, stride=2, padding=3), 3, 2, 1)
+    def conv(a: Any) -> Conv:
+        return Conv(a.x, a.weight, a.scale, a.shift, stride=(2, 2), padding=(3, 3))
 
-    pooled, conv = ((size - 1) // 2) // 2 + 1, _cudnn_conv(*constants, True, stride=(2, 2), padding=(3, 3))
-    return OpCase(
-        "stem", f"{size}px", precision, batch,
-        data=lambda seed: (noise(batch, 3, size, size, seed=10 + seed, dtype=dtype, device=device),),
-        contestants={
-            "plain": lambda x: plain(x, *constants),
-            "op": lambda x: rf.ops.stem(x, *constants),
-            "prepared": ALL["stem"].bind(*constants, dtype=dtype),
-            "cudnn": lambda x: F.max_pool2d(conv(x), 3, 2, 1),
-        },
-        exact=lambda x: plain(x.double(), *wide),
-        work=cost.stem(batch, 3, (size, size), k, (pooled, pooled), itemsize=dtype.itemsize),
-    )  # fmt: skip
+    def plain(a: Any) -> Tensor:
+        return F.max_pool2d(_plain_conv(conv(a)), 3, 2, 1)
+
+    def cudnn(a: Any) -> Callable[..., Tensor]:
+        run = _cudnn_conv(conv(a))
+        return lambda x: F.max_pool2d(run(x), 3, 2, 1)
+
+    return _case(f"{size}px", Stem(batch, size, size, 3, k, False, False, precision), batch, device, plain, cudnn)
 
 
 def head(channels: int, size: int, batch: int, precision: str, device: str = "cpu", *, k: int = 1000) -> OpCase:
     """``head`` on a network's last features."""
-    dtype = DTYPES[precision]
-    weight = (noise(k, channels, seed=1, dtype=torch.float32, device=device) / channels**0.5).to(dtype)
-    bias = noise(k, seed=2, dtype=dtype, device=device)
 
-    def plain(x: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-        return F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), matrix, offset)
+    def plain(a: Any) -> Tensor:
+        return F.linear(F.adaptive_avg_pool2d(a.x, 1).flatten(1), a.weight, a.bias)
 
-    return OpCase(
-        "head", f"{channels}-{size}px", precision, batch,
-        data=lambda seed: (noise(batch, channels, size, size, seed=10 + seed, dtype=dtype, device=device),),
-        contestants={
-            "plain": lambda x: plain(x, weight, bias),
-            "op": lambda x: rf.ops.head(x, weight, bias),
-            "prepared": ALL["head"].bind(weight, bias, dtype=dtype),
-        },
-        exact=lambda x: plain(x.double(), weight.double(), bias.double()),
-        work=cost.head(batch, channels, (size, size), k, itemsize=dtype.itemsize),
-    )  # fmt: skip
+    return _case(f"{channels}-{size}px", Head(batch, size, size, channels, k, precision), batch, device, plain)
 
 
 @dataclass(frozen=True)
@@ -336,62 +309,23 @@ class TailShape:
         )
         return f"{self.mid}to{self.k}-{self.size}px-s{self.stride}" + "".join(extras)
 
-    @property
-    def output(self) -> int:
-        return (self.size - 1) // self.stride + 1
+    def problem(self, batch: int, precision: str) -> BottleneckTail:
+        shortcut = (self.shortcut, self.size, self.size, self.stride) if self.shortcut else None
+        sizes = (batch, self.size, self.size, self.mid, self.k)
+        return BottleneckTail(*sizes, self.stride, shortcut, self.following, precision)
 
 
 def bottleneck_tail(shape: TailShape, batch: int, precision: str, device: str = "cpu") -> OpCase:
     """``bottleneck_tail`` on one block of a network."""
-    dtype = DTYPES[precision]
 
-    def constants(c: int, k: int, kernel: int, seed: int) -> tuple[Tensor, ...]:
-        made: tuple[Tensor, ...] = _constants(c, k, kernel, groups=1, seed=seed, dtype=dtype, device=device)
-        return made
+    def plain(a: Any) -> Result:
+        project = a.project(a.residual)
+        shortcut = a.residual if project is None else _plain_conv(project)
+        y = _plain_conv(a.expand(_plain_conv(a.spatial()), shortcut))
+        following = a.following(y)
+        return y if following is None else (y, _plain_conv(following))
 
-    nothing: tuple[None, None, None] = (None, None, None)
-    spatial, expand = constants(shape.mid, shape.mid, 3, 1), constants(shape.mid, shape.k, 1, 4)
-    project = constants(shape.shortcut, shape.k, 1, 7) if shape.shortcut else nothing
-    following = constants(shape.k, shape.following, 1, 10) if shape.following else nothing
-    how: dict[str, Any] = {
-        "stride": (shape.stride,) * 2,
-        "shortcut_stride": (shape.stride,) * 2 if shape.shortcut else (1, 1),
-    }
-    fixed = ALL["bottleneck_tail"].bind(*spatial, *expand, *project, *following, **how, dtype=dtype)
-
-    def plain(a: Tensor, residual: Tensor, wide: bool) -> Result:
-        def cast(given: Any) -> Any:
-            return tuple(tensor.double() for tensor in given) if wide else given
-
-        shortcut = residual
-        if shape.shortcut:
-            shortcut = _plain_conv(residual, *cast(project), None, False, stride=shape.stride)
-        b = _plain_conv(a, *cast(spatial), stride=shape.stride, padding=1)
-        y = _plain_conv(b, *cast(expand), shortcut)
-        return (y, _plain_conv(y, *cast(following))) if shape.following else y
-
-    def data(seed: int) -> tuple[Tensor, ...]:
-        # Behind a ReLU, as in the network.
-        a = noise(batch, shape.mid, shape.size, shape.size, seed=20 + seed, dtype=dtype, device=device).relu()
-        size, channels = (shape.size, shape.shortcut) if shape.shortcut else (shape.output, shape.k)
-        return a, noise(batch, channels, size, size, seed=1000 + seed, dtype=dtype, device=device).relu()
-
-    return OpCase(
-        "bottleneck_tail", shape.name, precision, batch, data,
-        contestants={
-            "plain": lambda a, residual: plain(a, residual, False),
-            "op": lambda a, residual: rf.ops.bottleneck_tail(
-                a, *spatial, *expand, residual, *project, *following, **how
-            ),
-            "prepared": fixed,
-        },
-        exact=lambda a, residual: plain(a.double(), residual.double(), True),
-        work=cost.bottleneck_tail(
-            batch, shape.mid, (shape.size,) * 2, shape.k, how["stride"], (shape.output,) * 2,
-            shortcut=(shape.shortcut, (shape.size,) * 2, how["stride"]) if shape.shortcut else None,
-            following=shape.following or None, itemsize=dtype.itemsize,
-        ),
-    )  # fmt: skip
+    return _case(shape.name, shape.problem(batch, precision), batch, device, plain)
 
 
 # --- which are looked at
@@ -451,7 +385,7 @@ def full(precision: str, batch: int, device: str) -> tuple[Callable[[], OpCase],
     batch_norm_act, which only training runs, the large batches in bfloat16."""
     given = (batch, precision, device)
     convolutions = conv_shapes("resnet50")
-    norms = dict.fromkeys((shape.k, shape.output) for shape in convolutions)
+    norms = dict.fromkeys((shape.k, shape.problem(batch, precision).output[0]) for shape in convolutions)
     trained = norms if precision == "bf16" and batch >= 32 else ()
     return (
         functools.partial(add_act, 256, 56, *given),

@@ -126,7 +126,7 @@ def problem(a: Arguments) -> Problem:
 
 
 def sample(asked: Problem, random: Random) -> Arguments:
-    image = random.normal(asked.n, asked.c, asked.h, asked.w, dtype=random.dtype)
+    image = random.image(asked.n, asked.c, asked.h, asked.w)
     constants = random.weight(asked.k, asked.c, *KERNEL), *random.scale_and_shift(asked.k)
     if not asked.uint8:
         return Arguments(image, *constants, ceil_mode=asked.ceil_mode)

@@ -362,10 +362,10 @@ def _stem_cases(layer: Layer | Block) -> Iterator[Case]:
 
 def _stem_x(example: Example, case: Case) -> Tensor:
     x: Tensor = example.arguments.x
-    return x.contiguous(memory_format=torch.channels_last) if case.form == "nhwc" else x
+    return x.contiguous() if case.form == "nchw" else x
 
 
-def _stem_constants(example: Example, backend: str) -> tuple[Tensor | None, ...]:
+def _stem_constants(example: Example, backend: str) -> tuple[Any, ...]:
     """Return the constants as a backend's kernel reads them."""
     a = example.arguments
     return PACKED[backend](a.weight, a.dtype), a.scale, a.shift, normalisation(a)
@@ -445,9 +445,9 @@ def _cuda_add_launch(kernels: Any, example: Example, case: Case, config: Any) ->
 
 
 def _cuda_stem_launch(kernels: Any, example: Example, case: Case, config: Any) -> Any:
-    constants = _stem_constants(example, cuda.NAME)
-    tensors: tuple[Any, ...] = (_stem_x(example, case), *constants, *example.outputs)
-    return partial(cuda.stem, *tensors, problem=case.problem)
+    (out,) = example.outputs
+    weight, scale, shift, factors = _stem_constants(example, cuda.NAME)
+    return partial(cuda.stem, _stem_x(example, case), weight, scale, shift, factors, out, case.problem)
 
 
 def _cuda_head_launch(kernels: Any, example: Example, case: Case, config: Any) -> Any:
