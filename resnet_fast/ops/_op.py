@@ -26,7 +26,7 @@ from .. import backends
 from .._dtypes import DTYPES
 from .._random import Random
 from ..backends import Backend
-from .common import transformed
+from .common import freeze_constants, transformed
 
 A = TypeVar("A", bound=tuple[Any, ...])
 
@@ -152,7 +152,7 @@ class Op(Generic[A]):
     data: tuple[str, ...] = ("x",)
     problem: Callable[[A], Any] | None = None
     sample: Callable[[Any, Random], A] | None = None
-    freeze: Callable[[dict[str, Any], torch.dtype], dict[str, Any]] = lambda constants, dtype: constants
+    freeze: Callable[[dict[str, Any], torch.dtype], dict[str, Any]] = freeze_constants
     limits: Callable[[dict[str, Any], torch.dtype], str] = lambda constants, dtype: ""
     single: Callable[[A, Any], Any] = lambda a, output: output
     kind: str = ""

@@ -72,15 +72,21 @@ def _two(asked: Problem, random: Random) -> tuple[Tensor, Tensor]:
     return random.normal(asked.length, dtype=random.dtype), random.normal(asked.length, dtype=random.dtype)
 
 
-def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | None) -> Tensor | None:
-    out, asked = torch.empty_like(a.x), problem(a.x)
-    x, y = _flat(a.x, out.stride()), _flat(a.y, out.stride())
-    choice = backends.choose(NAME, among, asked, x.device)
+def _by_kernel(among: tuple[Backend, ...], tensors: tuple[Tensor, Tensor], like: Tensor, op: str, **form: Any) -> Any:
+    """Compute ``op``, the forward or the backward, of tensors of one shape; the result is stored as ``like``."""
+    out, asked = torch.empty_like(like), problem(like)
+    operands = (*(_flat(tensor, out.stride()) for tensor in tensors), out)
+    choice = backends.choose(NAME, among, asked, out.device)
     if choice.backend is cuda:
-        cuda.add_act(x, y, out, activation=a.activation)
+        getattr(cuda, op)(*operands, **form)
     elif choice.backend is triton:
-        triton.launch(NAME, asked, x.device, x, y, out, activation=a.activation)
+        triton.launch(NAME, asked, out.device, *operands, function=op.replace(NAME, "launch"), **form)
     return None if choice.backend is None else out
+
+
+def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | None) -> Tensor | None:
+    made: Tensor | None = _by_kernel(among, (a.x, a.y), a.x, NAME, activation=a.activation)
+    return made
 
 
 def native(a: Arguments, bound: Bound[Arguments] | None = None) -> Tensor | None:
@@ -122,17 +128,6 @@ class Gradient(NamedTuple):
     output: Tensor
 
 
-def _gradient_kernel(among: tuple[Backend, ...], a: Gradient, bound: Bound[Gradient] | None) -> Tensor | None:
-    out, asked = torch.empty_like(a.output), problem(a.output)
-    grad, output = _flat(a.grad, out.stride()), _flat(a.output, out.stride())
-    choice = backends.choose(NAME, among, asked, output.device)
-    if choice.backend is cuda:
-        cuda.add_act_backward(grad, output, out)
-    elif choice.backend is triton:
-        triton.launch(NAME, asked, output.device, grad, output, out, function="launch_backward")
-    return None if choice.backend is None else out
-
-
 def _gradient_reference(a: Gradient) -> Tensor:
     out = torch.empty_like(a.output)
     return torch.ops.aten.threshold_backward.grad_input(a.grad, a.output, 0, grad_input=out)
@@ -145,7 +140,8 @@ def _gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 BACKWARD = Op(
     f"{NAME}_backward", Gradient, lambda a: _check_alike(f"{NAME}_backward", grad=a.grad, output=a.output),
-    lambda a: torch.empty_like(a.output), _gradient_reference, _gradient_kernel, None,
+    lambda a: torch.empty_like(a.output), _gradient_reference,
+    lambda among, a, bound: _by_kernel(among, a, a.output, f"{NAME}_backward"), None,
     lambda ctx, a, output: ctx.save_for_backward(a.output), _gradient_backward, lambda dtype, a: a,
     problem=lambda a: problem(a.output), sample=lambda asked, random: Gradient(*_two(asked, random)), kind=NAME,
 )  # fmt: skip

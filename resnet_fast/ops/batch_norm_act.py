@@ -24,7 +24,7 @@ from ..backends.torch_batch_norm import moments as welford
 from ..backends.torch_batch_norm import moments_cpu, row_count, sums_of, variance_of
 from . import checks
 from ._op import Bound, Op
-from .common import accumulate_dtype, cast, result, transformed
+from .common import accumulate_dtype, cast, keep, kept, result, transformed
 from .gradients import relu_gradient
 
 NAME = "batch_norm_act"
@@ -73,11 +73,7 @@ def check_all(
             raise TypeError(
                 f"{NAME}: {name} is {vector.dtype}, x is {x.dtype}; it must be {' or '.join(map(str, narrow))}"
             )
-    if residual is not None and (residual.shape != x.shape or residual.dtype is not x.dtype):
-        raise ValueError(
-            f"{NAME}: residual is {residual.dtype} of shape {list(residual.shape)}, x is {x.dtype} of shape "
-            f"{list(x.shape)}; they must be the same"
-        )
+    checks.like(NAME, x, residual=residual)
     checks.device(NAME, x, gamma=gamma, beta=beta, mean=mean, variance=other, residual=residual)
 
 
@@ -135,15 +131,18 @@ class Statistics(NamedTuple):
     group: str
 
 
-def _sample_x(asked: Problem, random: Random) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw x, images of one pixel, with its mean and inverse deviation."""
-    deviation, mean = random.scale_and_shift(asked.c)
-    x = random.normal(asked.rows, asked.c).mul_(deviation).add_(mean).to(random.dtype)
-    return x[:, :, None, None], mean, 1 / deviation
-
-
-def _sample_statistics(asked: Problem, random: Random) -> Statistics:
-    return Statistics(_sample_x(asked, random)[0], random.normal(asked.c), random.normal(asked.c).abs(), 0.1, 1e-5, "")
+def sample(asked: Problem, random: Random) -> Any:
+    """Draw arguments of the op that has the problem's step; images have one pixel, and x has these statistics."""
+    (deviation, mean), (gamma, beta) = random.scale_and_shift(asked.c), random.scale_and_shift(asked.c)
+    x = random.normal(asked.rows, asked.c).mul_(deviation).add_(mean).to(random.dtype)[:, :, None, None]
+    if asked.step == "statistics":
+        return Statistics(x, beta, gamma, 0.1, 1e-5, "")
+    invstd, other = 1 / deviation, random.image(*x.shape) if asked.relu or asked.residual else None
+    if asked.step == "apply":
+        return Arguments(x, gamma, beta, mean, invstd, other, "relu", True, None, "")
+    grad, reduces = random.image(*x.shape), asked.step == "reduce"
+    output = other if asked.relu else None
+    return Backward(grad, x, output, gamma, mean, invstd, True, None, "", not reduces, reduces, asked.residual)
 
 
 def _statistics_kernel(
@@ -202,7 +201,7 @@ def _statistics_empty(a: Statistics) -> tuple[Tensor, Tensor, Tensor]:
 
 STATISTICS = Op(
     "batch_norm_statistics", Statistics, lambda a: check_all(a.x, None, None, a.running_mean, a.running_var, None),
-    _statistics_empty, _statistics, _statistics_kernel, sample=_sample_statistics, kind=NAME,
+    _statistics_empty, _statistics, _statistics_kernel, sample=sample, kind=NAME,
     schema="batch_norm_statistics(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, "
     "float eps, str group) -> (Tensor, Tensor, Tensor)",
 )  # fmt: skip
@@ -339,21 +338,14 @@ def native(a: Arguments, bound: Bound[Arguments] | None = None) -> Tensor | None
 
 
 def context(ctx: Any, a: Arguments, output: Tensor) -> None:
-    ctx.activation, ctx.of_batch, ctx.group, ctx.has_residual = (
-        a.activation,
-        a.of_batch,
-        a.group,
-        a.residual is not None,
-    )
     # The output, which the next layer keeps anyway, shows where the ReLU was open.
-    ctx.save_for_backward(*a[:5], a.count, output if a.activation == "relu" else None)
+    keep(ctx, a, output if a.activation == "relu" else None, without=("residual",))
 
 
 def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, gamma, beta, mean, invstd, count, output = ctx.saved_tensors
+    a, (output,) = kept(ctx)
     need_x, need_gamma, need_beta, *_, need_residual = ctx.needs_input_grad[:6]
-    norm = Norm(gamma, beta, mean, invstd, ctx.of_batch, count, ctx.group)
-    gradients = norm_gradients(grad, x, output, norm, (need_x, need_gamma, need_beta, need_residual))
+    gradients = norm_gradients(grad, a.x, output, a.norm, (need_x, need_gamma, need_beta, need_residual))
     return *gradients[:3], None, None, gradients[3], *([None] * 4)
 
 
@@ -364,15 +356,18 @@ def norm_gradients(
 
     ``output``: the op's result if it ends with a ReLU. Differentiable themselves if gradients are recorded.
     """
-    if torch.is_grad_enabled():
-        return _differentiable(grad, x, output, norm, needed)
     gamma, beta, mean, invstd, of_batch, count, group = norm
     need_x, need_gamma, need_beta, need_residual = needed
     masked = output is not None
-    grad_x, sum_grad, sum_grad_xhat, grad_residual = BACKWARD.overload(
+    a = Backward(
         grad, x, output, gamma, mean, invstd, of_batch, count, group, need_x, need_gamma or need_beta,
         need_residual and masked,
     )  # fmt: skip
+    if torch.is_grad_enabled():
+        grad_x, sum_grad, sum_grad_xhat, g = _plain_gradients(_differentiable(a))
+        grad_x, grad_residual = grad_x.to(x.dtype), g.to(x.dtype)
+    else:
+        grad_x, sum_grad, sum_grad_xhat, grad_residual = BACKWARD.overload(*a)
     return (
         grad_x if need_x else None,
         sum_grad_xhat.to(gamma.dtype) if need_gamma and gamma is not None else None,
@@ -381,47 +376,23 @@ def norm_gradients(
     )
 
 
-def _differentiable(
-    grad: Tensor, x: Tensor, output: Tensor | None, norm: Norm, needed: tuple[bool, bool, bool, bool]
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients in plain torch, for gradients of gradients."""
-    gamma, beta, mean, invstd, of_batch, _, group = norm
-    if group:
+def _differentiable(a: Backward) -> Backward:
+    """Return the arguments with statistics of the batch as functions of x, for gradients of gradients."""
+    if a.group:
         raise NotImplementedError(f"{NAME}: statistics over several processes have first derivatives only")
-    dtype = accumulate_dtype(x.dtype)
-    g = (grad if output is None else relu_gradient(grad, output)).to(dtype)
-    wide = x.to(dtype)
-    dims, one = (0, 2, 3), (1, -1, 1, 1)
-    if of_batch:
-        # The statistics as functions of x; what is subtracted is the same numbers without a history.
-        centre = wide.mean(dims)
-        variance = (wide - centre.view(one)).square().mean(dims)
-        known = variance.detach()
-        invstd = (variance - known + invstd.detach().to(dtype).square().reciprocal()).rsqrt()
-        mean = centre
-    xhat = (wide - mean.to(dtype).view(one)) * invstd.to(dtype).view(one)
-    sum_grad, sum_grad_xhat = g.sum(dims), (g * xhat).sum(dims)
-    factor = invstd.to(dtype) if gamma is None else invstd.to(dtype) * gamma.to(dtype)
-    inner = g
-    if of_batch:
-        inner = g - (sum_grad.view(one) + xhat * sum_grad_xhat.view(one)) / row_count(x)
-    return (
-        (inner * factor.view(one)).to(x.dtype) if needed[0] else None,
-        sum_grad_xhat.to(gamma.dtype) if needed[1] and gamma is not None else None,
-        sum_grad.to(beta.dtype) if needed[2] and beta is not None else None,
-        g.to(x.dtype) if needed[3] else None,
-    )
+    if not a.of_batch:
+        return a
+    wide = a.x.to(accumulate_dtype(a.x.dtype))
+    mean = wide.mean((0, 2, 3))
+    variance = (wide - mean.view(1, -1, 1, 1)).square().mean((0, 2, 3))
+    # What is subtracted is the same numbers without a history.
+    invstd = (variance - variance.detach() + a.invstd.detach().to(wide.dtype).square().reciprocal()).rsqrt()
+    return a._replace(x=wide, mean=mean, invstd=invstd)
 
 
 def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
     # As torch's batch norm under autocast: x stays as it comes; the sum has x's type, as for torch's in-place addition.
     return a._replace(residual=None if a.residual is None else cast(a.residual, a.x.dtype))
-
-
-def sample(asked: Problem, random: Random) -> Arguments:
-    x, mean, invstd = _sample_x(asked, random)
-    residual = random.image(*x.shape) if asked.residual else None
-    return Arguments(x, *random.scale_and_shift(asked.c), mean, invstd, residual, "relu", True, None, "")
 
 
 OP = Op(
@@ -453,12 +424,7 @@ _Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _check_backward(a: Backward) -> None:
     checks.image(f"{NAME}_backward", a.x)
-    for name, tensor in {"grad": a.grad, "output": a.output}.items():
-        if tensor is not None and (tensor.shape != a.x.shape or tensor.dtype is not a.x.dtype):
-            raise ValueError(
-                f"{NAME}_backward: {name} is {tensor.dtype} of shape {list(tensor.shape)}, x is {a.x.dtype} of shape "
-                f"{list(a.x.shape)}; they must be the same"
-            )
+    checks.like(f"{NAME}_backward", a.x, grad=a.grad, output=a.output)
     checks.device(f"{NAME}_backward", a.x, grad=a.grad, output=a.output)
 
 
@@ -475,25 +441,31 @@ def _shares(sums: tuple[Tensor, Tensor], rows: int, count: Tensor | None, group:
     return first.contiguous(), second.contiguous()
 
 
-def _backward_reference(a: Backward) -> _Gradients:
-    """Return the gradient of x, the sums of g and of g * xhat over pixels, and g, in plain torch."""
-    grad, x, output, gamma, mean, invstd, of_batch, count, group, need_x, need_sums, need_residual = a
-    dtype = accumulate_dtype(x.dtype)
-    one = (1, -1, 1, 1)
-    g = (grad if output is None else relu_gradient(grad, output)).to(dtype)
-    xhat = (x.to(dtype) - mean.to(dtype).view(one)) * invstd.to(dtype).view(one)
+def _plain_gradients(a: Backward) -> _Gradients:
+    """Return the gradient of x, the sums of g and of g * xhat over pixels, and g, in the type they are computed in.
+
+    In plain torch, differentiable. The first is that of x only if it is needed.
+    """
+    dtype, one = accumulate_dtype(a.x.dtype), (1, -1, 1, 1)
+    invstd = a.invstd.to(dtype)
+    g = (a.grad if a.output is None else relu_gradient(a.grad, a.output)).to(dtype)
+    xhat = (a.x.to(dtype) - a.mean.to(dtype).view(one)) * invstd.view(one)
     sums = g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))
-    factor = invstd.to(dtype) if gamma is None else invstd.to(dtype) * gamma.to(dtype)
+    factor = invstd if a.gamma is None else invstd * a.gamma.to(dtype)
     inner = g
-    if of_batch and need_x:  # when to communicate is the same for all processes, whatever computes there
-        first, second = _shares(sums, row_count(x), count, group)
-        inner = g - (first.view(one) + xhat * second.view(one)) / row_count(x)
-    grad_x = result((inner * factor.view(one)).to(x.dtype)) if need_x else x.new_empty(0)
+    if a.of_batch and a.need_x:  # when to communicate is the same for all processes, whatever computes there
+        first, second = _shares(sums, row_count(a.x), a.count, a.group)
+        inner = g - (first.view(one) + xhat * second.view(one)) / row_count(a.x)
+    return inner * factor.view(one), *sums, g
+
+
+def _backward_reference(a: Backward) -> _Gradients:
+    grad_x, sum_grad, sum_grad_xhat, g = _plain_gradients(a)
     return (
-        grad_x,
-        sums[0] if need_sums else sums[0].new_empty(0),
-        sums[1] if need_sums else sums[1].new_empty(0),
-        result(g.to(x.dtype, copy=True)) if need_residual else x.new_empty(0),
+        result(grad_x.to(a.x.dtype)) if a.need_x else a.x.new_empty(0),
+        sum_grad if a.need_sums else sum_grad.new_empty(0),
+        sum_grad_xhat if a.need_sums else sum_grad_xhat.new_empty(0),
+        result(g.to(a.x.dtype, copy=True)) if a.need_residual else a.x.new_empty(0),
     )
 
 
@@ -557,17 +529,9 @@ def _backward_empty(a: Backward) -> _Gradients:
     return image(a.need_x), vector(), vector(), image(a.need_residual)
 
 
-def _sample_backward(asked: Problem, random: Random) -> Backward:
-    """Draw arguments of the step "reduce" or "backward", which are one op."""
-    x, mean, invstd = _sample_x(asked, random)
-    grad, output = random.image(*x.shape), random.image(*x.shape) if asked.relu else None
-    gamma, reduces = random.scale_and_shift(asked.c)[0], asked.step == "reduce"
-    return Backward(grad, x, output, gamma, mean, invstd, True, None, "", not reduces, reduces, asked.residual)
-
-
 BACKWARD = Op(
     f"{NAME}_backward", Backward, _check_backward, _backward_empty, _backward_reference, _backward_kernel,
-    _backward_native, sample=_sample_backward, returns=_Gradients, kind=NAME,
+    _backward_native, sample=sample, returns=_Gradients, kind=NAME,
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from ..backends.layouts import channels_last, empty_channels_last, kernel_vector
 from ..backends.packing import Geometry
 from . import checks
 from ._op import Bound, Op
-from .common import accumulate_dtype, autocast_weight, cast, conv_output_size, freeze_constants, pair
+from .common import accumulate_dtype, autocast_weight, cast, conv_output_size, keep, kept, pair
 from .conv_bn_act import OP as CONV_BN_ACT
 from .conv_bn_act import Arguments as Conv
 from .gradients import convolution_gradients, relu_gradient
@@ -242,49 +242,37 @@ def composed(a: Arguments, bound: Bound[Arguments] | None = None) -> tuple[Tenso
 
 
 def context(ctx: Any, a: Arguments, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.stride, ctx.shortcut_stride = a
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output)
+    keep(ctx, a, *output)
 
 
 def backward(ctx: Any, grad: Tensor | None, grad_following: Tensor | None) -> tuple[Any, ...]:
     """From the back: the next block's 1x1, the ReLU, the shortcut, the expansion, the 3x3 (its output recomputed)."""
-    (
-        a, weight2, scale2, shift2, weight3, scale3, shift3, residual, weight_shortcut, scale_shortcut, shift_shortcut,
-        weight1, scale1, shift1, y, following,
-    ) = ctx.saved_tensors  # fmt: skip
+    a, (y, following) = kept(ctx)
     need = ctx.needs_input_grad
     into3, into_shortcut, into1 = need[0:7], need[7:11], need[11:14]
     gradients: list[Tensor | None] = [None] * 16
     need_y = any(into3) or any(into_shortcut)
 
-    if weight1 is not None and grad_following is not None:
+    if a.weight1 is not None and grad_following is not None:
         behind = relu_gradient(grad_following, following)
-        from_following, *gradients[11:14] = convolution_gradients(
-            behind, y, weight1, scale1, shift1, _POINTWISE, (need_y, *into1)
-        )
+        from_following, *gradients[11:14] = convolution_gradients(behind, (y, *a[11:14]), _POINTWISE, (need_y, *into1))
         if from_following is not None:
             grad = from_following if grad is None else grad + from_following
     if grad is None or not need_y:
         return tuple(gradients)
 
     grad = relu_gradient(grad, y)
-    if weight_shortcut is None:
+    if a.weight_shortcut is None:
         gradients[7] = grad if need[7] else None
     elif any(into_shortcut):
-        gradients[7:11] = convolution_gradients(
-            grad, residual, weight_shortcut, scale_shortcut, shift_shortcut, (ctx.shortcut_stride, _NONE, _ONE, 1),
-            into_shortcut,
-        )  # fmt: skip
+        gradients[7:11] = convolution_gradients(grad, a[7:11], (a.shortcut_stride, _NONE, _ONE, 1), into_shortcut)
     if any(into3):
-        b = CONV_BN_ACT.overload(*Conv(a, weight2, scale2, shift2, stride=ctx.stride, padding=_ONE))
-        grad_b, *gradients[4:7] = convolution_gradients(
-            grad, b, weight3, scale3, shift3, _POINTWISE, (any(into3[:4]), *into3[4:])
-        )
+        b = CONV_BN_ACT.overload(*a.spatial())
+        grad_b, *gradients[4:7] = convolution_gradients(grad, (b, *a[4:7]), _POINTWISE, (any(into3[:4]), *into3[4:]))
         if grad_b is not None:
-            gradients[0:4] = convolution_gradients(
-                relu_gradient(grad_b, b), a, weight2, scale2, shift2, (ctx.stride, _ONE, _ONE, 1), into3[:4]
-            )
+            behind = relu_gradient(grad_b, b)
+            gradients[0:4] = convolution_gradients(behind, a[:4], (a.stride, _ONE, _ONE, 1), into3[:4])
     return tuple(gradients)
 
 
@@ -299,7 +287,6 @@ def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
 OP = Op(
     NAME, Arguments, check, empty, reference, kernel, native, context, backward, autocast,
     dtype=lambda a: a.a.dtype, data=("a", "residual"), sample=sample,
-    freeze=lambda constants, dtype: freeze_constants(constants),
     limits=lambda constants, dtype: packing.unsupported(dtype, constants["weight2"], 1),
     single=lambda a, output: output[0] if a.weight1 is None else output, returns=tuple[Tensor, Tensor],
 )  # fmt: skip

@@ -40,6 +40,15 @@ def device(op: str, x: Tensor, called: str = "x", /, **others: Tensor | None) ->
             raise ValueError(f"{op}: {devices}; they must be on one device")
 
 
+def like(op: str, x: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and (tensor.shape != x.shape or tensor.dtype is not x.dtype):
+            raise ValueError(
+                f"{op}: {name} is {tensor.dtype} of shape {list(tensor.shape)}, x is {x.dtype} of shape "
+                f"{list(x.shape)}; they must be the same"
+            )
+
+
 def per_channel(op: str, channels: int, weight: str = "weight", /, **vectors: Tensor) -> None:
     for name, vector in vectors.items():
         if vector.dtype not in (torch.float32, torch.float64):

@@ -105,7 +105,22 @@ def autocast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight if weight.dtype in (dtype, torch.float32, torch.float64) else weight.float()
 
 
-def freeze_constants(constants: dict[str, Any]) -> dict[str, Any]:
+def keep(ctx: Any, a: Any, *others: Tensor | None, without: tuple[str, ...] = ()) -> None:
+    """Keep an op's arguments for its backward, all but some, and other tensors."""
+    a = a._replace(**dict.fromkeys(without))
+    ctx.arguments = [None if isinstance(value, Tensor) else value for value in a]
+    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in a), *others)
+    ctx.make = a._make
+
+
+def kept(ctx: Any) -> tuple[Any, list[Any]]:
+    """Return the arguments and the other tensors that :func:`keep` has kept."""
+    tensors, count = list(ctx.saved_tensors), len(ctx.arguments)
+    pairs = zip(ctx.arguments, tensors[:count], strict=True)
+    return ctx.make(value if tensor is None else tensor for value, tensor in pairs), tensors[count:]
+
+
+def freeze_constants(constants: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Return a convolution's constants without gradients, the vectors as copies."""
     return {
         name: value if not isinstance(value, Tensor) else value.detach() if value.dim() == 4 else value.detach().clone()

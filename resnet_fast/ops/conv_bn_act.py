@@ -17,7 +17,17 @@ from ..backends.layouts import channels_last, empty_channels_last, kernel_vector
 from ..backends.packing import Geometry
 from . import checks
 from ._op import Bound, Op
-from .common import accumulate_dtype, autocast_weight, cast, conv_output_size, freeze_constants, pair, result
+from .common import (
+    accumulate_dtype,
+    autocast_weight,
+    cast,
+    conv_output_size,
+    freeze_constants,
+    keep,
+    kept,
+    pair,
+    result,
+)
 from .gradients import convolution_gradients, relu_gradient
 
 NAME = "conv_bn_act"
@@ -150,16 +160,14 @@ def native(
 
 
 def context(ctx: Any, a: Arguments, output: Tensor) -> None:
-    ctx.rest, ctx.has_residual = a[5:], a.residual is not None
+    ctx.has_residual = a.residual is not None
     # With the residual added after the activation the output does not show where the ReLU was open: recomputed then.
     keep_output = a.activation == "relu" and not (ctx.has_residual and a.residual_after_activation)
-    ctx.save_for_backward(*a[:4], output if keep_output else None)
+    keep(ctx, a, output if keep_output else None, without=("residual",))
 
 
 def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    *tensors, output = ctx.saved_tensors
-    x, weight, scale, shift = tensors
-    a = Arguments(x, weight, scale, shift, None, *ctx.rest)
+    a, (output,) = kept(ctx)
     grad_residual = grad if ctx.has_residual else None
     if a.activation == "relu":
         if output is None:
@@ -167,7 +175,7 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad = relu_gradient(grad, output)
     if ctx.has_residual and not a.residual_after_activation:
         grad_residual = grad
-    gradients = convolution_gradients(grad, x, weight, scale, shift, a.geometry, ctx.needs_input_grad[:4])
+    gradients = convolution_gradients(grad, a[:4], a.geometry, ctx.needs_input_grad[:4])
     return *gradients, grad_residual, *([None] * 6)
 
 
@@ -179,7 +187,7 @@ def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
 
 def freeze(constants: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     checks.activation(NAME, constants.get("activation", "relu"))
-    return freeze_constants(constants)
+    return freeze_constants(constants, dtype)
 
 
 OP = Op(

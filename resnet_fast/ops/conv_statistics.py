@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,41 +25,12 @@ from . import checks
 from ._op import Op
 from .batch_norm_act import Norm, moments
 from .common import accumulate_dtype, cast
-from .recompute import (
-    NO_NORM,
-    Ints,
-    apply_norm,
-    convolve,
-    convolved,
-    norm_and_conv_backward,
-    save_norm_and_conv,
-)
+from .recompute import NO_NORM, convolved, norm_and_conv_backward, save_norm_and_conv
+from .recompute import NormActConv as Arguments
 
 NAME = "conv_statistics"
 
 _BIAS = "the Triton kernel has no bias in front of its statistics"
-
-
-class Arguments(NamedTuple):
-    x: Tensor
-    gamma: Tensor | None
-    beta: Tensor | None
-    mean: Tensor | None
-    invstd: Tensor | None
-    of_batch: bool
-    count: Tensor | None  # type: ignore[assignment]  # a tuple has such a method
-    group: str
-    weight: Tensor
-    bias: Tensor | None
-    stride: Ints
-    padding: Ints
-    dilation: Ints
-    groups: int
-
-    @property
-    def before(self) -> Norm | None:
-        """The norm before the convolution."""
-        return None if self.mean is None else Norm(*self[1:8])  # type: ignore[arg-type]
 
 
 def check(a: Arguments) -> None:
@@ -74,25 +45,12 @@ def check(a: Arguments) -> None:
 
 def problem_of(x: Tensor, dtype: torch.dtype, weight: Tensor, geometry: Sequence[Any], normalised: bool) -> Problem:
     """Return what the kernels are asked for where x is read in ``dtype``."""
-    n, c, h, w = x.shape
-    k, _, *kernel = weight.shape
-    *pairs, groups = geometry
-    first, second, third = (tuple(pair) for pair in pairs)
-    return Problem(
-        n, h, w, c, k, tuple(kernel), first, second, third, groups, triton.precision(dtype), False, normalised
-    )  # fmt: skip
+    (n, c, h, w), (k, _, *window) = x.shape, weight.shape
+    pairs: Any = [tuple(pair) for pair in (window, *geometry[:3])]
+    return Problem(n, h, w, c, k, *pairs, geometry[3], triton.precision(dtype), False, normalised)
 
 
-def chosen(
-    x: Tensor,
-    normalised: bool,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> bool:
+def chosen(x: Tensor, normalised: bool, weight: Tensor, bias: Tensor | None, *geometry: Any) -> bool:
     """Whether the op's Triton kernel would compute this, under autocast too; nothing is recorded, no kernel imported.
 
     By itself on CUDA tensors, where a table has measured that it takes less time than convolution and statistics. Under
@@ -109,7 +67,7 @@ def chosen(
         dtype = torch.get_autocast_dtype(kind)
     if triton.unsupported(dtype, x.device):
         return False
-    problem = problem_of(x, dtype, weight, (stride, padding, dilation, groups), normalised)
+    problem = problem_of(x, dtype, weight, geometry, normalised)
     return how == "triton" or _pays(problem, triton.gpu_of(x.device).name)
 
 
@@ -152,8 +110,7 @@ def scale_and_shift(norm: Norm) -> tuple[Tensor, Tensor]:
 
 def plain(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the op by those it stands for: ``batch_norm_act``, torch's convolution, the pass for statistics."""
-    before = a.before
-    y = convolve(a.x if before is None else apply_norm(a.x, before), *a[8:])
+    y = a.convolved()
     return y, *moments(y)
 
 
@@ -196,14 +153,7 @@ OP = Op(
 
 
 def conv_statistics(
-    x: Tensor,
-    before: Norm | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    x: Tensor, before: Norm | None, weight: Tensor, bias: Tensor | None, *geometry: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``y = conv(x, weight, bias)``, or of ``relu(before(x))``, with the mean and biased variance of y's channels.
 
@@ -211,6 +161,7 @@ def conv_statistics(
         x: [N, C, H, W], floating point. before: the BatchNorm + ReLU in front of the convolution; x is then what is
             kept for the backward, and relu(before(x)) made again.
         weight: [K, C / groups, R, S], rounded to x's dtype (autocast's under it). bias: [K] or None.
+        geometry: stride, padding, dilation, two ints each, and groups.
 
     Returns:
         y [N, K, P, Q], stored channels_last, differentiable in x, before's gamma and beta, weight and bias; mean and
@@ -219,7 +170,6 @@ def conv_statistics(
     Raises:
         ValueError: shapes or devices do not fit; TypeError: x is not floating point.
     """
-    made: tuple[Tensor, Tensor, Tensor] = OP.overload(
-        x, *(NO_NORM if before is None else before), weight, bias, list(stride), list(padding), list(dilation), groups
-    )
+    norm = NO_NORM if before is None else before
+    made: tuple[Tensor, Tensor, Tensor] = OP.overload(x, *norm, weight, bias, *geometry)
     return made

@@ -17,19 +17,20 @@ import torch
 from torch import Tensor
 
 from ..backends.layouts import channels_last, empty_channels_last
-from ..backends.packing import Geometry
 from . import checks
 from ._op import Op
 from .batch_norm_act import OP as BATCH_NORM_ACT
 from .batch_norm_act import Norm, norm_gradients
-from .common import cast, conv_output_size, result
-from .gradients import convolution_backward
+from .common import cast, conv_output_size, keep, kept, result
+from .gradients import convolution_backward, max_pool, max_pool_gradient
 
 Ints: TypeAlias = Sequence[int]
 
 
-def apply_norm(x: Tensor, norm: Norm, residual: Tensor | None = None, activation: str = "relu") -> Tensor:
-    """Return ``act(norm(x) + residual)``."""
+def apply_norm(x: Tensor, norm: Norm | None, residual: Tensor | None = None, activation: str = "relu") -> Tensor:
+    """Return ``act(norm(x) + residual)``, x itself if there is no norm."""
+    if norm is None:
+        return x
     gamma, beta, mean, invstd, of_batch, total, group = norm
     out: Tensor = BATCH_NORM_ACT.overload(x, gamma, beta, mean, invstd, residual, activation, of_batch, total, group)
     return out
@@ -68,40 +69,6 @@ CONV_AGAIN = Op(
 )  # fmt: skip
 
 
-def gradients_of_conv(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, needed: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """Gradients for x, weight and bias in their own dtypes."""
-    sizes = None if bias is None else [bias.shape[0]]
-    grad_x, grad_weight, grad_bias = convolution_backward(grad, x, weight.to(x.dtype), sizes, geometry, needed)
-    return (
-        grad_x,
-        grad_weight.to(weight.dtype) if needed[1] else None,
-        grad_bias.to(bias.dtype) if needed[2] and bias is not None else None,
-    )
-
-
-def gradients_of_norm_and_conv(
-    grad: Tensor,
-    x: Tensor,
-    a: Tensor,
-    before: Norm | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-    needed: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of ``conv(a, weight, bias)`` for x, before's gamma and beta, weight and bias, None if not ``needed``.
-
-    ``a`` is ``relu(before(x))``, x itself if there is no norm before.
-    """
-    inside = any(needed[:3])
-    grad_a, *grads = gradients_of_conv(grad, a, weight, bias, geometry, (inside, *needed[3:]))
-    if before is None or grad_a is None or not inside:
-        return grad_a, None, None, *grads
-    return *norm_gradients(grad_a, x, a, before, (needed[0], needed[1], needed[2], False))[:3], *grads
-
-
 def differentiate(function: Any, inputs: Sequence[Any], needed: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
     """Gradients by torch's own differentiation of ``function(*inputs)``: for gradients of gradients."""
     with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
@@ -116,11 +83,13 @@ def differentiate(function: Any, inputs: Sequence[Any], needed: Sequence[bool], 
 
 
 class NormActConv(NamedTuple):
+    """A convolution with a norm and ReLU before it, or with none, whose fields are then those of ``NO_NORM``."""
+
     x: Tensor
     gamma: Tensor | None
     beta: Tensor | None
-    mean: Tensor
-    invstd: Tensor
+    mean: Tensor | None
+    invstd: Tensor | None
     of_batch: bool
     count: Tensor | None  # type: ignore[assignment]  # a tuple has such a method
     group: str
@@ -132,63 +101,83 @@ class NormActConv(NamedTuple):
     groups: int
 
     @property
-    def norm(self) -> Norm:
-        return Norm(*self[1:8])
+    def before(self) -> Norm | None:
+        """The norm before the convolution."""
+        return None if self.mean is None else Norm(*self[1:8])  # type: ignore[arg-type]
+
+    def inner(self) -> Tensor:
+        """Compute ``relu(norm(x))``, which the convolution reads."""
+        return channels_last(self.x) if self.before is None else apply_norm(self.x, self.before)
+
+    def convolved(self) -> Tensor:
+        """Compute ``conv(relu(norm(x)))``, or without the norm if there is none."""
+        return convolve(apply_norm(self.x, self.before), *self[8:])
 
 
-def save_norm_and_conv(ctx: Any, a: Any, *_: Any) -> None:
+def gradients_of_norm_and_conv(
+    grad: Tensor, conv: NormActConv, a: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``conv(a, weight, bias)`` for x, before's gamma and beta, weight and bias, None if not ``needed``.
+
+    ``a`` is what :meth:`NormActConv.inner` gives.
+    """
+    inside, (need_weight, need_bias) = any(needed[:3]), needed[3:]
+    weight, bias, before = conv.weight, conv.bias, conv.before
+    sizes, wanted = None if bias is None else [bias.shape[0]], (inside, need_weight, need_bias)
+    grad_a, grad_weight, grad_bias = convolution_backward(grad, a, weight.to(a.dtype), sizes, conv[10:], wanted)
+    grads = (
+        grad_weight.to(weight.dtype) if need_weight else None,
+        grad_bias.to(bias.dtype) if need_bias and bias is not None else None,
+    )
+    if before is None or not inside:
+        return grad_a, None, None, *grads
+    return *norm_gradients(grad_a, conv.x, a, before, (needed[0], needed[1], needed[2], False))[:3], *grads
+
+
+def save_norm_and_conv(ctx: Any, a: NormActConv, *_: Any) -> None:
     """Save the arguments of a convolution with a norm and ReLU before it for :func:`norm_and_conv_backward`."""
-    ctx.of_batch, ctx.group, ctx.geometry = a.of_batch, a.group, a[10:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*a[:5], a.count, a.weight, a.bias)
+    keep(ctx, a)
 
 
 def norm_and_conv_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     """Differentiate ``conv(relu(norm(x)), weight, bias)``, or without the norm if there is none."""
-    x, gamma, beta, mean, invstd, count, weight, bias = ctx.saved_tensors
-    before = None if mean is None else Norm(gamma, beta, mean, invstd, ctx.of_batch, count, ctx.group)
+    a, _others = kept(ctx)
     needed = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[8:10])  # x, gamma, beta, weight, bias
     grads: Sequence[Tensor | None] = [None] * 5
     if grad is not None and torch.is_grad_enabled():
 
         def plainly(x: Tensor, gamma: Any, beta: Any, weight: Tensor, bias: Any) -> Tensor:
-            a = x if before is None else apply_norm(x, before._replace(gamma=gamma, beta=beta))
-            return convolve(a, weight, bias, *ctx.geometry)
+            changed: NormActConv = a._replace(x=x, gamma=gamma, beta=beta, weight=weight, bias=bias)
+            return changed.convolved()
 
-        grads = differentiate(plainly, (x, gamma, beta, weight, bias), needed, grad)
+        grads = differentiate(plainly, (a.x, a.gamma, a.beta, a.weight, a.bias), needed, grad)
     elif grad is not None:
-        a = channels_last(x) if before is None else apply_norm(x, before)
-        grads = gradients_of_norm_and_conv(grad, x, a, before, weight, bias, ctx.geometry, needed)
+        grads = gradients_of_norm_and_conv(grad, a, a.inner(), needed)
     return *grads[:3], *([None] * 5), *grads[3:], *([None] * 4)
 
 
 NORM_ACT_CONV = Op(
     "norm_act_conv", NormActConv, lambda a: checks.image("norm_act_conv", a.x, a.weight.shape[1] * a.groups),
-    lambda a: convolved(a.x, *a[8:]), lambda a: convolve(apply_norm(a.x, a.norm), *a[8:]),
-    context=save_norm_and_conv, backward=norm_and_conv_backward,
-    autocast=lambda dtype, a: a._replace(x=cast(a.x, dtype)),
+    lambda a: convolved(a.x, *a[8:]), NormActConv.convolved, context=save_norm_and_conv,
+    backward=norm_and_conv_backward, autocast=lambda dtype, a: a._replace(x=cast(a.x, dtype)),
+    schema="norm_act_conv(Tensor x, Tensor? gamma, Tensor? beta, Tensor mean, Tensor invstd, bool of_batch, Tensor? "
+    "count, str group, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt "
+    "groups) -> Tensor",
 )  # fmt: skip
 
 
-def norm_act_conv(
-    x: Tensor,
-    norm: Norm,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
+def norm_act_conv(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     """``conv(relu(norm(x)), weight, bias)``, of which x is kept for the backward, and relu(norm(x)) made again.
 
     Args:
         x: [N, C, H, W], floating point. weight: [K, C / groups, R, S], rounded to x's dtype (autocast's under it).
+        geometry: stride, padding, dilation, two ints each, and groups.
 
     Returns:
         [N, K, P, Q], stored channels_last. Differentiable in x, norm's gamma and beta, weight and bias.
     """
-    out: Tensor = NORM_ACT_CONV.overload(x, *norm, weight, bias, list(stride), list(padding), list(dilation), groups)
+    out: Tensor = NORM_ACT_CONV.overload(x, *norm, weight, bias, *geometry)
     return out
 
 
@@ -224,45 +213,41 @@ class ConvNormAct(NamedTuple):
     activation: str
 
     @property
+    def conv(self) -> NormActConv:
+        return NormActConv(*self[1:15])
+
+    @property
     def norm(self) -> Norm:
         return Norm(*self[15:22])
 
 
 def _conv_norm_act_context(ctx: Any, a: ConvNormAct, output: Tensor) -> None:
-    ctx.has_before, ctx.activation, ctx.geometry = a.mean0 is not None, a.activation, a[11:15]
-    ctx.fixed = (a.of_batch0, a.group0, a.of_batch, a.group)
-    ctx.save_for_backward(
-        a.x, *a[2:6], a.count0, a.weight, a.bias, *a[15:19], a.count, output if a.activation == "relu" else None
-    )
+    keep(ctx, a, output if a.activation == "relu" else None, without=("y", "residual"))
 
 
 def _conv_norm_act_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, gamma0, beta0, mean0, invstd0, count0, weight, bias, gamma, beta, mean, invstd, count, output = ctx.saved_tensors
-    before = Norm(gamma0, beta0, mean0, invstd0, ctx.fixed[0], count0, ctx.fixed[1]) if ctx.has_before else None
-    norm = Norm(gamma, beta, mean, invstd, ctx.fixed[2], count, ctx.fixed[3])
+    a, (output,) = kept(ctx)
     positions = (1, 2, 3, 9, 10, 15, 16, 22)  # of x, gamma0, beta0, weight, bias, gamma, beta, residual
     needed = tuple(ctx.needs_input_grad[position] for position in positions)
     found: list[Tensor | None] = [None] * 8
     if torch.is_grad_enabled():
         zero = torch.zeros_like(grad).requires_grad_() if needed[7] else None
+        names = [ConvNormAct._fields[position] for position in positions[:7]]
 
-        def plainly(
-            x: Tensor, gamma0: Any, beta0: Any, weight: Any, bias: Any, gamma: Any, beta: Any, zero: Any
-        ) -> Tensor:
-            a = x if before is None else apply_norm(x, before._replace(gamma=gamma0, beta=beta0))
-            y = convolve(a, weight, bias, *ctx.geometry)
-            y = apply_norm(y, norm._replace(gamma=gamma, beta=beta), zero, "none")
+        def plainly(*inputs: Any) -> Tensor:
+            changed = a._replace(**dict(zip(names, inputs[:7], strict=True)))
+            y = apply_norm(changed.conv.convolved(), changed.norm, inputs[7], "none")
             # The residual is not kept; the output shows what of the sum went through.
             return y if output is None else torch.where(output <= 0, 0.0, y).to(y.dtype)
 
-        found = differentiate(plainly, (x, gamma0, beta0, weight, bias, gamma, beta, zero), needed, grad)
+        found = differentiate(plainly, (*(getattr(a, name) for name in names), zero), needed, grad)
     else:
-        a = channels_last(x) if before is None else apply_norm(x, before)
-        y = CONV_AGAIN.overload(a, weight, bias, *ctx.geometry)
-        grad_y, *found[5:] = norm_gradients(grad, y, output, norm, (any(needed[:5]), *needed[5:]))
+        inner = a.conv.inner()
+        y = CONV_AGAIN.overload(inner, *a[9:15])
+        grad_y, *found[5:] = norm_gradients(grad, y, output, a.norm, (any(needed[:5]), *needed[5:]))
         del y
         if grad_y is not None:
-            found[:5] = gradients_of_norm_and_conv(grad_y, x, a, before, weight, bias, ctx.geometry, needed[:5])
+            found[:5] = gradients_of_norm_and_conv(grad_y, a.conv, inner, needed[:5])
     every: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     for position, gradient in zip(positions, found, strict=True):
         every[position] = gradient
@@ -332,15 +317,8 @@ class NormActPool(NamedTuple):
         return Norm(*self[1:8])
 
 
-def _pooling(ceil_mode: bool) -> tuple[Any, ...]:
-    """Return what aten's max-pools take: a window 3x3/2 padded by 1, or Caffe's unpadded one, the size rounded up."""
-    padding = 0 if ceil_mode else 1
-    return [3, 3], [2, 2], [padding, padding], [1, 1], ceil_mode
-
-
 def _norm_act_pool(a: NormActPool) -> Tensor:
-    pooled = torch.ops.aten.max_pool2d_with_indices.default(apply_norm(a.x, a.norm), *_pooling(a.ceil_mode))
-    return result(pooled[0])
+    return result(max_pool(apply_norm(a.x, a.norm), a.ceil_mode)[0])
 
 
 def _norm_act_pool_empty(a: NormActPool) -> Tensor:
@@ -348,32 +326,23 @@ def _norm_act_pool_empty(a: NormActPool) -> Tensor:
     return empty_channels_last(a.x, [*a.x.shape[:2], *((size + padding) // 2 for size in a.x.shape[2:])])
 
 
-def _norm_act_pool_context(ctx: Any, a: NormActPool, output: Tensor) -> None:
-    ctx.of_batch, ctx.group, ctx.ceil_mode = a.of_batch, a.group, a.ceil_mode
-    ctx.save_for_backward(*a[:5], a.count)
-
-
 def _norm_act_pool_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, gamma, beta, mean, invstd, count = ctx.saved_tensors
-    norm = Norm(gamma, beta, mean, invstd, ctx.of_batch, count, ctx.group)
-    needed, pooling = ctx.needs_input_grad[:3], _pooling(ctx.ceil_mode)
+    a, _ = kept(ctx)
+    needed = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
 
         def plainly(x: Tensor, gamma: Any, beta: Any) -> Tensor:
-            a = apply_norm(x, norm._replace(gamma=gamma, beta=beta))
-            pooled: Tensor = torch.ops.aten.max_pool2d_with_indices.default(a, *pooling)[0]
-            return pooled
+            return max_pool(apply_norm(x, a.norm._replace(gamma=gamma, beta=beta)), a.ceil_mode)[0]
 
-        return *differentiate(plainly, (x, gamma, beta), needed, grad), *([None] * 6)
-    a = apply_norm(x, norm)
-    _, indices = torch.ops.aten.max_pool2d_with_indices.default(a, *pooling)
-    grad = torch.ops.aten.max_pool2d_with_indices_backward.default(grad, a, *pooling, indices)
-    return *norm_gradients(grad, x, a, norm, (*needed, False))[:3], *([None] * 6)
+        return *differentiate(plainly, (a.x, a.gamma, a.beta), needed, grad), *([None] * 6)
+    inner = apply_norm(a.x, a.norm)
+    grad = max_pool_gradient(grad, inner, a.ceil_mode)
+    return *norm_gradients(grad, a.x, inner, a.norm, (*needed, False))[:3], *([None] * 6)
 
 
 NORM_ACT_POOL = Op(
-    "norm_act_pool", NormActPool, lambda a: None, _norm_act_pool_empty, _norm_act_pool, context=_norm_act_pool_context,
-    backward=_norm_act_pool_backward,
+    "norm_act_pool", NormActPool, lambda a: None, _norm_act_pool_empty, _norm_act_pool,
+    context=lambda ctx, a, output: keep(ctx, a), backward=_norm_act_pool_backward,
 )  # fmt: skip
 
 

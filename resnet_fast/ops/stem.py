@@ -18,9 +18,9 @@ from ..backends.layouts import kernel_vector, owned, squares, taps_first
 from ..backends.packing import Geometry
 from . import checks
 from ._op import Bound, Op
-from .common import accumulate_dtype, autocast_weight, cast, conv_output_size, freeze_constants, result
+from .common import accumulate_dtype, autocast_weight, cast, conv_output_size, keep, kept, result
 from .conv_bn_act import OP as CONV_BN_ACT
-from .gradients import convolution_gradients, relu_gradient
+from .gradients import convolution_gradients, max_pool_gradient, relu_gradient
 
 NAME = "stem"
 KERNEL, STRIDE, PADDING = [7, 7], [2, 2], [3, 3]
@@ -164,25 +164,15 @@ def native(a: Arguments, bound: Bound[Arguments] | None = None) -> Tensor | None
     return owned(_pool(conv.run(image, folded), a.ceil_mode).relu_())
 
 
-def context(ctx: Any, a: Arguments, output: Tensor) -> None:
-    ctx.mean, ctx.std, ctx.ceil_mode = a[4:]
-    ctx.save_for_backward(*a[:4])
-
-
 def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # The convolution's output is 4x the pooled one and was never kept: computed again, then the three steps backwards.
-    x, weight, scale, shift = ctx.saved_tensors
-    a = Arguments(x, weight, scale, shift, ctx.mean, ctx.std, ctx.ceil_mode)
-    image = x
+    a, _ = kept(ctx)
+    image, constants = a.x, a[1:4]
     if a.mean is not None and a.std is not None:
         image = normalise(a.x, a.mean, a.std, accumulate_dtype(a.dtype)).to(a.dtype)
-    inner = CONV_BN_ACT.overload(image, weight, scale, shift, None, *_GEOMETRY, "relu", False)
-    padding = [0, 0] if a.ceil_mode else [1, 1]
-    pooling = ([3, 3], [2, 2], padding, [1, 1], a.ceil_mode)
-    _, indices = torch.ops.aten.max_pool2d_with_indices.default(inner, *pooling)
-    grad = torch.ops.aten.max_pool2d_with_indices_backward.default(grad, inner, *pooling, indices)
-    grad = relu_gradient(grad, inner)
-    gradients = convolution_gradients(grad, image, weight, scale, shift, _GEOMETRY, ctx.needs_input_grad[:4])
+    inner = CONV_BN_ACT.overload(image, *constants, None, *_GEOMETRY, "relu", False)
+    grad = relu_gradient(max_pool_gradient(grad, inner, a.ceil_mode), inner)
+    gradients = convolution_gradients(grad, (image, *constants), _GEOMETRY, ctx.needs_input_grad[:4])
     return *gradients, None, None, None
 
 
@@ -194,8 +184,8 @@ def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
 
 
 OP = Op(
-    NAME, Arguments, check, empty, reference, kernel, native, context, backward, autocast, dtype=lambda a: a.dtype,
-    problem=problem, sample=sample, freeze=lambda constants, dtype: freeze_constants(constants),
+    NAME, Arguments, check, empty, reference, kernel, native, lambda ctx, a, output: keep(ctx, a), backward, autocast,
+    dtype=lambda a: a.dtype, problem=problem, sample=sample,
     limits=lambda constants, dtype: packing.unsupported(dtype, constants["weight"], 1),
 )  # fmt: skip
 

@@ -28,7 +28,6 @@ from resnet_fast.ops.batch_norm_act import OP as BATCH_NORM_ACT
 from resnet_fast.ops.bottleneck_tail import composed
 from resnet_fast.ops.conv_statistics import OP as CONV_STATISTICS
 from resnet_fast.ops.conv_statistics import scale_and_shift
-from resnet_fast.ops.recompute import apply_norm, convolve
 from resnet_fast.ops.stem import PACKED, normalisation
 from resnet_fast.roofline import Work, cost
 
@@ -343,7 +342,7 @@ def _statistics_parts(example: Example) -> object:
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
-        y = convolve(a.x if a.before is None else apply_norm(a.x, a.before), *a[8:])
+        y = a.convolved()
         _, _, running_mean, running_var, _ = example.others
         return statistics(y, running_mean, running_var, _MOMENTUM, _EPS)
     finally:
