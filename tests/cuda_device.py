@@ -14,7 +14,7 @@ from resnet_fast import backends
 from resnet_fast.backends import cuda
 from resnet_fast.roofline.measure import tf32
 from tests.emulator import build
-from tests.emulator.cases.conv_bn_act import rounded_to_tf32
+from tests.emulator.cases._tensors import rounded_to_tf32
 from tests.numerics import assert_obeys_error_rule
 
 DEVICE = "cpu" if cuda.unavailable(initialize=True) else "cuda"

@@ -514,10 +514,10 @@ def test_outcomes_are_counted_with_and_without_xdist() -> None:
 
 def test_gpu_tests_are_found_by_their_marks() -> None:
     found = {marks: gpu.files_with(marks, ROOT, os.environ) for marks in ("triton", "cuda")}
-    shared = {f"tests/ops/kernels/test_{op}.py" for op in ("stem", "head", "add_act")}
-    assert shared | {"tests/ops/triton/test_conv_bn_act.py"} < set(found["triton"])
+    shared = {f"tests/ops/kernels/test_{op}.py" for op in ("conv_bn_act", "stem", "head", "add_act")}
+    assert shared < set(found["triton"])
     assert {"tests/ops/test_conv_statistics.py", "tests/caffe/test_on_triton.py"} < set(found["triton"])
-    assert shared | {"tests/ops/cuda/test_conv_bn_act.py"} < set(found["cuda"])
+    assert shared < set(found["cuda"])
     assert "tests/models/test_on_cuda.py" in found["cuda"]
     others = ("tests/tools", "tests/emulator", "tests/packaging")
     assert not any(path.startswith(others) for paths in found.values() for path in paths)

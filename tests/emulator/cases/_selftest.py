@@ -8,17 +8,14 @@ import ctypes
 import functools
 import hashlib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tests.emulator.cases.conv_bn_act import rounded_to_tf32
+from tests.emulator.cases._tensors import Results, asserted, rounded_to_tf32
 from tests.emulator.harness import Case
 from tests.numerics import assert_obeys_error_rule
-
-Results = Iterator[tuple[str, Tensor, Tensor, Tensor]]
 
 
 def launch(native: ctypes.CDLL, kernel: str, x: Tensor, out: Tensor, count: int = 0) -> Tensor:
@@ -120,8 +117,7 @@ def schedules(native: ctypes.CDLL) -> list[bytes]:
 
 def seeds_are_schedules(native: ctypes.CDLL) -> Results:
     assert len(set(schedules(native))) == 20, "two seeds gave the same schedule"
-    one = torch.ones(1)
-    yield "schedules", one, one, one.double()
+    yield from asserted("schedules")
 
 
 def tell_schedules(native: ctypes.CDLL) -> Results:
@@ -206,7 +202,7 @@ def share(native: ctypes.CDLL, kernel: str, expected: Tensor, wrong: Wrong) -> R
                 raise
             found += 1
     assert found >= wrong.seeds, f"found under {found} of 20 seeds"
-    yield f"found under {found} of 20 seeds", torch.ones(1), torch.ones(1), torch.ones(1).double()
+    yield from asserted(f"found under {found} of 20 seeds")
 
 
 def block_number(native: ctypes.CDLL) -> Results:

@@ -1,26 +1,19 @@
-"""Cases of add_act's kernels, forward and backward: lengths around whole packs and blocks, every alignment, in place.
-
-A read that a missing bounds check lets through is AddressSanitizer's, behind a tensor that ends its allocation; a write
-shows in the NaN that lies around an output (``framed``).
-"""
+"""Cases of add_act's kernels, both ways: lengths around whole packs and blocks, every alignment, in place."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from tests.emulator.cases.stem import framed
+from resnet_fast._dtypes import DTYPES
+from tests.emulator.cases._tensors import Results, around, case, framed
 from tests.emulator.harness import Case
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 SPECIAL = (float("nan"), float("inf"), -float("inf"), -0.0, 0.0)
-
-Results = Iterator[tuple[str, Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -61,8 +54,8 @@ def open_gradient(grad: Tensor, output: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(grad, output, 0)
 
 
-def run(native: ModuleType, precision: str, problem: Problem) -> Results:
-    operands = example(problem, precision)
+def run(native: ModuleType, how: str, problem: Problem) -> Results:
+    operands = example(problem, how)
     wide = operands[0].double(), operands[1].double()
 
     def placed(t: Tensor, name: str) -> Tensor:
@@ -79,7 +72,7 @@ def run(native: ModuleType, precision: str, problem: Problem) -> Results:
         if out is None:
             out = placed(torch.full_like(x, float("nan")), "out")
         pointers = {first: x.data_ptr(), second: y.data_ptr(), "out": out.data_ptr()}
-        getattr(native, what)(**pointers, count=problem.count, precision=precision, **flags, stream=0)
+        getattr(native, what)(**pointers, count=problem.count, precision=how, **flags, stream=0)
         return out
 
     results = {
@@ -93,15 +86,7 @@ def run(native: ModuleType, precision: str, problem: Problem) -> Results:
     }
     for name, (ours, same_dtype, exact) in results.items():
         yield name, ours, same_dtype, exact
-        whole = ours.as_strided((ours.untyped_storage().nbytes() // ours.element_size(),), (1,), 0)
-        begin = ours.storage_offset()
-        nan = torch.cat([whole[:begin], whole[begin + ours.numel() :]])
-        expected = torch.full_like(nan, float("nan"))
-        yield f"around the {name}", nan, expected, expected.double()
-
-
-def case(name: str, precision: str, problem: Problem) -> Case:
-    return Case(f"{name}[{precision}]", functools.partial(run, precision=precision, problem=problem))
+        yield from around(name, ours)
 
 
 # A pack has 8 values (4 of float32), a block 512 packs.
@@ -129,7 +114,7 @@ GEOMETRY = {
 
 
 def cases() -> list[Case]:
-    made = [case("tf32", "tf32", Problem(77))]
+    made = [case(run, "tf32", "tf32", Problem(77))]
     for precision in ("fp16", "bf16", "fp32"):
-        made += [case(name, precision, problem) for name, problem in GEOMETRY.items()]
+        made += [case(run, name, precision, problem) for name, problem in GEOMETRY.items()]
     return made

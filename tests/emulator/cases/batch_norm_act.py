@@ -2,28 +2,23 @@
 
 The gradients' references take the ReLU's mask from our own output, so that a value which rounding puts on the other
 side of zero is not a difference. Of one number the error rule is luck, so problems of few channels are several, whose
-results are held to it together. A read that a missing bounds check lets through shows in one of three ways: it is of a
-neighbouring value, of NaN laid around a tensor (``framed``), or AddressSanitizer's, behind a tensor that ends its
-allocation.
+results are held to it together.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from tests.emulator.cases.stem import framed
+from resnet_fast._dtypes import DTYPES
+from tests.emulator.cases._tensors import Results, around, case, framed
 from tests.emulator.harness import Case
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 EPS, MOMENTUM = 1e-5, 0.1
-
-Results = Iterator[tuple[str, Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -111,10 +106,10 @@ def backward(problem: Problem, tensors: dict[str, Tensor], out: Tensor, wide: bo
     return {"grad_x": grad_x, "grad_residual": g, "sum_grad": grad_beta, "sum_grad_xhat": grad_gamma}
 
 
-def run(native: ModuleType, precision: str, problem: Problem) -> Results:
+def run(native: ModuleType, how: str, problem: Problem) -> Results:
     found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for seed in range(20, 20 + max(1, 16 // problem.c)):
-        for name, *tensors in run_once(native, precision, problem, example(problem, precision, seed)):
+        for name, *tensors in run_once(native, how, problem, example(problem, how, seed)):
             found.setdefault(name, []).append((tensors[0], tensors[1], tensors[2]))
     for name, each in found.items():
         ours, same_dtype, exact = (torch.cat(parts) for parts in zip(*each, strict=True))
@@ -201,12 +196,9 @@ def run_once(native: ModuleType, precision: str, problem: Problem, tensors: dict
         none = {"grad_x": 0, "grad_residual": alone.data_ptr()}
         native.batch_norm_act_backward(**given, gamma=gamma, **pointers, **none, **sizes)
         yield "grad_residual alone", alone, same_dtype["grad_residual"], exact["grad_residual"]
-    if problem.framed:  # what lies around the results is as it was
+    if problem.framed:
         for name, t in {"out": out, **{name: grads[name] for name in wanted}}.items():
-            whole = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
-            around = torch.cat([whole[: problem.offset], whole[problem.offset + t.numel() :]])
-            nan = torch.full_like(around, float("nan"))
-            yield f"around {name}", around, nan, nan.double()
+            yield from around(name, t)
 
 
 def nothing(native: ModuleType) -> Results:
@@ -231,10 +223,6 @@ def nothing(native: ModuleType) -> Results:
     for name, t in results.items():
         want = torch.full((5,), expected[name])
         yield name, t, want, want.double()
-
-
-def case(name: str, precision: str, problem: Problem) -> Case:
-    return Case(f"{name}[{precision}]", functools.partial(run, precision=precision, problem=problem))
 
 
 # Of 256 threads, 2 to 256 share a channel; a slice has 32 rows until there are 1056 of them.
@@ -279,9 +267,9 @@ SPECIAL = {
 
 
 def cases() -> list[Case]:
-    made = [Case("nothing", nothing), case("tf32", "tf32", Problem(40, 12))]
+    made = [Case("nothing", nothing), case(run, "tf32", "tf32", Problem(40, 12))]
     # Of the results of slices a merging thread takes 8 at once, its block 256: the same code in every precision.
-    made.append(case("many slices", "fp16", Problem(32 * 300 - 5, 32, residual=False)))
+    made.append(case(run, "many slices", "fp16", Problem(32 * 300 - 5, 32, residual=False)))
     for precision in ("fp16", "bf16", "fp32"):
-        made += [case(name, precision, problem) for name, problem in (GEOMETRY | SPECIAL).items()]
+        made += [case(run, name, precision, problem) for name, problem in (GEOMETRY | SPECIAL).items()]
     return made

@@ -1,22 +1,17 @@
-"""Cases of conv_bn_act's kernels for capability 8.0 and up: every tile of every precision, every geometry on one tile.
-
-A read that a missing bounds check lets through shows in one of three ways: it is of a neighbouring value, of NaN laid
-around a tensor (``framed``), or AddressSanitizer's, behind a tensor that ends its allocation.
-"""
+"""Cases of conv_bn_act's kernels for capability 8.0 and up: every tile and precision, every geometry on one tile."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from resnet_fast._dtypes import DTYPES
+from tests.emulator.cases._tensors import Results, asserted, case, placed, rounded_to_tf32, spoil
 from tests.emulator.harness import Case
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
 
 HALF_TILES = (
     "128x128x32_4", "256x64x32_4", "128x64x32_4", "64x128x32_4", "64x64x64_4", "64x32x64_4", "32x64x64_4",
@@ -27,7 +22,7 @@ FLOAT_TILES = (
     "128x16x32_3",
 )  # fmt: skip
 MASKED_TILES = ("masked_64x64x32", "masked_64x16x32")
-TILES = {name: (FLOAT_TILES if name == "tf32" else HALF_TILES) + MASKED_TILES for name in DTYPES}
+TILES = {name: (FLOAT_TILES if name == "tf32" else HALF_TILES) + MASKED_TILES for name in ("fp16", "bf16", "tf32")}
 
 
 @dataclass(frozen=True)
@@ -62,20 +57,6 @@ class Problem:
     @property
     def q(self) -> int:
         return (self.w + sum(self.padding[2:]) - self.dilation[1] * (self.s - 1) - 1) // self.stride[1] + 1
-
-
-def framed(tensor: Tensor, offset: int) -> Tensor:
-    """A copy in the middle of a buffer of NaN."""
-    buffer = torch.full((tensor.numel() + offset + 4096,), float("nan"), dtype=tensor.dtype)
-    view = buffer[offset : offset + tensor.numel()].view(tensor.shape)
-    view.copy_(tensor)
-    return view
-
-
-def rounded_to_tf32(t: Tensor) -> Tensor:
-    """Ten bits of significand, to nearest; NaN and infinities as they are."""
-    bits = t.contiguous().view(torch.int32)
-    return torch.where(t.isfinite(), (bits + 0x1000 & ~0x1FFF).view(torch.float32), t)
 
 
 def conv(problem: Problem, x: Tensor, weight: Tensor) -> Tensor:
@@ -127,17 +108,15 @@ def example(problem: Problem, precision: str) -> tuple[dict[str, Tensor], Tensor
         "residual": normal(problem.n, problem.p, problem.q, problem.k).to(dtype),
     }
     if problem.special:
-        values = tensors[problem.special].flatten()
-        for i, value in enumerate((float("nan"), float("inf"), -float("inf"))):
-            values[(2 * i + 1) * values.numel() // 7] = value
+        values = tensors[problem.special]
+        spoil(values, [(2 * i + 1) * values.numel() // 7 for i in range(3)])
     return tensors, plain(problem, tensors, precision), plain(problem, tensors, "exact")
 
 
-def run(native: ModuleType, kernel: str, problem: Problem) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    precision = kernel.split("_")[1]
+def run(native: ModuleType, how: str, problem: Problem) -> Results:
+    kernel, precision = how, how.split("_")[1]
     tensors, same_dtype, exact = example(problem, precision)
-    # Fresh copies that end their allocations, or lie in NaN.
-    used = {name: framed(t, problem.offset) if problem.framed else t.clone() for name, t in tensors.items()}
+    used = {name: placed(t, problem) for name, t in tensors.items()}
     out = torch.full_like(same_dtype, float("nan"))
     arguments = {
         "kernel": kernel,
@@ -159,18 +138,13 @@ def run(native: ModuleType, kernel: str, problem: Problem) -> Iterator[tuple[str
     yield kernel, out, same_dtype, exact
 
 
-def case(name: str, kernel: str, problem: Problem) -> Case:
-    return Case(f"{name}[{kernel}]", functools.partial(run, kernel=kernel, problem=problem))
-
-
-def every_kernel_has_a_case(native: ModuleType) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+def every_kernel_has_a_case(native: ModuleType) -> Results:
     built = {kernel["name"] for kernel in native.conv_bn_act_kernels() if kernel["name"].startswith("sm80_")}
     assert built == {f"sm80_{precision}_{tile}" for precision, tiles in TILES.items() for tile in tiles}
-    count = torch.tensor([float(len(built))])
-    yield "kernels", count, count, count.double()
+    yield from asserted("kernels")
 
 
-def refusals(native: ModuleType) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+def refusals(native: ModuleType) -> Results:
     """What the vector kernel says of problems that are not its own; the masked one takes them all."""
     fields = {
         **{"x": 64, "weight": 64, "scale": 4, "shift": 4, "residual": 0, "out": 64, "n": 1, "h": 8, "w": 8, "c": 64},
@@ -197,8 +171,7 @@ def refusals(native: ModuleType) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]
     for nothing in ({"n": 0}, {"p": 0}, {"k": 0}):  # nothing is launched: those pointers are none
         native.conv_bn_act("sm80_fp16_64x64x64_4", **fields | nothing, stream=0)
         native.conv_bn_act("sm80_fp16_masked_64x64x32", **fields | nothing, stream=0)
-    one = torch.ones(1)
-    yield "refusals", one, one, one.double()
+    yield from asserted("refusals")
 
 
 VECTOR_GEOMETRY = {
@@ -254,13 +227,15 @@ def cases() -> list[Case]:
         for tile in tiles:
             # More channels than a tile has, a last step that is not full, two tiles of pixels except in the largest.
             kernel = f"sm80_{precision}_{tile}"
-            made.append(case("tile", kernel, Problem(1, 24, 5, 29, 136, 3, 3, padding=(1, 1, 1, 1), residual="before")))
-            made.append(case("tile, no residual", kernel, Problem(2, 72, 7, 7, 24, 1, 1, framed=True)))
+            made.append(
+                case(run, "tile", kernel, Problem(1, 24, 5, 29, 136, 3, 3, padding=(1, 1, 1, 1), residual="before"))
+            )
+            made.append(case(run, "tile, no residual", kernel, Problem(2, 72, 7, 7, 24, 1, 1, framed=True)))
     for name, problem in VECTOR_GEOMETRY.items():
-        made.append(case(name, "sm80_fp16_64x32x64_4", problem))
-        made.append(case(name, "sm80_tf32_32x64x32_4", problem))
+        made.append(case(run, name, "sm80_fp16_64x32x64_4", problem))
+        made.append(case(run, name, "sm80_tf32_32x64x32_4", problem))
     # Not bfloat16: torch's own convolution of groups carries NaN from one group to others there.
     for name, problem in MASKED_GEOMETRY.items():
-        made.append(case(name, "sm80_fp16_masked_64x16x32", problem))
-        made.append(case(name, "sm80_tf32_masked_64x64x32", problem))
+        made.append(case(run, name, "sm80_fp16_masked_64x16x32", problem))
+        made.append(case(run, name, "sm80_tf32_masked_64x64x32", problem))
     return made

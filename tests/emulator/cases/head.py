@@ -1,25 +1,17 @@
-"""Cases of head's kernel: every tile that choose_tile may take, whole and odd channels, in every precision.
-
-A read that a missing bounds check lets through shows in one of three ways: it is of a neighbouring value, of NaN laid
-around a tensor (``framed``), or AddressSanitizer's, behind a tensor that ends its allocation.
-"""
+"""Cases of head's kernel: every tile that choose_tile may take, whole and odd channels, in every precision."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from tests.emulator.cases.stem import framed
+from resnet_fast._dtypes import DTYPES
+from tests.emulator.cases._tensors import Results, around, case, placed, spoil
 from tests.emulator.harness import Case
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
-
-Results = Iterator[tuple[str, Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -53,9 +45,8 @@ def example(problem: Problem, precision: str) -> dict[str, Tensor]:
         "bias": torch.randn(k, generator=generator),
     }
     if problem.special:
-        values = tensors[problem.special][0].view(-1)
-        for i, value in enumerate((float("nan"), float("inf"), -float("inf"))):
-            values[i * (values.numel() - 1) // 2] = value
+        values = tensors[problem.special][0]
+        spoil(values, [i * (values.numel() - 1) // 2 for i in range(3)])
     return tensors
 
 
@@ -65,38 +56,28 @@ def plain(problem: Problem, t: dict[str, Tensor]) -> Tensor:
     return nn.functional.linear(x.mean(1), t["weight"].to(x.dtype), t["bias"].to(x.dtype) if problem.bias else None)
 
 
-def run(native: ModuleType, precision: str, problem: Problem) -> Results:
-    tensors = example(problem, precision)
+def run(native: ModuleType, how: str, problem: Problem) -> Results:
+    tensors = example(problem, how)
     same_dtype = plain(problem, tensors)
     exact = plain(problem, {name: t.double() for name, t in tensors.items()})
 
-    def placed(t: Tensor) -> Tensor:
-        return framed(t, problem.offset) if problem.framed else t.clone()  # a clone ends its allocation
-
-    x, weight, bias = placed(tensors["x"]), placed(tensors["weight"]), tensors["bias"].clone()
-    out = placed(torch.full_like(same_dtype, float("nan")))
+    x, weight, bias = placed(tensors["x"], problem), placed(tensors["weight"], problem), tensors["bias"].clone()
+    out = placed(torch.full_like(same_dtype, float("nan")), problem)
     sizes = {name: getattr(problem, name) for name in ("n", "pixels", "c", "k", "multiprocessors")}
-    assert native.head_workspace(precision=precision, **sizes) == 0
+    assert native.head_workspace(precision=how, **sizes) == 0
     native.head(
         x=x.data_ptr(),
         weight=weight.data_ptr(),
         bias=bias.data_ptr() if problem.bias else 0,
         out=out.data_ptr(),
-        precision=precision,
+        precision=how,
         workspace=0,
         stream=0,
         **sizes,
     )
     yield "out", out, same_dtype, exact
-    if problem.framed:  # what lies around the output is as it was
-        whole = out.as_strided((out.untyped_storage().nbytes() // out.element_size(),), (1,), 0)
-        around = torch.cat([whole[: problem.offset], whole[problem.offset + out.numel() :]])
-        nan = torch.full_like(around, float("nan"))
-        yield "around the output", around, nan, nan.double()
-
-
-def case(name: str, precision: str, problem: Problem) -> Case:
-    return Case(f"{name}[{precision}]", functools.partial(run, precision=precision, problem=problem))
+    if problem.framed:
+        yield from around("the output", out)
 
 
 # A step has 32 channels (16 of float32), a slice 64 steps, a tile 1 to 8 images by 16 to 512 outputs.
@@ -131,7 +112,7 @@ SPECIAL = {
 
 
 def cases() -> list[Case]:
-    made = [case("tf32", "tf32", Problem(2, 4, 24, 10))]
+    made = [case(run, "tf32", "tf32", Problem(2, 4, 24, 10))]
     for precision in ("fp16", "bf16", "fp32"):
-        made += [case(name, precision, problem) for name, problem in (GEOMETRY | SPECIAL).items()]
+        made += [case(run, name, precision, problem) for name, problem in (GEOMETRY | SPECIAL).items()]
     return made

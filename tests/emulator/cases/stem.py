@@ -1,22 +1,20 @@
-"""Cases of stem's kernels: both tiles and both squares in every precision, every way an image may lie in memory.
-
-A read that a missing bounds check lets through shows in one of three ways: it is of a neighbouring value, of NaN laid
-around a tensor (``framed``), or AddressSanitizer's, behind a tensor that ends its allocation.
-"""
+"""Cases of stem's kernels: both tiles and both squares in every precision, every way an image may lie in memory."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from resnet_fast._dtypes import DTYPES
+from resnet_fast.kernels.problems import Stem
+from tests.emulator.cases._tensors import Results, around, case, framed, rounded_to_tf32, spoil
 from tests.emulator.harness import Case
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
+PRECISIONS = ("fp16", "bf16", "tf32")
 MEAN, STD = [0.485, 0.456, 0.406, 0.5], [0.229, 0.224, 0.225, 0.25]
 
 
@@ -42,24 +40,9 @@ class Problem:
     framed: bool = False
     offset: int = 64
 
-    @property
-    def conv(self) -> tuple[int, int]:
-        return (self.h - 1) // 2 + 1, (self.w - 1) // 2 + 1
-
-    @property
-    def pooled(self) -> tuple[int, int]:
-        p, q = ((size - 2) // 2 + 1 if self.ceil_mode else (size - 1) // 2 + 1 for size in self.conv)
-        return p, q
-
-
-def framed(tensor: Tensor, offset: int) -> Tensor:
-    """A copy with the same strides in the middle of a buffer of NaN (of bytes: of 255)."""
-    size = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    fill = 255 if tensor.dtype is torch.uint8 else float("nan")
-    buffer = torch.full((size + offset + 4096,), fill, dtype=tensor.dtype)
-    view = buffer[offset : offset + size].as_strided(tensor.shape, tensor.stride())
-    view.copy_(tensor)
-    return view
+    def asked(self, precision: str) -> Stem:
+        """What the kernel is asked to compute."""
+        return Stem(self.n, self.h, self.w, self.c, self.k, self.image_bytes, self.ceil_mode, precision)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -79,12 +62,6 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 def _interleaved_strides(x: Tensor) -> list[int]:
     _, c, h, w = x.shape
     return [h * w * c, 1, w * c, c]
-
-
-def rounded_to_tf32(t: Tensor) -> Tensor:
-    """Ten bits of significand, to nearest; NaN and infinities as they are."""
-    bits = t.contiguous().view(torch.int32)
-    return torch.where(t.isfinite(), (bits + 0x1000 & ~0x1FFF).view(torch.float32), t)
 
 
 def kernel_weight(weight: Tensor) -> Tensor:
@@ -122,8 +99,7 @@ def example(problem: Problem, precision: str) -> tuple[dict[str, Tensor], Tensor
         exact_x = (x.double() / 255 - mean) / std
     else:
         x = torch.randn(*shape, generator=generator).to(dtype)
-        for i, fraction in enumerate(problem.special):
-            x.view(-1)[int(fraction * (x.numel() - 1))] = (float("nan"), float("inf"), -float("inf"))[i % 3]
+        spoil(x, [int(fraction * (x.numel() - 1)) for fraction in problem.special])
         x[torch.arange(problem.n) % problem.finite_every != 0] = float("nan")
         exact_x = x.double()
     operands = exact_x.to(dtype), weight
@@ -135,14 +111,14 @@ def example(problem: Problem, precision: str) -> tuple[dict[str, Tensor], Tensor
     return {"x": x, "weight": kernel_weight(weight), "scale": scale, "shift": shift}, same_dtype, exact
 
 
-def run(native: ModuleType, precision: str, problem: Problem) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    tensors, same_dtype, exact = example(problem, precision)
+def run(native: ModuleType, how: str, problem: Problem) -> Results:
+    tensors, same_dtype, exact = example(problem, how)
     used = {name: t.clone() for name, t in tensors.items()}  # each ends its allocation
     x = laid_out(used["x"], problem.layout)
     out = torch.full_like(same_dtype, float("nan"))
     if problem.framed:
         x, out = framed(x, problem.offset), framed(out, problem.offset)
-    c = problem.c
+    c, asked = problem.c, problem.asked(how)
     normalisation = torch.tensor(
         [[1 / (255 * s) for s in STD[:c]], [-m / s for m, s in zip(MEAN, STD, strict=True)][:c]]
     )
@@ -154,26 +130,14 @@ def run(native: ModuleType, precision: str, problem: Problem) -> Iterator[tuple[
         **{name: used[name].data_ptr() for name in ("weight", "scale", "shift")},
         out=out.data_ptr(),
         **{name: getattr(problem, name) for name in ("n", "c", "h", "w", "k", "ceil_mode")},
-        **dict(zip(("conv_h", "conv_w"), problem.conv, strict=True)),
-        **dict(zip(("pooled_h", "pooled_w"), problem.pooled, strict=True)),
-        precision=precision,
+        **dict(zip(("conv_h", "conv_w"), asked.convolved, strict=True)),
+        **dict(zip(("pooled_h", "pooled_w"), asked.output, strict=True)),
+        precision=how,
         stream=0,
     )
-    yield precision, out, same_dtype, exact
-    if problem.framed:  # what lies around the output is as it was
-        whole = out.as_strided((out.untyped_storage().nbytes() // out.element_size(),), (1,), 0)
-        begin = problem.offset
-        around = torch.cat([whole[:begin], whole[begin + out.numel() :]])
-        yield (
-            "around the output",
-            around,
-            torch.full_like(around, float("nan")),
-            torch.full_like(around, float("nan")).double(),
-        )
-
-
-def case(name: str, precision: str, problem: Problem) -> Case:
-    return Case(f"{name}[{precision}]", functools.partial(run, precision=precision, problem=problem))
+    yield how, out, same_dtype, exact
+    if problem.framed:
+        yield from around("the output", out)
 
 
 GEOMETRY = {
@@ -222,12 +186,12 @@ MANY_NOT_BF16 = {"many, 4 channels": Problem(86, 4, 61, 29, 8, ceil_mode=True, f
 
 def cases() -> list[Case]:
     made = []
-    for precision in DTYPES:
+    for precision in PRECISIONS:
         for name, problem in (GEOMETRY | SPECIAL | MANY).items():
-            made.append(case(name, precision, problem))
+            made.append(case(run, name, precision, problem))
         if precision == "fp16":
-            made += [case(name, precision, problem) for name, problem in MANY_FP16.items()]
+            made += [case(run, name, precision, problem) for name, problem in MANY_FP16.items()]
         if precision != "bf16":
-            made += [case(name, precision, problem) for name, problem in MANY_NOT_BF16.items()]
-            made += [case(name, precision, problem) for name, problem in SPECIAL_OF_3.items()]
+            made += [case(run, name, precision, problem) for name, problem in MANY_NOT_BF16.items()]
+            made += [case(run, name, precision, problem) for name, problem in SPECIAL_OF_3.items()]
     return made

@@ -1,4 +1,4 @@
-"""Each test that takes ``kind`` runs on Triton's and on CUDA's kernels, under the kind's marker."""
+"""Each test of an op that takes ``kind`` runs on Triton's and on CUDA's kernels, under the kind's marker."""
 
 from __future__ import annotations
 
