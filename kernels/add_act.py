@@ -10,7 +10,7 @@ program masks; all others read and write 16 bytes at a time, whatever the length
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -104,11 +104,6 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
 def choose(problem: Problem, gpu: GPU) -> Config:
     """Return the measured choice if there is one, else the heuristic's."""
     return _tables.measured(NAME, problem.key(), gpu.name, Config) or heuristic(problem, gpu)
-
-
-def as_fields(config: Config) -> dict[str, Any]:
-    """Return a config as a table stores it."""
-    return asdict(config)
 
 
 def _wide(problem: Problem, config: Config) -> bool:

@@ -24,7 +24,7 @@ Traps: out may be x or the residual, and each tile is loaded before it is stored
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -516,11 +516,6 @@ def choose(problem: Problem, gpu: GPU) -> Config:
     if config is not None and config.rows % (config.accesses * config.lanes(problem)) == 0:
         return config
     return heuristic(problem, gpu)
-
-
-def as_fields(config: Config) -> dict[str, Any]:
-    """Return a config as a table stores it."""
-    return asdict(config)
 
 
 # --- launches. Images are [N, C, H, W], dense channels_last and of one dtype; vectors are [C], float32 and dense.

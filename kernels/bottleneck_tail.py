@@ -26,9 +26,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._language import dot, relu, rounded
 from ._launch import Launch, aligned, cdiv, dividing_power_of_two, dot_precision, image_box, wide
-from .bottleneck_tail_choice import NAME, Config, Problem, as_fields, candidates, choose, heuristic, supports
+from .bottleneck_tail_choice import NAME, Config, Problem, candidates, choose, heuristic, supports
 
-__all__ = ["NAME", "Config", "Problem", "as_fields", "candidates", "choose", "heuristic", "launch", "supports"]
+__all__ = ["NAME", "Config", "Problem", "candidates", "choose", "heuristic", "launch", "supports"]
 
 
 @triton.jit(do_not_specialize=["TILES_P", "TILES_Q"])

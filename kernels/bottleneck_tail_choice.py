@@ -6,9 +6,8 @@ So a plan for a GPU can be made where triton is not installed. The kernel is in 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from . import _tables
 from ._launch import ITEMSIZE, cdiv, dividing_power_of_two, power_of_two
@@ -155,8 +154,3 @@ def choose(problem: Problem, gpu: GPU) -> Config | None:
     if config.shared_memory(problem) > gpu.shared_memory:
         return standard
     return config if not config.boxes or supports_boxes(problem, gpu, config.block_n) else standard
-
-
-def as_fields(config: Config) -> dict[str, Any]:
-    """Return a config as a table stores it."""
-    return asdict(config)

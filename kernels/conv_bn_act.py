@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -398,11 +398,6 @@ def takes(config: Config, problem: Problem, gpu: GPU) -> bool:
     """Return whether the kernel computes the problem with this choice on ``gpu``."""
     boxes = supports_boxes(problem, gpu) and problem.c % config.block_k == 0
     return _fits(config, problem, gpu) and (boxes or not config.boxes)
-
-
-def as_fields(config: Config) -> dict[str, Any]:
-    """Return a config as a table stores it."""
-    return asdict(config)
 
 
 def launch(

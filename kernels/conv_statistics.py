@@ -10,7 +10,6 @@ moments of its tiles; see conv_bn_act.launch_raw and batch_norm_act.merge_moment
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +19,7 @@ from .conv_bn_act import Config
 from .gpus import GPU
 from .problems import ConvStatistics as Problem
 
-__all__ = ["Config", "Problem", "as_fields", "candidates", "choose", "heuristic", "launches", "workspace_size"]
+__all__ = ["Config", "Problem", "candidates", "choose", "heuristic", "launches", "workspace_size"]
 
 NAME = "conv_statistics"
 
@@ -41,11 +40,6 @@ def choose(problem: Problem, gpu: GPU) -> Config:
     """Return the measured choice if there is one that the kernels can take, else the heuristic's."""
     config = _tables.measured(NAME, problem.key(), gpu.name, Config)
     return config if config is not None and conv_bn_act.takes(config, problem, gpu) else heuristic(problem, gpu)
-
-
-def as_fields(config: Config) -> dict[str, Any]:
-    """Return a config as a table stores it."""
-    return asdict(config)
 
 
 def workspace_size(problem: Problem, config: Config) -> int:

@@ -7,7 +7,7 @@ cannot compute only the compiled module knows (``resnet_fast.backends.cuda`` ask
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from . import _tables
@@ -123,8 +123,3 @@ def candidates(problem: ConvBNAct, gpu: GPU, kernels: Sequence[Kernel]) -> Itera
         assert first is not None
         vectors.remove(first)
         yield Config(first.name)
-
-
-def as_fields(config: Any) -> dict[str, Any]:
-    """Return a choice as a table stores it."""
-    return asdict(config)

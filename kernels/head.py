@@ -16,7 +16,7 @@ vary fastest in the order of programs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -157,11 +157,6 @@ def choose(problem: Problem, gpu: GPU) -> Config:
     if config is not None and _fits(config, problem, gpu):
         return config
     return heuristic(problem, gpu)
-
-
-def as_fields(config: Config) -> dict[str, Any]:
-    """Return a config as a table stores it."""
-    return asdict(config)
 
 
 def launch(x: Any, weight: Any, bias: Any, out: Any, problem: Problem, config: Config) -> Launch:

@@ -22,7 +22,7 @@ Bytes are normalised before the zero padding, so padding is 0 and not a black pi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -229,11 +229,6 @@ def choose(problem: Problem, gpu: GPU) -> Config:
     if config is not None and _fits(config, problem, gpu):
         return config
     return heuristic(problem, gpu)
-
-
-def as_fields(config: Config) -> dict[str, Any]:
-    """Return a config as a table stores it."""
-    return asdict(config)
 
 
 def _span(x: Any) -> int:

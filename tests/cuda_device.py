@@ -15,7 +15,6 @@ from resnet_fast.backends import cuda
 from resnet_fast.roofline.measure import tf32
 from tests.emulator import build
 from tests.emulator.cases._tensors import rounded_to_tf32
-from tests.numerics import assert_obeys_error_rule
 
 DEVICE = "cpu" if cuda.unavailable(initialize=True) else "cuda"
 
@@ -72,13 +71,3 @@ def as_multiplied(tensors: dict[str, Any], *names: str) -> dict[str, Any]:
 
 def doubled(tensors: dict[str, Any]) -> dict[str, Any]:
     return {name: tensor.double() if isinstance(tensor, Tensor) else tensor for name, tensor in tensors.items()}
-
-
-def on_device(tensors: dict[str, Any]) -> dict[str, Any]:
-    return {name: tensor.to(DEVICE) if isinstance(tensor, Tensor) else tensor for name, tensor in tensors.items()}
-
-
-__all__ = [
-    "DEVICE", "DTYPES", "as_multiplied", "assert_obeys_error_rule", "doubled", "installed", "kernels",
-    "on_device", "unavailable", "watch",
-]  # fmt: skip

@@ -166,10 +166,6 @@ class CudaKernels:
             return None
         return cuda_choice.Config(name) if self.op == "conv_bn_act" else cuda_choice.Only()
 
-    def as_fields(self, config: Any) -> dict[str, Any]:
-        """Return a choice as a table stores it."""
-        return cuda_choice.as_fields(config)
-
 
 def names() -> tuple[str, ...]:
     """Return the ops that have a Triton kernel and an adapter."""

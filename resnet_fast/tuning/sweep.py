@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -154,7 +154,7 @@ def sweep(
         outcomes.append(outcome)
         if outcome.config is not None and outcome.finished:
             op = ops.get(case.op)
-            fields = op.kernel.as_fields(outcome.config)
+            fields = asdict(outcome.config)
             times = {"ms": round(1e3 * outcome.seconds, 6), "floor_ms": round(1e3 * outcome.floor, 6)}
             if outcome.separately < math.inf and op.plain:
                 times["plain_ms"] = round(1e3 * outcome.separately, 6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 import threading
@@ -19,7 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fast as rf
 from resnet_fast import ops
-from resnet_fast.ops import _op
+from resnet_fast.kernels import problems
+from resnet_fast.ops import Op, _op
+from resnet_fast.roofline.measure import tf32
+
+add_act, bottleneck_tail = (
+    importlib.import_module(f"resnet_fast.ops.{name}") for name in ("add_act", "bottleneck_tail")
+)
 
 _NORM = "Tensor? gamma, Tensor? beta, Tensor mean, Tensor invstd, bool of_batch, Tensor? count, str group"
 _BEFORE = _NORM.replace("Tensor m", "Tensor? m").replace("Tensor i", "Tensor? i")
@@ -51,6 +58,46 @@ SCHEMAS = {
     "str activation) -> Tensor",
     "norm_act_pool": f"Tensor x, {_NORM}, bool ceil_mode) -> Tensor",
 }
+
+
+_CONVOLUTION = problems.ConvBNAct(2, 7, 6, 8, 12, (3, 1), (2, 1), (1, 0), (1, 2), 4, "bf16", residual=True)
+PROBLEMS: list[tuple[Op[Any], Any]] = [
+    (ops.ALL["conv_bn_act"], _CONVOLUTION),
+    (ops.ALL["conv_bn_act"], dataclasses.replace(_CONVOLUTION, residual=False, precision="fp32")),
+    (ops.ALL["stem"], problems.Stem(2, 13, 12, 3, 5, uint8=False, ceil_mode=True, precision="fp16")),
+    (ops.ALL["stem"], problems.Stem(2, 13, 12, 4, 5, uint8=True, ceil_mode=False, precision="fp32")),
+    (ops.ALL["head"], problems.Head(2, 3, 4, 17, 5, "bf16")),
+    (ops.ALL["add_act"], problems.AddAct(77, "fp16")),
+    (add_act.BACKWARD, problems.AddAct(77, "fp32")),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(("op", "problem"), PROBLEMS)
+def test_an_example_is_of_its_problem(op: Op[Any], problem: Any, device: str) -> None:
+    a = op.example(problem, torch.device(device))
+    with tf32(False):
+        assert op.problem is not None and op.problem(a) == problem
+    op.check(a)
+    assert all(value.device.type == device for value in a if isinstance(value, Tensor))
+
+
+@pytest.mark.parametrize("following", [0, 6])
+@pytest.mark.parametrize("shortcut", [None, (5, 9, 7, 2)])
+def test_an_example_of_a_block_is_of_its_problem(shortcut: Any, following: int) -> None:
+    problem = problems.BottleneckTail(2, 9, 7, 4, 12, 2, shortcut, following, "fp16")
+    a = ops.ALL["bottleneck_tail"].example(problem, torch.device("cpu"))
+    assert bottleneck_tail.kernel_problem(a) == problem
+    ops.ALL["bottleneck_tail"].check(a)
+
+
+def test_an_example_follows_from_its_generator() -> None:
+    first, second, other = (
+        ops.ALL["conv_bn_act"].example(_CONVOLUTION, torch.device("cpu"), torch.Generator().manual_seed(seed))
+        for seed in (3, 3, 4)
+    )
+    assert all(torch.equal(one, same) for one, same in zip(first[:5], second[:5], strict=True))
+    assert not any(torch.equal(one, same) for one, same in zip(first[:5], other[:5], strict=True))
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

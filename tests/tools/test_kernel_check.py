@@ -220,7 +220,7 @@ def test_the_committed_table_is_of_the_pinned_triton() -> None:
 
 def test_tables_of_launch_choices_are_compiled(tmp_path: Path) -> None:
     case = problem(n=3, h=56, w=56)
-    fields = conv_bn_act.as_fields(conv_bn_act.Config(64, 32, 32, 4, 2, True))
+    fields = dataclasses.asdict(conv_bn_act.Config(64, 32, 32, 4, 2, True))
     choices = {
         "conv_bn_act": {case.key(): fields | {"ms": 0.1}, "fp16 n3 5x5": fields, problem(n=3, h=7, w=7).key(): {}}
     }

@@ -60,7 +60,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[P
 # --- tables
 
 
-FIELDS = conv_bn_act.as_fields(conv_bn_act.Config(64, 32, 16, 4, 2, False))
+FIELDS = dataclasses.asdict(conv_bn_act.Config(64, 32, 16, 4, 2, False))
 
 
 def test_table_round_trip(tmp_path: Path) -> None:
@@ -121,11 +121,11 @@ def test_a_tile_that_would_leave_channels_out_is_not_taken(folders: tuple[Path, 
     described = bottleneck_tail.Problem(128, 56, 56, 64, 128, 1, None, 0, "fp16")
     standard = bottleneck_tail.heuristic(described, H100)
     assert standard is not None
-    fields = bottleneck_tail.as_fields(standard) | changed
+    fields = dataclasses.asdict(standard) | changed
     _tables.write(folders[1] / "h100.json", "h100", WITH, {"bottleneck_tail": {described.key(): fields}})
     assert bottleneck_tail.choose(described, H100) == standard
     described = problem(c=48, k=64)
-    fields = conv_bn_act.as_fields(conv_bn_act.heuristic(described, H100)) | {"block_k": 32}
+    fields = dataclasses.asdict(conv_bn_act.heuristic(described, H100)) | {"block_k": 32}
     _tables.write(folders[1] / "h100.json", "h100", WITH, {"conv_bn_act": {described.key(): fields}})
     assert fields["boxes"] and conv_bn_act.choose(described, H100).block_k == 16
 
@@ -198,7 +198,7 @@ def test_the_fastest_correct_config_is_kept(tmp_path: Path) -> None:
     fields = _tables.read(path)["conv_bn_act"][problem().key()]
     assert fields["ms"] == pytest.approx(2e3 * floor, rel=1e-3, abs=1e-6)
     assert fields["floor_ms"] == pytest.approx(1e3 * floor, rel=1e-3, abs=1e-6)
-    assert {name: fields[name] for name in FIELDS} == conv_bn_act.as_fields(best)
+    assert {name: fields[name] for name in FIELDS} == dataclasses.asdict(best)
 
 
 def test_what_was_measured_is_chosen_afterwards(folders: tuple[Path, Path]) -> None:
@@ -397,7 +397,6 @@ def test_adapters_describe_what_the_kernels_take(given: ops.Case) -> None:
     launch = op.launch(op.kernel, example, given, configs[0])
     for part in launch.parts if isinstance(launch, ops.Launches) else (launch,):
         assert math.prod(part.grid) >= 1
-    assert op.kernel.as_fields(configs[0]).keys() == op.kernel.Config.__dataclass_fields__.keys()
 
 
 def assert_passes_the_gate(given: ops.Case, example: ops.Example, exact: Sequence[torch.Tensor], config: Any) -> None:
