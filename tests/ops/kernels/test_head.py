@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import resnet_fast as rf
 from resnet_fast import backends, ops
@@ -13,15 +13,12 @@ from resnet_fast.kernels import gpus
 from resnet_fast.roofline.measure import tf32
 from tests.kernel_kinds import DTYPES, LAYOUTS, Kind
 from tests.numerics import assert_obeys_error_rule
+from tests.ops.test_head import plain
 from tests.triton_device import DEVICE as TRITON_DEVICE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 OP = torch.ops.resnet_fast.head.default
-
-
-def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return nn.functional.linear(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1), weight, bias)
 
 
 def compare(x: Tensor, weight: Tensor, bias: Tensor | None, ours: Tensor | None = None) -> None:

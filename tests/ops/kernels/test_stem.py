@@ -19,6 +19,7 @@ from resnet_fast.roofline.measure import tf32
 from tests.cuda_device import doubled
 from tests.kernel_kinds import DTYPES, KINDS, Kind
 from tests.numerics import assert_obeys_error_rule
+from tests.ops.test_stem import MEAN, STD, plain
 from tests.triton_device import DEVICE as TRITON_DEVICE
 
 pytestmark = [
@@ -28,7 +29,6 @@ pytestmark = [
 ]
 
 OP = torch.ops.resnet_fast.stem.default
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def problem(
@@ -42,12 +42,6 @@ def problem(
         "shift": torch.randn(k),
     }
     return kind.as_multiplied(made, "x", "weight")
-
-
-def plain(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, ceil_mode: bool = False) -> Tensor:
-    y = nn.functional.conv2d(x, weight, None, 2, 3)
-    y = nn.functional.batch_norm(y, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, False, 0.0, 1e-30)
-    return nn.functional.max_pool2d(y.relu(), 3, 2, 0 if ceil_mode else 1, ceil_mode=ceil_mode)
 
 
 def judge(ours: Tensor, given: dict[str, Any], ceil_mode: bool = False) -> None:
