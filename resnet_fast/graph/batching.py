@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from . import ir, shapes
+from . import guards, ir, shapes
 from .guard import Guard
 from .plan import Fused
 
@@ -54,7 +54,7 @@ _ELEMENTWISE: set[Any] = {
     torch.sigmoid, torch.tanh, operator.neg, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.avg_pool2d, F.max_pool2d,
     torch.max_pool2d,
 }  # fmt: skip
-_WITH_CONSTANTS: set[Any] = {torch.conv2d, F.batch_norm, F.linear}
+_WITH_CONSTANTS: set[Any] = {torch.conv2d, F.batch_norm, F.linear, F.group_norm, F.layer_norm}
 _BINARY: set[Any] = {
     torch.add, torch.sub, torch.mul, torch.div, operator.add, operator.sub, operator.mul, operator.truediv,
     ir.ADD_ACT,
@@ -95,6 +95,8 @@ def _kind(gm: fx.GraphModule, node: fx.Node, kinds: dict[fx.Node, _Kind]) -> _Ki
     sources = {kinds[source] for source in node.all_input_nodes}
     if sources <= {_Kind.CONSTANT} and node.op == "call_function" and node.target in _BINARY | {operator.getitem}:
         return _Kind.CONSTANT
+    if node.target in (guards.compute, guards.expect):
+        return _Kind.CONSTANT if sources <= {_Kind.CONSTANT} else None
     first = node.args[0] if node.args else None
     if not isinstance(first, fx.Node):
         return _cat(node, kinds)
@@ -113,6 +115,9 @@ def _kind(gm: fx.GraphModule, node: fx.Node, kinds: dict[fx.Node, _Kind]) -> _Ki
     if node.op == "call_method":
         return _method(node, kinds, rest)
     target = node.target
+    if target in (torch.softmax, F.softmax) and not rest:
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        return _Kind.BATCH if _excludes_batch((dim,)) else None
     if target in _ELEMENTWISE and not rest:
         return _Kind.BATCH
     if target in _WITH_CONSTANTS and rest <= {_Kind.CONSTANT}:

@@ -120,8 +120,9 @@ def replace(old: Sequence[fx.Node], new: fx.Node) -> None:
     The nodes of ``old`` are erased, so each but the last may have no user outside the chain.
     """
     last = old[-1]
-    if "value" in last.meta:
-        new.meta["value"] = last.meta["value"]
+    for key in ("value", "storages"):
+        if key in last.meta:
+            new.meta[key] = last.meta[key]
     new.meta["layers"] = [layer for node in old for layer in layers_of(node)]
     for layer in layers_of(new):
         layer.reason = ""
@@ -180,6 +181,11 @@ def dtype_of(node: Any) -> torch.dtype | None:
 def positions(graph: fx.Graph) -> dict[fx.Node, int]:
     """Return where in the order of execution each node is."""
     return {node: index for index, node in enumerate(graph.nodes)}
+
+
+def reads_data(node: fx.Node) -> bool:
+    """Return whether a node reads more of a tensor than its size."""
+    return not (node.op == "call_method" and node.target == "size")
 
 
 def nodes_in(value: Any) -> list[fx.Node]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from resnet_fast.nn.pristine import changed, is_frozen_batch_norm
+from resnet_fast.nn.pristine import is_frozen_batch_norm
 
 from .ir import ADD_ACT, BOTTLENECK_TAIL, CONV_BN_ACT, HEAD, STEM, nodes_in
 
@@ -30,11 +30,6 @@ _FRESH_METHODS = {
     "add", "sub", "mul", "div", "neg", "relu", "sigmoid", "tanh", "softmax", "exp", "sqrt", "rsqrt", "mean", "sum",
     "clone", "clamp", "square", "pow", "abs", "matmul",
 }  # fmt: skip
-_FRESH_MODULES = {
-    nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.ReLU, nn.ReLU6, nn.SiLU,
-    nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softmax,
-    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
-}  # fmt: skip
 _IN_PLACE_OPERATORS = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
     operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.imatmul, operator.setitem,
@@ -44,14 +39,12 @@ _NOT_WRITING = {"requires_grad_", "detach_"}
 
 
 def written(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """Return the inputs that ``node`` writes into."""
+    """Return the inputs that ``node`` writes into: as the capture saw it, else all that it may."""
+    if "written" in node.meta:
+        return list(node.meta["written"])
     first = [node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else []
     if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
-        if not getattr(module, "inplace", False):
-            return []
-        dropout = isinstance(module, nn.modules.dropout._DropoutNd) and not module.training
-        return [] if dropout else first
+        return first if getattr(gm.get_submodule(str(node.target)), "inplace", False) else []
     if node.op == "call_method":
         name = str(node.target)
         in_place = name.endswith("_") and not name.endswith("__") and name not in _NOT_WRITING
@@ -89,7 +82,7 @@ def inplace_position(function: Any) -> int | None:
 
 
 def holds_tensor(node: fx.Node) -> bool:
-    """False where the node's value is known to be no tensor and to hold none (a size, a number)."""
+    """False if the node's value is known to be no tensor and to hold none (a size, a number)."""
     if "value" not in node.meta:
         return True
     value = node.meta["value"]
@@ -111,9 +104,22 @@ def fresh(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in _FRESH_METHODS
     if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
-        return (type(module) in _FRESH_MODULES or is_frozen_batch_norm(module)) and not changed(module)
+        return is_frozen_batch_norm(gm.get_submodule(str(node.target)))
     return False
+
+
+def sharing(graph: fx.Graph) -> dict[int, list[fx.Node]]:
+    """Return the nodes that show each memory, as the capture found them."""
+    found: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for storage in node.meta.get("storages", ()):
+            found.setdefault(storage, []).append(node)
+    return found
+
+
+def aliases_of(node: fx.Node, shown: dict[int, list[fx.Node]]) -> set[fx.Node]:
+    """Return every value, earlier or later, that shares memory with ``node`` in the author's code; itself included."""
+    return {other for storage in node.meta.get("storages", ()) for other in shown[storage]}
 
 
 def _views(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
@@ -122,7 +128,7 @@ def _views(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
 
 
 def views_of(gm: fx.GraphModule, node: fx.Node) -> set[fx.Node]:
-    """``node`` and every later value that may share its memory."""
+    """``node`` and every later value that may share its memory, in whatever memory format it comes."""
     found: set[fx.Node] = set()
     pending = [node]
     while pending:
@@ -133,8 +139,8 @@ def views_of(gm: fx.GraphModule, node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def aliases_of(gm: fx.GraphModule, node: fx.Node) -> set[fx.Node]:
-    """Return every value, earlier or later, that may share memory with ``node``; itself included."""
+def possible_aliases_of(gm: fx.GraphModule, node: fx.Node) -> set[fx.Node]:
+    """Return every value, earlier or later, that may share memory with ``node`` in some memory format."""
     found: set[fx.Node] = set()
     pending = [node]
     while pending:

@@ -18,7 +18,7 @@ from resnet_fast.nn import pristine
 from resnet_fast.nn.pristine import is_frozen_batch_norm
 from resnet_fast.ops.common import as_pair, conv_geometry
 
-from . import ir, memory
+from . import guards, ir, memory
 
 
 class SharedMemoryError(Exception):
@@ -53,12 +53,7 @@ def normalize(gm: fx.GraphModule, notes: ir.Notes) -> None:
         handler: Callable[[fx.GraphModule, fx.Node], None] | None = None
         if node.op == "call_module":
             module = gm.get_submodule(str(node.target))
-            handler = _MODULES.get(type(module))
-            if handler is None and is_frozen_batch_norm(module):
-                handler = _batch_norm_module
-            if handler is not None and (reason := pristine.changed(module)):
-                ir.reject(node, reason)
-                continue
+            handler = _batch_norm_module if is_frozen_batch_norm(module) else _MODULES.get(type(module))
         elif node.op == "call_function":
             handler = _FUNCTIONS.get(node.target)
         elif node.op == "call_method":
@@ -71,46 +66,44 @@ def normalize(gm: fx.GraphModule, notes: ir.Notes) -> None:
 
 def _has_effect(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Return whether a node must stay even if nobody reads its value."""
-    return bool(memory.written(gm, node)) or (node.op != "call_module" and node.is_impure())
+    asks = node.target in (guards.expect, guards.expect_length)
+    return asks or bool(memory.written(gm, node)) or (node.op != "call_module" and node.is_impure())
 
 
 # ---------------------------------------------------------------------------------------------------- in-place writes
 
 
 def _remove_in_place(gm: fx.GraphModule, notes: ir.Notes) -> None:
-    """Make in-place ops out of place. Whoever reads the overwritten value later reads the new value instead."""
-    modules: list[Any] = []
+    """Make in-place ops out of place. Whoever reads the overwritten value later reads the new value already."""
+    sharing = memory.sharing(gm.graph)
+    order = ir.positions(gm.graph)
     for node in list(gm.graph.nodes):
         overwritten = memory.written(gm, node)
-        if not overwritten:
-            continue
-        if node.op == "call_module" and not pristine.changed(module := gm.get_submodule(str(node.target))):
-            modules.append(module)
-        order = ir.positions(gm.graph)
-        now = order[node]
         for x in overwritten:
-            for other in memory.aliases_of(gm, x):
-                if order[other] >= now or other is x:
-                    continue
-                if other.op == "get_attr" or any(order[user] > now for user in other.users):
-                    raise SharedMemoryError(f"{node.name} writes into memory that {other.name} shows as well")
-            if x.op == "get_attr":
-                raise SharedMemoryError(f"{node.name} writes into the model's own tensor {x.target}")
-        if len(overwritten) == 1 and _make_functional(gm, node, overwritten[0]):
-            x = overwritten[0]
-            if x.op == "placeholder":
+            _check_shared(node, x, memory.aliases_of(x, sharing), order)
+        if len(overwritten) == 1 and _make_functional(node, overwritten[0]):
+            node.meta["written"] = []
+            if overwritten[0].op == "placeholder":
                 notes.add(f"{ir.name_of(node)} wrote into the caller's tensor; the snapshot leaves it unchanged")
-            x.replace_all_uses_with(node, lambda user, now=now, order=order: order[user] > now)  # type: ignore[misc]
-    for module in modules:
-        module.inplace = False
+            continue
+        for x in overwritten:
+            _check_shared(node, x, memory.possible_aliases_of(gm, x), order)
 
 
-def _make_functional(gm: fx.GraphModule, node: fx.Node, x: fx.Node) -> bool:
+def _check_shared(node: fx.Node, x: fx.Node, aliases: set[fx.Node], order: dict[fx.Node, int]) -> None:
+    """Raise SharedMemoryError if ``node``, writing into ``x``, changes what a later node reads as another value."""
+    now = order[node]
+    for other in aliases:
+        if order[other] >= now or other is x:
+            continue
+        if other.op == "get_attr" or any(order[user] > now and ir.reads_data(user) for user in other.users):
+            raise SharedMemoryError(f"{node.name} writes into memory that {other.name} shows as well")
+    if x.op == "get_attr":
+        raise SharedMemoryError(f"{node.name} writes into the model's own tensor {x.target}")
+
+
+def _make_functional(node: fx.Node, x: fx.Node) -> bool:
     """Turn ``node``, which writes into ``x``, into its out-of-place form; False if it has none that is surely equal."""
-    if node.op == "call_module":  # a layer that somebody changed may do without the flag what it does not do with it
-        return not pristine.changed(
-            gm.get_submodule(str(node.target))
-        )  # the flag is cleared at the end, since other calls of the module still have to be looked at
     target: Any = node.target
     if node.op == "call_method" and target in _OUT_OF_PLACE_METHODS:
         replacement: Any = _OUT_OF_PLACE_METHODS[target]
@@ -217,18 +210,6 @@ def _conv(gm: fx.GraphModule, node: fx.Node, x: Any, weight: Any, bias: Any, *ge
     put(gm, node, ir.CONV, x, weight, bias, *pairs, groups)
 
 
-def _conv_module(gm: fx.GraphModule, node: fx.Node) -> None:
-    module: Any = gm.get_submodule(str(node.target))
-    if module.padding_mode != "zeros":
-        return ir.reject(node, f"padding_mode={module.padding_mode!r}, only zeros can be fused")
-    arguments = _arguments(node, ("input",), {})
-    if arguments is None:
-        return None
-    weight, bias = _attribute(gm, node, "weight"), _attribute(gm, node, "bias")
-    geometry = (module.stride, module.padding, module.dilation, module.groups)
-    return _conv(gm, node, arguments["input"], weight, bias, *geometry)
-
-
 def _conv_function(gm: fx.GraphModule, node: fx.Node) -> None:
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     found = _arguments(node, names, {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1})
@@ -278,12 +259,6 @@ def _add(gm: fx.GraphModule, node: fx.Node) -> None:
     return put(gm, node, ir.ADD, found["input"], found["other"])
 
 
-def _max_pool_module(gm: fx.GraphModule, node: fx.Node) -> None:
-    module: Any = gm.get_submodule(str(node.target))
-    if len(node.args) == 1 and not module.return_indices:
-        _max_pool(gm, node, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
-
-
 def _max_pool_function(gm: fx.GraphModule, node: fx.Node) -> None:
     names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     defaults = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
@@ -301,13 +276,6 @@ def _max_pool(gm: fx.GraphModule, node: fx.Node, kernel: Any, stride: Any, *rest
         put(gm, node, ir.MAX_POOL, x, *pairs, ceil_mode)
 
 
-def _avg_pool_module(gm: fx.GraphModule, node: fx.Node) -> None:
-    module: Any = gm.get_submodule(str(node.target))
-    if len(node.args) == 1:
-        geometry = (module.kernel_size, module.stride, module.padding, module.ceil_mode)
-        _avg_pool(gm, node, node.args[0], *geometry, module.count_include_pad, module.divisor_override)
-
-
 def _avg_pool_function(gm: fx.GraphModule, node: fx.Node) -> None:
     names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
     defaults = {"stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None}
@@ -323,12 +291,6 @@ def _avg_pool(gm: fx.GraphModule, node: fx.Node, x: Any, kernel: Any, stride: An
     flags = isinstance(ceil_mode, bool) and isinstance(counts_padding, bool)
     if all(value is not None for value in pairs) and flags and divisor is None and isinstance(x, fx.Node):
         put(gm, node, ir.AVG_POOL, x, *pairs, ceil_mode, counts_padding)
-
-
-def _adaptive_module(gm: fx.GraphModule, node: fx.Node) -> None:
-    module: Any = gm.get_submodule(str(node.target))
-    if len(node.args) == 1:
-        _adaptive(gm, node, node.args[0], module.output_size)
 
 
 def _adaptive_function(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -351,12 +313,6 @@ def _mean(gm: fx.GraphModule, node: fx.Node) -> None:
         return
     if sorted(d % 4 for d in found["dim"] if isinstance(d, int)) == [2, 3] and isinstance(found["keepdim"], bool):
         put(gm, node, ir.MEAN, found["input"], (2, 3), found["keepdim"])
-
-
-def _flatten_module(gm: fx.GraphModule, node: fx.Node) -> None:
-    module: Any = gm.get_submodule(str(node.target))
-    if len(node.args) == 1:
-        _flatten(gm, node, node.args[0], module.start_dim, module.end_dim)
 
 
 def _flatten_function(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -386,23 +342,16 @@ def _view(gm: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _is_batch_size(value: Any, x: Any) -> bool:
-    """Return whether ``value`` is ``x.size(0)`` or ``x.shape[0]``."""
-    if not isinstance(value, fx.Node):
-        return False
-    if value.op == "call_method" and value.target == "size" and value.args[1:] == (0,):
-        return value.args[0] is x
-    if value.op == "call_function" and value.target is operator.getitem and value.args[1] == 0:
-        sizes: Any = value.args[0]
-        if isinstance(sizes, fx.Node) and sizes.op == "call_method" and sizes.target == "size":
-            return sizes.args == (x,)
-        return ir.calls(sizes, getattr) and sizes.args == (x, "shape")
-    return False
+    """Return whether ``value`` is the size of the batch that ``x`` belongs to."""
+    size = isinstance(value, fx.Node) and value.op == "call_method" and value.target == "size"
+    return size and value.args[1:] == (0,) and _batch(value.args[0]) is _batch(x)
 
 
-def _linear_module(gm: fx.GraphModule, node: fx.Node) -> None:
-    if len(node.args) == 1:
-        weight, bias = _attribute(gm, node, "weight"), _attribute(gm, node, "bias")
-        put(gm, node, ir.LINEAR, node.args[0], weight, bias)
+def _batch(value: Any) -> Any:
+    """Return the first value that has as many images as ``value``."""
+    while any(ir.is_call(value, kind) for kind in _PER_IMAGE):
+        value = value.args[0]
+    return value
 
 
 def _linear_function(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -421,11 +370,6 @@ def _remove(gm: fx.GraphModule, node: fx.Node) -> None:
     gm.graph.erase_node(node)
 
 
-def _dropout_module(gm: fx.GraphModule, node: fx.Node) -> None:
-    if not gm.get_submodule(str(node.target)).training:
-        _remove(gm, node)
-
-
 def _dropout_function(gm: fx.GraphModule, node: fx.Node) -> None:
     names, defaults = ("input", "p", "training", "inplace"), {"p": 0.5, "training": True, "inplace": False}
     found = _arguments(node, names, defaults)
@@ -435,21 +379,9 @@ def _dropout_function(gm: fx.GraphModule, node: fx.Node) -> None:
 
 Handler = Callable[[fx.GraphModule, fx.Node], None]
 _NORMS: set[type[nn.Module]] = set()
-_MODULES: dict[type[nn.Module], Handler] = {
-    nn.Conv2d: _conv_module,
-    nn.BatchNorm2d: _batch_norm_module,
-    nn.SyncBatchNorm: _batch_norm_module,
-    nn.ReLU: lambda gm, node: put(gm, node, ir.RELU, node.args[0]) if len(node.args) == 1 else None,
-    nn.MaxPool2d: _max_pool_module,
-    nn.AvgPool2d: _avg_pool_module,
-    nn.AdaptiveAvgPool2d: _adaptive_module,
-    nn.Flatten: _flatten_module,
-    nn.Linear: _linear_module,
-    nn.Identity: _remove,
-    nn.Dropout: _dropout_module,
-    nn.Dropout1d: _dropout_module,
-    nn.Dropout2d: _dropout_module,
-}
+_MODULES: dict[type[nn.Module], Handler] = {}
+#: What gives one image for each image of its first argument.
+_PER_IMAGE = (ir.CONV, ir.BATCH_NORM, ir.RELU, ir.MAX_POOL, ir.AVG_POOL, ir.ADAPTIVE_AVG_POOL, ir.MEAN)
 _FUNCTIONS: dict[Any, Handler] = {
     torch.conv2d: _conv_function,
     F.batch_norm: _batch_norm_function,
@@ -466,7 +398,9 @@ _FUNCTIONS: dict[Any, Handler] = {
     torch.flatten: _flatten_function,
     F.linear: _linear_function,
     F.dropout: _dropout_function,
+    F.dropout1d: _dropout_function,
     F.dropout2d: _dropout_function,
+    F.dropout3d: _dropout_function,
 }
 # What was put in the place of torch's functions before this package was imported is somebody's own.
 _FUNCTIONS = {function: handler for function, handler in _FUNCTIONS.items() if pristine.own(function)}

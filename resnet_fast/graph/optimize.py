@@ -5,9 +5,8 @@ The order of the passes and the module they end in are here; what each does is i
 
 from __future__ import annotations
 
-import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, cast
 
@@ -23,7 +22,7 @@ from resnet_fast.kernels import gpus
 from resnet_fast.ops.common import as_pair
 from resnet_fast.roofline import cost
 
-from . import batching, finite, ir, memory, plan, shapes
+from . import batching, capture, copies, finite, ir, memory, plan, shapes
 from . import cuda_graphs as cuda_graphs_
 from .fold_bn import fold_bn
 from .fuse_act import fuse_act
@@ -32,9 +31,10 @@ from .fuse_head import fuse_head
 from .fuse_stem import fuse_stem
 from .fuse_tail import fuse_tail
 from .guard import TooLarge, with_separate_relus
+from .guards import OutsideGuards
+from .hoist_sizes import hoist_sizes
 from .normalize import SharedMemoryError, is_norm, normalize
 from .report import Report, Row
-from .trace import check, hooked, layer_kind, rebuilt, trace
 
 #: How many images a plan for a GPU is made for. Smaller batches run the parts of a fused block one by one.
 _PLANNED_BATCH = 128
@@ -69,6 +69,8 @@ class OptimizedModule(nn.Module):
         dtype: torch.dtype,
         output_dtype: torch.dtype,
         image: ImageInput | None,
+        captured: capture.Captured,
+        plain: nn.Module | None,
         cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
@@ -77,6 +79,8 @@ class OptimizedModule(nn.Module):
         self.dtype, self.output_dtype = dtype, output_dtype
         self._report = report
         self._image = image
+        self._arguments, self._form = captured.arguments, captured.form
+        self._plain = plain if plain is None else (plain,)  # not one of this module's children
         self._certified = True  # finite.certify has seen these constants
         self._separable = not batching.why_not_separable(graph_module)
         self._pieces: dict[tuple[Any, ...], int] = {}
@@ -95,35 +99,50 @@ class OptimizedModule(nn.Module):
             if not self._certified:
                 finite.certify(self.graph_module)
                 self._certified = True
-            first = args[0] if len(args) == 1 and not kwargs else None
-            if isinstance(first, Tensor) and first.device.type == "cpu" and first.dim():
-                batching.prime_allocator()
-                piece = self._piece(first) if self._separable and first.shape[0] > 1 else 0
-                if 0 < piece < first.shape[0]:
-                    return batching.run_pieces(self._run, first, piece)
-            if self.cuda_graphs and isinstance(first, Tensor) and first.is_cuda and first.numel() and _may_record():
-                try:
-                    return self._recorded(first)
-                except cuda_graphs_.RecordingFailed as error:
-                    self.cuda_graphs, self._recorder = False, None
-                    backends.fallback("optimize", f"runs are no longer recorded as CUDA graphs: {error}")
-            return self._run(*args, **kwargs)
+            try:
+                result = self._compute(self._arguments.tensors_of(args, kwargs))
+            except OutsideGuards as error:
+                return self._run_plain(error, args, kwargs)
+        return result if self._form is None else capture.unflatten(self._form, result)
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _cast((args, kwargs), None, self.dtype)
-        device = next((leaf.device.type for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)), "cpu")
+    def _compute(self, tensors: list[Tensor]) -> Any:
+        first = tensors[0] if len(tensors) == 1 else None
+        if first is not None and first.device.type == "cpu" and first.dim():
+            batching.prime_allocator()
+            piece = self._piece(first) if self._separable and first.shape[0] > 1 else 0
+            if 0 < piece < first.shape[0]:
+                return batching.run_pieces(self._run, first, piece)
+        if self.cuda_graphs and first is not None and first.is_cuda and first.numel() and _may_record():
+            try:
+                return self._recorded(first)
+            except cuda_graphs_.RecordingFailed as error:
+                self.cuda_graphs, self._recorder = False, None
+                backends.fallback("optimize", f"runs are no longer recorded as CUDA graphs: {error}")
+        return self._run(*tensors)
+
+    def _run(self, *tensors: Tensor) -> Any:
+        given = _cast(list(tensors), None, self.dtype)
+        device = given[0].device.type if given else "cpu"
         with ExitStack() as stack:
             if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
                 device
             ):  # this module's dtype was chosen when it was made
                 stack.enter_context(torch.autocast(device, enabled=False))
             try:
-                result = self.graph_module(*args, **kwargs)
+                result = self.graph_module(*given)
             except TooLarge:
                 backends.fallback("optimize", "NaN, infinity or huge activations: such a batch runs again, exactly")
                 stack.enter_context(with_separate_relus())
-                result = self.graph_module(*args, **kwargs)
-        return self._laid_out(_cast(result, self.dtype, self.output_dtype), (args, kwargs))
+                result = self.graph_module(*given)
+        return self._laid_out(_cast(result, self.dtype, self.output_dtype), given)
+
+    def _run_plain(self, reason: OutsideGuards, args: Any, kwargs: Any) -> Any:
+        """Run the author's own code on what the graph was not made for."""
+        if self._plain is None:
+            raise ValueError(f"{self._report.model}: the snapshot was not made for such inputs: {reason}") from reason
+        backends.fallback("optimize", f"the model's own code runs, unfused, for some inputs: {reason}")
+        args, kwargs = _cast((args, kwargs), None, self.output_dtype)
+        return self._plain[0](*args, **kwargs)
 
     def _laid_out(self, result: Any, given: Any) -> Any:
         """Feature maps as the original gives them: NCHW unless an image or a weight of it is channels_last."""
@@ -149,6 +168,7 @@ class OptimizedModule(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         self._certified = False  # of the old constants; the new ones are looked at when they run
         self._recorder = None
+        self._plain = None  # it has the constants of before
         super()._load_from_state_dict(*args)
 
     def _piece(self, x: Tensor) -> int:
@@ -213,6 +233,9 @@ class OptimizedModule(nn.Module):
         self._certified = False
         self._recorder = None
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        if self._plain is not None:
+            self._plain[0]._apply(lambda tensor: tensor.to(fn(torch.empty(0, device=tensor.device)).device))
+        capture.move(self.graph_module, fn(torch.empty(0, device=self._device)).device)
         return self
 
     def extra_repr(self) -> str:
@@ -283,42 +306,44 @@ def optimize(
     """
     if isinstance(model, OptimizedModule):
         raise TypeError("optimize: this module is the result of optimize() already; give it the original model")
-    check(model)
-    device, original = _device_and_dtype(model, dtype)
+    copies.check(model)
+    device, original, mixed = _device_and_dtype(model, dtype)
     _check_options(dtype, cuda_graphs, backend, device)
     target = original if dtype is None else dtype
     planned = _planned(gpu, device)
     cuda_only = (backends.current() if backend == "auto" else backend) == cuda.NAME
     notes = ir.Notes()
-    hooks = hooked(model)
+    hooks = copies.hooked(model)
     if hooks:
         names = ", ".join(hooks)
-        notes.add(f"forward hooks are not kept: {names}")
-        warnings.warn(f"optimize: forward hooks are not kept in the frozen snapshot: {names}", stacklevel=2)
+        said = f"forward hooks are not called by the frozen snapshot, what they return is part of it: {names}"
+        notes.add(said)
+        warnings.warn(f"optimize: {said}", stacklevel=2)
 
-    gm = trace(model)
+    own = copies.copied(model)
+    if mixed:
+        own.to(target)
+    written = target if mixed else original
     batch = 1 if planned is None else _PLANNED_BATCH
-    if example_inputs is None:
-        example_inputs = _declared(gm, model, batch, original)
-    inputs, problem = _example(gm, example_inputs, original, batch)
-    layers = _annotate(gm, inputs)
-    if problem:
-        notes.add(f"shapes are unknown, additions are not fused: {problem}")
+    captured, given = _capture(own, model, example_inputs, batch, written, device)
+    gm, inputs = captured.gm, _metas(tuple(captured.arguments.tensors_of(*given)))
+    layers = _annotate(gm)
     try:
         normalize(gm, notes)
     except SharedMemoryError as error:
-        gm = rebuilt(trace(model))
-        layers = _annotate(gm, inputs)
+        captured = capture.capture(copies.shared(own), *given, device)
+        gm = copies.rebuilt(captured.gm)
+        layers = _annotate(gm)
         image = None
         for layer in layers:
             layer.reason = f"in-place writes are kept as they are: {error}"
         notes.add(f"nothing is fused: {error}")
     else:
         image = shapes.image_input(gm)
+        shapes.mark_equal_adds(gm, inputs)
+        hoist_sizes(gm)
         fold_bn(gm, torch.float64 if torch.float64 in (target, original) else torch.float32)
         fuse_act(gm)
-        if inputs is not None:
-            shapes.mark_equal_adds(gm, inputs)
         fuse_add(gm)
         fuse_stem(gm)
         fuse_head(gm)
@@ -327,6 +352,8 @@ def optimize(
         elif planned is not None:
             fuse_tail(gm, planned, target, notes)
         gm = plan.lower(gm, target, backend)
+    if target is not written:
+        capture.retype(gm, written, target)
     _freeze(gm, target)
     guards = finite.certify(gm)
     if guards:
@@ -334,9 +361,18 @@ def optimize(
         notes.add(f"{measured} measured at each run for values near overflow; not counted in the bytes moved")
     recorded = _records(gm, cuda_graphs, device, notes)
     report = _report(gm, type(model).__name__, layers, inputs, target, original, backend, notes)
+    needs_plain = captured.guarded or not captured.arguments.fixed
     result = OptimizedModule(
-        gm, report, target, original, None if image is None else ImageInput(str(image[0].target), image[1]), recorded
+        gm,
+        report,
+        target,
+        original,
+        None if image is None else ImageInput(str(image[0].target), image[1]),
+        captured,
+        copies.shared(own) if needs_plain else None,
+        recorded,
     )
+    result._device = device
     result.channels_last = any(suggests_channels_last(p) for p in model.parameters() if p.dim() == 4)
     for node in gm.graph.nodes:
         node.meta = {}
@@ -380,8 +416,9 @@ def _planned(name: Any, device: torch.device) -> gpus.GPU | None:
         raise ValueError(f"optimize: gpu is {name!r}: {error}") from None
 
 
-def _device_and_dtype(model: nn.Module, asked: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
-    """Return the first parameter's (or buffer's) device, and the floating point dtype of the model's layers.
+def _device_and_dtype(model: nn.Module, asked: torch.dtype | None) -> tuple[torch.device, torch.dtype, bool]:
+    """Return the first parameter's (or buffer's) device, the floating point dtype of the model's layers, and whether
+    others have another.
 
     Batch norms may be wider than the rest, as is usual beside half precision; other mixtures need ``dtype``.
     """
@@ -399,43 +436,51 @@ def _device_and_dtype(model: nn.Module, asked: torch.dtype | None) -> tuple[torc
     if len(found) > 1 and asked is None:
         mixture = ", ".join(f"{name} is {dtype}" for dtype, name in found.items())
         raise ValueError(f"optimize: the model mixes dtypes ({mixture}); pass the dtype to compute in")
-    return device, next(iter(found))
+    return device, next(iter(found)), len(found) > 1
 
 
-def _declared(gm: fx.GraphModule, model: nn.Module, batch: int, dtype: torch.dtype) -> tuple[Any, ...] | None:
-    """Inputs of the sizes that a model's class says it is made for, of this batch if the model can take it."""
-    declared: Any = getattr(type(model), "_optimize_inputs", None)
-    for size in () if declared is None else (batch, None):
-        inputs: tuple[Any, ...] = declared(model, size)
-        if not shapes.run(gm, _cast(inputs, None, dtype)).error:
-            return inputs
-    return None
-
-
-def _example(gm: fx.GraphModule, given: Any, dtype: torch.dtype, batch: int) -> tuple[tuple[Any, ...] | None, str]:
-    """Inputs to find shapes with, and why there are none; ``batch`` images where no inputs are given."""
+def _capture(
+    own: nn.Module, model: nn.Module, given: Any, batch: int, dtype: torch.dtype, device: torch.device
+) -> tuple[capture.Captured, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return the graph of ``own``, and the arguments it was captured with."""
+    kind, first = type(model).__name__, ""
     if given is None:
-        return shapes.default_inputs(gm, dtype, shapes.module_image_channels(gm), batch)
-    if isinstance(given, Mapping) or not isinstance(given, Tensor | Sequence) or isinstance(given, str):
+        attempts: Iterator[tuple[Any, ...]] = _examples(model, batch, dtype)
+    elif isinstance(given, Mapping) or not isinstance(given, Tensor | Sequence) or isinstance(given, str):
         raise TypeError(
             f"optimize: example_inputs is a {type(given).__name__}; it must be a tensor or a sequence of the model's "
             "positional arguments"
         )
-    inputs = (given,) if isinstance(given, Tensor) else tuple(given)
-    inputs = pytree.tree_map_only(FakeTensor, _meta, inputs)
-    cast_inputs = _cast(inputs, None, dtype)
-    error = shapes.run(gm, cast_inputs).error
-    if error:
-        try:  # perhaps only tensors without data are the problem
-            with torch.no_grad():
-                gm(*cast_inputs)
-        except Exception as real:
-            described = ", ".join(_described(value) for value in inputs)
-            raise ValueError(
-                f"optimize: the model does not accept example_inputs {described}: {shapes.first_line(real)}"
-            ) from real
-        return cast_inputs, error
-    return cast_inputs, ""
+    else:
+        inputs = (given,) if isinstance(given, Tensor) else tuple(given)
+        attempts = iter((_cast(pytree.tree_map_only(FakeTensor, _meta, inputs), None, dtype),))
+    for args in attempts:
+        placed = pytree.tree_map_only(Tensor, lambda leaf: torch.empty_like(leaf, device="meta"), args)
+        try:
+            return capture.confirmed(lambda: copies.shared(own), placed, device), (placed, {})
+        except capture.Refused as error:
+            raise TypeError(f"optimize: {kind} cannot be captured: {error}") from error
+        except Exception as error:
+            first = first or shapes.first_line(error)
+            if given is not None:
+                described = ", ".join(_described(value) for value in args)
+                raise ValueError(f"optimize: the model does not accept example_inputs {described}: {first}") from error
+    raise TypeError(
+        f"optimize: {kind} cannot be captured: no example input was found that the model accepts ({first}); "
+        "pass example_inputs"
+    )
+
+
+def _examples(model: nn.Module, batch: int, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Yield inputs of the sizes that a model's class says it is made for, then images of the usual sizes."""
+    declared: Any = getattr(type(model), "_optimize_inputs", None)
+    if declared is not None:
+        for size in (batch, None):
+            yield _cast(declared(model, size), None, dtype)
+    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+    for size in shapes.SIZES:
+        image = torch.empty((batch, channels, size, size), dtype=dtype, device="meta")
+        yield (image,) * capture.required(model)
 
 
 def _meta(fake: Tensor) -> Tensor:
@@ -449,22 +494,21 @@ def _described(value: Any) -> str:
     return repr(value)
 
 
-def _annotate(gm: fx.GraphModule, inputs: tuple[Any, ...] | None) -> list[ir.Layer]:
-    """Shapes if they can be known, and a ``Layer`` for every node that computes a tensor."""
-    if inputs is not None:
-        shapes.annotate(gm, inputs)
+def _annotate(gm: fx.GraphModule) -> list[ir.Layer]:
+    """Return the author's layers in order, each with its output's shape and the bytes that it moves by itself."""
     values = {node: node.meta.get("value") for node in gm.graph.nodes}
-    layers: list[ir.Layer] = []
+    layers: dict[ir.Layer, None] = {}
     for node in gm.graph.nodes:
-        if node.op not in ("call_module", "call_function", "call_method") or not memory.holds_tensor(node):
-            continue
-        if node.op == "call_function" and node.target in (getattr, operator.getitem) and not memory.is_tensor(node):
-            continue
-        name, kind = layer_kind(gm, node)
-        layer = ir.Layer(name, kind, ir.shape_of(node), _bytes_moved(gm, node, values))
-        node.meta["layers"] = [layer]
-        layers.append(layer)
-    return layers
+        for layer in ir.layers_of(node):
+            moved = _bytes_moved(gm, node, values)
+            layer.shape = ir.shape_of(node)
+            layer.bytes_before = moved if layer not in layers else _total(layer.bytes_before, moved)
+            layers[layer] = None
+    return list(layers)
+
+
+def _total(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else a + b
 
 
 def _bytes_moved(gm: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> int | None:
@@ -496,8 +540,12 @@ def _bytes_moved(gm: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any
 def _skipped(gm: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> int:
     """Bytes of its input that a convolution module steps over: pixels between those of a 1x1 with a stride."""
     module: Any = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if isinstance(module, nn.Conv2d):
-        position, weight, stride = 0, module.weight, as_pair(module.stride)
+    if ir.calls(node, ir.CONV) and not node.kwargs:
+        found = ir.tensor_of(gm, node.args[1])
+        stride = as_pair(node.args[3]) if len(node.args) > 3 else (1, 1)
+        if found is None or found.dim() != 4:
+            return 0
+        position, weight = 0, found
     elif isinstance(module, plan.Fused) and module.op == "conv_bn_act":
         position, weight, stride = 0, cast(Tensor, module.weight), module.options["stride"]
     elif isinstance(module, plan.Fused) and "weight_shortcut" in module.constants():
@@ -556,7 +604,7 @@ def _report(
     gm: fx.GraphModule,
     model: str,
     layers: list[ir.Layer],
-    inputs: tuple[Any, ...] | None,
+    inputs: tuple[Any, ...],
     dtype: torch.dtype,
     original: torch.dtype,
     backend: str,
@@ -576,6 +624,8 @@ def _report(
             reason = "" if op else layer.reason or ("it moves no data" if after == 0 else "no fused form of this layer")
             fused = f"{op} {members[0].name}" if op else ""
             moved = after if index == 0 else 0
+            if layer in rows:  # a layer of several calls
+                moved = _total(rows[layer].bytes_after, moved)
             rows[layer] = Row(layer.name, layer.kind, fused, reason, runs, layer.shape, layer.bytes_before, moved)
     for layer in layers:
         if layer not in rows:

@@ -14,8 +14,8 @@ from resnet_fast import ops
 from resnet_fast.ops._op import Bound, Op
 
 from . import ir, memory
+from .copies import rebuilt
 from .guard import careful
-from .trace import rebuilt
 
 
 class Fused(nn.Module):

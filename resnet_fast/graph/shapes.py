@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from .guards import OutsideGuards
 from .ir import ADD, CONV, calls, is_call, nodes_in, tensor_of
 
 
@@ -21,7 +22,8 @@ class Unknown:
 
 
 UNKNOWN = Unknown()
-_SIZES = (224, 299, 64, 32, 28, 96, 128, 256, 384, 512)
+#: Heights and widths that models are made for.
+SIZES = (224, 299, 64, 32, 28, 96, 128, 256, 384, 512)
 
 
 class MetaRun(fx.Interpreter):
@@ -59,6 +61,8 @@ class MetaRun(fx.Interpreter):
         else:
             try:
                 value = super().run_node(n)
+            except OutsideGuards:
+                value = UNKNOWN
             except Exception as error:
                 self.error = self.error or f"{n.name}: {first_line(error)}"
                 value = UNKNOWN
@@ -83,37 +87,9 @@ def run(gm: fx.GraphModule, inputs: Sequence[Any]) -> MetaRun:
     return interpreter
 
 
-def annotate(gm: fx.GraphModule, inputs: Sequence[Any]) -> str:
-    """Put each node's meta value into ``node.meta["value"]``; returns what went wrong, "" if nothing did."""
-    result = run(gm, inputs)
-    for node in gm.graph.nodes:
-        value = result.values.get(node, UNKNOWN)
-        if value is not UNKNOWN:
-            node.meta["value"] = value
-        else:
-            node.meta.pop("value", None)
-    return result.error
-
-
 def required_inputs(gm: fx.GraphModule) -> list[fx.Node]:
-    """Return the placeholders without a default value."""
-    return [node for node in gm.graph.nodes if node.op == "placeholder" and not node.args]
-
-
-def default_inputs(
-    gm: fx.GraphModule, dtype: torch.dtype, channels: int | None, batch: int = 1
-) -> tuple[tuple[Any, ...] | None, str]:
-    """Example inputs for a graph with one image input of ``channels`` channels; None and the reason if none fit."""
-    if channels is None or len(required_inputs(gm)) != 1:
-        return None, "no single image input; pass example_inputs to optimize()"
-    reason = ""
-    for size in _SIZES:
-        inputs = (torch.empty((batch, channels, size, size), dtype=dtype, device="meta"),)
-        error = run(gm, inputs).error
-        if not error:
-            return inputs, ""
-        reason = reason or error
-    return None, f"no example input was found that the model accepts ({reason}); pass example_inputs to optimize()"
+    """Return the placeholders."""
+    return [node for node in gm.graph.nodes if node.op == "placeholder"]
 
 
 def mark_equal_adds(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
@@ -164,18 +140,3 @@ def _without_padding(source: Any) -> Any:
         return source
     sizes = source.args[1]
     return source.args[0] if isinstance(sizes, tuple | list) and len(sizes) <= 4 else source
-
-
-def module_image_channels(gm: fx.GraphModule) -> int | None:
-    """Return the input channels of the first convolution, module or function: what an example image must have."""
-    for node in gm.graph.nodes:
-        if node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
-            if isinstance(module, nn.Conv2d):
-                return module.in_channels
-        elif calls(node, CONV) and len(node.args) > 1:
-            weight = tensor_of(gm, node.args[1])
-            if weight is not None:
-                groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-                return weight.shape[1] * groups if isinstance(groups, int) else None
-    return None

@@ -20,7 +20,7 @@ from ..ops.batch_norm_act import Norm, constant_statistics, from_moments, statis
 from ..ops.common import Pairs, as_pair, conv_geometry, conv_output_size, transformed
 from ..ops.conv_bn_act import OP as CONV_BN_ACT
 from ..ops.conv_bn_act import Arguments
-from .pristine import is_frozen_batch_norm, ordinary, watched, why_called
+from .pristine import capturing, is_frozen_batch_norm, ordinary, watched, why_called
 
 __all__ = [
     "Normalised",
@@ -50,6 +50,7 @@ def must_be_plain(x: object, *others: Tensor | None) -> bool:
     if (
         transformed()
         or not isinstance(x, Tensor)
+        or capturing()
         or x.dim() != 4
         or torch._C._get_tracing_state() is not None
         or torch.onnx.is_in_onnx_export()
@@ -360,6 +361,8 @@ def laid_out(y: Tensor, x: Tensor, *convs: Any) -> Tensor:
     Args:
         convs: the convolutions between the two.
     """
+    if capturing():
+        return y
     traced = torch._C._get_tracing_state() is not None  # which warns of decisions by sizes
     if isinstance(x, Tensor) and x.dim() == 4 and not traced and suggests_channels_last(x):
         return y  # as torch's layers answer, too
@@ -391,7 +394,7 @@ def stem(x: Tensor, conv: Any, bn: nn.Module, act: nn.Module, pool: nn.Module, l
         and as_pair(pool.padding) == ((0, 0) if ceil_mode else (1, 1))
         and not pool.return_indices
     )
-    if type(pool) is not nn.MaxPool2d or not untouched(pool):  # it may tell memory formats apart
+    if type(pool) is not nn.MaxPool2d or (not capturing() and not untouched(pool)):  # it may tell memory formats apart
         return pool(laid_out(conv_bn_act(x, conv, bn, act), x, conv))
     if not usual_pool or must_be_plain(x):
         return pool(conv_bn_act(x, conv, bn, act))

@@ -17,10 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import batchnorm
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 __all__ = [
+    "Capturing",
+    "capturing",
     "changed",
     "hooked",
     "is_frozen_batch_norm",
@@ -182,6 +185,18 @@ def why_called(*modules: nn.Module | None) -> str:
         kinds.append(type(module))
     reason = _classes_changed(*kinds)
     return f"{reason}: its block runs unfused" if reason else ""
+
+
+class Capturing(TorchFunctionMode):
+    """A mode that writes calls of torch down: the plain layers run under it, and nothing is said of that."""
+
+
+def capturing() -> bool:
+    """Return whether such a mode is active in this thread."""
+    return any(
+        isinstance(torch._C._get_function_stack_at(index), Capturing)
+        for index in range(torch._C._len_torch_function_stack())
+    )
 
 
 def ordinary(*tensors: Any) -> bool:

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from resnet_fast import models
 from resnet_fast.graph import inventory, optimize
+from resnet_fast.graph.capture import capture
 from resnet_fast.graph.fold_bn import fold_bn
 from resnet_fast.graph.fuse_act import fuse_act
 from resnet_fast.graph.fuse_add import fuse_add
 from resnet_fast.graph.ir import Notes
 from resnet_fast.graph.normalize import normalize
-from resnet_fast.graph.shapes import annotate, mark_equal_adds
-from resnet_fast.graph.trace import trace
+from resnet_fast.graph.shapes import mark_equal_adds
 from resnet_fast.kernels import gpus, problems
 from resnet_fast.roofline import cost
 from tests.networks import Lambda
@@ -36,8 +36,7 @@ def test_normal_form_and_modules_have_the_same_blocks(arch: str, blocks: int, fo
     model = build(arch)
     fused = optimize(model, example_inputs=image(2), backend="reference").graph_module
     after = inventory.layers(fused, (image(2),))
-    gm = trace(model)
-    annotate(gm, (image(2),))
+    gm = capture(model, (image(2),), {}).gm
     normalize(gm, Notes())
     fold_bn(gm, torch.float32)
     fuse_act(gm)

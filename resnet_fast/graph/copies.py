@@ -1,58 +1,22 @@
-"""From a module to an ``fx.GraphModule`` of its own: copied, without hooks, parametrisations written into the weights.
-
-The model that was given is never touched. No layer is understood here; that is normalize.py.
-"""
+"""Copies of a model that belong to a snapshot: parametrisations written into the weights. The model stays untouched."""
 
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from resnet_fast.nn.pristine import is_frozen_batch_norm
-
-from .normalize import is_layer
 from .shapes import first_line
 
-_IN_PLACE_KINDS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
-class _Proxy(fx.Proxy):
-    """Records ``x += y`` and ``x[i] = y`` as the writes they are; fx's own proxy makes ``x = x + y`` of the former."""
-
-    def __iadd__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __isub__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-
-class _Tracer(fx.Tracer):
-    """torch.nn modules, frozen batch norms and registered layers are leaves, everything else is traced through."""
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_frozen_batch_norm(m) or is_layer(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def check(model: nn.Module) -> None:
@@ -83,16 +47,18 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 
 def hooked(model: nn.Module) -> dict[str, int]:
-    """How many forward hooks each module has, without the legacy weight and spectral norms (they go into weights)."""
+    """How many forward hooks each module has, without torch's own that only make a weight."""
     counts = {
-        name or "(the model itself)": sum(not isinstance(hook, WeightNorm | SpectralNorm) for hook in _hooks(module))
+        name or "(the model itself)": sum(
+            not isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod) for hook in _hooks(module)
+        )
         for name, module in model.named_modules()
     }
     return {name: count for name, count in counts.items() if count}
 
 
 def _bake(model: nn.Module) -> None:
-    """Write parametrised weights as plain ones and drop every hook."""
+    """Write parametrised weights as plain ones."""
     for module in list(model.modules()):
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, WeightNorm):
@@ -106,42 +72,44 @@ def _bake(model: nn.Module) -> None:
             module.__class__ = type(module).__bases__[0]
             for name, value in values.items():
                 module.register_parameter(name, nn.Parameter(value, requires_grad=False))
-    for module in model.modules():
-        for kind in _HOOKS:
-            getattr(module, kind).clear()
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
-    """Return the graph of a copy of ``model``, torch.nn modules as leaves; a ``GraphModule`` is copied as it is.
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` with tensors of its own.
 
     Raises:
-        TypeError: in one line, why the model cannot be copied or traced.
+        TypeError: in one line, why it cannot be copied.
     """
-    kind = type(model).__name__
+    # What was computed from parameters with gradients and kept in an attribute cannot be copied by deepcopy.
+    kept = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
     try:
         with torch.no_grad():
-            own = copy.deepcopy(model)
+            own = _with_modes(copy.deepcopy(model, kept), model)
             _bake(own)
     except Exception as error:
-        raise TypeError(f"optimize: {kind} cannot be copied: {first_line(error)}") from error
-    if isinstance(own, fx.GraphModule):
-        return _rebuilt(own, own.graph, kind)
-    tracer = _Tracer()
-    try:
-        graph = tracer.trace(own)
-    except Exception as error:
-        raise TypeError(f"optimize: {kind} cannot be traced by torch.fx: {first_line(error)}") from error
-    return _rebuilt(tracer.root, graph, kind)
+        raise TypeError(f"optimize: {type(model).__name__} cannot be copied: {first_line(error)}") from error
+    return own
 
 
-def _rebuilt(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
-    """Return a plain GraphModule, whatever subclass ``root`` is, with only what ``graph`` uses."""
-    gm = fx.GraphModule(root, copy.deepcopy(graph), class_name=name)
-    gm.training = False
-    for node in gm.graph.nodes:
-        node.meta = {}
-        node.type = None  # the author's annotation; one given as a string makes the graph impossible to pickle
-    return gm
+def shared(own: nn.Module) -> nn.Module:
+    """Return a copy that holds the same tensors: for running code that keeps what it computes in attributes."""
+    tensors = {id(tensor): tensor for tensor in (*own.parameters(), *own.buffers())}
+    return _with_modes(copy.deepcopy(own, tensors), own)
+
+
+def _with_modes(copied: nn.Module, model: nn.Module) -> nn.Module:
+    """Give each module the mode of the one that it is a copy of, which a graph module's copy forgets."""
+    if copied.training != model.training:
+        copied.train(model.training)
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in copied.named_modules():
+        module.training = modes.get(name, module.training)
+    return copied
 
 
 def rebuilt(gm: fx.GraphModule, added: Mapping[str, nn.Module] | None = None) -> fx.GraphModule:
@@ -159,14 +127,3 @@ def rebuilt(gm: fx.GraphModule, added: Mapping[str, nn.Module] | None = None) ->
         if type(module) is nn.Module or module is result:  # the containers just made
             module.training = False
     return result
-
-
-def layer_kind(gm: fx.GraphModule, node: fx.Node) -> tuple[str, str]:
-    """Name and kind of the layer that a node of a freshly traced graph is."""
-    target: Any = node.target
-    if node.op == "call_module":
-        return str(target), type(gm.get_submodule(str(target))).__name__
-    if node.op == "call_method":
-        return node.name, str(target).rstrip("_")
-    name = getattr(target, "__name__", str(target)).rstrip("_")
-    return node.name, _IN_PLACE_KINDS.get(name, name)
