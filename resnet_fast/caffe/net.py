@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from resnet_fast.nn.pristine import capturing
+
 from . import definition as d
 from . import layers
 from .errors import CaffeError
@@ -292,7 +294,7 @@ class Net(nn.Module):
                 raise TypeError(f"input {name!r} is a {type(value).__name__}; a tensor{hint} was expected")
             if not value.is_floating_point():
                 raise TypeError(f"input {name!r} is {value.dtype}; a floating point tensor was expected")
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if capturing() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return given
         shapes = tuple(tuple(given[name].shape) for name in names)
         if (end, shapes) not in self._accepted:

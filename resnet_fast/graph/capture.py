@@ -35,7 +35,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from resnet_fast.nn import pristine
 
-from . import guards
+from . import guards, shapes
 from .ir import Layer
 from .normalize import is_layer
 from .shapes import first_line
@@ -248,8 +248,9 @@ def _leaves(value: Any) -> list[Any]:
 class _Recorder(pristine.Capturing):
     """Writes every call of torch down that gives or changes a tensor."""
 
-    def __init__(self, root: nn.Module, fake_mode: FakeTensorMode) -> None:
+    def __init__(self, root: nn.Module, fake_mode: FakeTensorMode, fixed: bool) -> None:
         super().__init__()
+        self._fixed, self._asked = fixed, 0
         self.graph = fx.Graph()
         self._root, self._fake_mode = root, fake_mode
         self._attributes = {id(t): name for name, t in (*root.named_parameters(), *root.named_buffers())}
@@ -392,6 +393,10 @@ class _Recorder(pristine.Capturing):
         node = self._node(tensor)
         if node.op == "get_attr":
             return int(tensor.shape[dim])  # a constant's
+        if self._fixed:
+            if (node, dim) not in self._sizes:
+                self._sizes[node, dim] = _size_of(tensor, dim)
+            return self._sizes[node, dim]
         if (node, dim) not in self._sizes:
             name = f"size{len(self._sizes)}"
             source = ConstantSource(name)
@@ -430,6 +435,12 @@ class _Recorder(pristine.Capturing):
 
     def _flush(self) -> None:
         """Write down what the author's code has decided by sizes since the last call."""
+        if self._fixed:
+            for (node, dim), size in itertools.islice(self._sizes.items(), self._asked, None):
+                asked = self.graph.call_method("size", (node, dim))
+                asked.meta.update(written=[], value=size)
+                self.graph.call_function(guards.expect, (f"s0 == {size}", asked)).meta["written"] = []
+            self._asked = len(self._sizes)
         for guard in self._env.guards[self._guards :]:
             self._guards += 1
             names, sizes = self._operands(guard.expr)
@@ -529,7 +540,12 @@ def _call(func: Any, name: str, args: Any, kwargs: Any) -> tuple[str, Any, Any]:
 
 
 def capture(
-    root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device | None = None
+    root: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    device: torch.device | None = None,
+    part: bool = False,
+    fixed: bool = False,
 ) -> Captured:
     """Return the graph that ``root`` computes for such arguments; ``root`` is run, and belongs to the graph then.
 
@@ -537,6 +553,8 @@ def capture(
         root: a module in eval mode, a copy that nobody else uses.
         args, kwargs: its arguments; of tensors only shape and dtype are read.
         device: what the tensors are on; None for their own.
+        part: leave the hooks of ``root`` itself out, and refuse a module that writes into what it is given.
+        fixed: whether sizes are plain numbers to the code, which the graph then asks for at each run.
 
     Raises:
         Refused: the code decides by values, or does what cannot be written down.
@@ -544,48 +562,91 @@ def capture(
     """
     arguments = Arguments(root.forward, args, kwargs)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = _Recorder(root, fake_mode)
+    recorder = _Recorder(root, fake_mode, fixed)
     names = arguments.placeholders()
     given = pytree.tree_map_only(
         Tensor, lambda tensor: recorder.take(next(names), tensor, device), (tuple(args), dict(kwargs))
     )
+    held = [(module, dict(module._parameters), dict(module._buffers)) for module in root.modules()]
     try:
         with torch.no_grad(), recorder.watching(), fake_mode, recorder:
-            result = root(*given[0], **given[1])
+            result = (root.forward if part else root)(*given[0], **given[1])
             leaves, form = flatten(result)
             recorder.give(leaves, isinstance(result, Tensor))
     except _UNKNOWN_VALUES as error:
         raise Refused(f"its code decides by values ({first_line(error)})") from error
+    finally:
+        replaced = [name for each in held for name in _restored(*each, fake_mode)]
+    if replaced:
+        raise Refused(f"it puts what it computes in the place of {replaced[0]}, a parameter or buffer of its own")
     gm = fx.GraphModule(root, recorder.graph, class_name=type(root).__name__)
     gm.training = False
     for node in gm.graph.nodes:
         if "fake" in node.meta:
             node.meta["value"] = pytree.tree_map_only(FakeTensor, _without_data, node.meta.pop("fake"))
+        if part and any(source.op == "placeholder" for source in node.meta.get("written", ())):
+            raise Refused("it writes into its argument")
+    _mark_made(gm)
     guarded = any(node.target in (guards.expect, guards.expect_length) for node in gm.graph.nodes)
     return Captured(gm, arguments, None if isinstance(result, Tensor) else form, guarded)
 
 
-def confirmed(make: Callable[[], nn.Module], args: Sequence[Any], device: torch.device) -> Captured:
+def _restored(
+    module: nn.Module, parameters: dict[str, Any], buffers: dict[str, Any], fake_mode: FakeTensorMode
+) -> list[str]:
+    """Give a module its tensors back; returns the names of those that were replaced by others than themselves."""
+    changed = []
+    for kept, now in ((parameters, module._parameters), (buffers, module._buffers)):
+        for name in {**kept, **now}:
+            if name.startswith("_tensor_constant"):
+                continue
+            tensor, found = kept.get(name), now.get(name)
+            if found is not tensor and (tensor is None or found is not fake_mode.from_tensor(tensor)):
+                changed.append(f"{type(module).__name__}.{name}")
+            if name in kept:
+                now[name] = tensor
+            else:
+                del now[name]
+    return changed
+
+
+def confirmed(
+    make: Callable[[], nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device, part: bool
+) -> Captured:
     """Capture a module, then once more for another batch and image size, and see that the graphs are equal.
+
+    Sizes are plain numbers to code that can do nothing with symbols; the graph is for these sizes then.
+
+    Args:
+        make: gives the module, each time a new copy.
 
     Raises:
         Refused: they are not: the code keeps a state, draws random numbers of Python's, or makes a number of a size
             in a way that cannot be followed.
+        Exception: whatever the module raises for such arguments.
     """
-    root = make()
-    captured = capture(root, args, {}, device)
-    again: Captured | None = None
-    for more in ((1, 0, 32, 64), (1, 0, 0, 0), (0, 0, 0, 0)):
-        larger = pytree.tree_map_only(Tensor, functools.partial(_grown, more=more), tuple(args))
+    root, fixed = make(), False
+    try:
+        captured = capture(root, args, kwargs, device, part)
+    except Refused:
+        raise
+    except Exception:
+        root, fixed = make(), True
+        captured = capture(root, args, kwargs, device, part, fixed)
+    # The same module once more, so that what it has kept since then counts.
+    for more in ((0, 0, 0, 0),) if fixed else ((1, 0, 32, 64), (1, 0, 0, 0), (0, 0, 0, 0)):
+        larger = pytree.tree_map_only(Tensor, functools.partial(_grown, more=more), (tuple(args), dict(kwargs)))
+        if shapes.run(captured.gm, captured.arguments.tensors_of(*larger)).outside:
+            continue
         try:
-            again = capture(make() if any(more) else root, larger, {}, device)
+            again = capture(root, *larger, device, part, fixed)
         except Refused:
             raise
         except Exception:  # the module takes no such image
             continue
+        if where := _difference(captured.gm, again.gm):
+            raise Refused(f"its code does not do the same each time: {where}")
         break
-    if again is not None and (where := _difference(captured.gm, again.gm)):
-        raise Refused(f"its code does not do the same each time: {where}")
     return captured
 
 
@@ -626,6 +687,15 @@ def _without_data(fake: FakeTensor) -> Tensor:
     return made.set_(fake.untyped_storage(), fake.storage_offset(), fake.size(), fake.stride())
 
 
+def _mark_made(gm: fx.GraphModule) -> None:
+    """Mark the calls whose result has a floating point type that none of their inputs has."""
+    for node in gm.graph.nodes:
+        value = node.meta.get("value")
+        if node.op in ("call_function", "call_method") and isinstance(value, Tensor) and value.is_floating_point():
+            sources = [source.meta.get("value") for source in node.all_input_nodes]
+            node.meta["made"] = not any(isinstance(each, Tensor) and each.dtype is value.dtype for each in sources)
+
+
 _CASTS = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16", torch.float64: "double"}
 
 
@@ -638,10 +708,7 @@ def retype(gm: fx.GraphModule, original: torch.dtype, target: torch.dtype) -> No
         if node.op == "call_method" and node.target == _CASTS.get(original):
             node.target, node.args = "to", (node.args[0], target)
         node.args, node.kwargs = _map((node.args, dict(node.kwargs)), lambda leaf: target if leaf is original else leaf)
-        value = node.meta.get("value")
-        made = node.op in ("call_function", "call_method") and isinstance(value, Tensor) and value.dtype is original
-        sources = [source.meta.get("value") for source in node.all_input_nodes]
-        if made and not any(isinstance(each, Tensor) and each.dtype is original for each in sources):
+        if node.meta.get("made") and node.meta["value"].dtype is original:
             with gm.graph.inserting_after(node):
                 cast_ = gm.graph.call_method("to", (node, target))
             node.replace_all_uses_with(cast_, lambda user, own=cast_: user is not own)

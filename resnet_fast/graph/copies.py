@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -34,12 +35,20 @@ def check(model: nn.Module) -> None:
         raise TypeError("optimize: model was wrapped by torch.compile; pass the module inside, model._orig_mod")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise TypeError(f"optimize: model is wrapped in {type(model).__name__}; pass the module inside, model.module")
-    training = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training]
+    training = [name for name, module in model.named_modules() if module.training and _minds_mode(module)]
     if model.training or training:
         where = ", ".join(training[:3]) + (f" and {len(training) - 3} more" if len(training) > 3 else "")
         what = "the model is in training mode" if model.training else "parts of the model are in training mode"
-        which = f" (its batch norms {where} would use and change batch statistics)" if training else ""
+        which = f" ({where}, where training does something else)" if training else ""
         raise ValueError(f"optimize: {what}{which}; a frozen snapshot needs inference mode: call model.eval() first")
+
+
+def _minds_mode(module: nn.Module) -> bool:
+    """Return whether a module may compute something else in training mode: torch's own layers mostly do not."""
+    if type(module).__module__.startswith("torch.nn.modules."):
+        random = isinstance(module, _DropoutNd | nn.RReLU) or getattr(module, "dropout", 0.0) != 0.0
+        return random or isinstance(module, _BatchNorm | nn.modules.instancenorm._InstanceNorm)
+    return True
 
 
 def _hooks(module: nn.Module) -> list[Any]:

@@ -40,7 +40,7 @@ def certify(gm: fx.GraphModule) -> int:
     """
     _reset(gm)
     nodes = list(gm.graph.nodes)
-    on_cpu = all(buffer.device.type == "cpu" for buffer in gm.buffers())
+    on_cpu = all(buffer.device.type == "cpu" for buffer in (*gm.parameters(), *gm.buffers()))
     if not on_cpu or any(memory.written(gm, node) for node in nodes):
         return 0
     unknown = float("inf")

@@ -341,6 +341,11 @@ def _view(gm: fx.GraphModule, node: fx.Node) -> None:
         node.target = "reshape"
 
 
+def _view_as(gm: fx.GraphModule, node: fx.Node) -> None:
+    """What a fused op gives may be channels_last, which ``view_as`` does not take."""
+    node.target = "reshape_as"
+
+
 def _is_batch_size(value: Any, x: Any) -> bool:
     """Return whether ``value`` is the size of the batch that ``x`` belongs to."""
     size = isinstance(value, fx.Node) and value.op == "call_method" and value.target == "size"
@@ -410,6 +415,7 @@ _METHODS: dict[str, Handler] = {
     "mean": _mean,
     "flatten": _flatten_function,
     "view": _view,
+    "view_as": _view_as,
     "reshape": _view,
 }
 

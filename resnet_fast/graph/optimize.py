@@ -5,14 +5,13 @@ The order of the passes and the module they end in are here; what each does is i
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from resnet_fast import backends
@@ -22,7 +21,7 @@ from resnet_fast.kernels import gpus
 from resnet_fast.ops.common import as_pair
 from resnet_fast.roofline import cost
 
-from . import batching, capture, copies, finite, ir, memory, plan, shapes
+from . import capture, copies, finite, ir, memory, parts, plan, selfcheck, shapes
 from . import cuda_graphs as cuda_graphs_
 from .fold_bn import fold_bn
 from .fuse_act import fuse_act
@@ -30,234 +29,16 @@ from .fuse_add import fuse_add
 from .fuse_head import fuse_head
 from .fuse_stem import fuse_stem
 from .fuse_tail import fuse_tail
-from .guard import TooLarge, with_separate_relus
-from .guards import OutsideGuards
 from .hoist_sizes import hoist_sizes
 from .normalize import SharedMemoryError, is_norm, normalize
 from .report import Report, Row
+from .snapshot import ImageInput, OptimizedModule, as_dtype
 
 #: How many images a plan for a GPU is made for. Smaller batches run the parts of a fused block one by one.
 _PLANNED_BATCH = 128
 
+_FIRST_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class ImageInput(NamedTuple):
-    """The one image that a graph takes: its argument's name and how many channels it must have."""
-
-    name: str
-    channels: int
-
-
-class OptimizedModule(nn.Module):
-    """A frozen model for inference, made by :func:`optimize`. Its constants are buffers; it has no training mode.
-
-    Attributes:
-        graph_module: the fused graph, an ``fx.GraphModule``.
-        dtype: what it computes in.
-        output_dtype: of its floating point results: the original model's.
-        channels_last: whether feature maps that it returns are channels_last for NCHW images too, as those of a model
-            with channels_last weights are.
-    """
-
-    channels_last = False
-
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        report: Report,
-        dtype: torch.dtype,
-        output_dtype: torch.dtype,
-        image: ImageInput | None,
-        captured: capture.Captured,
-        plain: nn.Module | None,
-        cuda_graphs: bool = False,
-    ) -> None:
-        super().__init__()
-        self.training = False
-        self.graph_module = graph_module
-        self.dtype, self.output_dtype = dtype, output_dtype
-        self._report = report
-        self._image = image
-        self._arguments, self._form = captured.arguments, captured.form
-        self._plain = plain if plain is None else (plain,)  # not one of this module's children
-        self._certified = True  # finite.certify has seen these constants
-        self._separable = not batching.why_not_separable(graph_module)
-        self._pieces: dict[tuple[Any, ...], int] = {}
-        self.cuda_graphs = cuda_graphs
-        self._recorder: cuda_graphs_.Recorder | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the original model's result, without gradients. Floating point inputs are cast to ``dtype``.
-
-        Raises:
-            TypeError, ValueError: the graph takes a single image and this is not a floating point [N, C, H, W] tensor.
-        """
-        if self._image is not None:
-            self._check_image(args[0] if args else kwargs.get(self._image.name))
-        with torch.no_grad():
-            if not self._certified:
-                finite.certify(self.graph_module)
-                self._certified = True
-            try:
-                result = self._compute(self._arguments.tensors_of(args, kwargs))
-            except OutsideGuards as error:
-                return self._run_plain(error, args, kwargs)
-        return result if self._form is None else capture.unflatten(self._form, result)
-
-    def _compute(self, tensors: list[Tensor]) -> Any:
-        first = tensors[0] if len(tensors) == 1 else None
-        if first is not None and first.device.type == "cpu" and first.dim():
-            batching.prime_allocator()
-            piece = self._piece(first) if self._separable and first.shape[0] > 1 else 0
-            if 0 < piece < first.shape[0]:
-                return batching.run_pieces(self._run, first, piece)
-        if self.cuda_graphs and first is not None and first.is_cuda and first.numel() and _may_record():
-            try:
-                return self._recorded(first)
-            except cuda_graphs_.RecordingFailed as error:
-                self.cuda_graphs, self._recorder = False, None
-                backends.fallback("optimize", f"runs are no longer recorded as CUDA graphs: {error}")
-        return self._run(*tensors)
-
-    def _run(self, *tensors: Tensor) -> Any:
-        given = _cast(list(tensors), None, self.dtype)
-        device = given[0].device.type if given else "cpu"
-        with ExitStack() as stack:
-            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
-                device
-            ):  # this module's dtype was chosen when it was made
-                stack.enter_context(torch.autocast(device, enabled=False))
-            try:
-                result = self.graph_module(*given)
-            except TooLarge:
-                backends.fallback("optimize", "NaN, infinity or huge activations: such a batch runs again, exactly")
-                stack.enter_context(with_separate_relus())
-                result = self.graph_module(*given)
-        return self._laid_out(_cast(result, self.dtype, self.output_dtype), given)
-
-    def _run_plain(self, reason: OutsideGuards, args: Any, kwargs: Any) -> Any:
-        """Run the author's own code on what the graph was not made for."""
-        if self._plain is None:
-            raise ValueError(f"{self._report.model}: the snapshot was not made for such inputs: {reason}") from reason
-        backends.fallback("optimize", f"the model's own code runs, unfused, for some inputs: {reason}")
-        args, kwargs = _cast((args, kwargs), None, self.output_dtype)
-        return self._plain[0](*args, **kwargs)
-
-    def _laid_out(self, result: Any, given: Any) -> Any:
-        """Feature maps as the original gives them: NCHW unless an image or a weight of it is channels_last."""
-        images = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.dim() == 4]
-        if self.channels_last or any(suggests_channels_last(image) for image in images):
-            return result
-
-        def one(leaf: Any) -> Any:
-            nhwc = isinstance(leaf, Tensor) and leaf.dim() == 4 and suggests_channels_last(leaf)
-            return leaf.contiguous() if nhwc else leaf
-
-        return pytree.tree_map(one, result)
-
-    def _recorded(self, x: Tensor) -> Any:
-        if self._recorder is None:
-            parts = [module for module in self.graph_module.modules() if isinstance(module, plan.Fused)]
-            self._recorder = cuda_graphs_.Recorder(self._run, constants=lambda: tuple(part.prepare() for part in parts))
-        return self._recorder(x)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_recorder": None}
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._certified = False  # of the old constants; the new ones are looked at when they run
-        self._recorder = None
-        self._plain = None  # it has the constants of before
-        super()._load_from_state_dict(*args)
-
-    def _piece(self, x: Tensor) -> int:
-        """Return how many images like ``x`` to run at a time, 0 for all."""
-        key = (*x.shape[1:], x.dtype)
-        if key not in self._pieces:
-            dtype = self.dtype if x.is_floating_point() else x.dtype
-            largest = batching.largest_tensor(self.graph_module, torch.empty(x.shape, dtype=dtype, device="meta"))
-            self._pieces[key] = max(1, batching.LARGEST_TENSOR // largest) if largest else 0
-        return self._pieces[key]
-
-    def _check_image(self, x: Any) -> None:
-        assert self._image is not None
-        channels = self._image.channels
-        expected = f"expected a floating point NCHW tensor of shape [N, {channels}, H, W]"
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{expected}, got {type(x).__name__}")
-        if not x.is_floating_point():
-            advice = (
-                "; prepare images as the network was trained on them (torchvision's: x.float() / 255, then normalise)"
-                if x.dtype == torch.uint8
-                else ""
-            )
-            raise TypeError(f"{expected}, got {x.dtype} of shape {list(x.shape)}{advice}")
-        if x.dim() != 4:
-            advice = "; x.unsqueeze(0) adds the batch dimension" if x.dim() == 3 else ""
-            raise ValueError(f"{expected}, got {x.dim()}-D {x.dtype} of shape {list(x.shape)}{advice}")
-        if x.shape[1] != channels:
-            advice = "; is it NHWC? x.permute(0, 3, 1, 2) makes it NCHW" if x.shape[3] == channels else ""
-            raise ValueError(f"{expected}, got {x.dtype} of shape {list(x.shape)}{advice}")
-
-    def report(self) -> Report:
-        """Return what was fused and what was not, layer by layer, with the bytes moved before and after."""
-        return self._report
-
-    @property
-    def code(self) -> str:
-        """The fused graph as Python source."""
-        return self.graph_module.code
-
-    def train(self, mode: bool = True) -> OptimizedModule:
-        """Raises RuntimeError for ``mode=True``: there is nothing left in it that could be trained."""
-        if mode:
-            raise RuntimeError(
-                "this is a frozen snapshot for inference, it has no training mode; "
-                "train the original model and call optimize() again"
-            )
-        return self
-
-    def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModule:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved: Tensor = fn(tensor)
-            if moved.dtype is not tensor.dtype:
-                if moved.dtype is not self.dtype:
-                    raise RuntimeError(
-                        f"this is a frozen snapshot in {self.dtype}, it cannot be cast to {moved.dtype}; "
-                        f"call optimize(model, dtype={moved.dtype}) on the original model"
-                    )
-                moved = tensor.to(moved.device)  # what is stored wider than the snapshot computes stays so
-            return moved
-
-        self._certified = False
-        self._recorder = None
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        if self._plain is not None:
-            self._plain[0]._apply(lambda tensor: tensor.to(fn(torch.empty(0, device=tensor.device)).device))
-        capture.move(self.graph_module, fn(torch.empty(0, device=self._device)).device)
-        return self
-
-    def extra_repr(self) -> str:
-        return f"{self._report.model}, dtype={self.dtype}"
-
-
-def _may_record() -> bool:
-    """Not while somebody else records, or traces."""
-    return not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
-
-
-def _cast(value: Any, source: torch.dtype | None, target: torch.dtype) -> Any:
-    """Floating point tensors of dtype ``source`` (None: any) in a nest as ``target``."""
-    if source is target:
-        return value
-
-    def one(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and (source is None or leaf.dtype is source):
-            return leaf.to(target).resolve_neg()  # kernels read memory as it is
-        return leaf
-
-    return pytree.tree_map(one, value)
 
 
 def optimize(
@@ -268,6 +49,7 @@ def optimize(
     cuda_graphs: bool | str = "auto",
     backend: str = "auto",
     gpu: str | None = None,
+    check: bool = True,
 ) -> OptimizedModule:
     """Return a frozen copy of ``model`` for inference whose layers run fused; ``model`` itself is not changed.
 
@@ -311,30 +93,79 @@ def optimize(
     _check_options(dtype, cuda_graphs, backend, device)
     target = original if dtype is None else dtype
     planned = _planned(gpu, device)
-    cuda_only = (backends.current() if backend == "auto" else backend) == cuda.NAME
-    notes = ir.Notes()
     hooks = copies.hooked(model)
+    said = ""
     if hooks:
-        names = ", ".join(hooks)
-        said = f"forward hooks are not called by the frozen snapshot, what they return is part of it: {names}"
-        notes.add(said)
+        said = (
+            f"forward hooks are not called by the frozen snapshot, what they return is part of it: {', '.join(hooks)}"
+        )
         warnings.warn(f"optimize: {said}", stacklevel=2)
-
     own = copies.copied(model)
     if mixed:
         own.to(target)
     written = target if mixed else original
-    batch = 1 if planned is None else _PLANNED_BATCH
-    captured, given = _capture(own, model, example_inputs, batch, written, device)
-    gm, inputs = captured.gm, _metas(tuple(captured.arguments.tensors_of(*given)))
+    options = _Options(target, written, original, device, backend, cuda_graphs, planned, check)
+    refused, failed = "", ""
+    for args in _examples(model, example_inputs, 1 if planned is None else _PLANNED_BATCH, written):
+        try:
+            return _snapshot(own, parts.Call(args, {}), options, (said,) if said else ())
+        except capture.Refused as error:
+            refused = str(error)
+        except Exception as error:
+            failed = failed or shapes.first_line(error)
+            if refused:
+                break
+        if refused or example_inputs is not None:
+            found = _in_parts(own, args, options, refused or failed)
+            if found is not None:
+                return found
+            if example_inputs is not None:
+                described = ", ".join(_described(value) for value in args)
+                raise ValueError(f"optimize: the model does not accept example_inputs {described}: {refused or failed}")
+    raise TypeError(
+        f"optimize: {type(model).__name__} cannot be captured: no example input was found that the model accepts "
+        f"({refused or failed}); pass example_inputs"
+    )
+
+
+class _Options(NamedTuple):
+    """What the user asked for, and what it means for this model: ``written`` is the dtype that its code computes in."""
+
+    target: torch.dtype
+    written: torch.dtype
+    original: torch.dtype
+    device: torch.device
+    backend: str
+    cuda_graphs: bool | str
+    planned: gpus.GPU | None
+    check: bool
+
+
+def _snapshot(
+    own: nn.Module, call: parts.Call, options: _Options, said: tuple[str, ...] = (), part: bool = False
+) -> OptimizedModule:
+    """Return the snapshot of ``own``, captured with these arguments.
+
+    Args:
+        said: notes for the report.
+        part: ``own`` is called by the code of another model: its own hooks and its forward stay in use there.
+
+    Raises:
+        Refused: it cannot be captured whole, or its snapshot gives another answer.
+        Exception: whatever it raises for such arguments.
+    """
+    target, written, original, device = options.target, options.written, options.original, options.device
+    notes = ir.Notes(list(said))
+    captured = capture.confirmed(lambda: copies.shared(own), *call, device, part)
+    gm, inputs = captured.gm, _metas(tuple(captured.arguments.tensors_of(*call)))
     layers = _annotate(gm)
+    image = None
     try:
         normalize(gm, notes)
     except SharedMemoryError as error:
-        captured = capture.capture(copies.shared(own), *given, device)
+        captured = capture.capture(copies.shared(own), *call, device, part)
         gm = copies.rebuilt(captured.gm)
         layers = _annotate(gm)
-        image = None
         for layer in layers:
             layer.reason = f"in-place writes are kept as they are: {error}"
         notes.add(f"nothing is fused: {error}")
@@ -347,11 +178,11 @@ def optimize(
         fuse_add(gm)
         fuse_stem(gm)
         fuse_head(gm)
-        if cuda_only:
+        if (backends.current() if options.backend == "auto" else options.backend) == cuda.NAME:
             notes.add("no bottleneck_tail is planned, there is no CUDA kernel of it")
-        elif planned is not None:
-            fuse_tail(gm, planned, target, notes)
-        gm = plan.lower(gm, target, backend)
+        elif options.planned is not None:
+            fuse_tail(gm, options.planned, target, notes)
+        gm = plan.lower(gm, target, options.backend)
     if target is not written:
         capture.retype(gm, written, target)
     _freeze(gm, target)
@@ -359,23 +190,39 @@ def optimize(
     if guards:
         measured = "1 tensor is" if guards == 1 else f"{guards} tensors are"
         notes.add(f"{measured} measured at each run for values near overflow; not counted in the bytes moved")
-    recorded = _records(gm, cuda_graphs, device, notes)
-    report = _report(gm, type(model).__name__, layers, inputs, target, original, backend, notes)
-    needs_plain = captured.guarded or not captured.arguments.fixed
+    recorded = not part and _records(gm, options.cuda_graphs, device, notes)
+    report = _report(gm, type(own).__name__, layers, inputs, target, original, options.backend, notes)
+    plain: Any = own.forward if part else None
+    if not part and (captured.guarded or not captured.arguments.fixed):
+        plain = copies.shared(own)
     result = OptimizedModule(
         gm,
         report,
         target,
         original,
-        None if image is None else ImageInput(str(image[0].target), image[1]),
+        None if image is None or part else ImageInput(str(image[0].target), image[1]),
         captured,
-        copies.shared(own) if needs_plain else None,
+        plain,
+        device,
         recorded,
     )
-    result._device = device
-    result.channels_last = any(suggests_channels_last(p) for p in model.parameters() if p.dim() == 4)
+    result.channels_last = any(suggests_channels_last(p) for p in own.parameters() if p.dim() == 4)
     for node in gm.graph.nodes:
         node.meta = {}
+    if options.check:
+        selfcheck.check(result, own.forward if part else copies.shared(own), call, options.device, written, target)
+    return result
+
+
+def _in_parts(own: nn.Module, args: tuple[Any, ...], options: _Options, why: str) -> OptimizedModule | None:
+    """Return the model with its own code, and snapshots of the children that have one; None if it does not run."""
+    try:
+        calls = parts.calls_of(own, args, options.device)
+    except Exception:
+        return None
+    found, reasons = parts.split(own, calls, lambda child, call: _snapshot(child, call, options, part=True))
+    result = parts.assemble(own, found, reasons, why, options.target, options.original)
+    warnings.warn(f"optimize: {result.report().notes[0]}", stacklevel=3)
     return result
 
 
@@ -439,53 +286,37 @@ def _device_and_dtype(model: nn.Module, asked: torch.dtype | None) -> tuple[torc
     return device, next(iter(found)), len(found) > 1
 
 
-def _capture(
-    own: nn.Module, model: nn.Module, given: Any, batch: int, dtype: torch.dtype, device: torch.device
-) -> tuple[capture.Captured, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Return the graph of ``own``, and the arguments it was captured with."""
-    kind, first = type(model).__name__, ""
-    if given is None:
-        attempts: Iterator[tuple[Any, ...]] = _examples(model, batch, dtype)
-    elif isinstance(given, Mapping) or not isinstance(given, Tensor | Sequence) or isinstance(given, str):
-        raise TypeError(
-            f"optimize: example_inputs is a {type(given).__name__}; it must be a tensor or a sequence of the model's "
-            "positional arguments"
-        )
-    else:
+def _examples(model: nn.Module, given: Any, batch: int, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Yield positional arguments without data: those that are given, else of the sizes that a model's class says it is
+    made for, then of the usual ones."""
+    if given is not None:
+        if isinstance(given, Mapping) or not isinstance(given, Tensor | Sequence) or isinstance(given, str):
+            raise TypeError(
+                f"optimize: example_inputs is a {type(given).__name__}; it must be a tensor or a sequence of the "
+                "model's positional arguments"
+            )
         inputs = (given,) if isinstance(given, Tensor) else tuple(given)
-        attempts = iter((_cast(pytree.tree_map_only(FakeTensor, _meta, inputs), None, dtype),))
-    for args in attempts:
-        placed = pytree.tree_map_only(Tensor, lambda leaf: torch.empty_like(leaf, device="meta"), args)
-        try:
-            return capture.confirmed(lambda: copies.shared(own), placed, device), (placed, {})
-        except capture.Refused as error:
-            raise TypeError(f"optimize: {kind} cannot be captured: {error}") from error
-        except Exception as error:
-            first = first or shapes.first_line(error)
-            if given is not None:
-                described = ", ".join(_described(value) for value in args)
-                raise ValueError(f"optimize: the model does not accept example_inputs {described}: {first}") from error
-    raise TypeError(
-        f"optimize: {kind} cannot be captured: no example input was found that the model accepts ({first}); "
-        "pass example_inputs"
-    )
-
-
-def _examples(model: nn.Module, batch: int, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    """Yield inputs of the sizes that a model's class says it is made for, then images of the usual sizes."""
+        yield as_dtype(pytree.tree_map_only(Tensor, _meta, inputs), None, dtype)
+        return
     declared: Any = getattr(type(model), "_optimize_inputs", None)
     if declared is not None:
         for size in (batch, None):
-            yield _cast(declared(model, size), None, dtype)
-    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
-    for size in shapes.SIZES:
-        image = torch.empty((batch, channels, size, size), dtype=dtype, device="meta")
-        yield (image,) * capture.required(model)
+            yield as_dtype(declared(model, size), None, dtype)
+    first = next((module for module in model.modules() if isinstance(module, _FIRST_LAYERS)), None)
+    count = capture.required(model)
+    for kind, channels in ((type(first), getattr(first, "in_channels", getattr(first, "in_features", 3))), (None, 3)):
+        for images, size in itertools.product(dict.fromkeys((batch, 2)), shapes.SIZES):
+            shape = {
+                nn.Conv1d: (images, channels, size),
+                nn.Conv3d: (images, channels, 8, size, size),
+                nn.Linear: (images, channels),
+            }.get(kind, (images, channels, size, size))
+            yield (torch.empty(shape, dtype=dtype, device="meta"),) * count
 
 
-def _meta(fake: Tensor) -> Tensor:
-    """Return a FakeTensor's shape and dtype without its mode, which takes no other tensors."""
-    return torch.empty(tuple(int(size) for size in fake.shape), dtype=fake.dtype, device="meta")
+def _meta(tensor: Tensor) -> Tensor:
+    """Return a tensor's shape and dtype, a FakeTensor's without its mode, which takes no other tensors."""
+    return torch.empty(tuple(int(size) for size in tensor.shape), dtype=tensor.dtype, device="meta")
 
 
 def _described(value: Any) -> str:
@@ -610,7 +441,7 @@ def _report(
     backend: str,
     notes: ir.Notes,
 ) -> Report:
-    values = {} if inputs is None else shapes.run(gm, _cast(_metas(inputs), None, dtype)).values
+    values = {} if inputs is None else shapes.run(gm, as_dtype(_metas(inputs), None, dtype)).values
     rows: dict[ir.Layer, Row] = {}
     for node in gm.graph.nodes:
         members = ir.layers_of(node)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from resnet_fast import ops
+from resnet_fast.nn.pristine import capturing
 from resnet_fast.ops._op import Bound, Op
 
 from . import ir, memory
@@ -43,7 +44,8 @@ class Fused(nn.Module):
         self.options: dict[str, Any] = {}
         for name, value in constants.items():
             if value is None or isinstance(value, Tensor):
-                self.register_buffer(name, None if value is None else value.detach())
+                frozen = None if value is None else nn.Parameter(value.detach(), requires_grad=False)
+                self.register_parameter(name, frozen)
             else:
                 self.options[name] = value
         self._device = device
@@ -60,7 +62,7 @@ class Fused(nn.Module):
 
     def constants(self) -> dict[str, Tensor]:
         """Return the op's constant tensors, by the names of its arguments."""
-        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        return {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
 
     def arguments(self) -> Any:
         """Return the op's arguments without data."""
@@ -83,6 +85,8 @@ class Fused(nn.Module):
         return self.prepare().backend_for(*inputs)
 
     def forward(self, *inputs: Tensor) -> Any:
+        if capturing() or torch.compiler.is_compiling():
+            return self.plain(self.constants(), *inputs)
         self._check(inputs[0])
         if not self.overwrites and not self.no_nan:
             return self.prepare()(*inputs)

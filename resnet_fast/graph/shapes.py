@@ -27,12 +27,16 @@ SIZES = (224, 299, 64, 32, 28, 96, 128, 256, 384, 512)
 
 
 class MetaRun(fx.Interpreter):
-    """Runs a graph on meta tensors; ``values`` has what each node gave, ``error`` the first thing that went wrong."""
+    """Runs a graph on meta tensors; ``values`` has what each node gave, ``error`` the first thing that went wrong.
+
+    ``outside``: whether the sizes are others than the graph is for.
+    """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self.values: dict[fx.Node, Any] = {}
         self.error: str = ""
+        self.outside = False
         self._metas: dict[int, Tensor] = {}
 
     def _meta(self, tensor: Tensor) -> Tensor:
@@ -62,7 +66,7 @@ class MetaRun(fx.Interpreter):
             try:
                 value = super().run_node(n)
             except OutsideGuards:
-                value = UNKNOWN
+                value, self.outside = UNKNOWN, True
             except Exception as error:
                 self.error = self.error or f"{n.name}: {first_line(error)}"
                 value = UNKNOWN

@@ -329,7 +329,6 @@ class Uncopyable(nn.Module):
     ("model", "message"),
     [
         (len, "must be a torch.nn.Module, got builtin"),
-        (Branching().eval(), "Branching cannot be traced by torch.fx"),
         (Uncopyable().eval(), "Uncopyable cannot be copied"),
         (nn.DataParallel(nn.ReLU()).eval(), r"model\.module"),
         (torch.jit.script(nn.ReLU()).eval(), "TorchScript"),

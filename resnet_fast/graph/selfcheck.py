@@ -1,0 +1,96 @@
+"""A snapshot against the code that it was made from, on random images, before anybody uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .capture import Refused, flatten
+from .shapes import first_line
+
+if TYPE_CHECKING:
+    from .parts import Call
+
+#: How far the results may be apart, relative to their length as vectors. Rounding alone gives 1e-6 and 1e-2 of these
+#: dtypes; a wrong layer changes everything.
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
+
+
+def check(
+    snapshot: Callable[..., Any],
+    plain: Callable[..., Any],
+    call: Call,
+    device: torch.device,
+    written: torch.dtype,
+    target: torch.dtype,
+) -> None:
+    """Run both on one image, and on two of another size, and compare.
+
+    A model that gives two results for the same image is not compared, nor one whose result is not finite.
+
+    Args:
+        written, target: what the plain code and the snapshot compute in.
+
+    Raises:
+        Refused: a result has another form, or is too far away.
+    """
+    from .parts import drawn
+
+    tolerance = TOLERANCES.get(target, 0.2)
+    for args, kwargs in _inputs(call):
+        given = drawn((args, kwargs), device)
+        try:
+            expected = _result(plain, given)
+        except Exception:  # the model takes no such image
+            continue
+        try:
+            found = _result(snapshot, given)
+        except Exception as error:
+            raise Refused(f"its snapshot fails: {first_line(error)}") from error
+        if (where := _difference(found, expected, tolerance)) and not _difference(
+            _result(plain, given), expected, tolerance / 10
+        ):
+            raise Refused(f"its snapshot gave another answer: {where}")
+
+
+def _inputs(call: Call) -> Iterator[Call]:
+    """Yield one image, and two of another size."""
+
+    def sized(tensor: Tensor, batch: int, more: int) -> Tensor:
+        if tensor.dim() == 0:
+            return tensor
+        rest = [size + more for size in tensor.shape[2:]] if tensor.dim() == 4 else tensor.shape[2:]
+        return tensor.new_empty((batch, *tensor.shape[1:2], *rest))
+
+    for batch, more in ((1, 0), (2, 32)):
+        yield pytree.tree_map_only(Tensor, lambda tensor, b=batch, m=more: sized(tensor, b, m), call)
+
+
+def _result(function: Callable[..., Any], given: Any) -> Any:
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, given)
+    with torch.no_grad():
+        return function(*args, **kwargs)
+
+
+def _difference(found: Any, expected: Any, tolerance: float) -> str:
+    """Return where two results differ, "" if they do not."""
+    ours, form = flatten(found)
+    theirs, expected_form = flatten(expected)
+    if form != expected_form:
+        return f"{form} in place of {expected_form}"
+    for a, b in zip(ours, theirs, strict=True):
+        if isinstance(a, Tensor) != isinstance(b, Tensor):
+            return f"a {type(a).__name__} in place of a {type(b).__name__}"
+        if not isinstance(b, Tensor):
+            continue
+        if a.shape != b.shape or a.dtype is not b.dtype:
+            return f"{list(a.shape)} {a.dtype} in place of {list(b.shape)} {b.dtype}"
+        if b.is_floating_point() and b.isfinite().all():
+            distance, length = (a.double() - b.double()).norm().item(), b.double().norm().item()
+            if not distance <= tolerance * (length + 1e-6):
+                return f"off by {distance / (length + 1e-6):.2g} of its length"
+    return ""
