@@ -3,7 +3,8 @@
 The passes work on function calls with constant tensors only, so every front end that can give those shares them.
 """
 
-from .optimize import OptimizedModule, optimize
+from .optimize import optimize
 from .report import Report, Row
+from .snapshot import OptimizedModule
 
 __all__ = ["OptimizedModule", "Report", "Row", "optimize"]

@@ -59,23 +59,30 @@ def optimize(
     It is valid for every batch and image size that the model takes.
 
     Args:
-        model: a module in eval mode that ``torch.fx`` can trace, or an ``fx.GraphModule``.
+        model: a module in eval mode. Its own code is run on tensors without data, twice, and its calls of torch are
+            written down; it may look at sizes, and at other sizes that decide differently its own code runs. If it
+            decides by values, or cannot be written down for another reason, its code stays in use, and the largest of
+            its children that can be captured are fused.
         dtype: what to compute in: torch.float32, bfloat16, float16 or float64; None keeps the parameters' dtype.
             BatchNorm is folded in float64 and each weight rounded once. Results come in the model's own dtype.
         example_inputs: a tensor or a sequence of the model's positional arguments, read for its sizes: tensors without
             data (device "meta") do as well. What is planned for a GPU is planned for this batch.
-            None: one image (128 to plan for a GPU) of the first convolution's channels, 224x224 or the first other
-            size that fits.
+            None: one image (128 to plan for a GPU) of the first convolution's channels for each argument without a
+            default, 224x224 or the first other size that fits.
         cuda_graphs: whether a run on a GPU is recorded at its second image of a shape and replayed from then on: "auto"
             where every layer runs as a kernel of ours, True always (ValueError where the graph cannot be replayed),
             False never.
         backend: "auto" or a name from ``resnet_fast.backends.available()``.
         gpu: the GPU to plan for, as "h100"; the result still runs on the model's device. None: the CUDA device that the
             model is on; on a CPU nothing is planned.
+        check: whether the result is compared with ``model`` on one random image and on two of another size before it is
+            returned, which takes about as long as eight images do. A part that differs stays as its author wrote it.
 
     Raises:
-        ValueError: the model or one of its batch norms is in training mode, or an argument has an impossible value.
-        TypeError: the model cannot be traced (or is no module), or an argument has the wrong type.
+        ValueError: the model or a part of it that minds is in training mode, it does not accept ``example_inputs``, or
+            an argument has an impossible value.
+        TypeError: the model cannot be copied, takes no image and no ``example_inputs`` are given, or is no module; an
+            argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -104,7 +111,8 @@ def optimize(
     if mixed:
         own.to(target)
     written = target if mixed else original
-    options = _Options(target, written, original, device, backend, cuda_graphs, planned, check)
+    elsewhere = planned is not None and device.type != "cuda"  # it is made to be looked at here, not to be run
+    options = _Options(target, written, original, device, backend, cuda_graphs, planned, check and not elsewhere)
     refused, failed = "", ""
     for args in _examples(model, example_inputs, 1 if planned is None else _PLANNED_BATCH, written):
         try:

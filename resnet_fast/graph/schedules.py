@@ -18,8 +18,9 @@ from resnet_fast.roofline.measure import node_seconds, tf32
 
 from . import ir
 from .inventory import Feasible, Layer, blocks, layers
-from .optimize import OptimizedModule, optimize
+from .optimize import optimize
 from .report import Report
+from .snapshot import OptimizedModule
 
 
 def schedules(model: nn.Module, image: Tensor, gpu: gpus.GPU, precision: str) -> tuple[Schedule, ...]:

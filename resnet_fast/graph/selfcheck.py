@@ -51,6 +51,8 @@ def check(
             found = _result(snapshot, given)
         except Exception as error:
             raise Refused(f"its snapshot fails: {first_line(error)}") from error
+        if written.itemsize > target.itemsize and not _finite(found):  # the narrower type's range, not another answer
+            continue
         if (where := _difference(found, expected, tolerance)) and not _difference(
             _result(plain, given), expected, tolerance / 10
         ):
@@ -74,6 +76,10 @@ def _result(function: Callable[..., Any], given: Any) -> Any:
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, given)
     with torch.no_grad():
         return function(*args, **kwargs)
+
+
+def _finite(result: Any) -> bool:
+    return all(bool(leaf.isfinite().all()) for leaf in flatten(result)[0] if isinstance(leaf, Tensor))
 
 
 def _difference(found: Any, expected: Any, tolerance: float) -> str:

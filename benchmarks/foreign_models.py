@@ -1,0 +1,439 @@
+"""Models that nobody here wrote, through ``optimize``: what is captured, what is fused, and how far the answers are.
+
+    python -m benchmarks.foreign_models --out foreign_models.csv [--source timm] [--only PATTERN] [--speed]
+
+timm and transformers are asked if they are installed (``pip install timm transformers``); weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import fnmatch
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import resnet_fast as rf
+from resnet_fast.graph.capture import flatten
+from resnet_fast.graph.plan import Fused
+from resnet_fast.graph.snapshot import OptimizedModule, PartlyOptimizedModule
+
+_CLASSIFIERS = [
+    "alexnet",
+    "vgg11",
+    "vgg16_bn",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+    "densenet121",
+    "densenet169",
+    "googlenet",
+    "inception_v3",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "mobilenet_v3_large",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "mnasnet1_0",
+    "shufflenet_v2_x1_0",
+    "squeezenet1_0",
+    "squeezenet1_1",
+    "regnet_y_400mf",
+    "regnet_x_800mf",
+    "convnext_tiny",
+    "vit_b_16",
+    "swin_t",
+    "maxvit_t",
+]
+_SEGMENTERS = ["fcn_resnet50", "deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"]
+_DETECTORS = [
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnet50_fpn_v2",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "retinanet_resnet50_fpn",
+    "fcos_resnet50_fpn",
+    "ssdlite320_mobilenet_v3_large",
+    "ssd300_vgg16",
+    "maskrcnn_resnet50_fpn",
+    "keypointrcnn_resnet50_fpn",
+]
+_VIDEO = ["r3d_18", "mc3_18", "r2plus1d_18"]
+_TIMM = [
+    "resnet18",
+    "resnet26d",
+    "resnet50",
+    "resnet50d",
+    "resnet101",
+    "resnetv2_50",
+    "resnetv2_50d",
+    "resnext50_32x4d",
+    "seresnet50",
+    "skresnet18",
+    "ecaresnet50d",
+    "resnetaa50",
+    "resnetblur50",
+    "resnest14d",
+    "res2net50_26w_4s",
+    "gcresnet50t",
+    "lambda_resnet26t",
+    "botnet26t_256",
+    "halonet26t",
+    "seresnext50_32x4d",
+    "wide_resnet50_2",
+    "cspresnet50",
+    "cspdarknet53",
+    "darknet53",
+    "dla34",
+    "dla60",
+    "dpn68",
+    "densenet121",
+    "efficientnet_b0",
+    "efficientnet_lite0",
+    "efficientnetv2_rw_t",
+    "tf_efficientnet_b0",
+    "mobilenetv2_100",
+    "mobilenetv3_small_100",
+    "mobilenetv3_large_100",
+    "mobilenetv4_conv_small",
+    "mnasnet_100",
+    "fbnetc_100",
+    "spnasnet_100",
+    "ghostnet_100",
+    "ghostnetv2_100",
+    "hrnet_w18_small",
+    "inception_v3",
+    "inception_v4",
+    "inception_resnet_v2",
+    "xception41",
+    "nasnetalarge",
+    "legacy_seresnet18",
+    "legacy_senet154",
+    "levit_128",
+    "regnetx_002",
+    "regnety_002",
+    "regnetz_b16",
+    "repvgg_a0",
+    "repghostnet_050",
+    "rexnet_100",
+    "selecsls42",
+    "tresnet_m",
+    "vgg11_bn",
+    "vovnet39a",
+    "ese_vovnet19b_dw",
+    "convnext_atto",
+    "convnextv2_atto",
+    "convmixer_768_32",
+    "edgenext_xx_small",
+    "efficientformer_l1",
+    "fastvit_t8",
+    "mobileone_s0",
+    "mobilevit_xxs",
+    "mobilevitv2_050",
+    "nf_resnet50",
+    "nfnet_l0",
+    "dm_nfnet_f0",
+    "lcnet_050",
+    "tinynet_a",
+    "hardcorenas_a",
+    "gernet_s",
+    "eca_nfnet_l0",
+    "poolformer_s12",
+    "pvt_v2_b0",
+    "coat_tiny",
+    "visformer_tiny",
+    "xcit_nano_12_p16_224",
+    "vit_tiny_patch16_224",
+    "deit_tiny_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "hgnet_tiny",
+    "hgnetv2_b0",
+    "inception_next_atto",
+    "starnet_s1",
+    "rdnet_tiny",
+    "test_resnet",
+]
+_FEATURES = [
+    "resnet18",
+    "resnet50",
+    "efficientnet_b0",
+    "mobilenetv3_large_100",
+    "hrnet_w18_small",
+    "regnetx_002",
+    "dla34",
+    "densenet121",
+]
+
+
+class Foreign:
+    """A model of somebody's: where it comes from, and what makes it and an input for it."""
+
+    def __init__(self, source: str, name: str, make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+        self.source, self.name, self.make, self.shape = source, name, make, shape
+
+
+def models() -> Iterator[Foreign]:
+    """Yield every model that can be made here."""
+    from torchvision.models import get_model
+
+    from tests import _torchvision_stub  # noqa: F401 - before torchvision
+
+    _provide_nms()
+    for source, names in (
+        ("torchvision", _CLASSIFIERS),
+        ("torchvision.segmentation", _SEGMENTERS),
+        ("torchvision.detection", _DETECTORS),
+        ("torchvision.video", _VIDEO),
+    ):
+        for name in names:
+            shape = (1, 3, 8, 64, 64) if source.endswith("video") else (1, 3, *_size(name))
+            options: dict[str, Any] = {"weights": None}
+            if not source.endswith("video"):
+                options |= {"weights_backbone": None} if "." in source else {}
+            if name in ("googlenet", "inception_v3"):
+                options["init_weights"] = False
+            yield Foreign(source, name, lambda name=name, options=options: get_model(name, **options), shape)
+    yield from _timm()
+    yield from _transformers()
+    yield from _own()
+
+
+def _provide_nms() -> None:
+    """Register torchvision's nms if its C++ library does not go with this torch: detectors need it."""
+    try:
+        torch.ops.torchvision.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    except NotImplementedError:
+        from torchvision.ops import box_iou
+
+        def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+            order, kept = scores.argsort(descending=True).tolist(), []
+            overlaps = box_iou(boxes, boxes) > threshold
+            while order:
+                best = order.pop(0)
+                kept.append(best)
+                order = [index for index in order if not overlaps[best, index]]
+            return torch.tensor(kept, dtype=torch.long)
+
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        library.impl("nms", nms, "CPU")
+        _kept.append(library)
+
+
+_kept: list[Any] = []
+
+
+def _size(name: str) -> tuple[int, int]:
+    if any(
+        part in name for part in ("vit_", "swin", "maxvit", "deit", "xcit", "visformer", "coat", "levit", "halonet")
+    ):
+        return 224, 224
+    if any(part in name for part in ("botnet", "lambda")):
+        return 256, 256
+    return (
+        (160, 160)
+        if any(part in name for part in ("inception", "nasnet", "rcnn", "retina", "fcos", "ssd"))
+        else (128, 128)
+    )
+
+
+def _timm() -> Iterator[Foreign]:
+    try:
+        import timm
+    except ImportError:
+        return
+    for name in _TIMM:
+        yield Foreign("timm", name, lambda name=name: timm.create_model(name), (1, 3, *_size(name)))
+    for name in _FEATURES:
+        make = lambda name=name: timm.create_model(name, features_only=True)  # noqa: E731
+        yield Foreign("timm.features_only", name, make, (1, 3, 128, 128))
+
+
+def _transformers() -> Iterator[Foreign]:
+    try:
+        import transformers as t
+    except ImportError:
+        return
+    made = {
+        "ResNetForImageClassification": t.ResNetConfig(depths=[1, 1, 1, 1]),
+        "ResNetModel": t.ResNetConfig(),
+        "ResNetBackbone": t.ResNetConfig(depths=[1, 1, 1, 1], out_features=["stage2", "stage4"]),
+        "RegNetForImageClassification": t.RegNetConfig(depths=[1, 1, 2, 1]),
+        "ConvNextForImageClassification": t.ConvNextConfig(depths=[1, 1, 2, 1]),
+        "ConvNextV2ForImageClassification": t.ConvNextV2Config(depths=[1, 1, 2, 1]),
+        "MobileNetV1ForImageClassification": t.MobileNetV1Config(),
+        "MobileNetV2ForImageClassification": t.MobileNetV2Config(),
+        "EfficientNetForImageClassification": t.EfficientNetConfig(depth_coefficient=0.3, image_size=128),
+        "LevitForImageClassification": t.LevitConfig(),
+        "PoolFormerForImageClassification": t.PoolFormerConfig(),
+        "BitForImageClassification": t.BitConfig(depths=[1, 1, 1, 1]),
+        "ViTForImageClassification": t.ViTConfig(num_hidden_layers=2),
+        "SegformerForSemanticSegmentation": t.SegformerConfig(),
+        "MobileViTForImageClassification": t.MobileViTConfig(),
+        "CvtForImageClassification": t.CvtConfig(),
+        "SwinForImageClassification": t.SwinConfig(depths=[1, 1, 1, 1]),
+    }
+    for name, config in made.items():
+        size = 224 if any(part in name for part in ("ViT", "Levit", "Swin", "Cvt")) else 128
+        size = 256 if "MobileViT" in name else size
+        yield Foreign("transformers", name, lambda name=name, c=config: getattr(t, name)(c), (1, 3, size, size))
+
+
+def _own() -> Iterator[Foreign]:
+    from tests.graph.user_models import MODELS
+
+    for name, make in MODELS.items():
+        yield Foreign("user", name, make, (1, 3, 64, 64))
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Give batch norms statistics of their own, and weights that keep values near 1."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+    return model.eval()
+
+
+def calls_of_convolutions(model: nn.Module, x: Tensor) -> int:
+    """Return how many 2-D convolutions run for an image."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.convolution.default:
+                Count.found += args[1].dim() == 4 and not args[6]
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Count():
+        model(x)
+    return Count.found
+
+
+def fused_convolutions(fast: nn.Module) -> int:
+    """Return how many convolutions the fused ops of a snapshot compute."""
+    count = 0
+    for module in fast.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                part = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+                if isinstance(part, Fused):
+                    count += sum(name.startswith("weight") for name in part.constants()) if part.op != "head" else 0
+    return count
+
+
+def distance(found: Any, expected: Any) -> float:
+    """Return how far apart two results are, relative to the largest value."""
+    worst = 0.0
+    for a, b in zip(leaves(found), leaves(expected), strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if b.numel() and b.is_floating_point():
+            worst = max(worst, ((a - b).abs().max() / b.abs().max().clamp(min=1e-6)).item())
+    return worst
+
+
+def leaves(value: Any) -> list[Tensor]:
+    """Return the tensors of a result."""
+    return [leaf for leaf in flatten(value)[0] if isinstance(leaf, Tensor)]
+
+
+def examine(entry: Foreign, speed: bool) -> dict[str, Any]:
+    """Return a row of the table."""
+    torch.manual_seed(0)
+    row: dict[str, Any] = {"source": entry.source, "name": entry.name}
+    model = randomise(entry.make())
+    x = torch.rand(entry.shape)
+    began = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            fast = rf.optimize(model, example_inputs=x)
+        except Exception as error:
+            return row | {"captured": "refused", "reason": str(error).splitlines()[0][:160]}
+    row["seconds"] = f"{time.perf_counter() - began:.1f}"
+    row["captured"] = "parts" if isinstance(fast, PartlyOptimizedModule) else "whole"
+    row["convolutions"], row["fused"] = calls_of_convolutions(model, x), fused_convolutions(fast)
+    for label, batch, more in (("error", 1, 0), ("error_larger", 2, 32)):
+        image = torch.rand(batch, 3, *(size + more * (len(entry.shape) == 4) for size in entry.shape[2:]))
+        with torch.no_grad():
+            try:
+                expected = model(image.clone())
+            except Exception:
+                continue
+        row[label] = f"{distance(fast(image), expected):.1e}"
+    report = fast.report()
+    reasons = Counter(row_.reason for row_ in report.not_fused if row_.kind in ("Conv2d", "conv2d", "BatchNorm2d"))
+    notes = [note for note in report.notes if "own code" in note or "nothing is fused" in note]
+    row["reason"] = "; ".join((*notes[:2], *(f"{n}x {reason}" for reason, n in reasons.most_common(2))))[:300]
+    if speed:
+        row["speed"] = f"{ratio(model, fast, x):.2f}"
+    return row
+
+
+def ratio(model: nn.Module, fast: OptimizedModule, x: Tensor) -> float:
+    """Return the median time of the original over that of the snapshot, one after the other in turn."""
+    times: tuple[list[float], list[float]] = ([], [])
+    with torch.no_grad():
+        for _ in range(12):
+            for module, found in zip((model, fast), times, strict=True):
+                began = time.perf_counter()
+                module(x)
+                found.append(time.perf_counter() - began)
+    slow, quick = (sorted(found[2:])[len(found[2:]) // 2] for found in times)
+    return slow / quick
+
+
+_COLUMNS = [
+    "source",
+    "name",
+    "captured",
+    "convolutions",
+    "fused",
+    "error",
+    "error_larger",
+    "speed",
+    "seconds",
+    "reason",
+]
+
+
+def main() -> None:
+    """Write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the table, as CSV")
+    parser.add_argument("--source", default="*", help="a pattern: timm, torchvision.*, user")
+    parser.add_argument("--only", default="*", help="a pattern of names")
+    parser.add_argument("--speed", action="store_true", help="time each model too, on an idle machine")
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for entry in models():
+        if fnmatch.fnmatch(entry.source, given.source) and fnmatch.fnmatch(entry.name, given.only):
+            try:
+                rows.append(examine(entry, given.speed))
+            except Exception as error:  # the table says so, the others follow
+                rows.append(
+                    {"source": entry.source, "name": entry.name, "captured": "failed", "reason": repr(error)[:200]}
+                )
+            print(" ".join(str(rows[-1].get(column, "-")) for column in _COLUMNS)[:200], file=sys.stderr, flush=True)
+            with given.out.open("w", newline="") as file:
+                writer = csv.DictWriter(file, _COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
