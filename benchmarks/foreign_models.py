@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import fnmatch
+import importlib
 import sys
 import time
 import warnings
@@ -26,154 +27,16 @@ from resnet_fast.graph.capture import flatten
 from resnet_fast.graph.plan import Fused
 from resnet_fast.graph.snapshot import OptimizedModule, PartlyOptimizedModule
 
-_CLASSIFIERS = [
-    "alexnet",
-    "vgg11",
-    "vgg16_bn",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "wide_resnet50_2",
-    "densenet121",
-    "densenet169",
-    "googlenet",
-    "inception_v3",
-    "mobilenet_v2",
-    "mobilenet_v3_small",
-    "mobilenet_v3_large",
-    "efficientnet_b0",
-    "efficientnet_v2_s",
-    "mnasnet1_0",
-    "shufflenet_v2_x1_0",
-    "squeezenet1_0",
-    "squeezenet1_1",
-    "regnet_y_400mf",
-    "regnet_x_800mf",
-    "convnext_tiny",
-    "vit_b_16",
-    "swin_t",
-    "maxvit_t",
-]
-_SEGMENTERS = ["fcn_resnet50", "deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"]
-_DETECTORS = [
-    "fasterrcnn_resnet50_fpn",
-    "fasterrcnn_resnet50_fpn_v2",
-    "fasterrcnn_mobilenet_v3_large_320_fpn",
-    "retinanet_resnet50_fpn",
-    "fcos_resnet50_fpn",
-    "ssdlite320_mobilenet_v3_large",
-    "ssd300_vgg16",
-    "maskrcnn_resnet50_fpn",
-    "keypointrcnn_resnet50_fpn",
-]
-_VIDEO = ["r3d_18", "mc3_18", "r2plus1d_18"]
-_TIMM = [
-    "resnet18",
-    "resnet26d",
-    "resnet50",
-    "resnet50d",
-    "resnet101",
-    "resnetv2_50",
-    "resnetv2_50d",
-    "resnext50_32x4d",
-    "seresnet50",
-    "skresnet18",
-    "ecaresnet50d",
-    "resnetaa50",
-    "resnetblur50",
-    "resnest14d",
-    "res2net50_26w_4s",
-    "gcresnet50t",
-    "lambda_resnet26t",
-    "botnet26t_256",
-    "halonet26t",
-    "seresnext50_32x4d",
-    "wide_resnet50_2",
-    "cspresnet50",
-    "cspdarknet53",
-    "darknet53",
-    "dla34",
-    "dla60",
-    "dpn68",
-    "densenet121",
-    "efficientnet_b0",
-    "efficientnet_lite0",
-    "efficientnetv2_rw_t",
-    "tf_efficientnet_b0",
-    "mobilenetv2_100",
-    "mobilenetv3_small_100",
-    "mobilenetv3_large_100",
-    "mobilenetv4_conv_small",
-    "mnasnet_100",
-    "fbnetc_100",
-    "spnasnet_100",
-    "ghostnet_100",
-    "ghostnetv2_100",
-    "hrnet_w18_small",
-    "inception_v3",
-    "inception_v4",
-    "inception_resnet_v2",
-    "xception41",
-    "nasnetalarge",
-    "legacy_seresnet18",
-    "legacy_senet154",
-    "levit_128",
-    "regnetx_002",
-    "regnety_002",
-    "regnetz_b16",
-    "repvgg_a0",
-    "repghostnet_050",
-    "rexnet_100",
-    "selecsls42",
-    "tresnet_m",
-    "vgg11_bn",
-    "vovnet39a",
-    "ese_vovnet19b_dw",
-    "convnext_atto",
-    "convnextv2_atto",
-    "convmixer_768_32",
-    "edgenext_xx_small",
-    "efficientformer_l1",
-    "fastvit_t8",
-    "mobileone_s0",
-    "mobilevit_xxs",
-    "mobilevitv2_050",
-    "nf_resnet50",
-    "nfnet_l0",
-    "dm_nfnet_f0",
-    "lcnet_050",
-    "tinynet_a",
-    "hardcorenas_a",
-    "gernet_s",
-    "eca_nfnet_l0",
-    "poolformer_s12",
-    "pvt_v2_b0",
-    "coat_tiny",
-    "visformer_tiny",
-    "xcit_nano_12_p16_224",
-    "vit_tiny_patch16_224",
-    "deit_tiny_patch16_224",
-    "swin_tiny_patch4_window7_224",
-    "hgnet_tiny",
-    "hgnetv2_b0",
-    "inception_next_atto",
-    "starnet_s1",
-    "rdnet_tiny",
-    "test_resnet",
-]
-_FEATURES = [
-    "resnet18",
-    "resnet50",
-    "efficientnet_b0",
-    "mobilenetv3_large_100",
-    "hrnet_w18_small",
-    "regnetx_002",
-    "dla34",
-    "densenet121",
-]
+
+def _names(source: str) -> list[str]:
+    """Return the names of the models of a source, from the list beside this file."""
+    found: list[str] = []
+    for line in Path(__file__).with_suffix(".txt").read_text().splitlines():
+        if not line.startswith(" "):
+            here = line == f"{source}:"
+        elif here:
+            found += line.split()
+    return found
 
 
 class Foreign:
@@ -185,18 +48,12 @@ class Foreign:
 
 def models() -> Iterator[Foreign]:
     """Yield every model that can be made here."""
+    importlib.import_module("tests._torchvision_stub")  # before torchvision
     from torchvision.models import get_model
 
-    from tests import _torchvision_stub  # noqa: F401 - before torchvision
-
     _provide_nms()
-    for source, names in (
-        ("torchvision", _CLASSIFIERS),
-        ("torchvision.segmentation", _SEGMENTERS),
-        ("torchvision.detection", _DETECTORS),
-        ("torchvision.video", _VIDEO),
-    ):
-        for name in names:
+    for source in ("torchvision", "torchvision.segmentation", "torchvision.detection", "torchvision.video"):
+        for name in _names(source):
             shape = (1, 3, 8, 64, 64) if source.endswith("video") else (1, 3, *_size(name))
             options: dict[str, Any] = {"weights": None}
             if not source.endswith("video"):
@@ -234,17 +91,17 @@ _kept: list[Any] = []
 
 
 def _size(name: str) -> tuple[int, int]:
-    if any(
-        part in name for part in ("vit_", "swin", "maxvit", "deit", "xcit", "visformer", "coat", "levit", "halonet")
-    ):
-        return 224, 224
-    if any(part in name for part in ("botnet", "lambda")):
-        return 256, 256
-    return (
-        (160, 160)
-        if any(part in name for part in ("inception", "nasnet", "rcnn", "retina", "fcos", "ssd"))
-        else (128, 128)
-    )
+    for parts, size in _SIZES.items():
+        if any(part in name for part in parts):
+            return size, size
+    return 128, 128
+
+
+_SIZES = {
+    ("vit_", "swin", "maxvit", "deit", "xcit", "visformer", "coat", "levit", "halonet"): 224,
+    ("botnet", "lambda"): 256,
+    ("inception", "nasnet", "rcnn", "retina", "fcos", "ssd"): 160,
+}
 
 
 def _timm() -> Iterator[Foreign]:
@@ -252,9 +109,9 @@ def _timm() -> Iterator[Foreign]:
         import timm
     except ImportError:
         return
-    for name in _TIMM:
+    for name in _names("timm"):
         yield Foreign("timm", name, lambda name=name: timm.create_model(name), (1, 3, *_size(name)))
-    for name in _FEATURES:
+    for name in _names("timm.features_only"):
         make = lambda name=name: timm.create_model(name, features_only=True)  # noqa: E731
         yield Foreign("timm.features_only", name, make, (1, 3, 128, 128))
 
@@ -397,18 +254,9 @@ def ratio(model: nn.Module, fast: OptimizedModule, x: Tensor) -> float:
     return slow / quick
 
 
-_COLUMNS = [
-    "source",
-    "name",
-    "captured",
-    "convolutions",
-    "fused",
-    "error",
-    "error_larger",
-    "speed",
-    "seconds",
-    "reason",
-]
+_COLUMNS = (
+    "source", "name", "captured", "convolutions", "fused", "error", "error_larger", "speed", "seconds", "reason",
+)  # fmt: skip
 
 
 def main() -> None:

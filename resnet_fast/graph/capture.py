@@ -217,7 +217,7 @@ def unflatten(form: Any, leaves: Sequence[Any]) -> Any:
     def one(index: Any) -> Any:
         if not isinstance(index, _Dataclass):
             return leaves[index]
-        made = index.kind.__new__(index.kind)
+        made: Any = object.__new__(index.kind)
         for name, value in unflatten(index.fields, leaves).items():
             object.__setattr__(made, name, value)
         return made
@@ -639,7 +639,7 @@ def confirmed(
         if shapes.run(captured.gm, captured.arguments.tensors_of(*larger)).outside:
             continue
         try:
-            again = capture(root, *larger, device, part, fixed)
+            again = capture(root, larger[0], larger[1], device, part, fixed)
         except Refused:
             raise
         except Exception:  # the module takes no such image

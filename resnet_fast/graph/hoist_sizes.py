@@ -49,26 +49,27 @@ def _put_in(node: fx.Node, value: Any) -> None:
 def _origin(gm: fx.GraphModule, x: Any, dim: Any) -> Any:
     """Return the size of ``x`` along ``dim``: a number, or a node that reads or computes it."""
     while isinstance(x, fx.Node):
+        arguments: Any = x.args
         if ir.is_call(x, ir.RELU) or ir.is_call(x, ir.BATCH_NORM) or _keeps_shape(x) or x.meta.get("same_shape"):
-            x = x.args[0]
+            x = arguments[0]
         elif dim < 2 and any(ir.is_call(x, pool) for pool in (ir.MAX_POOL, ir.AVG_POOL, ir.ADAPTIVE_AVG_POOL)):
             shape = ir.shape_of(x)
             if shape is None or len(shape) != 4:
                 break
-            x = x.args[0]
-        elif ir.is_call(x, ir.ADAPTIVE_AVG_POOL) and x.args[1][dim - 2] is not None:
-            return x.args[1][dim - 2]
-        elif ir.is_call(x, ir.CONV) and (weight := ir.tensor_of(gm, x.args[1])) is not None and weight.dim() == 4:
+            x = arguments[0]
+        elif ir.is_call(x, ir.ADAPTIVE_AVG_POOL) and arguments[1][dim - 2] is not None:
+            return arguments[1][dim - 2]
+        elif ir.is_call(x, ir.CONV) and (weight := ir.tensor_of(gm, arguments[1])) is not None and weight.dim() == 4:
             if len(ir.shape_of(x) or ()) != 4:
                 break
             if dim == 1:
                 return weight.shape[0]
             if dim > 1:
-                stride, padding, dilation = (int(pair[dim - 2]) for pair in x.args[3:6])
+                stride, padding, dilation = (int(pair[dim - 2]) for pair in arguments[3:6])
                 extent = dilation * (weight.shape[dim] - 1) + 1
                 source = f"(s0 + {2 * padding - extent}) // {stride} + 1"
-                return gm.graph.call_function(guards.compute, (source, _origin(gm, x.args[0], dim)))
-            x = x.args[0]
+                return gm.graph.call_function(guards.compute, (source, _origin(gm, arguments[0], dim)))
+            x = arguments[0]
         else:
             break
     return gm.graph.call_method("size", (x, dim))

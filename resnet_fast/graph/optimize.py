@@ -314,11 +314,12 @@ def _examples(model: nn.Module, given: Any, batch: int, dtype: torch.dtype) -> I
     count = capture.required(model)
     for kind, channels in ((type(first), getattr(first, "in_channels", getattr(first, "in_features", 3))), (None, 3)):
         for images, size in itertools.product(dict.fromkeys((batch, 2)), shapes.SIZES):
-            shape = {
+            shapes_of: dict[Any, tuple[int, ...]] = {
                 nn.Conv1d: (images, channels, size),
                 nn.Conv3d: (images, channels, 8, size, size),
                 nn.Linear: (images, channels),
-            }.get(kind, (images, channels, size, size))
+            }
+            shape = shapes_of.get(kind, (images, channels, size, size))
             yield (torch.empty(shape, dtype=dtype, device="meta"),) * count
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ def _inputs(call: Call) -> Iterator[Call]:
         return tensor.new_empty((batch, *tensor.shape[1:2], *rest))
 
     for batch, more in ((1, 0), (2, 32)):
-        yield pytree.tree_map_only(Tensor, lambda tensor, b=batch, m=more: sized(tensor, b, m), call)
+        yield pytree.tree_map_only(Tensor, functools.partial(sized, batch=batch, more=more), call)
 
 
 def _result(function: Callable[..., Any], given: Any) -> Any:

@@ -273,7 +273,7 @@ _EXPORT = "export the original model, which the snapshot was made from"
 def _refuse_export(args: Any) -> None:
     """Raise TypeError if somebody writes down what happens: our kernels would not be understood where it is read."""
     way = ""
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    if torch._C._get_tracing_state() is not None or torch.onnx.is_in_onnx_export():
         way = "traced by torch.jit or written as ONNX"
     elif torch.compiler.is_exporting():
         way = "exported"
