@@ -1,4 +1,4 @@
-"""From a module to a graph of fused ops: tracing, one normal form, the passes, lowering. Knows no backend.
+"""From a module to a graph of fused ops: capture by running, one normal form, the passes, lowering. Knows no backend.
 
 The passes work on function calls with constant tensors only, so every front end that can give those shares them.
 """

@@ -101,12 +101,14 @@ class Captured:
             result itself if it is a tensor).
         arguments: how a call's arguments become these tensors. form: of the result, None if it is a tensor.
         guarded: whether the graph asks about sizes, so that it may raise ``OutsideGuards``.
+        writes_own: whether it writes into a parameter or buffer.
     """
 
     gm: fx.GraphModule
     arguments: Arguments
     form: Any
     guarded: bool
+    writes_own: bool
 
 
 class Arguments:
@@ -142,7 +144,7 @@ class Arguments:
                 raise guards.OutsideGuards("arguments of another form than those it was made with")
             for leaf, value in zip(leaves, values, strict=True):
                 if not (isinstance(leaf, Tensor) if value is _TENSOR else _equal(leaf, value)):
-                    raise guards.OutsideGuards(f"an argument is {_short(leaf)}, it was {_short(value)}")
+                    raise guards.OutsideGuards(f"an argument is not {_short(value)}, as it was")
             found = [leaf for leaf, value in zip(leaves, values, strict=True) if value is _TENSOR]
         if any(leaf.dim() != rank for leaf, rank in zip(found, self.ranks, strict=True)):
             raise guards.OutsideGuards("a tensor of another number of dimensions")
@@ -178,7 +180,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    return f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)[:60]
+    return "a tensor" if value is _TENSOR else repr(value)[:60]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -588,7 +590,8 @@ def capture(
             raise Refused("it writes into its argument")
     _mark_made(gm)
     guarded = any(node.target in (guards.expect, guards.expect_length) for node in gm.graph.nodes)
-    return Captured(gm, arguments, None if isinstance(result, Tensor) else form, guarded)
+    own = any(source.op == "get_attr" for node in gm.graph.nodes for source in node.meta.get("written", ()))
+    return Captured(gm, arguments, None if isinstance(result, Tensor) else form, guarded, own)
 
 
 def _restored(

@@ -36,19 +36,20 @@ def check(model: nn.Module) -> None:
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise TypeError(f"optimize: model is wrapped in {type(model).__name__}; pass the module inside, model.module")
     training = [name for name, module in model.named_modules() if module.training and _minds_mode(module)]
-    if model.training or training:
+    own = model.training and not isinstance(model, fx.GraphModule)  # whose graph is what it is in either mode
+    if own or training:
         where = ", ".join(training[:3]) + (f" and {len(training) - 3} more" if len(training) > 3 else "")
-        what = "the model is in training mode" if model.training else "parts of the model are in training mode"
+        what = "the model is in training mode" if own else "parts of the model are in training mode"
         which = f" ({where}, where training does something else)" if training else ""
         raise ValueError(f"optimize: {what}{which}; a frozen snapshot needs inference mode: call model.eval() first")
 
 
 def _minds_mode(module: nn.Module) -> bool:
-    """Return whether a module may compute something else in training mode: torch's own layers mostly do not."""
-    if type(module).__module__.startswith("torch.nn.modules."):
+    """Return whether a module may compute something else in training mode: torch's own mostly do not."""
+    if type(module).__module__.startswith("torch."):
         random = isinstance(module, _DropoutNd | nn.RReLU) or getattr(module, "dropout", 0.0) != 0.0
         return random or isinstance(module, _BatchNorm | nn.modules.instancenorm._InstanceNorm)
-    return True
+    return next(module.children(), None) is None
 
 
 def _hooks(module: nn.Module) -> list[Any]:

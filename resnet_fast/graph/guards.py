@@ -45,8 +45,7 @@ def expect(source: str, *sizes: int) -> None:
         OutsideGuards: it does not.
     """
     if not _function(source, len(sizes))(*sizes):
-        given = ", ".join(f"s{index} = {size}" for index, size in enumerate(sizes))
-        raise OutsideGuards(f"{source} does not hold for {given}")
+        raise OutsideGuards(f"{source} does not hold of their sizes")
 
 
 def expect_length(values: Any, length: int) -> Any:
@@ -56,5 +55,5 @@ def expect_length(values: Any, length: int) -> Any:
         OutsideGuards: there are more or fewer than ``length``.
     """
     if len(values) != length:
-        raise OutsideGuards(f"{len(values)} values in place of {length}")
+        raise OutsideGuards(f"there are not {length} of them")
     return values

@@ -56,6 +56,8 @@ def normalize(gm: fx.GraphModule, notes: ir.Notes) -> None:
             handler = _batch_norm_module if is_frozen_batch_norm(module) else _MODULES.get(type(module))
         elif node.op == "call_function":
             handler = _FUNCTIONS.get(node.target)
+            if (op := ir.OPS.get(node.target)) is not None and len(node.args) == len(op.arguments._fields):
+                node.meta["normal"] = True  # a snapshot that is a part of this model
         elif node.op == "call_method":
             handler = _METHODS.get(str(node.target))
         if handler is not None:
@@ -424,9 +426,14 @@ _METHODS: dict[str, Handler] = {
 
 _PURE_FUNCTIONS = {
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, torch.add, torch.sub, torch.mul,
-    torch.div, torch.rsqrt, torch.sqrt, torch.reshape,
+    torch.div, torch.rsqrt, torch.sqrt, torch.reshape, torch.matmul, torch.mean, torch.std, torch.var, torch.sum,
+    torch.abs, torch.square, F.normalize,
 }  # fmt: skip
-_PURE_METHODS = {"add", "sub", "mul", "div", "rsqrt", "sqrt", "reshape", "view", "unsqueeze"}
+_PURE_METHODS = {
+    "add", "sub", "mul", "div", "rsqrt", "sqrt", "reshape", "view", "unsqueeze", "to", "float", "neg", "abs", "square",
+    "pow", "mean", "std", "var", "sum", "clamp", "matmul", "t", "transpose", "permute", "flatten", "expand_as",
+    "detach",
+}  # fmt: skip
 
 
 def _fold_constants(gm: fx.GraphModule) -> None:
@@ -448,7 +455,7 @@ def _fold_constants(gm: fx.GraphModule) -> None:
             results = [_evaluate(node, values) for values in (as_is, wide)]
         with gm.graph.inserting_before(node):
             new = ir.add_constant(gm, f"constant_{node.name}", results[0].clone())
-        new.meta["wide"] = results[1]
+        new.meta["wide"] = results[1].double()
         for layer in ir.layers_of(node):
             layer.removed = True
         node.replace_all_uses_with(new)

@@ -111,7 +111,8 @@ def optimize(
     if mixed:
         own.to(target)
     written = target if mixed else original
-    elsewhere = planned is not None and device.type != "cuda"  # it is made to be looked at here, not to be run
+    # A snapshot for a GPU that is not here, or without data, is made to be looked at, not to be run.
+    elsewhere = device.type == "meta" or (planned is not None and device.type != "cuda")
     options = _Options(target, written, original, device, backend, cuda_graphs, planned, check and not elsewhere)
     refused, failed = "", ""
     for args in _examples(model, example_inputs, 1 if planned is None else _PLANNED_BATCH, written):
@@ -166,6 +167,9 @@ def _snapshot(
     notes = ir.Notes(list(said))
     captured = capture.confirmed(lambda: copies.shared(own), *call, device, part)
     gm, inputs = captured.gm, _metas(tuple(captured.arguments.tensors_of(*call)))
+    stateful = captured.writes_own
+    if stateful and part:
+        raise capture.Refused("it changes a tensor of its own at each run")
     layers = _annotate(gm)
     image = None
     try:
@@ -198,6 +202,8 @@ def _snapshot(
     if guards:
         measured = "1 tensor is" if guards == 1 else f"{guards} tensors are"
         notes.add(f"{measured} measured at each run for values near overflow; not counted in the bytes moved")
+    if options.check and stateful:
+        notes.add("the result was not compared with the model: it changes a tensor of its own at each run")
     recorded = not part and _records(gm, options.cuda_graphs, device, notes)
     report = _report(gm, type(own).__name__, layers, inputs, target, original, options.backend, notes)
     plain: Any = own.forward if part else None
@@ -217,7 +223,7 @@ def _snapshot(
     result.channels_last = any(suggests_channels_last(p) for p in own.parameters() if p.dim() == 4)
     for node in gm.graph.nodes:
         node.meta = {}
-    if options.check:
+    if options.check and not stateful:
         selfcheck.check(result, own.forward if part else copies.shared(own), call, options.device, written, target)
     return result
 

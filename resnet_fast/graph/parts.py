@@ -60,7 +60,7 @@ def calls_of(model: nn.Module, args: tuple[Any, ...], device: torch.device) -> d
         if name not in found and not on:
             found[name] = Call(*pytree.tree_map_only(Tensor, _without_data, (args, kwargs)))
 
-    own = copies.shared(model)
+    own = copies.copied(model)  # it may change tensors of its own
     for name, module in own.named_modules():
         if name and not isinstance(module, torch.jit.ScriptModule):
             module.register_forward_pre_hook(functools.partial(seen, name), with_kwargs=True)

@@ -234,7 +234,7 @@ def test_copies_pickles_and_loads(net: nn.Module) -> None:
     assert "graph_module.layer1_0_conv2.weight_shortcut" in state
     other = copy.deepcopy(fused)
     with torch.no_grad():
-        for buffer in other.buffers():
+        for buffer in other.parameters():
             buffer.zero_()
     other.load_state_dict(state)
     assert torch.equal(other(x), want)
