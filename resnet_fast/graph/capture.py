@@ -14,9 +14,8 @@ import functools
 import inspect
 import itertools
 import operator
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from typing import Any, cast
 
@@ -43,33 +42,13 @@ from .shapes import first_line
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 #: What may stand in an output beside tensors.
 _INERT = (
-    int,
-    float,
-    complex,
-    bool,
-    str,
-    bytes,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
+    int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
 _UNKNOWN_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 #: Reading these says something about memory that a fused graph does not keep.
-_OF_MEMORY = frozenset(
-    (
-        "as_strided",
-        "as_strided_",
-        "data_ptr",
-        "stride",
-        "storage",
-        "storage_offset",
-        "untyped_storage",
-        "nbytes",
-        "set_",
-    )
-)
+_OF_MEMORY = {
+    "as_strided", "as_strided_", "data_ptr", "stride", "storage", "storage_offset", "untyped_storage", "nbytes", "set_",
+}  # fmt: skip
 _DUNDER_NAMES = {"div": "truediv", "rdiv": "rtruediv", "and": "and_", "or": "or_", "xor": "xor"}
 _ARITHMETIC: dict[str, Any] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv,
@@ -281,6 +260,8 @@ class _Recorder(pristine.Capturing):
         self._flush()
         given = _map((args, kwargs), self._to_fake)
         held = [leaf for leaf in _leaves(given) if isinstance(leaf, Tensor)]
+        if _may_write(name, kwargs) and any(tensor.is_inference() for tensor in held):
+            raise Refused(f"it calls {name} in inference mode, where nobody counts what is written")
         before = [_version(tensor) for tensor in held]
         result = func(*given[0], **given[1])
         written = [tensor for tensor, version in zip(held, before, strict=True) if _version(tensor) != version]
@@ -343,7 +324,7 @@ class _Recorder(pristine.Capturing):
             return self._node(leaf)
         if isinstance(leaf, _SYMBOLIC):
             return self._expression(leaf.node.expr)
-        if isinstance(leaf, (types.FunctionType, nn.Module)):
+        if callable(leaf) and not isinstance(leaf, type):
             raise Refused(f"a function of torch is given a {type(leaf).__name__}")
         return leaf
 
@@ -357,7 +338,6 @@ class _Recorder(pristine.Capturing):
         if name is None:
             name = f"_tensor_constant{len(self._constants)}"
             self._constants[id(tensor)] = tensor, name
-            self._root.register_buffer(name, tensor.detach().clone())
             self._attributes[id(tensor)] = name
         node = self.graph.create_node("get_attr", name)
         fake = self._fake_mode.from_tensor(tensor)
@@ -374,6 +354,11 @@ class _Recorder(pristine.Capturing):
         node.meta["written"] = []
         self._keep(node, fake)
         return cast(Tensor, fake)
+
+    def keep_constants(self) -> None:
+        """Give the root copies of the tensors that its code took from elsewhere: closures, globals, attributes."""
+        for tensor, name in self._constants.values():
+            self._root.register_buffer(name, tensor.detach().clone())
 
     def give(self, leaves: list[Any], single: bool) -> None:
         """End the graph with these results."""
@@ -506,6 +491,11 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def _may_write(name: str, kwargs: Mapping[str, Any]) -> bool:
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name == "__setitem__" or "inplace" in kwargs or "out" in kwargs
+
+
 def _storage(tensor: Tensor) -> int:
     with torch._C.DisableTorchFunction():
         return tensor.untyped_storage()._cdata
@@ -571,7 +561,7 @@ def capture(
     )
     held = [(module, dict(module._parameters), dict(module._buffers)) for module in root.modules()]
     try:
-        with torch.no_grad(), recorder.watching(), fake_mode, recorder:
+        with plain_modes(), recorder.watching(), fake_mode, recorder:
             result = (root.forward if part else root)(*given[0], **given[1])
             leaves, form = flatten(result)
             recorder.give(leaves, isinstance(result, Tensor))
@@ -581,6 +571,7 @@ def capture(
         replaced = [name for each in held for name in _restored(*each, fake_mode)]
     if replaced:
         raise Refused(f"it puts what it computes in the place of {replaced[0]}, a parameter or buffer of its own")
+    recorder.keep_constants()
     gm = fx.GraphModule(root, recorder.graph, class_name=type(root).__name__)
     gm.training = False
     for node in gm.graph.nodes:
@@ -592,6 +583,16 @@ def capture(
     guarded = any(node.target in (guards.expect, guards.expect_length) for node in gm.graph.nodes)
     own = any(source.op == "get_attr" for node in gm.graph.nodes for source in node.meta.get("written", ()))
     return Captured(gm, arguments, None if isinstance(result, Tensor) else form, guarded, own)
+
+
+@contextmanager
+def plain_modes() -> Iterator[None]:
+    """Whatever mode the caller is in: no gradients, no autocast, and no inference mode, which hides what is written."""
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _restored(
@@ -718,10 +719,11 @@ def retype(gm: fx.GraphModule, original: torch.dtype, target: torch.dtype) -> No
     gm.recompile()
 
 
-def move(gm: fx.GraphModule, device: torch.device) -> None:
-    """Have tensors that the graph makes on the way come into being on ``device``."""
+def move(gm: fx.GraphModule, old: torch.device, device: torch.device) -> None:
+    """Have tensors that the graph makes on the way on the model's device come into being on its new one."""
     for node in gm.graph.nodes:
         node.args, node.kwargs = _map(
-            (node.args, dict(node.kwargs)), lambda leaf: device if isinstance(leaf, torch.device) else leaf
+            (node.args, dict(node.kwargs)),
+            lambda leaf: device if isinstance(leaf, torch.device) and leaf == old else leaf,
         )
     gm.recompile()

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from resnet_fast.backends import triton
 
-from . import ir, memory, plan
+from . import guards, ir, memory, plan
 
 #: Shapes kept; the one used longest ago makes room for a new one.
 SHAPES_KEPT = 8
@@ -50,7 +50,9 @@ def why_not_recordable(gm: fx.GraphModule) -> str:
 
 
 def _selects(node: fx.Node) -> bool:
-    """Return whether the node takes one result out of several, or flattens."""
+    """Return whether the node takes one result out of several, flattens, or is about sizes, the same at each replay."""
+    if node.target in (guards.compute, guards.expect, guards.expect_length) or not ir.reads_data(node):
+        return True
     return node.op == "call_function" and getattr(node.target, "__name__", "") in ("getitem", "flatten")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import copies
-from .capture import Refused
+from .capture import Refused, plain_modes
 from .plan import Fused
 from .report import Report, Row
 from .shapes import first_line
@@ -64,7 +64,7 @@ def calls_of(model: nn.Module, args: tuple[Any, ...], device: torch.device) -> d
     for name, module in own.named_modules():
         if name and not isinstance(module, torch.jit.ScriptModule):
             module.register_forward_pre_hook(functools.partial(seen, name), with_kwargs=True)
-    with torch.no_grad():
+    with plain_modes():
         own(*drawn(args, device))
     return found
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .capture import Refused, flatten
+from .capture import Refused, flatten, plain_modes
 from .shapes import first_line
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _inputs(call: Call) -> Iterator[Call]:
 
 def _result(function: Callable[..., Any], given: Any) -> Any:
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, given)
-    with torch.no_grad():
+    with plain_modes():
         return function(*args, **kwargs)
 
 

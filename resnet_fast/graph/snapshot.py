@@ -219,7 +219,9 @@ class OptimizedModule(nn.Module):
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         if isinstance(self._plain, tuple):
             self._plain[0]._apply(lambda tensor: tensor.to(fn(torch.empty(0, device=tensor.device)).device))
-        capture.move(self.graph_module, fn(torch.empty(0, device=self._device)).device)
+        device = fn(torch.empty(0, device=self._device)).device
+        capture.move(self.graph_module, self._device, device)
+        self._device = device
         return self
 
     def extra_repr(self) -> str:

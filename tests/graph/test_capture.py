@@ -438,3 +438,41 @@ def test_an_exported_program_can_be_optimized(quiet: None) -> None:
     x = torch.rand(4, 3, 16, 16)
     with torch.no_grad():
         assert torch.allclose(fast(x), model(x), atol=1e-5)
+
+
+SCALE = torch.tensor([2.0])
+
+
+def test_tensors_from_elsewhere_are_frozen(quiet: None) -> None:
+    """Closures, globals and attributes that are no buffers: the snapshot has them as they were."""
+    held = {"shift": torch.tensor([1.0])}
+    model = randomise(Lambda(lambda self, x: self.a(x) * SCALE + held["shift"] + self.offset[0], a=block()))
+    model.offset = [torch.ones(8, 1, 1)]
+    x = torch.rand(2, 3, 8, 8)
+    fast = optimize(model)
+    assert_same(fast, model, x)
+    want = fast(x)
+    held["shift"].fill_(5)
+    assert torch.equal(fast(x), want)
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_the_callers_mode_does_not_matter(mode: Callable[[], Any], quiet: None) -> None:
+    model, x = randomise(Lambda(lambda self, x: self.a(x).add_(1)[:, 1:].mul_(2), a=block())), torch.rand(2, 3, 8, 8)
+    with mode():
+        fast = optimize(model)
+    assert_same(fast, model, x)
+    assert fused_ops(fast) == 2
+
+
+def test_inference_mode_inside(quiet: None) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            y = self.a(x)
+            y[:, :2] = 0
+            return self.b(y).clone()
+
+    model = randomise(Lambda(forward, a=block(), b=block(8, 8)))
+    assert_same(optimize(model), model, torch.rand(2, 3, 8, 8))
