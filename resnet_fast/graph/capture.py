@@ -80,14 +80,12 @@ class Captured:
             result itself if it is a tensor).
         arguments: how a call's arguments become these tensors. form: of the result, None if it is a tensor.
         guarded: whether the graph asks about sizes, so that it may raise ``OutsideGuards``.
-        writes_own: whether it writes into a parameter or buffer.
     """
 
     gm: fx.GraphModule
     arguments: Arguments
     form: Any
     guarded: bool
-    writes_own: bool
 
 
 class Arguments:
@@ -581,8 +579,7 @@ def capture(
             raise Refused("it writes into its argument")
     _mark_made(gm)
     guarded = any(node.target in (guards.expect, guards.expect_length) for node in gm.graph.nodes)
-    own = any(source.op == "get_attr" for node in gm.graph.nodes for source in node.meta.get("written", ()))
-    return Captured(gm, arguments, None if isinstance(result, Tensor) else form, guarded, own)
+    return Captured(gm, arguments, None if isinstance(result, Tensor) else form, guarded)
 
 
 @contextmanager

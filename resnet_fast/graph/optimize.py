@@ -167,34 +167,24 @@ def _snapshot(
     notes = ir.Notes(list(said))
     captured = capture.confirmed(lambda: copies.shared(own), *call, device, part)
     gm, inputs = captured.gm, _metas(tuple(captured.arguments.tensors_of(*call)))
-    stateful = captured.writes_own
-    if stateful and part:
-        raise capture.Refused("it changes a tensor of its own at each run")
     layers = _annotate(gm)
-    image = None
     try:
         normalize(gm, notes)
     except SharedMemoryError as error:
-        captured = capture.capture(copies.shared(own), *call, device, part)
-        gm = copies.rebuilt(captured.gm)
-        layers = _annotate(gm)
-        for layer in layers:
-            layer.reason = f"in-place writes are kept as they are: {error}"
-        notes.add(f"nothing is fused: {error}")
-    else:
-        image = shapes.image_input(gm)
-        shapes.mark_equal_adds(gm, inputs)
-        hoist_sizes(gm)
-        fold_bn(gm, torch.float64 if torch.float64 in (target, original) else torch.float32)
-        fuse_act(gm)
-        fuse_add(gm)
-        fuse_stem(gm)
-        fuse_head(gm)
-        if (backends.current() if options.backend == "auto" else options.backend) == cuda.NAME:
-            notes.add("no bottleneck_tail is planned, there is no CUDA kernel of it")
-        elif options.planned is not None:
-            fuse_tail(gm, options.planned, target, notes)
-        gm = plan.lower(gm, target, options.backend)
+        raise capture.Refused(f"in-place writes are kept as they are: {error}") from error
+    image = shapes.image_input(gm)
+    shapes.mark_equal_adds(gm, inputs)
+    hoist_sizes(gm)
+    fold_bn(gm, torch.float64 if torch.float64 in (target, original) else torch.float32)
+    fuse_act(gm)
+    fuse_add(gm)
+    fuse_stem(gm)
+    fuse_head(gm)
+    if (backends.current() if options.backend == "auto" else options.backend) == cuda.NAME:
+        notes.add("no bottleneck_tail is planned, there is no CUDA kernel of it")
+    elif options.planned is not None:
+        fuse_tail(gm, options.planned, target, notes)
+    gm = plan.lower(gm, target, options.backend)
     if target is not written:
         capture.retype(gm, written, target)
     _freeze(gm, target)
@@ -202,8 +192,6 @@ def _snapshot(
     if guards:
         measured = "1 tensor is" if guards == 1 else f"{guards} tensors are"
         notes.add(f"{measured} measured at each run for values near overflow; not counted in the bytes moved")
-    if options.check and stateful:
-        notes.add("the result was not compared with the model: it changes a tensor of its own at each run")
     recorded = not part and _records(gm, options.cuda_graphs, device, notes)
     report = _report(gm, type(own).__name__, layers, inputs, target, original, options.backend, notes)
     plain: Any = own.forward if part else None
@@ -223,7 +211,7 @@ def _snapshot(
     result.channels_last = any(suggests_channels_last(p) for p in own.parameters() if p.dim() == 4)
     for node in gm.graph.nodes:
         node.meta = {}
-    if options.check and not stateful:
+    if options.check:
         selfcheck.check(result, own.forward if part else copies.shared(own), call, options.device, written, target)
     return result
 
