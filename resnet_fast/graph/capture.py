@@ -10,6 +10,7 @@ normalize.py.
 from __future__ import annotations
 
 import dataclasses
+import dis
 import functools
 import inspect
 import itertools
@@ -21,16 +22,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
 )
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.printers import PythonPrinter
 
 from resnet_fast.nn import pristine
 
@@ -47,8 +45,11 @@ _INERT = (
 _UNKNOWN_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 #: Reading these says something about memory that a fused graph does not keep.
 _OF_MEMORY = {
-    "as_strided", "as_strided_", "data_ptr", "stride", "storage", "storage_offset", "untyped_storage", "nbytes", "set_",
+    "as_strided", "as_strided_", "data_ptr", "is_contiguous", "is_set_to", "_version", "stride", "storage",
+    "storage_offset", "untyped_storage", "nbytes", "set_",
 }  # fmt: skip
+#: Asking these of an input is a decision by its type or its number of dimensions.
+_KIND = {"dtype", "ndim", "dim", "ndimension", "is_floating_point", "is_complex"}
 _DUNDER_NAMES = {"div": "truediv", "rdiv": "rtruediv", "and": "and_", "or": "or_", "xor": "xor"}
 _ARITHMETIC: dict[str, Any] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv,
@@ -79,13 +80,15 @@ class Captured:
         gm: takes the tensors of the module's arguments, in their order, and returns the leaves of its result (the
             result itself if it is a tensor).
         arguments: how a call's arguments become these tensors. form: of the result, None if it is a tensor.
-        guarded: whether the graph asks about sizes, so that it may raise ``OutsideGuards``.
+        guarded: whether the code may do something else for other inputs: it asks about sizes, about an input's type or
+            dimensions, or catches exceptions. asks_kind: the second of these.
     """
 
     gm: fx.GraphModule
     arguments: Arguments
     form: Any
     guarded: bool
+    asks_kind: bool
 
 
 class Arguments:
@@ -96,14 +99,23 @@ class Arguments:
         self._form = self._bound(args, kwargs)
         leaves, spec = pytree.tree_flatten(self._form)
         self._form = pytree.tree_unflatten([_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
-        self.ranks = [leaf.dim() for leaf in leaves if isinstance(leaf, Tensor)]
+        self._kinds = [(leaf.dim(), leaf.dtype) for leaf in leaves if isinstance(leaf, Tensor)]
         #: Whether every call that the module accepts has the form of these.
-        self.fixed = len(self._signature.parameters) == 1 and len(leaves) == 1 and isinstance(leaves[0], Tensor)
+        values = list(self._form.values())
+        self.fixed = len(self._signature.parameters) == 1 and values == [_TENSOR]
+        for leaf in leaves:
+            if not isinstance(leaf, (Tensor, *_INERT)):
+                raise Refused(f"an argument holds a {type(leaf).__module__}.{type(leaf).__qualname__}")
 
     def _bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         bound = self._signature.bind(*args, **kwargs)
+        given = set(bound.arguments)
         bound.apply_defaults()
-        return dict(bound.arguments)
+        return {
+            name: value
+            for name, value in bound.arguments.items()
+            if name in given or not isinstance(value, Tensor)  # the code has its own default
+        }
 
     def tensors_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Return the tensors of a call in the order of the graph's inputs.
@@ -123,8 +135,11 @@ class Arguments:
                 if not (isinstance(leaf, Tensor) if value is _TENSOR else _equal(leaf, value)):
                     raise guards.OutsideGuards(f"an argument is not {_short(value)}, as it was")
             found = [leaf for leaf, value in zip(leaves, values, strict=True) if value is _TENSOR]
-        if any(leaf.dim() != rank for leaf, rank in zip(found, self.ranks, strict=True)):
-            raise guards.OutsideGuards("a tensor of another number of dimensions")
+        for leaf, (rank, dtype) in zip(found, self._kinds, strict=True):
+            if leaf.dim() != rank:
+                raise guards.OutsideGuards("a tensor of another number of dimensions")
+            if leaf.dtype is not dtype and not (leaf.is_floating_point() and dtype.is_floating_point):
+                raise guards.OutsideGuards("a tensor of another type")
         return found
 
     def placeholders(self) -> Iterator[str]:
@@ -224,6 +239,52 @@ def _leaves(value: Any) -> list[Any]:
     return found
 
 
+class _Numbers(Exception):
+    """Symbols do not stand for the sizes in this computation: numbers must."""
+
+
+class Symbols:
+    """Symbolic sizes, and what is decided by them."""
+
+    def __init__(self) -> None:
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv  # it imports sympy
+
+        self._env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
+        self._count = 0
+
+    def made(self, size: int) -> tuple[Any, str]:
+        """Return a symbolic size that is ``size`` now, and its symbol's name."""
+        from torch._dynamo.source import ConstantSource
+        from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+        source = ConstantSource(f"size{self._count}")
+        self._count += 1
+        # Not known to be positive: a batch may be empty.
+        symbol = self._env.create_symbol(
+            size, source, dynamic_dim=DimDynamic.DYNAMIC, positive=None, do_not_specialize_zero_one=True
+        )
+        return self._env.create_symintnode(symbol, hint=size, source=source), str(symbol)
+
+    def guards(self) -> list[Any]:
+        """Return the expressions that were found true so far."""
+        return [guard.expr for guard in self._env.guards]
+
+
+def _source(expression: Any, names: list[str]) -> str:
+    """Return an expression as Python, its symbols as s0, s1 ...
+
+    Raises:
+        _Numbers: it has decimal factors, which sympy has put together in another order than Python would.
+    """
+    import sympy  # type: ignore[import-untyped]
+    from torch.utils._sympy.printers import PythonPrinter
+
+    for factor in expression.atoms(sympy.Float):
+        if not (float(factor) * 1024).is_integer():
+            raise _Numbers
+    return guards.numbered(PythonPrinter().doprint(expression), names)
+
+
 class _Recorder(pristine.Capturing):
     """Writes every call of torch down that gives or changes a tensor."""
 
@@ -235,10 +296,13 @@ class _Recorder(pristine.Capturing):
         self._attributes = {id(t): name for name, t in (*root.named_parameters(), *root.named_buffers())}
         self._constants: dict[int, tuple[Tensor, str]] = {}
         self._nodes: dict[int, tuple[Tensor, fx.Node]] = {}
-        self._env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
+        self._env = None if fixed else Symbols()
         self._sizes: dict[tuple[fx.Node, int], Any] = {}
         self._queries: dict[str, tuple[fx.Node, int]] = {}
         self._guards = 0
+        self._inputs: list[Tensor] = []
+        self.asks_kind = False
+        self._failed = ""
         self._owners: list[Layer | None] = []  # of the modules that are running; None for those that are not torch.nn's
 
     # ------------------------------------------------------------------------------------------------ what is called
@@ -250,9 +314,14 @@ class _Recorder(pristine.Capturing):
             name = func.__self__.__name__
         first = args[0] if args and isinstance(args[0], Tensor) else None
         if first is not None and name in _OF_MEMORY and _is_method(func):
+            self._failed = name
             raise Refused(f"it asks for a tensor's {name}, which a fused graph does not keep")
+        if first is not None and name in _KIND and any(first is given for given in self._inputs):
+            self.asks_kind = True
         if first is not None and (name in ("shape", "size", "numel", "nelement", "__len__")):
             return self._size(first, name, *args[1:], **kwargs)
+        if name in ("batch_norm", "instance_norm") and _updates_statistics(func, args, kwargs):
+            raise Refused(f"its {name} updates running statistics")
         if first is not None and name in ("squeeze", "squeeze_"):
             self._squeezed(first, *args[1:], **kwargs)
         self._flush()
@@ -261,7 +330,15 @@ class _Recorder(pristine.Capturing):
         if _may_write(name, kwargs) and any(tensor.is_inference() for tensor in held):
             raise Refused(f"it calls {name} in inference mode, where nobody counts what is written")
         before = [_version(tensor) for tensor in held]
-        result = func(*given[0], **given[1])
+        try:
+            result = func(*given[0], **given[1])
+        except Exception:
+            self._failed = name
+            raise
+        if not self._fixed and any(isinstance(leaf, _SYMBOLIC) for leaf in _leaves((args, kwargs))):
+            for leaf in _leaves(result):
+                if isinstance(leaf, FakeTensor):
+                    leaf.constant = None  # made of a size: nobody may decide by its value of now
         written = [tensor for tensor, version in zip(held, before, strict=True) if _version(tensor) != version]
         made = [leaf for leaf in _leaves(result) if isinstance(leaf, Tensor)]
         if not made and not written:
@@ -334,7 +411,8 @@ class _Recorder(pristine.Capturing):
             raise Refused("a tensor comes from elsewhere than a call of torch: an earlier run, or a C++ extension")
         name = self._attributes.get(id(tensor))
         if name is None:
-            name = f"_tensor_constant{len(self._constants)}"
+            count = len(self._constants)
+            name = next(name for n in itertools.count(count) if not hasattr(self._root, name := f"_tensor_constant{n}"))
             self._constants[id(tensor)] = tensor, name
             self._attributes[id(tensor)] = name
         node = self.graph.create_node("get_attr", name)
@@ -351,6 +429,7 @@ class _Recorder(pristine.Capturing):
             fake: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device=device or tensor.device)
         node.meta["written"] = []
         self._keep(node, fake)
+        self._inputs.append(fake)
         return cast(Tensor, fake)
 
     def keep_constants(self) -> None:
@@ -358,8 +437,21 @@ class _Recorder(pristine.Capturing):
         for tensor, name in self._constants.values():
             self._root.register_buffer(name, tensor.detach().clone())
 
-    def give(self, leaves: list[Any], single: bool) -> None:
+    def drop_constants(self) -> None:
+        """Take them away again: the root may be captured once more."""
+        for _, name in self._constants.values():
+            del self._root._buffers[name]
+
+    def give(self, leaves: list[Any], single: bool, part: bool) -> None:
         """End the graph with these results."""
+        if self._failed:
+            raise Refused(f"it goes on after {self._failed} has failed")
+        if part:
+            tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
+            own = [_storage(leaf) for leaf in tensors.values()]
+            given = {_storage(leaf) for key, leaf in ((id(leaf), leaf) for leaf in self._inputs) if key not in tensors}
+            if len(set(own)) != len(own) or given & set(own):
+                raise Refused("its results share memory, which their reader may write into")
         self._flush()
         values = [self._argument(leaf) for leaf in leaves]
         self.graph.output(values[0] if single else values)
@@ -383,14 +475,9 @@ class _Recorder(pristine.Capturing):
                 self._sizes[node, dim] = _size_of(tensor, dim)
             return self._sizes[node, dim]
         if (node, dim) not in self._sizes:
-            name = f"size{len(self._sizes)}"
-            source = ConstantSource(name)
-            hint = _size_of(tensor, dim)
-            symbol = self._env.create_symbol(
-                hint, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
-            )
-            self._queries[str(symbol)] = node, dim
-            self._sizes[node, dim] = self._env.create_symintnode(symbol, hint=hint, source=source)
+            assert self._env is not None
+            self._sizes[node, dim], symbol = self._env.made(_size_of(tensor, dim))
+            self._queries[symbol] = node, dim
         return self._sizes[node, dim]
 
     def _squeezed(self, tensor: Tensor, dim: Any = None) -> None:
@@ -405,8 +492,7 @@ class _Recorder(pristine.Capturing):
         names, sizes = self._operands(expression)
         if str(expression) == names[0]:
             return sizes[0]
-        source = guards.numbered(PythonPrinter().doprint(expression), names)
-        return self.graph.call_function(guards.compute, (source, *sizes))
+        return self.graph.call_function(guards.compute, (_source(expression, names), *sizes))
 
     def _operands(self, expression: Any) -> tuple[list[str], list[fx.Node]]:
         names = sorted((str(symbol) for symbol in expression.free_symbols), key=list(self._queries).index)
@@ -426,12 +512,10 @@ class _Recorder(pristine.Capturing):
                 asked.meta.update(written=[], value=size)
                 self.graph.call_function(guards.expect, (f"s0 == {size}", asked)).meta["written"] = []
             self._asked = len(self._sizes)
-        for guard in self._env.guards[self._guards :]:
+        for guard in [] if self._env is None else self._env.guards()[self._guards :]:
             self._guards += 1
-            names, sizes = self._operands(guard.expr)
-            source = guards.numbered(PythonPrinter().doprint(guard.expr), names)
-            self.graph.call_function(guards.expect, (source, *sizes)).meta["written"] = []
-        self._guards = len(self._env.guards)
+            names, sizes = self._operands(guard)
+            self.graph.call_function(guards.expect, (_source(guard, names), *sizes)).meta["written"] = []
 
     # --------------------------------------------------------------------------------------------------------- modules
 
@@ -492,6 +576,17 @@ def _version(tensor: Tensor) -> int:
 def _may_write(name: str, kwargs: Mapping[str, Any]) -> bool:
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name == "__setitem__" or "inplace" in kwargs or "out" in kwargs
+
+
+def _updates_statistics(func: Any, args: Any, kwargs: Any) -> bool:
+    """Return whether a normalisation writes statistics, which no tensor's version tells."""
+    try:
+        bound = inspect.signature(func).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # torch's own function in C++: (input, weight, bias, mean, variance, training, ...)
+        return len(args) > 5 and args[3] is not None and args[5] is True
+    bound.apply_defaults()
+    training = bound.arguments.get("training", bound.arguments.get("use_input_stats", False))
+    return bool(training) and bound.arguments.get("running_mean") is not None
 
 
 def _storage(tensor: Tensor) -> int:
@@ -560,9 +655,12 @@ def capture(
     held = [(module, dict(module._parameters), dict(module._buffers)) for module in root.modules()]
     try:
         with plain_modes(), recorder.watching(), fake_mode, recorder:
+            before = _identities(given)
             result = (root.forward if part else root)(*given[0], **given[1])
+            if _identities(given) != before:
+                raise Refused("it writes into a list or dictionary that it is given")
             leaves, form = flatten(result)
-            recorder.give(leaves, isinstance(result, Tensor))
+            recorder.give(leaves, isinstance(result, Tensor), part)
     except _UNKNOWN_VALUES as error:
         raise Refused(f"its code decides by values ({first_line(error)})") from error
     finally:
@@ -571,6 +669,7 @@ def capture(
         raise Refused(f"it puts what it computes in the place of {replaced[0]}, a parameter or buffer of its own")
     recorder.keep_constants()
     gm = fx.GraphModule(root, recorder.graph, class_name=type(root).__name__)
+    recorder.drop_constants()
     gm.training = False
     for node in gm.graph.nodes:
         if "fake" in node.meta:
@@ -579,7 +678,16 @@ def capture(
             raise Refused("it writes into its argument")
     _mark_made(gm)
     guarded = any(node.target in (guards.expect, guards.expect_length) for node in gm.graph.nodes)
-    return Captured(gm, arguments, None if isinstance(result, Tensor) else form, guarded)
+    guarded |= recorder.asks_kind or any(_catches(module) for module in root.modules())
+    return Captured(gm, arguments, None if isinstance(result, Tensor) else form, guarded, recorder.asks_kind)
+
+
+def _catches(module: nn.Module) -> bool:
+    """Return whether a module's own forward catches exceptions (or has a ``with``, which looks the same)."""
+    code = getattr(inspect.unwrap(module.forward), "__code__", None)
+    if code is None or type(module).__module__.startswith("torch."):
+        return False
+    return any(step.opname in ("SETUP_FINALLY", "PUSH_EXC_INFO") for step in dis.get_instructions(code))
 
 
 @contextmanager
@@ -592,6 +700,11 @@ def plain_modes() -> Iterator[None]:
         yield
 
 
+def _identities(value: Any) -> tuple[str, list[int]]:
+    leaves, spec = pytree.tree_flatten(value)
+    return str(spec), [id(leaf) for leaf in leaves]
+
+
 def _restored(
     module: nn.Module, parameters: dict[str, Any], buffers: dict[str, Any], fake_mode: FakeTensorMode
 ) -> list[str]:
@@ -599,8 +712,6 @@ def _restored(
     changed = []
     for kept, now in ((parameters, module._parameters), (buffers, module._buffers)):
         for name in {**kept, **now}:
-            if name.startswith("_tensor_constant"):
-                continue
             tensor, found = kept.get(name), now.get(name)
             if found is not tensor and (tensor is None or found is not fake_mode.from_tensor(tensor)):
                 changed.append(f"{type(module).__name__}.{name}")
@@ -612,30 +723,35 @@ def _restored(
 
 
 def confirmed(
-    make: Callable[[], nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device, part: bool
+    make: Callable[[], nn.Module],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    device: torch.device,
+    part: bool,
+    fixed: bool = False,
 ) -> Captured:
     """Capture a module, then once more for another batch and image size, and see that the graphs are equal.
 
     Sizes are plain numbers to code that can do nothing with symbols; the graph is for these sizes then.
 
     Args:
-        make: gives the module, each time a new copy.
+        make: gives the module, each time a new copy. fixed: whether sizes are plain numbers from the beginning.
 
     Raises:
         Refused: they are not: the code keeps a state, draws random numbers of Python's, or makes a number of a size
             in a way that cannot be followed.
         Exception: whatever the module raises for such arguments.
     """
-    root, fixed = make(), False
+    root = make()
     try:
-        captured = capture(root, args, kwargs, device, part)
+        captured = capture(root, args, kwargs, device, part, fixed)
     except Refused:
         raise
     except Exception:
         root, fixed = make(), True
         captured = capture(root, args, kwargs, device, part, fixed)
     # The same module once more, so that what it has kept since then counts.
-    for more in ((0, 0, 0, 0),) if fixed else ((1, 0, 32, 64), (1, 0, 0, 0), (0, 0, 0, 0)):
+    for more in ((0, 0, 0, 0),) if fixed else ((1, 0, 32, 32), (1, 0, 0, 0), (0, 0, 0, 0)):
         larger = pytree.tree_map_only(Tensor, functools.partial(_grown, more=more), (tuple(args), dict(kwargs)))
         if shapes.run(captured.gm, captured.arguments.tensors_of(*larger)).outside:
             continue

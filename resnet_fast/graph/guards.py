@@ -33,8 +33,17 @@ def numbered(source: str, names: list[str]) -> str:
     return re.sub(r"\b[A-Za-z_]\w*\b", lambda match: found.get(match[0], match[0]), source)
 
 
+def _traced(function: Callable[..., Any], *args: Any) -> Any:
+    """Return a proxy for the call if torch.fx traces a graph, as it does to load one, else None."""
+    proxy = next((arg for arg in args if isinstance(arg, torch.fx.Proxy)), None)
+    return None if proxy is None else proxy.tracer.create_proxy("call_function", function, args, {})
+
+
 def compute(source: str, *sizes: int) -> Any:
     """Return the value of an expression of sizes."""
+    traced = _traced(compute, source, *sizes)
+    if traced is not None:
+        return traced
     return _function(source, len(sizes))(*sizes)
 
 
@@ -44,7 +53,7 @@ def expect(source: str, *sizes: int) -> None:
     Raises:
         OutsideGuards: it does not.
     """
-    if not _function(source, len(sizes))(*sizes):
+    if _traced(expect, source, *sizes) is None and not _function(source, len(sizes))(*sizes):
         raise OutsideGuards(f"{source} does not hold of their sizes")
 
 
@@ -54,6 +63,9 @@ def expect_length(values: Any, length: int) -> Any:
     Raises:
         OutsideGuards: there are more or fewer than ``length``.
     """
+    traced = _traced(expect_length, values, length)
+    if traced is not None:
+        return traced
     if len(values) != length:
         raise OutsideGuards(f"there are not {length} of them")
     return values

@@ -5,6 +5,7 @@ The order of the passes and the module they end in are here; what each does is i
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -113,7 +114,7 @@ def optimize(
     written = target if mixed else original
     # A snapshot for a GPU that is not here, or without data, is made to be looked at, not to be run.
     elsewhere = device.type == "meta" or (planned is not None and device.type != "cuda")
-    options = _Options(target, written, original, device, backend, cuda_graphs, planned, check and not elsewhere)
+    options = _Options(target, written, original, device, backend, cuda_graphs, planned, not elsewhere, check)
     refused, failed = "", ""
     for args in _examples(model, example_inputs, 1 if planned is None else _PLANNED_BATCH, written):
         try:
@@ -147,17 +148,24 @@ class _Options(NamedTuple):
     backend: str
     cuda_graphs: bool | str
     planned: gpus.GPU | None
+    runs: bool
     check: bool
 
 
 def _snapshot(
-    own: nn.Module, call: parts.Call, options: _Options, said: tuple[str, ...] = (), part: bool = False
+    own: nn.Module,
+    call: parts.Call,
+    options: _Options,
+    said: tuple[str, ...] = (),
+    part: bool = False,
+    fixed: bool = False,
 ) -> OptimizedModule:
     """Return the snapshot of ``own``, captured with these arguments.
 
     Args:
         said: notes for the report.
         part: ``own`` is called by the code of another model: its own hooks and its forward stay in use there.
+        fixed: sizes are plain numbers to its code, and the snapshot is for these.
 
     Raises:
         Refused: it cannot be captured whole, or its snapshot gives another answer.
@@ -165,7 +173,11 @@ def _snapshot(
     """
     target, written, original, device = options.target, options.written, options.original, options.device
     notes = ir.Notes(list(said))
-    captured = capture.confirmed(lambda: copies.shared(own), *call, device, part)
+    answers = None
+    if options.runs:
+        alone = copies.copied(own)
+        answers = selfcheck.Answers(alone.forward if part else alone, call, device, options.check)
+    captured = capture.confirmed(lambda: copies.shared(own), *call, device, part, fixed)
     gm, inputs = captured.gm, _metas(tuple(captured.arguments.tensors_of(*call)))
     layers = _annotate(gm)
     try:
@@ -202,17 +214,26 @@ def _snapshot(
         report,
         target,
         original,
-        None if image is None or part else ImageInput(str(image[0].target), image[1]),
+        None if image is None or part or captured.asks_kind else ImageInput(str(image[0].target), image[1]),
         captured,
         plain,
         device,
+        written,
+        part,
         recorded,
     )
     result.channels_last = any(suggests_channels_last(p) for p in own.parameters() if p.dim() == 4)
     for node in gm.graph.nodes:
         node.meta = {}
-    if options.check:
-        selfcheck.check(result, own.forward if part else copies.shared(own), call, options.device, written, target)
+    if answers is not None:
+        try:
+            answers.compare(result, written, target)
+        except capture.Refused:
+            if fixed:
+                raise
+            return _snapshot(
+                own, call, options, said, part, fixed=True
+            )  # it may have asked what kind of number a size is
     return result
 
 
@@ -223,7 +244,15 @@ def _in_parts(own: nn.Module, args: tuple[Any, ...], options: _Options, why: str
     except Exception:
         return None
     found, reasons = parts.split(own, calls, lambda child, call: _snapshot(child, call, options, part=True))
-    result = parts.assemble(own, found, reasons, why, options.target, options.original)
+    call = parts.Call(args, {})
+    result = parts.assemble(copies.shared(own), found, reasons, why, options.target, options.original)
+    if options.runs and options.check:
+        try:
+            answers = selfcheck.Answers(copies.copied(own), call, options.device, compared=True)
+            answers.compare(copy.deepcopy(result), options.written, options.target)
+        except capture.Refused as error:
+            why = f"{why}; with its parts fused, {error}"
+            result = parts.assemble(own, {}, reasons, why, options.target, options.original)
     warnings.warn(f"optimize: {result.report().notes[0]}", stacklevel=3)
     return result
 

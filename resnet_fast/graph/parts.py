@@ -48,25 +48,51 @@ def drawn(value: Any, device: torch.device) -> Any:
 def calls_of(model: nn.Module, args: tuple[Any, ...], device: torch.device) -> dict[str, Call]:
     """Run a model and return how its code calls each of its modules.
 
-    Modules that are called under autocast or with gradients are left out.
+    Modules that are called under autocast or with gradients are left out, and those that the code around them, or they
+    themselves, change: their forward is not all that matters.
 
     Raises:
         Exception: whatever the model raises.
     """
     found: dict[str, Call] = {}
+    changed: set[str] = set()
+    states: dict[str, Any] = {}
 
     def seen(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         on = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or torch.is_grad_enabled()
-        if name not in found and not on:
-            found[name] = Call(*pytree.tree_map_only(Tensor, _without_data, (args, kwargs)))
+        if on or _state(module) != states[name]:
+            changed.add(name)
+        found.setdefault(name, Call(*pytree.tree_map_only(Tensor, _without_data, (args, kwargs))))
 
     own = copies.copied(model)  # it may change tensors of its own
-    for name, module in own.named_modules():
-        if name and not isinstance(module, torch.jit.ScriptModule):
+    modules = {name: module for name, module in own.named_modules() if name}
+    for name, module in modules.items():
+        if not isinstance(module, torch.jit.ScriptModule):
             module.register_forward_pre_hook(functools.partial(seen, name), with_kwargs=True)
+    states.update({name: _state(module) for name, module in modules.items()})
     with plain_modes():
         own(*drawn(args, device))
-    return found
+    changed.update(name for name, module in modules.items() if _state(module) != states[name])
+    return {name: call for name, call in found.items() if name not in changed}
+
+
+def _state(module: nn.Module) -> list[Any]:
+    """Return what tells whether somebody changes a module: attributes, tensors, hooks and modes, its children's too."""
+    return [
+        (name, key, id(value), value._version if isinstance(value, Tensor) and not value.is_inference() else None)
+        for name, inner in module.named_modules()
+        for key, value in _held(inner)
+    ]
+
+
+def _held(module: nn.Module) -> Iterator[tuple[Any, Any]]:
+    for key, value in vars(module).items():
+        yield key, value
+        if isinstance(value, dict | list | set):
+            yield (key, len(value)), None
+            yield from (
+                ((key, at), item) for at, item in (value.items() if isinstance(value, dict) else enumerate(value))
+            )
 
 
 def _without_data(tensor: Tensor) -> Tensor:

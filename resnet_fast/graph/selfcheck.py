@@ -21,43 +21,51 @@ if TYPE_CHECKING:
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
 
 
-def check(
-    snapshot: Callable[..., Any],
-    plain: Callable[..., Any],
-    call: Call,
-    device: torch.device,
-    written: torch.dtype,
-    target: torch.dtype,
-) -> None:
-    """Run both on one image, and on two of another size, and compare.
+class Answers:
+    """What a model's own code gives for one image, and for two of another size.
 
-    A model that gives two results for the same image is not compared, nor one whose result is not finite.
+    It is run before it is captured, so that what it keeps elsewhere than in itself, as caches do, are real tensors. A
+    model that gives two results for the same image is not compared later.
 
     Args:
-        written, target: what the plain code and the snapshot compute in.
-
-    Raises:
-        Refused: a result has another form, or is too far away.
+        plain: the code; it may change what it belongs to.
+        call: its arguments without data. device: where they are. compared: whether results are needed.
     """
-    from .parts import drawn
 
-    tolerance = TOLERANCES.get(target, 0.2)
-    for args, kwargs in _inputs(call):
-        given = drawn((args, kwargs), device)
-        try:
-            expected = _result(plain, given)
-        except Exception:  # the model takes no such image
-            continue
-        try:
-            found = _result(snapshot, given)
-        except Exception as error:
-            raise Refused(f"its snapshot fails: {first_line(error)}") from error
-        if written.itemsize > target.itemsize and not _finite(found):  # the narrower type's range, not another answer
-            continue
-        if (where := _difference(found, expected, tolerance)) and not _difference(
-            _result(plain, given), expected, tolerance / 10
-        ):
-            raise Refused(f"its snapshot gave another answer: {where}")
+    def __init__(self, plain: Callable[..., Any], call: Call, device: torch.device, compared: bool) -> None:
+        from .parts import drawn
+
+        self._plain = plain
+        self._known: list[tuple[Any, Any]] = []
+        for other in _inputs(call):
+            given = drawn(other, device)
+            try:
+                result = _result(plain, given)
+            except Exception:  # the model takes no such image
+                continue
+            if compared:
+                self._known.append((given, result))
+
+    def compare(self, snapshot: Callable[..., Any], written: torch.dtype, target: torch.dtype) -> None:
+        """Run a snapshot on the same images.
+
+        Args:
+            written, target: what the plain code and the snapshot compute in.
+
+        Raises:
+            Refused: it fails, or a result has another form or is too far away.
+        """
+        tolerance = TOLERANCES.get(target, 0.2)
+        for given, expected in self._known:
+            try:
+                found = _result(snapshot, given)
+            except Exception as error:
+                raise Refused(f"its snapshot fails: {first_line(error)}") from error
+            if written.itemsize > target.itemsize and not _finite(found):  # the range of the type, not another answer
+                continue
+            where = _difference(found, expected, tolerance)
+            if where and not _difference(_result(self._plain, given), expected, tolerance / 10):
+                raise Refused(f"its snapshot gave another answer: {where}")
 
 
 def _inputs(call: Call) -> Iterator[Call]:

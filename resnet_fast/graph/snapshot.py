@@ -51,6 +51,8 @@ class OptimizedModule(nn.Module):
         captured: capture.Captured,
         plain: Callable[..., Any] | None,
         device: torch.device,
+        written: torch.dtype,
+        part: bool = False,
         cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
@@ -61,7 +63,7 @@ class OptimizedModule(nn.Module):
         self._image = image
         self._arguments, self._form = captured.arguments, captured.form
         self._plain = (plain,) if isinstance(plain, nn.Module) else plain  # not one of this module's children
-        self._device = device
+        self._device, self._written, self._part = device, written, part
         self._certified = True  # finite.certify has seen these constants
         self._separable = not batching.why_not_separable(graph_module)
         self._pieces: dict[tuple[Any, ...], int] = {}
@@ -78,6 +80,9 @@ class OptimizedModule(nn.Module):
         if capturing() or torch.compiler.is_compiling():  # who writes the ops down decides by no value and no layout
             leaves = self.graph_module(*self._arguments.tensors_of(args, kwargs))
             return leaves if self._form is None else capture.unflatten(self._form, leaves)
+        if self._part and _observed():
+            assert callable(self._plain)
+            return self._plain(*args, **kwargs)
         if self._image is not None:
             self._check_image(args[0] if args else kwargs.get(self._image.name))
         with torch.no_grad():
@@ -126,9 +131,13 @@ class OptimizedModule(nn.Module):
         if self._plain is None:
             raise ValueError(f"{self._report.model}: the snapshot was not made for such inputs: {reason}") from reason
         backends.fallback("optimize", f"the model's own code runs, unfused, for some inputs: {reason}")
-        args, kwargs = as_dtype((args, kwargs), None, self.output_dtype)
         plain = self._plain[0] if isinstance(self._plain, tuple) else self._plain
-        return plain(*args, **kwargs)
+        args, kwargs = as_dtype((args, kwargs), None, self._written)
+        with ExitStack() as stack:
+            for device in () if self._part else ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return as_dtype(plain(*args, **kwargs), self._written, self.output_dtype)
 
     def _laid_out(self, result: Any, given: Any) -> Any:
         """Feature maps as the original gives them: NCHW unless an image or a weight of it is channels_last."""
@@ -239,7 +248,7 @@ class PartlyOptimizedModule(OptimizedModule):
         nn.Module.__init__(self)
         self.training = False
         self.model = model
-        self.parts = nn.ModuleList(parts.values())
+        self.parts = nn.ModuleList(parts.values()).eval()
         self.dtype = dtype
         self._report = report
         for name, part in parts.items():
@@ -283,6 +292,12 @@ def _refuse_export(args: Any) -> None:
         way = "traced by torch.fx"
     if way:
         raise TypeError(f"a snapshot cannot be {way}; {_EXPORT}")
+
+
+def _observed() -> bool:
+    """Return whether the code around a part asks for more than its values: gradients, autocast, a transform."""
+    autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return torch.is_grad_enabled() or autocast or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _may_record() -> bool:

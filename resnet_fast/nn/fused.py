@@ -50,7 +50,7 @@ def must_be_plain(x: object, *others: Tensor | None) -> bool:
     if (
         transformed()
         or not isinstance(x, Tensor)
-        or capturing()
+        or (torch._C._len_torch_function_stack() and capturing())
         or x.dim() != 4
         or torch._C._get_tracing_state() is not None
         or torch.onnx.is_in_onnx_export()
@@ -361,7 +361,7 @@ def laid_out(y: Tensor, x: Tensor, *convs: Any) -> Tensor:
     Args:
         convs: the convolutions between the two.
     """
-    if capturing():
+    if torch._C._len_torch_function_stack() and capturing():
         return y
     traced = torch._C._get_tracing_state() is not None  # which warns of decisions by sizes
     if isinstance(x, Tensor) and x.dim() == 4 and not traced and suggests_channels_last(x):
@@ -394,7 +394,7 @@ def stem(x: Tensor, conv: Any, bn: nn.Module, act: nn.Module, pool: nn.Module, l
         and as_pair(pool.padding) == ((0, 0) if ceil_mode else (1, 1))
         and not pool.return_indices
     )
-    if type(pool) is not nn.MaxPool2d or (not capturing() and not untouched(pool)):  # it may tell memory formats apart
+    if type(pool) is not nn.MaxPool2d or not (capturing() or untouched(pool)):  # it may tell memory formats apart
         return pool(laid_out(conv_bn_act(x, conv, bn, act), x, conv))
     if not usual_pool or must_be_plain(x):
         return pool(conv_bn_act(x, conv, bn, act))
