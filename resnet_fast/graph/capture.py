@@ -46,7 +46,7 @@ _UNKNOWN_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 #: Reading these says something about memory that a fused graph does not keep.
 _OF_MEMORY = {
     "as_strided", "as_strided_", "data_ptr", "is_contiguous", "is_set_to", "_version", "stride", "storage",
-    "storage_offset", "untyped_storage", "nbytes", "set_",
+    "storage_offset", "untyped_storage", "nbytes", "names", "set_",
 }  # fmt: skip
 #: Asking these of an input is a decision by its type or its number of dimensions.
 _KIND = {"dtype", "ndim", "dim", "ndimension", "is_floating_point", "is_complex"}
@@ -141,6 +141,10 @@ class Arguments:
             if leaf.dtype is not dtype and not (leaf.is_floating_point() and dtype.is_floating_point):
                 raise guards.OutsideGuards("a tensor of another type")
         return found
+
+    def is_tensor(self, name: str) -> bool:
+        """Return whether the argument of this name is a tensor itself, not a nest that holds some."""
+        return self._form.get(name) is _TENSOR
 
     def placeholders(self) -> Iterator[str]:
         """Yield a name for each tensor: its parameter's, with a number if the parameter holds several."""

@@ -185,6 +185,8 @@ def _snapshot(
     except SharedMemoryError as error:
         raise capture.Refused(f"in-place writes are kept as they are: {error}") from error
     image = shapes.image_input(gm)
+    if image is not None and (part or captured.asks_kind or not captured.arguments.is_tensor(str(image[0].target))):
+        image = None  # the author's code says what it takes
     shapes.mark_equal_adds(gm, inputs)
     hoist_sizes(gm)
     fold_bn(gm, torch.float64 if torch.float64 in (target, original) else torch.float32)
@@ -214,7 +216,7 @@ def _snapshot(
         report,
         target,
         original,
-        None if image is None or part or captured.asks_kind else ImageInput(str(image[0].target), image[1]),
+        None if image is None else ImageInput(str(image[0].target), image[1]),
         captured,
         plain,
         device,

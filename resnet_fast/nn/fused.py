@@ -394,7 +394,9 @@ def stem(x: Tensor, conv: Any, bn: nn.Module, act: nn.Module, pool: nn.Module, l
         and as_pair(pool.padding) == ((0, 0) if ceil_mode else (1, 1))
         and not pool.return_indices
     )
-    if type(pool) is not nn.MaxPool2d or not (capturing() or untouched(pool)):  # it may tell memory formats apart
+    if type(pool) is not nn.MaxPool2d or not (
+        (torch._C._len_torch_function_stack() and capturing()) or untouched(pool)
+    ):  # it may tell memory formats apart
         return pool(laid_out(conv_bn_act(x, conv, bn, act), x, conv))
     if not usual_pool or must_be_plain(x):
         return pool(conv_bn_act(x, conv, bn, act))
