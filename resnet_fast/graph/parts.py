@@ -79,10 +79,14 @@ def calls_of(model: nn.Module, args: tuple[Any, ...], device: torch.device) -> d
 def _state(module: nn.Module) -> list[Any]:
     """Return what tells whether somebody changes a module: attributes, tensors, hooks and modes, its children's too."""
     return [
-        (name, key, id(value), value._version if isinstance(value, Tensor) and not value.is_inference() else None)
-        for name, inner in module.named_modules()
-        for key, value in _held(inner)
+        (name, key, id(value), _digest(value)) for name, inner in module.named_modules() for key, value in _held(inner)
     ]
+
+
+def _digest(value: Any) -> float | None:
+    """Return a number that another content of a tensor changes, whoever wrote it."""
+    plain = type(value) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return value.detach().double().sum().item() if plain else None
 
 
 def _held(module: nn.Module) -> Iterator[tuple[Any, Any]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import io
+import math
 import pickle
 import threading
 import warnings
@@ -475,3 +478,217 @@ def test_inference_mode_inside(quiet: None) -> None:
 
     model = randomise(Lambda(forward, a=block(), b=block(8, 8)))
     assert_same(optimize(model), model, torch.rand(2, 3, 8, 8))
+
+
+# --------------------------------------------------------------------------------- decisions that sizes or types take
+
+
+def _skips_empty(self: Any, x: Tensor) -> Tensor:
+    return x.new_zeros(0, 7) if x.shape[0] == 0 else self.a(x)
+
+
+def _skips_empty_crop(self: Any, x: Tensor) -> Tensor:
+    crop = self.a(x)[:, :, 9:]
+    return crop.amax((2, 3)) if crop.numel() else crop.new_zeros(len(x), 8)
+
+
+def _bytes_or_floats(self: Any, x: Tensor) -> Tensor:
+    return self.a(x.float() / 255 if x.dtype == torch.uint8 else x)
+
+
+def _single_or_batch(self: Any, x: Tensor) -> Tensor:
+    return self.a(x[None] if x.ndim == 3 else x)
+
+
+def _by_layout(self: Any, x: Tensor) -> Tensor:
+    return self.a(x) if x.is_contiguous() else self.a(x) * 2
+
+
+def _swallows(self: Any, x: Tensor) -> Tensor:
+    with contextlib.suppress(Exception):
+        if x.max() > 10:
+            x = x / 255
+    return self.a(x)
+
+
+def _tries(self: Any, x: Tensor) -> Tensor:
+    try:
+        return self.a(x)[5]
+    except IndexError:
+        return self.a(x) * 2
+
+
+def _decides_by_a_tensor_of_a_size(self: Any, x: Tensor) -> Tensor:
+    return self.a(x) * 2 if torch.tensor(x.shape[2]) < 10 else self.a(x)
+
+
+def _decimal_factors(self: Any, x: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(self.a(x), (math.ceil(x.shape[2] * 0.1 * 3), 2))
+
+
+def _kind_of_number(self: Any, x: Tensor) -> Tensor:
+    height = x.shape[2]
+    return self.a(x) * (height if isinstance(height, int) else 1)
+
+
+def _updates_statistics(self: Any, x: Tensor) -> Tensor:
+    norm = self.a[0][1]
+    return F.batch_norm(self.a(x), norm.running_mean, norm.running_var, training=True) + norm.running_mean.sum()
+
+
+DECISIONS = [
+    _skips_empty, _skips_empty_crop, _bytes_or_floats, _single_or_batch, _by_layout, _swallows, _tries,
+    _decides_by_a_tensor_of_a_size, _decimal_factors, _kind_of_number, _updates_statistics,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", DECISIONS)
+def test_decisions(forward: Callable[..., Any], quiet: None) -> None:
+    model = randomise(Lambda(forward, a=block()))
+    fast = optimize(copy.deepcopy(model), example_inputs=torch.empty(1, 3, 16, 16))
+    images = [torch.rand(shape) for shape in ((1, 3, 16, 16), (0, 3, 16, 16), (7, 3, 5, 5), (2, 3, 20, 30))]
+    images.append(torch.rand(1, 3, 16, 16).contiguous(memory_format=torch.channels_last))
+    images.append(50 * torch.rand(1, 3, 16, 16))
+    if forward is _bytes_or_floats:
+        images.append(torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8))
+    if forward is _single_or_batch:
+        images.append(torch.rand(3, 16, 16))
+    for x in images:
+        if forward is _updates_statistics and not len(x):
+            continue
+        assert_same(fast, model, x, 1e-4)
+
+
+class Kept(nn.Module):
+    """A block that others change from outside, and that keeps what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.gain = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), 1.0
+        self.last: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = F.relu(self.bn(self.conv(x))) * self.gain
+        return self.last
+
+
+def _sets_attribute(self: Any, y: Tensor, value: float) -> Any:
+    self.b.gain = value + 3
+    return self.b(y)
+
+
+def _fills_weight(self: Any, y: Tensor, value: float) -> Any:
+    self.b.conv.weight.data.fill_(value)
+    return self.b(y)
+
+
+def _sets_stride(self: Any, y: Tensor, value: float) -> Any:
+    self.b.conv.stride = (2, 2)
+    return self.b(y)
+
+
+def _trains_norm(self: Any, y: Tensor, value: float) -> Any:
+    self.b.bn.train()
+    result = self.b(y)
+    self.b.bn.eval()
+    return result
+
+
+def _hooks_for_a_moment(self: Any, y: Tensor, value: float) -> Any:
+    seen: list[Tensor] = []
+    handle = self.b.conv.register_forward_hook(lambda module, args, result: seen.append(result))
+    self.b(y)
+    handle.remove()
+    return seen
+
+
+def _autocasts_later(self: Any, y: Tensor, value: float) -> Any:
+    first = self.b(y)
+    with torch.autocast("cpu", torch.bfloat16):
+        return first, self.b(y)
+
+
+def _differentiates(self: Any, y: Tensor, value: float) -> Any:
+    self.b(y)
+    with torch.enable_grad():
+        leaf = y.detach().requires_grad_()
+        return torch.autograd.grad(self.b(leaf).sum(), leaf)[0]
+
+
+def _writes_into_one_of_two(self: Any, y: Tensor, value: float) -> Any:
+    whole, part = self.two(y)
+    part.zero_()
+    return whole
+
+
+AROUND_PARTS = [
+    _sets_attribute, _fills_weight, _sets_stride, _trains_norm, _hooks_for_a_moment, _autocasts_later, _differentiates,
+    _writes_into_one_of_two,
+    lambda self, y, value: (self.b(y), self.b.last * 2)[1],
+    lambda self, y, value: torch.func.functional_call(self.b, {"conv.weight": self.b.conv.weight * value}, (y,)),
+    lambda self, y, value: torch.func.vmap(lambda each: self.b(each[None])[0])(y),
+    lambda self, y, value: torch.func.jvp(self.b, (y,), (y,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rest", AROUND_PARTS)
+def test_code_around_parts(rest: Callable[..., Any], quiet: None) -> None:
+    """The model decides by a value, so its own code runs; what it does to its children counts."""
+
+    def forward(self: Any, x: Tensor) -> Any:
+        y = self.a(x)
+        return rest(self, y, float(y.mean()))
+
+    two = Lambda(lambda self, y: ((z := self.c(y)), z[:, :2]), c=conv_bn(8, 8))
+    model = randomise(Lambda(forward, a=block(), b=Kept(), two=two))
+    fast = optimize(copy.deepcopy(model), example_inputs=torch.empty(1, 3, 16, 16))
+    for shape in ((1, 3, 16, 16), (3, 3, 9, 12)):
+        assert_same(fast, model, torch.rand(shape), 2e-2 if rest is _autocasts_later else 1e-5)
+
+
+def test_caches_of_the_process_hold_tensors_with_data(quiet: None) -> None:
+    """Code runs on data before it is captured: a cache by size is filled with what the original can use."""
+
+    @functools.lru_cache
+    def grid(height: int, width: int) -> Tensor:
+        return torch.arange(float(height * width)).view(height, width)
+
+    model = randomise(Lambda(lambda self, x: self.a(x) * grid(int(x.shape[2]), int(x.shape[3])), a=block()))
+    fast = optimize(model, example_inputs=torch.empty(1, 3, 16, 16))
+    for size in (16, 48, 9):
+        x = torch.rand(2, 3, size, size)
+        with torch.no_grad():
+            assert type(model(x)) is Tensor
+        assert_same(fast, model, x)
+
+
+def test_guarded_snapshots_can_be_copied(quiet: None) -> None:
+    model = randomise(Lambda(_skips_empty_crop, a=block()))
+    fast = optimize(model, example_inputs=torch.empty(1, 3, 16, 16))
+    other: Any = copy.deepcopy(fast)
+    for size in (16, 8):
+        assert_same(other, model, torch.rand(2, 3, size, size))
+    branching = MODELS["branch_on_size"]()
+    other = pickle.loads(pickle.dumps(optimize(randomise(branching))))
+    for size in (48, 80):
+        assert_same(other, branching, torch.rand(2, 3, size, size))
+
+
+def test_arguments_of_other_forms(quiet: None) -> None:
+    default = torch.ones(8, 1, 1)
+
+    class Nest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = block()
+
+        def forward(self, images: Any, weight: Tensor = default) -> Tensor:
+            result: Tensor = self.a(images["x"]) * weight
+            return result
+
+    model, images = randomise(Nest()), {"x": torch.rand(2, 3, 8, 8)}
+    fast = optimize(model, example_inputs=({"x": torch.empty(1, 3, 8, 8)},))
+    with torch.no_grad():
+        assert torch.allclose(fast(images), model(images), atol=1e-5)
+        assert torch.allclose(fast(images, weight=2 * default), model(images, 2 * default), atol=1e-5)
+    assert fused_ops(fast) == 2

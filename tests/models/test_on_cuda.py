@@ -15,8 +15,9 @@ from torch import nn
 import resnet_fast as rf
 from resnet_fast import backends, models
 from resnet_fast.graph import cuda_graphs
-from tests.cuda_device import DEVICE, assert_obeys_error_rule, kernels, watch
+from tests.cuda_device import DEVICE, kernels, watch
 from tests.models.test_on_triton import NETS, Tap, nets, seeded
+from tests.numerics import assert_obeys_error_rule
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("poisoned_memory")]
 
