@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fast as rf
-from resnet_fast.graph.capture import flatten
+from resnet_fast.graph.calling import flatten
 from resnet_fast.graph.plan import Fused
 from resnet_fast.graph.snapshot import OptimizedModule, PartlyOptimizedModule
 

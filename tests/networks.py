@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from resnet_fast.graph import capture
+from resnet_fast.graph import calling
 from resnet_fast.ops import Op
 from tests import _torchvision_stub  # noqa: F401 - before torchvision
 
@@ -64,7 +64,7 @@ class Lambda(nn.Module):
 
 
 def leaves(value: Any) -> list[Tensor]:
-    return [leaf for leaf in capture.flatten(value)[0] if isinstance(leaf, Tensor)]
+    return [leaf for leaf in calling.flatten(value)[0] if isinstance(leaf, Tensor)]
 
 
 def assert_same(fused: nn.Module, model: nn.Module, x: Tensor, tolerance: float = 1e-5) -> None:

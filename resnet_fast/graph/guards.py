@@ -16,6 +16,10 @@ import torch
 _NAMES = {"__builtins__": {"abs": abs, "max": max, "min": min, "round": round}, "math": math, "torch": torch}
 
 
+class Refused(Exception):
+    """The module cannot be written down as a graph; the message says why, in one line."""
+
+
 class OutsideGuards(Exception):
     """Sizes for which the author's code might take another way than the one that was captured."""
 

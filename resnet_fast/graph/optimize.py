@@ -22,7 +22,7 @@ from resnet_fast.kernels import gpus
 from resnet_fast.ops.common import as_pair
 from resnet_fast.roofline import cost
 
-from . import capture, copies, finite, ir, memory, parts, plan, selfcheck, shapes
+from . import calling, capture, copies, finite, ir, memory, parts, plan, selfcheck, shapes
 from . import cuda_graphs as cuda_graphs_
 from .fold_bn import fold_bn
 from .fuse_act import fuse_act
@@ -30,6 +30,7 @@ from .fuse_add import fuse_add
 from .fuse_head import fuse_head
 from .fuse_stem import fuse_stem
 from .fuse_tail import fuse_tail
+from .guards import Refused
 from .hoist_sizes import hoist_sizes
 from .normalize import SharedMemoryError, is_norm, normalize
 from .report import Report, Row
@@ -119,7 +120,7 @@ def optimize(
     for args in _examples(model, example_inputs, 1 if planned is None else _PLANNED_BATCH, written):
         try:
             return _snapshot(own, parts.Call(args, {}), options, (said,) if said else ())
-        except capture.Refused as error:
+        except Refused as error:
             refused = str(error)
         except Exception as error:
             failed = failed or shapes.first_line(error)
@@ -183,7 +184,7 @@ def _snapshot(
     try:
         normalize(gm, notes)
     except SharedMemoryError as error:
-        raise capture.Refused(f"in-place writes are kept as they are: {error}") from error
+        raise Refused(f"in-place writes are kept as they are: {error}") from error
     image = shapes.image_input(gm)
     if image is not None and (part or captured.asks_kind or not captured.arguments.is_tensor(str(image[0].target))):
         image = None  # the author's code says what it takes
@@ -230,7 +231,7 @@ def _snapshot(
     if answers is not None:
         try:
             answers.compare(result, written, target)
-        except capture.Refused:
+        except Refused:
             if fixed:
                 raise
             return _snapshot(
@@ -252,7 +253,7 @@ def _in_parts(own: nn.Module, args: tuple[Any, ...], options: _Options, why: str
         try:
             answers = selfcheck.Answers(copies.copied(own), call, options.device, compared=True)
             answers.compare(copy.deepcopy(result), options.written, options.target)
-        except capture.Refused as error:
+        except Refused as error:
             why = f"{why}; with its parts fused, {error}"
             result = parts.assemble(own, {}, reasons, why, options.target, options.original)
     warnings.warn(f"optimize: {result.report().notes[0]}", stacklevel=3)
@@ -336,7 +337,7 @@ def _examples(model: nn.Module, given: Any, batch: int, dtype: torch.dtype) -> I
         for size in (batch, None):
             yield as_dtype(declared(model, size), None, dtype)
     first = next((module for module in model.modules() if isinstance(module, _FIRST_LAYERS)), None)
-    count = capture.required(model)
+    count = calling.required(model)
     for kind, channels in ((type(first), getattr(first, "in_channels", getattr(first, "in_features", 3))), (None, 3)):
         for images, size in itertools.product(dict.fromkeys((batch, 2)), shapes.SIZES):
             shapes_of: dict[Any, tuple[int, ...]] = {

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import copies
-from .capture import Refused, plain_modes
+from .capture import plain_modes
+from .guards import Refused
 from .plan import Fused
 from .report import Report, Row
 from .shapes import first_line

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .capture import Refused, flatten, plain_modes
+from .calling import flatten
+from .capture import plain_modes
+from .guards import Refused
 from .shapes import first_line
 
 if TYPE_CHECKING:

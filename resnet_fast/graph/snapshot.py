@@ -14,7 +14,7 @@ from resnet_fast import backends
 from resnet_fast.backends.layouts import suggests_channels_last
 from resnet_fast.nn.pristine import capturing
 
-from . import batching, capture, finite, plan
+from . import batching, calling, capture, finite, plan
 from . import cuda_graphs as cuda_graphs_
 from .guard import TooLarge, with_separate_relus
 from .guards import OutsideGuards
@@ -79,7 +79,7 @@ class OptimizedModule(nn.Module):
         _refuse_export(args)
         if capturing() or torch.compiler.is_compiling():  # who writes the ops down decides by no value and no layout
             leaves = self.graph_module(*self._arguments.tensors_of(args, kwargs))
-            return leaves if self._form is None else capture.unflatten(self._form, leaves)
+            return leaves if self._form is None else calling.unflatten(self._form, leaves)
         if self._part and _observed():
             assert callable(self._plain)
             return self._plain(*args, **kwargs)
@@ -93,7 +93,7 @@ class OptimizedModule(nn.Module):
                 result = self._compute(self._arguments.tensors_of(args, kwargs))
             except OutsideGuards as error:
                 return self._run_plain(error, args, kwargs)
-        return result if self._form is None else capture.unflatten(self._form, result)
+        return result if self._form is None else calling.unflatten(self._form, result)
 
     def _compute(self, tensors: list[Tensor]) -> Any:
         first = tensors[0] if len(tensors) == 1 else None
