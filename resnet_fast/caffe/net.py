@@ -288,13 +288,15 @@ class Net(nn.Module):
         if isinstance(x, torch.fx.Proxy):
             return {names[0]: x} if len(names) == 1 else {name: cast(Any, x)[name] for name in names}
         given = self._by_name(x)
+        if capturing():
+            return given
         for name, value in given.items():
             if not isinstance(value, Tensor):
                 hint = ", as torch.from_numpy makes of it" if type(value).__name__ == "ndarray" else ""
                 raise TypeError(f"input {name!r} is a {type(value).__name__}; a tensor{hint} was expected")
             if not value.is_floating_point():
                 raise TypeError(f"input {name!r} is {value.dtype}; a floating point tensor was expected")
-        if capturing() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return given
         shapes = tuple(tuple(given[name].shape) for name in names)
         if (end, shapes) not in self._accepted:

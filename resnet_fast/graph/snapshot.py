@@ -93,6 +93,10 @@ class OptimizedModule(nn.Module):
                 result = self._compute(self._arguments.tensors_of(args, kwargs))
             except OutsideGuards as error:
                 return self._run_plain(error, args, kwargs)
+            except Exception as error:  # the author's code may do without what fails here, or has its own words for it
+                if self._plain is None:
+                    raise
+                return self._run_plain(error, args, kwargs)
         return result if self._form is None else calling.unflatten(self._form, result)
 
     def _compute(self, tensors: list[Tensor]) -> Any:
@@ -126,10 +130,11 @@ class OptimizedModule(nn.Module):
                 result = self.graph_module(*given)
         return self._laid_out(as_dtype(result, self.dtype, self.output_dtype), given)
 
-    def _run_plain(self, reason: OutsideGuards, args: Any, kwargs: Any) -> Any:
+    def _run_plain(self, error: Exception, args: Any, kwargs: Any) -> Any:
         """Run the author's own code on what the graph was not made for."""
+        reason = str(error) if isinstance(error, OutsideGuards) else f"their graph raises {type(error).__name__}"
         if self._plain is None:
-            raise ValueError(f"{self._report.model}: the snapshot was not made for such inputs: {reason}") from reason
+            raise ValueError(f"{self._report.model}: the snapshot was not made for such inputs: {reason}") from error
         backends.fallback("optimize", f"the model's own code runs, unfused, for some inputs: {reason}")
         plain = self._plain[0] if isinstance(self._plain, tuple) else self._plain
         args, kwargs = as_dtype((args, kwargs), None, self._written)

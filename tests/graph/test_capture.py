@@ -518,6 +518,13 @@ def _tries(self: Any, x: Tensor) -> Tensor:
         return self.a(x) * 2
 
 
+def _tries_to_pool(self: Any, x: Tensor) -> Tensor:
+    try:
+        return F.max_pool2d(self.a(x), 8)
+    except RuntimeError:
+        return self.a(x) * 2
+
+
 def _decides_by_a_tensor_of_a_size(self: Any, x: Tensor) -> Tensor:
     return self.a(x) * 2 if torch.tensor(x.shape[2]) < 10 else self.a(x)
 
@@ -537,7 +544,7 @@ def _updates_statistics(self: Any, x: Tensor) -> Tensor:
 
 
 DECISIONS = [
-    _skips_empty, _skips_empty_crop, _bytes_or_floats, _single_or_batch, _by_layout, _swallows, _tries,
+    _skips_empty, _skips_empty_crop, _bytes_or_floats, _single_or_batch, _by_layout, _swallows, _tries, _tries_to_pool,
     _decides_by_a_tensor_of_a_size, _decimal_factors, _kind_of_number, _updates_statistics,
 ]  # fmt: skip
 

@@ -53,7 +53,7 @@ def compare(ours: nn.Module, net: nn.Module, x: torch.Tensor, dtype: torch.dtype
 def test_optimized_networks_equal_torchvision(name: str, dtype: torch.dtype, launched: list[str]) -> None:
     net, x = nets(name)
     with kernels():
-        fused = rf.optimize(copy.deepcopy(net).to(DEVICE), dtype=dtype)
+        fused = rf.optimize(copy.deepcopy(net).to(DEVICE), check=False, dtype=dtype)
         assert {row.backend for row in fused.report().fused} == {"cuda"}
         assert cuda_graphs.why_not_recordable(fused.graph_module) == ""
         compare(fused, net, x[:1], dtype)
@@ -65,7 +65,7 @@ def test_asked_of_optimize_alone(launched: list[str]) -> None:
     """The choice for one network outlives the process's; nothing is planned that CUDA has no kernel of."""
     net, x = nets("bottlenecks")
     with kernels(), backends.use("auto"):
-        fused = rf.optimize(copy.deepcopy(net).to(DEVICE), dtype=torch.float16, backend="cuda", gpu="h100")
+        fused = rf.optimize(copy.deepcopy(net).to(DEVICE), check=False, dtype=torch.float16, backend="cuda", gpu="h100")
         assert "no bottleneck_tail is planned, there is no CUDA kernel of it" in fused.report().notes
         compare(fused, net, x[:1], torch.float16)
     assert counted(launched)["conv_bn_act"] >= 7
@@ -94,7 +94,7 @@ def test_a_live_network_sees_other_weights_at_once() -> None:
 def test_an_addition_that_no_convolution_can_carry(asked: str, launched: list[str]) -> None:
     net = Tap().eval()
     with kernels():
-        fused = rf.optimize(copy.deepcopy(net).to(DEVICE), backend=asked, dtype=torch.float16)
+        fused = rf.optimize(copy.deepcopy(net).to(DEVICE), check=False, backend=asked, dtype=torch.float16)
         assert {row.backend for row in fused.report().fused} == {"cuda"}
         assert "add_act" in {getattr(module, "op", "") for module in fused.graph_module.children()}
         assert cuda_graphs.why_not_recordable(fused.graph_module) == ""
@@ -128,7 +128,7 @@ def test_lazily_negated_images() -> None:
     lazy = torch.conj(torch.randn(1, 3, 32, 32, dtype=torch.complex64)).imag
     assert lazy.is_neg()
     with kernels():
-        fused = rf.optimize(copy.deepcopy(net).to(DEVICE), dtype=torch.float16)
+        fused = rf.optimize(copy.deepcopy(net).to(DEVICE), check=False, dtype=torch.float16)
         with torch.no_grad():
             ours = fused(lazy.to(DEVICE).half()), fused(lazy.resolve_neg().to(DEVICE).half())
     assert torch.equal(*ours)
@@ -137,7 +137,7 @@ def test_lazily_negated_images() -> None:
 def test_an_optimized_network_compiles() -> None:
     net, x = nets("basic blocks")
     with kernels():
-        fused = rf.optimize(copy.deepcopy(net).to(DEVICE), dtype=torch.float16, cuda_graphs=False)
+        fused = rf.optimize(copy.deepcopy(net).to(DEVICE), check=False, dtype=torch.float16, cuda_graphs=False)
         compiled: Any = torch.compile(fused.graph_module, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
             compare(compiled, net, x[:1], torch.float16)
@@ -166,7 +166,7 @@ def test_recorded_and_on_another_stream(launched: list[str]) -> None:
     net, x = nets("bottlenecks")
     x = x.half().to(DEVICE)
     with kernels(), torch.no_grad():
-        fused = rf.optimize(copy.deepcopy(net).to(DEVICE), dtype=torch.float16, cuda_graphs=True)
+        fused = rf.optimize(copy.deepcopy(net).to(DEVICE), check=False, dtype=torch.float16, cuda_graphs=True)
         first = fused(x)
         recorded = [fused(x), fused(x)]
         count = len(launched)
