@@ -518,13 +518,6 @@ def _tries(self: Any, x: Tensor) -> Tensor:
         return self.a(x) * 2
 
 
-def _tries_to_pool(self: Any, x: Tensor) -> Tensor:
-    try:
-        return F.max_pool2d(self.a(x), 8)
-    except RuntimeError:
-        return self.a(x) * 2
-
-
 def _decides_by_a_tensor_of_a_size(self: Any, x: Tensor) -> Tensor:
     return self.a(x) * 2 if torch.tensor(x.shape[2]) < 10 else self.a(x)
 
@@ -544,7 +537,7 @@ def _updates_statistics(self: Any, x: Tensor) -> Tensor:
 
 
 DECISIONS = [
-    _skips_empty, _skips_empty_crop, _bytes_or_floats, _single_or_batch, _by_layout, _swallows, _tries, _tries_to_pool,
+    _skips_empty, _skips_empty_crop, _bytes_or_floats, _single_or_batch, _by_layout, _swallows, _tries,
     _decides_by_a_tensor_of_a_size, _decimal_factors, _kind_of_number, _updates_statistics,
 ]  # fmt: skip
 
@@ -564,6 +557,28 @@ def test_decisions(forward: Callable[..., Any], quiet: None) -> None:
         if forward is _updates_statistics and not len(x):
             continue
         assert_same(fast, model, x, 1e-4)
+
+
+class TriesToPool(nn.Module):
+    """Its forward catches what only other sizes raise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return F.max_pool2d(self.a(x), 8)
+        except RuntimeError:
+            return self.a(x) * 2
+
+
+def test_exceptions_that_other_sizes_raise(quiet: None) -> None:
+    model = randomise(TriesToPool())
+    fast = optimize(model, example_inputs=torch.empty(1, 3, 16, 16))
+    assert fused_ops(fast) == 2
+    for size in (16, 5, 24):
+        assert_same(fast, model, torch.rand(2, 3, size, size))
 
 
 class Kept(nn.Module):
