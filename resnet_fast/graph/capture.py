@@ -162,6 +162,7 @@ def confirmed(
     device: torch.device,
     part: bool,
     fixed: bool = False,
+    larger_images: bool = True,
 ) -> Captured:
     """Capture a module, then once more for another batch and image size, and see that the graphs are equal.
 
@@ -169,6 +170,7 @@ def confirmed(
 
     Args:
         make: gives the module, each time a new copy. fixed: whether sizes are plain numbers from the beginning.
+        larger_images: whether the module takes them.
 
     Raises:
         Refused: they are not: the code keeps a state, draws random numbers of Python's, or makes a number of a size
@@ -184,7 +186,8 @@ def confirmed(
         root, fixed = make(), True
         captured = capture(root, args, kwargs, device, part, fixed)
     # The same module once more, so that what it has kept since then counts.
-    for more in ((0, 0, 0, 0),) if fixed else ((1, 0, 32, 32), (1, 0, 0, 0), (0, 0, 0, 0)):
+    growths = ((1, 0, 32, 32), (1, 0, 0, 0), (0, 0, 0, 0))
+    for more in growths[2:] if fixed else growths if larger_images else growths[1:]:
         larger = pytree.tree_map_only(Tensor, functools.partial(_grown, more=more), (tuple(args), dict(kwargs)))
         if shapes.run(captured.gm, captured.arguments.tensors_of(*larger)).outside:
             continue

@@ -178,7 +178,8 @@ def _snapshot(
     if options.runs:
         alone = copies.copied(own)
         answers = selfcheck.Answers(alone.forward if part else alone, call, device, options.check)
-    captured = capture.confirmed(lambda: copies.shared(own), *call, device, part, fixed)
+    larger = answers is None or answers.takes_other_sizes
+    captured = capture.confirmed(lambda: copies.shared(own), *call, device, part, fixed, larger)
     gm, inputs = captured.gm, _metas(tuple(captured.arguments.tensors_of(*call)))
     layers = _annotate(gm)
     try:

@@ -32,6 +32,9 @@ class Answers:
     Args:
         plain: the code; it may change what it belongs to.
         call: its arguments without data. device: where they are. compared: whether results are needed.
+
+    Attributes:
+        takes_other_sizes: whether the code takes larger images too.
     """
 
     def __init__(self, plain: Callable[..., Any], call: Call, device: torch.device, compared: bool) -> None:
@@ -39,11 +42,13 @@ class Answers:
 
         self._plain = plain
         self._known: list[tuple[Any, Any]] = []
+        self.takes_other_sizes = True
         for other in _inputs(call):
             given = drawn(other, device)
             try:
                 result = _result(plain, given)
-            except Exception:  # the model takes no such image
+            except Exception:
+                self.takes_other_sizes = False
                 continue
             if compared:
                 self._known.append((given, result))
