@@ -127,12 +127,14 @@ def optimize(
             if refused:
                 break
         if refused or example_inputs is not None:
-            found = _in_parts(own, args, options, refused or failed)
-            if found is not None:
-                return found
-            if example_inputs is not None:
-                described = ", ".join(_described(value) for value in args)
-                raise ValueError(f"optimize: the model does not accept example_inputs {described}: {refused or failed}")
+            try:
+                return _in_parts(own, args, options, refused or failed)
+            except Exception as error:
+                if example_inputs is not None:
+                    described = ", ".join(_described(value) for value in args)
+                    raise ValueError(
+                        f"optimize: the model does not accept example_inputs {described}: {shapes.first_line(error)}"
+                    ) from error
     raise TypeError(
         f"optimize: {type(model).__name__} cannot be captured: no example input was found that the model accepts "
         f"({refused or failed}); pass example_inputs"
@@ -241,12 +243,13 @@ def _snapshot(
     return result
 
 
-def _in_parts(own: nn.Module, args: tuple[Any, ...], options: _Options, why: str) -> OptimizedModule | None:
-    """Return the model with its own code, and snapshots of the children that have one; None if it does not run."""
-    try:
-        calls = parts.calls_of(own, args, options.device)
-    except Exception:
-        return None
+def _in_parts(own: nn.Module, args: tuple[Any, ...], options: _Options, why: str) -> OptimizedModule:
+    """Return the model with its own code, and snapshots of the children that have one.
+
+    Raises:
+        Exception: whatever the model raises for such arguments.
+    """
+    calls = parts.calls_of(own, args, options.device)
     found, reasons = parts.split(own, calls, lambda child, call: _snapshot(child, call, options, part=True))
     call = parts.Call(args, {})
     result = parts.assemble(copies.shared(own), found, reasons, why, options.target, options.original)
