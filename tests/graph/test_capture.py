@@ -94,6 +94,19 @@ def test_what_depends_on_sizes(forward: Callable[..., Any], quiet: None) -> None
             assert_same(fast, model, torch.rand(shape))
 
 
+def test_sizes_asked_inside_a_chain_do_not_break_it() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        batch, channels, height, width = y.shape
+        return self.bn(y).relu().view(batch, channels, height * width)
+
+    model = randomise(Lambda(forward, conv=nn.Conv2d(3, 8, 3, 2, 1), bn=nn.BatchNorm2d(8)))
+    fast = optimize(model, example_inputs=torch.empty(1, 3, 8, 8))
+    assert {row.fused for row in fast.report().rows if row.kind != "view"} == {"conv_bn_act conv"}
+    for shape in ((2, 3, 9, 7), (1, 3, 8, 8)):
+        assert_same(fast, model, torch.rand(shape))
+
+
 def test_a_size_that_decides_otherwise_is_said() -> None:
     model = randomise(Lambda(lambda self, x: self.a(x) if x.shape[0] < 3 else self.a(x) * 2, a=block()))
     fast = optimize(model, example_inputs=torch.empty(1, 3, 8, 8))
@@ -664,6 +677,7 @@ def test_code_around_parts(rest: Callable[..., Any], quiet: None) -> None:
     two = Lambda(lambda self, y: ((z := self.c(y)), z[:, :2]), c=conv_bn(8, 8))
     model = randomise(Lambda(forward, a=block(), b=Kept(), two=two))
     fast = optimize(copy.deepcopy(model), example_inputs=torch.empty(1, 3, 16, 16))
+    assert fused_ops(fast) >= 2, "the block that nobody touches stays fused"
     for shape in ((1, 3, 16, 16), (3, 3, 9, 12)):
         assert_same(fast, model, torch.rand(shape), 2e-2 if rest is _autocasts_later else 1e-5)
 
