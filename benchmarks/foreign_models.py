@@ -74,13 +74,14 @@ def _provide_nms() -> None:
         from torchvision.ops import box_iou
 
         def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-            order, kept = scores.argsort(descending=True).tolist(), []
-            overlaps = box_iou(boxes, boxes) > threshold
-            while order:
-                best = order.pop(0)
-                kept.append(best)
-                order = [index for index in order if not overlaps[best, index]]
-            return torch.tensor(kept, dtype=torch.long)
+            order = scores.argsort(descending=True)
+            overlaps, kept = box_iou(boxes[order], boxes[order]) > threshold, []
+            left = torch.ones(len(order), dtype=torch.bool)
+            for best in range(len(order)):
+                if left[best]:
+                    kept.append(order[best])
+                    left &= ~overlaps[best]
+            return torch.stack(kept) if kept else order
 
         import torchvision
 
@@ -101,8 +102,8 @@ def _size(name: str) -> tuple[int, int]:
 
 
 _SIZES = {
-    ("vit_", "swin", "maxvit", "deit", "xcit", "visformer", "coat", "levit", "halonet"): 224,
-    ("botnet", "lambda"): 256,
+    ("vit_", "swin", "maxvit", "deit", "xcit", "visformer", "coat", "levit", "efficientformer"): 224,
+    ("botnet", "lambda", "halonet"): 256,
     ("inception", "nasnet", "rcnn", "retina", "fcos", "ssd"): 160,
 }
 

@@ -126,15 +126,19 @@ class _Dataclass:
     fields: dict[str, Any]
 
 
-def flatten(value: Any) -> tuple[list[Any], Any]:
+def flatten(value: Any, once: bool = False) -> tuple[list[Any], Any]:
     """Return the leaves of a result, and its form for `unflatten`: the same nest with their indices in their places.
 
     Tuples, lists, dictionaries, what else torch's pytree knows, and dataclasses are gone through.
+
+    Args:
+        once: list a tensor that is in several places only once.
 
     Raises:
         Refused: an object may hold tensors that nobody sees.
     """
     leaves: list[Any] = []
+    seen: dict[int, int] = {}
 
     def one(leaf: Any) -> Any:
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
@@ -142,6 +146,9 @@ def flatten(value: Any) -> tuple[list[Any], Any]:
             return _Dataclass(type(leaf), pytree.tree_map(one, fields))
         if not isinstance(leaf, (Tensor, *_INERT, *SYMBOLIC)):
             raise Refused(f"its result holds a {type(leaf).__module__}.{type(leaf).__qualname__}")
+        if once and isinstance(leaf, Tensor) and id(leaf) in seen:
+            return seen[id(leaf)]
+        seen[id(leaf)] = len(leaves)
         leaves.append(leaf)
         return len(leaves) - 1
 

@@ -76,20 +76,38 @@ def _has_effect(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _remove_in_place(gm: fx.GraphModule, notes: ir.Notes) -> None:
-    """Make in-place ops out of place. Whoever reads the overwritten value later reads the new value already."""
+    """Make in-place ops out of place. Whoever reads the overwritten value later reads the new value already.
+
+    Those that cannot be work on a copy of what the caller gave: its own code may be run on that yet.
+    """
     sharing = memory.sharing(gm.graph)
     order = ir.positions(gm.graph)
+    copied: set[fx.Node] = set()
     for node in list(gm.graph.nodes):
         overwritten = memory.written(gm, node)
+        reached = {x: memory.possible_aliases_of(gm, x) for x in overwritten}
         for x in overwritten:
-            _check_shared(node, x, memory.aliases_of(x, sharing), order)
+            aliases = memory.aliases_of(x, sharing)
+            _check_shared(node, x, aliases, order)
+            if given := {other for other in reached[x] | aliases if other.op == "placeholder"}:
+                writes = "wrote" if given & (aliases | {x}) else "may write"
+                notes.add(f"{ir.name_of(node)} {writes} into the caller's tensor; the snapshot leaves it unchanged")
         if len(overwritten) == 1 and _make_functional(node, overwritten[0]):
             node.meta["written"] = []
-            if overwritten[0].op == "placeholder":
-                notes.add(f"{ir.name_of(node)} wrote into the caller's tensor; the snapshot leaves it unchanged")
             continue
         for x in overwritten:
-            _check_shared(node, x, memory.possible_aliases_of(gm, x), order)
+            _check_shared(node, x, reached[x], order)
+            copied |= {other for other in reached[x] if other.op == "placeholder"}
+    for given_node in copied:
+        _copy(gm, given_node)
+
+
+def _copy(gm: fx.GraphModule, given: fx.Node) -> None:
+    """Have the graph work on a copy of an argument."""
+    with gm.graph.inserting_after([node for node in gm.graph.nodes if node.op == "placeholder"][-1]):
+        copy = gm.graph.call_function(torch.clone, (given,))
+    copy.meta = dict(given.meta)
+    given.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
 
 
 def _check_shared(node: fx.Node, x: fx.Node, aliases: set[fx.Node], order: dict[fx.Node, int]) -> None:

@@ -233,7 +233,7 @@ def _snapshot(
         node.meta = {}
     if answers is not None:
         try:
-            answers.compare(result, written, target)
+            result.remark(answers.compare(result, written, target))
         except Refused:
             if fixed:
                 raise
@@ -256,7 +256,7 @@ def _in_parts(own: nn.Module, args: tuple[Any, ...], options: _Options, why: str
     if options.runs and options.check:
         try:
             answers = selfcheck.Answers(copies.copied(own), call, options.device, compared=True)
-            answers.compare(copy.deepcopy(result), options.written, options.target)
+            result.remark(answers.compare(copy.deepcopy(result), options.written, options.target))
         except Refused as error:
             why = f"{why}; with its parts fused, {error}"
             result = parts.assemble(own, {}, reasons, why, options.target, options.original)

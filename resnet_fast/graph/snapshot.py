@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -203,6 +204,10 @@ class OptimizedModule(nn.Module):
     def report(self) -> Report:
         """Return what was fused and what was not, layer by layer, with the bytes moved before and after."""
         return self._report
+
+    def remark(self, note: str) -> None:
+        """Add a note to the report, unless it is empty."""
+        self._report = dataclasses.replace(self._report, notes=(*self._report.notes, *([note] if note else [])))
 
     @property
     def code(self) -> str:
