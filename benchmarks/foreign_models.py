@@ -157,14 +157,24 @@ def _own() -> Iterator[Foreign]:
         yield Foreign("user", name, make, (1, 3, 64, 64))
 
 
-def randomise(model: nn.Module) -> nn.Module:
-    """Give batch norms statistics of their own, and weights that keep values near 1."""
+def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
+    """Give batch norms the statistics of an image, times random factors, so that no layer is trivial and values stay
+    near 1, as in a trained network: else rounding may decide the answer."""
     generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
-            module.running_mean.normal_(0, 0.1, generator=generator)
-            module.running_var.uniform_(0.5, 1.5, generator=generator)
-    return model.eval()
+
+    def measure(norm: Any, args: tuple[Tensor, ...]) -> None:
+        y = args[0].float().transpose(0, 1).flatten(1)
+        norm.running_mean.copy_(y.mean(1) + 0.1 * torch.randn(y.shape[0], generator=generator))
+        factors = torch.rand(y.shape[0], generator=generator) + 0.5
+        norm.running_var.copy_(y.var(1, correction=0).clamp(min=0.1) * factors)
+
+    norms = [module for module in model.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(measure) for norm in norms if norm.running_var is not None]
+    with torch.no_grad():
+        model(x.clone())
+    for hook in hooks:
+        hook.remove()
+    return model
 
 
 def calls_of_convolutions(model: nn.Module, x: Tensor) -> int:
@@ -216,8 +226,8 @@ def examine(entry: Foreign, speed: bool) -> dict[str, Any]:
     """Return a row of the table."""
     torch.manual_seed(0)
     row: dict[str, Any] = {"source": entry.source, "name": entry.name}
-    model = randomise(entry.make())
     x = torch.rand(entry.shape)
+    model = calibrate(entry.make(), x)
     began = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

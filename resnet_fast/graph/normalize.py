@@ -448,7 +448,7 @@ _PURE_FUNCTIONS = {
     torch.abs, torch.square, F.normalize,
 }  # fmt: skip
 _PURE_METHODS = {
-    "add", "sub", "mul", "div", "rsqrt", "sqrt", "reshape", "view", "unsqueeze", "to", "float", "neg", "abs", "square",
+    "add", "sub", "mul", "div", "rsqrt", "sqrt", "reshape", "reshape_as", "view", "view_as", "unsqueeze", "to", "float", "neg", "abs", "square",
     "pow", "mean", "std", "var", "sum", "clamp", "matmul", "t", "transpose", "permute", "flatten", "expand_as",
     "detach",
 }  # fmt: skip
@@ -463,6 +463,7 @@ def _fold_constants(gm: fx.GraphModule) -> None:
         pure = (node.op == "call_function" and node.target in _PURE_FUNCTIONS) or (
             node.op == "call_method" and node.target in _PURE_METHODS
         )
+        pure |= node.target is F.batch_norm and node.args[1:3] == (None, None)  # standardises, as of weights
         inputs = node.all_input_nodes
         tensors = [ir.tensor_of(gm, source) for source in inputs]
         if not pure or not inputs or any(tensor is None or not tensor.is_floating_point() for tensor in tensors):

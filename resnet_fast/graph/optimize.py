@@ -189,6 +189,7 @@ def _snapshot(
     except SharedMemoryError as error:
         raise Refused(f"in-place writes are kept as they are: {error}") from error
     image = shapes.image_input(gm)
+    takes_images = image is not None  # as its first convolution does: floating point ones
     if image is not None and (part or captured.asks_kind or not captured.arguments.is_tensor(str(image[0].target))):
         image = None  # the author's code says what it takes
     shapes.mark_equal_adds(gm, inputs)
@@ -213,8 +214,8 @@ def _snapshot(
     recorded = not part and _records(gm, options.cuda_graphs, device, notes)
     report = _report(gm, type(own).__name__, layers, inputs, target, original, options.backend, notes)
     plain: Any = own.forward if part else None
-    if not part and (captured.guarded or not captured.arguments.fixed):
-        plain = copies.shared(own)
+    if not part and (captured.guarded or not captured.arguments.fixed or not takes_images):
+        plain = copies.shared(own)  # which may take more than what it was captured with, such as pixels as integers
     result = OptimizedModule(
         gm,
         report,
