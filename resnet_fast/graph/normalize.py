@@ -448,9 +448,9 @@ _PURE_FUNCTIONS = {
     torch.abs, torch.square, F.normalize,
 }  # fmt: skip
 _PURE_METHODS = {
-    "add", "sub", "mul", "div", "rsqrt", "sqrt", "reshape", "reshape_as", "view", "view_as", "unsqueeze", "to", "float", "neg", "abs", "square",
-    "pow", "mean", "std", "var", "sum", "clamp", "matmul", "t", "transpose", "permute", "flatten", "expand_as",
-    "detach",
+    "add", "sub", "mul", "div", "rsqrt", "sqrt", "reshape", "reshape_as", "view", "view_as", "unsqueeze", "to", "float",
+    "neg", "abs", "square", "pow", "mean", "std", "var", "sum", "clamp", "matmul", "t", "transpose", "permute",
+    "flatten", "expand_as", "detach",
 }  # fmt: skip
 
 

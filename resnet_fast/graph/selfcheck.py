@@ -77,14 +77,14 @@ class Answers:
             distance, where = _difference(found, expected)
             if distance <= tolerance:
                 continue
-            own = max(_difference(_result(self._plain, other), expected) for other in _rounded(given, target))
+            own = max(_difference(_result(self._plain, other), expected) for other in rounded(given, target))
             if distance > 4 * own[0]:
                 raise Refused(f"its snapshot gave another answer: {where}")
             remark = f"it was compared loosely: rounding the image otherwise changes the network's own answer, {own[1]}"
         return remark
 
 
-def _rounded(given: Any, dtype: torch.dtype) -> Iterator[Any]:
+def rounded(given: Any, dtype: torch.dtype) -> Iterator[Any]:
     """Yield the same arguments, and four times with other roundings to ``dtype``."""
     generator = torch.Generator().manual_seed(0)
 
