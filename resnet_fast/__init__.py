@@ -31,6 +31,7 @@ if TYPE_CHECKING or not _COMMAND_LINE:
     from . import backends, models, nn, ops
     from ._info import Info, info
     from .graph.optimize import optimize  # not from .graph: mypy would take the module of the same name
+    from .integrations import register_models
     from .models import (
         resnet18,
         resnet34,
@@ -55,6 +56,7 @@ __all__ = [
     "nn",
     "ops",
     "optimize",
+    "register_models",
     "residual_network",
     "resnet18",
     "resnet34",
@@ -71,13 +73,14 @@ __all__ = [
 if TYPE_CHECKING:
     from . import caffe
 else:
+    _HOMES = {"Info": "._info", "info": "._info", "optimize": ".graph", "register_models": ".integrations"}
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         if name in ("backends", "caffe", "models", "nn", "ops"):
             return importlib.import_module(f".{name}", __name__)
-        home = {"Info": "._info", "info": "._info", "optimize": ".graph"}.get(name, ".models")
+        home = _HOMES.get(name, ".models")
         return getattr(importlib.import_module(home, __name__), name)
 
     def __dir__() -> list[str]:
