@@ -31,7 +31,7 @@ if TYPE_CHECKING or not _COMMAND_LINE:
     from . import backends, models, nn, ops
     from ._info import Info, info
     from .graph.optimize import optimize  # not from .graph: mypy would take the module of the same name
-    from .integrations import register_models
+    from .integrations import from_timm, from_torchvision, from_transformers, register_models
     from .models import (
         resnet18,
         resnet34,
@@ -51,6 +51,9 @@ __all__ = [
     "__version__",
     "backends",
     "caffe",
+    "from_timm",
+    "from_torchvision",
+    "from_transformers",
     "info",
     "models",
     "nn",
@@ -73,7 +76,8 @@ __all__ = [
 if TYPE_CHECKING:
     from . import caffe
 else:
-    _HOMES = {"Info": "._info", "info": "._info", "optimize": ".graph", "register_models": ".integrations"}
+    _HOMES = {"Info": "._info", "info": "._info", "optimize": ".graph"}
+    _HOMES |= dict.fromkeys(("from_timm", "from_torchvision", "from_transformers", "register_models"), ".integrations")
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:

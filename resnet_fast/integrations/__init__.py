@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 
-__all__ = ["register_models"]
+from resnet_fast.integrations.convert import from_timm, from_torchvision, from_transformers
+
+__all__ = ["from_timm", "from_torchvision", "from_transformers", "register_models"]
 
 _LIBRARIES = ("timm", "torchvision")
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
+from resnet_fast.models import hub
 from resnet_fast.models import weights as _weights
 from resnet_fast.models.checkpoint import WeightsError, load_into, read_checkpoint, read_with_metadata
 from resnet_fast.nn import fused
@@ -396,16 +397,19 @@ def _resnet(name: str, weights: WeightsArgument, progress: bool, kwargs: dict[st
         replace = "; for other classes replace the head afterwards: model.fc = nn.Linear(model.fc.in_features, ...)"
         _fix(kwargs, "num_classes", _weights.num_classes(chosen), replace)
         path = _weights.download(_weights.url(chosen), progress=progress)
-        state = read_checkpoint(path)
+        source, state = path.name, read_checkpoint(path)
     else:
         path = chosen
+        source = weights if isinstance(weights, str) and weights.startswith(hub.PREFIX) else path.name
         state, metadata = read_with_metadata(path)
+        if metadata.get("arch", name) in ARCHITECTURES.keys() - {name}:
+            raise WeightsError(f"{source}: weights of {metadata['arch']}, not of {name}, by what is said of them")
         _check_wiring(path, metadata, kwargs)
         classifier = state.get("fc.weight")
         if classifier is not None and classifier.dim() == 2:
             kwargs.setdefault("num_classes", classifier.shape[0])
     model = ResNet(block, layers, **kwargs)
-    load_into(model, state, source=path.name, name=name)
+    load_into(model, state, source=source, name=name)
     return model
 
 
@@ -454,7 +458,8 @@ _ARGUMENTS = """
 
     Args:
         weights: None for fresh parameters; a member of `resnet_fast.models.{enum}` (or torchvision's) or its name, such
-            as "DEFAULT"; or the path of a local `.pth`, `.pt` or `.safetensors` file.
+            as "DEFAULT"; the path of a local `.pth`, `.pt` or `.safetensors` file, or of a folder of timm or
+            transformers; or `hf://OWNER/NAME[@REVISION][/FILE]` on Hugging Face's hub.
         progress: show a progress bar while downloading.
         **kwargs: passed to `ResNet`. `num_classes` is taken from the weights if they are given.
 
