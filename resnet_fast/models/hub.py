@@ -18,7 +18,7 @@ __all__ = ["PREFIX", "fetch"]
 
 PREFIX = "hf://"
 
-_FORM = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/]+))?(?:/(?P<file>.+))?")
+_FORM = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<file>.+))?")
 
 
 def fetch(address: str) -> Path:
@@ -44,11 +44,20 @@ def fetch(address: str) -> Path:
         ) from error
     revision = urllib.parse.unquote(match["revision"]) if match["revision"] else None
 
-    def get(name: str, commit: str | None) -> Path | None:
+    repo = match["repo"]
+
+    def missing(name: str, revision: str | None) -> bool:
+        """Return whether the cache knows that the repository has no such file."""
+        cached = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
+        return cached is huggingface_hub._CACHED_NO_EXIST
+
+    def get(name: str, revision: str | None) -> Path | None:
         """Return the file, or None if the repository has none of this name."""
         try:
-            return Path(huggingface_hub.hf_hub_download(match["repo"], name, revision=commit))
+            return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision))
         except LocalEntryNotFoundError:
+            if missing(name, revision):
+                return None
             raise  # it may exist
         except EntryNotFoundError:
             return None
@@ -59,8 +68,9 @@ def fetch(address: str) -> Path:
         if found is not None:
             folder = posixpath.dirname(match["file"] or "")
             commit = found.parents[posixpath.normpath(folder).count("/") + 1 if folder else 0].name
-            for name in COMPANIONS:
-                get(posixpath.join(folder, name), commit)
+            for name in (posixpath.join(folder, name) for name in COMPANIONS):
+                if not missing(name, commit):  # a commit does not change
+                    get(name, commit)
     except Exception as error:  # of its client, of the client's HTTP library, or the system's
         raise WeightsError(f"{address}: {_reason(error)}") from error
     if found is None:
