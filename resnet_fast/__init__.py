@@ -33,6 +33,7 @@ if TYPE_CHECKING or not _COMMAND_LINE:
     from .graph.optimize import optimize  # not from .graph: mypy would take the module of the same name
     from .integrations import from_timm, from_torchvision, from_transformers, register_models
     from .models import (
+        list_models,
         resnet18,
         resnet34,
         resnet50,
@@ -55,6 +56,7 @@ __all__ = [
     "from_torchvision",
     "from_transformers",
     "info",
+    "list_models",
     "models",
     "nn",
     "ops",

@@ -184,9 +184,12 @@ def from_torchvision(source: Source) -> ResNet:
         WeightsError: if a checkpoint cannot be read, or holds no ResNet.
 
     Examples:
-        >>> import torchvision
+        >>> import torch
         >>> import resnet_fast as rf
-        >>> model = rf.from_torchvision(torchvision.models.resnet18().eval())
+        >>> model = rf.from_torchvision(torchvision.models.resnet18().eval())  # doctest: +SKIP
+        >>> torch.save({"state_dict": rf.resnet18(num_classes=7).state_dict()}, "last.pth")
+        >>> rf.from_torchvision("last.pth").fc.out_features
+        7
     """
     return _convert(source, _TORCHVISION)
 
@@ -204,9 +207,8 @@ def from_timm(source: Source) -> ResNet:
         As `from_torchvision`.
 
     Examples:
-        >>> import timm
         >>> import resnet_fast as rf
-        >>> model = rf.from_timm(timm.create_model("resnet50.a1_in1k", num_classes=10).eval())
+        >>> model = rf.from_timm(timm.create_model("resnet50.a1_in1k", pretrained=True).eval())  # doctest: +SKIP
     """
     return _convert(source, _TIMM)
 
@@ -226,8 +228,7 @@ def from_transformers(source: Source) -> ResNet:
 
     Examples:
         >>> import resnet_fast as rf
-        >>> from transformers import ResNetConfig, ResNetForImageClassification
-        >>> model = rf.from_transformers(ResNetForImageClassification(ResNetConfig(num_labels=3)).eval())
+        >>> model = rf.from_transformers("hf://microsoft/resnet-50").eval()  # doctest: +SKIP
     """
     return _convert(source, _TRANSFORMERS)
 

@@ -54,6 +54,8 @@ class _Entry:
     url: str
     preprocessing: Preprocessing
     num_params: int
+    gmacs: float
+    file_size_mib: float
     accuracy_at_1: float
     accuracy_at_5: float
 
@@ -81,6 +83,8 @@ class WeightsEnum(Enum):
             "categories": list(_imagenet_categories()),
             "num_params": entry.num_params,
             "_metrics": {"ImageNet-1K": metrics},
+            "_ops": entry.gmacs,
+            "_file_size": entry.file_size_mib,
         }
 
     def get_state_dict(self, progress: bool = True, check_hash: bool = True) -> dict[str, Tensor]:
@@ -172,6 +176,8 @@ def _own_enum(model: str) -> type[WeightsEnum]:
             url=entry["url"],
             preprocessing=Preprocessing(**entry["preprocessing"]),
             num_params=entry["num_params"],
+            gmacs=entry["gmacs"],
+            file_size_mib=entry["file_size_mib"],
             accuracy_at_1=entry["acc@1"],
             accuracy_at_5=entry["acc@5"],
         )
