@@ -20,7 +20,7 @@ from resnet_fast import models
 from .calls import fused_ops, used
 
 timm = pytest.importorskip("timm")
-pytest.importorskip("timm.optim")
+optim = pytest.importorskip("timm.optim")
 rf.register_models("timm")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -287,7 +287,11 @@ def test_head_hooks_fire() -> None:
 
 @pytest.mark.parametrize(
     "copied",
-    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), lambda model: timm.utils.ModelEmaV3(model).module],
+    [
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: pytest.importorskip("timm.utils").ModelEmaV3(model).module,
+    ],
 )
 def test_copies(copied: Callable[[nn.Module], nn.Module]) -> None:
     _, ours = pair()
@@ -304,11 +308,11 @@ def test_optimize_and_helpers() -> None:
         near(rf.optimize(ours)(X), theirs(X))
         features = timm.create_model("resnet18_fast", features_only=True).eval()
         near(rf.optimize(features)(X), features(X))
-    groups = timm.optim.param_groups_layer_decay(ours, layer_decay=0.5)
-    assert len(groups) == len(timm.optim.param_groups_layer_decay(theirs, layer_decay=0.5))
+    groups = optim.param_groups_layer_decay(ours, layer_decay=0.5)
+    assert len(groups) == len(optim.param_groups_layer_decay(theirs, layer_decay=0.5))
     assert ours.group_matcher(coarse=True) == theirs.group_matcher(coarse=True)
-    config = timm.data.resolve_data_config({}, model=ours)
-    assert config == timm.data.resolve_data_config({}, model=theirs)
+    config = pytest.importorskip("timm.data").resolve_data_config({}, model=ours)
+    assert config == pytest.importorskip("timm.data").resolve_data_config({}, model=theirs)
     assert timm.create_model("resnet18_fast", memory_efficient=True).layer1[0].memory_efficient is True
 
 
