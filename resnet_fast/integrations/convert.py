@@ -256,15 +256,18 @@ def _from_state(state: Mapping[str, Tensor], metadata: Mapping[str, str], name: 
         stages = ()
     if len(stages) != 4:
         raise WeightsError(f"{name}: holds no ResNet of four stages under names that are known")
-    model = ResNet(
-        Bottleneck if bottleneck else BasicBlock,
-        stages,
-        num_classes=classes,
-        groups=groups,
-        width_per_group=wide // groups,
-        stride_in_1x1=bottleneck and metadata.get("stride_in_1x1") == "true",
-        unpadded_pool=metadata.get("unpadded_pool") == "true",
-    )
+    try:
+        model = ResNet(
+            Bottleneck if bottleneck else BasicBlock,
+            stages,
+            num_classes=classes,
+            groups=groups,
+            width_per_group=wide // groups,
+            stride_in_1x1=bottleneck and metadata.get("stride_in_1x1") == "true",
+            unpadded_pool=metadata.get("unpadded_pool") == "true",
+        )
+    except ValueError as error:
+        raise WeightsError(f"{name}: {error}") from None
     load_into(model, state, source=name, name="the ResNet that its shapes show")
     return model
 
@@ -357,7 +360,7 @@ def _touched(module: nn.Module) -> str:
     kind = type(module)
     for name, value in vars(module).items():
         if callable(value) and hasattr(kind, name):
-            return f"has a {name} of its own"
+            return "was compiled" if name == "_compiled_call_impl" else f"has a {name} of its own"
     for name in _METHODS:
         method = getattr(kind, name, None)
         for function in (method, inspect.unwrap(method) if method is not None else None):

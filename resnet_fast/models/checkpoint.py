@@ -96,11 +96,15 @@ def read_with_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor],
     """
     path, part = file_and_part(Path(path))
     if path.is_dir():  # as timm and transformers save
-        path = next((one for name in folder.WEIGHT_FILES if (one := path / name).is_file()), path)
+        names = folder.WEIGHT_FILES
+        found = next((one for name in names if (one := path / name).is_file()), None)
+        if found is None:
+            raise WeightsError(f"{path}: a weights file was expected, this is a directory without {' or '.join(names)}")
+        path = found
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such weights file")
     if not path.is_file():
-        raise WeightsError(f"{path}: a weights file was expected, this is a directory or device")
+        raise WeightsError(f"{path}: a weights file was expected, this is a device")
     size = path.stat().st_size
     if size == 0:
         raise WeightsError(f"{path}: the file is empty")

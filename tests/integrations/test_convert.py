@@ -156,7 +156,7 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "backward hook": (lambda m: m.bn1.register_full_backward_hook(lambda *args: None), "bn1 has hooks"),
     "forward": (lambda m: setattr(m, "forward", lambda x: x), "the network has a forward of its own"),
     "block": (lambda m: setattr(m.layer2[0], "forward", lambda x: x), "layer2.0 has a forward of its own"),
-    "compiled": (lambda m: m.layer1[0].compile(), "layer1.0 has a _compiled_call_impl of its own"),
+    "compiled": (lambda m: m.layer1[0].compile(), "layer1.0 was compiled"),
     "subclass": (change("layer1.0.conv1", _Conv(64, 64, 3, padding=1, bias=False)), "layer1.0.conv1 is _Conv"),
     "stride": (change("layer2.0.conv1.stride", (1, 1)), "layer2.0.conv1 has stride"),
     "last stride": (
@@ -307,8 +307,16 @@ def test_state_dicts_and_files(tmp_path: Path) -> None:
         rf.from_torchvision(tv.squeezenet1_1().state_dict())
     with pytest.raises(rf.models.WeightsError, match=r"missing \(fc.weight, fc.bias\)"):
         rf.from_torchvision({k: v for k, v in tv.resnet18().state_dict().items() if not k.startswith("fc.")})
+    narrow = {
+        name: value[: max(1, len(value) // 2)] for name, value in tv.resnet18().state_dict().items() if value.dim()
+    }
+    for state in (narrow, {name: value[:0] for name, value in narrow.items()}):
+        with pytest.raises(rf.models.WeightsError, match=r"^state_dict"):
+            rf.from_torchvision(state)
     with pytest.raises(FileNotFoundError):
         rf.from_torchvision(tmp_path / "none.pth")
+    with pytest.raises(rf.models.WeightsError, match=r"a directory without model\.safetensors or pytorch_model\.bin"):
+        rf.from_torchvision(tmp_path)
 
 
 def test_folders_of_transformers(tmp_path: Path) -> None:

@@ -194,6 +194,17 @@ def test_strides_of_transformers(served: Hub) -> None:
         rf.resnet50(weights="hf://me/v1")
 
 
+def test_pretrained_weights_of_timm(served: Hub) -> None:
+    """timm's own way to its weights, for our entry point: `resnet18_fast.tv_in1k` has those of timm's resnet18."""
+    timm = pytest.importorskip("timm")
+    rf.register_models("timm")
+    theirs = rf.resnet18().eval()
+    served.add("timm/resnet18.tv_in1k", theirs)
+    ours = timm.create_model("resnet18_fast.tv_in1k", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(X), theirs(X), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [
