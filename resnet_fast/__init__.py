@@ -1,7 +1,7 @@
 """Provide ResNets that run as fused kernels, with torchvision's parameters and answers.
 
 This file lists the public names. The subpackages hold the code, and import downward only:
-caffe -> models, graph -> nn -> ops -> backends and kernels.
+caffe, integrations -> models, graph -> nn -> ops -> backends and kernels.
 
 Examples:
     >>> import torch

@@ -250,7 +250,7 @@ def test_gradients(checkpointing: bool, features: bool) -> None:
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_stochastic_depth(arch: str) -> None:
-    """A rate of almost 1 for all blocks leaves the shortcuts; in eval mode nothing is dropped, and all is fused."""
+    """The same images lose their branch in train mode; in eval mode nothing is dropped, and all is fused."""
     theirs, ours = pair(arch, drop_path_rate=0.3, num_classes=3)
     assert [m.drop_prob for m in ours.modules() if hasattr(m, "drop_prob")] == [
         m.drop_prob for m in theirs.modules() if hasattr(m, "drop_prob")
@@ -272,6 +272,19 @@ def test_stochastic_depth(arch: str) -> None:
             module.drop_prob = 0.999999
     with torch.no_grad():
         assert not torch.allclose(ours(X), expected)
+
+
+def test_dropout() -> None:
+    theirs, ours = pair(drop_rate=0.5, num_classes=3)
+    for model in (theirs, ours):
+        model.global_pool.train()
+        model.training = True
+    with torch.no_grad():
+        torch.manual_seed(3)
+        expected = theirs(X)
+        torch.manual_seed(3)
+        near(ours(X), expected)
+        assert not torch.allclose(ours.eval()(X), expected)
 
 
 def test_head_hooks_fire() -> None:
