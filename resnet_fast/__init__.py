@@ -1,7 +1,7 @@
 """Provide ResNets that run as fused kernels, with torchvision's parameters and answers.
 
 This file lists the public names. The subpackages hold the code, and import downward only:
-caffe -> models, graph -> nn -> ops -> backends and kernels.
+caffe, integrations -> models, graph -> nn -> ops -> backends and kernels.
 
 Examples:
     >>> import torch
@@ -31,7 +31,9 @@ if TYPE_CHECKING or not _COMMAND_LINE:
     from . import backends, models, nn, ops
     from ._info import Info, info
     from .graph.optimize import optimize  # not from .graph: mypy would take the module of the same name
+    from .integrations import from_timm, from_torchvision, from_transformers, register_models
     from .models import (
+        list_models,
         resnet18,
         resnet34,
         resnet50,
@@ -50,11 +52,16 @@ __all__ = [
     "__version__",
     "backends",
     "caffe",
+    "from_timm",
+    "from_torchvision",
+    "from_transformers",
     "info",
+    "list_models",
     "models",
     "nn",
     "ops",
     "optimize",
+    "register_models",
     "residual_network",
     "resnet18",
     "resnet34",
@@ -71,13 +78,15 @@ __all__ = [
 if TYPE_CHECKING:
     from . import caffe
 else:
+    _HOMES = {"Info": "._info", "info": "._info", "optimize": ".graph"}
+    _HOMES |= dict.fromkeys(("from_timm", "from_torchvision", "from_transformers", "register_models"), ".integrations")
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         if name in ("backends", "caffe", "models", "nn", "ops"):
             return importlib.import_module(f".{name}", __name__)
-        home = {"Info": "._info", "info": "._info", "optimize": ".graph"}.get(name, ".models")
+        home = _HOMES.get(name, ".models")
         return getattr(importlib.import_module(home, __name__), name)
 
     def __dir__() -> list[str]:
