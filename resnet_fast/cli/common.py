@@ -147,11 +147,10 @@ def one_line(text: object, limit: int = 600) -> str:
 
 def check_arch(arch: str) -> str:
     """Return ``arch`` if it is one of the ten; raise a UserError that lists them otherwise."""
-    from resnet_fast import models
+    from resnet_fast.inference import classifier
 
-    known = models.list_models()
-    if arch not in known:
-        raise UserError(f"unknown arch {arch!r}; there are {', '.join(known)}")
+    with as_user_errors(classifier.ClassifierError):
+        classifier.check_choice(arch)
     return arch
 
 
