@@ -6,6 +6,7 @@ This file has the options, the progress bar and the display of errors; ``resnet_
 from __future__ import annotations
 
 import enum
+import os
 import sys
 import time
 from pathlib import Path
@@ -125,6 +126,9 @@ def predict(
         journal = bulk.journal_of(out)
         if out.exists() and not overwrite and not journal.exists():
             raise UserError(f"{out}: exists; --overwrite replaces it")
+        for source in sources:
+            if out.exists() and os.path.exists(source) and os.path.samefile(out, source):
+                raise UserError(f"{out}: is a source; give another name for the output")
         check_choice(arch, weights, prototxt, caffemodel, mean, scale, image_size or resize_size)
         found = collect(sources, column=column, root=root, stdin=_stdin())
         set_threads(threads)

@@ -126,9 +126,14 @@ class Journal:
         return len(kept)
 
     def _write(self, content: bytes, at: int) -> None:
-        while content:
-            written = os.pwrite(self._file, content, at)
-            content, at = content[written:], at + written
+        try:
+            while content:
+                written = os.pwrite(self._file, content, at)
+                content, at = content[written:], at + written
+        except OSError as error:
+            failure = OSError(f"{self.path}: cannot be written ({error.strerror}); the answers before are kept")
+            failure.errno = error.errno
+            raise failure from error
 
     def rows(self, paths: Sequence[str]) -> Iterator[Row]:
         """Yield the answers to these paths, in their order.

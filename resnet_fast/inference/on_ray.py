@@ -102,13 +102,17 @@ def ray_engine(
             compute=ray.data.ActorPoolStrategy(size=min(count, len(tables))),
             num_cpus=1,
             num_gpus=1 if on_gpu else 0,
-            max_restarts=-1,
-            max_task_retries=RETRIES,
+            ray_remote_args_fn=_endurance,
         )
         for batch in answers.iter_batches(batch_size=None, prefetch_batches=0):
             yield [bytes(line) for line in batch["line"]]
 
     return run
+
+
+def _endurance() -> dict[str, Any]:
+    """Return Ray's options for a worker that dies."""
+    return {"max_restarts": -1, "max_task_retries": RETRIES}
 
 
 def _start(ray: Any, workers: int | None) -> None:

@@ -65,9 +65,13 @@ def _utf8(text: str) -> str:
 
 def _write_csv(name: str, rows: Iterable[Row], labels: Sequence[str], topk: int) -> None:
     with open(name, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns(topk))
-        writer.writerows(_cells(row, labels, topk) for row in rows)
+        plain = csv.writer(file, lineterminator="\n")
+        quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        plain.writerow(columns(topk))
+        for row in rows:
+            cells = _cells(row, labels, topk)
+            # Left to itself the module quotes a carriage return only if it is part of the line's end.
+            (quoted if any("\r" in cell for cell in cells if isinstance(cell, str)) else plain).writerow(cells)
 
 
 def _write_jsonl(name: str, rows: Iterable[Row], labels: Sequence[str], topk: int) -> None:
