@@ -131,6 +131,13 @@ class Device(str, enum.Enum):
         return "cuda" if self is not Device.cpu and torch.cuda.is_available() else "cpu"
 
 
+class OnError(str, enum.Enum):
+    """What to do about a damaged image."""
+
+    skip = "skip"
+    stop = "stop"
+
+
 class Precision(str, enum.Enum):
     """Number formats to compute in."""
 

@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from resnet_fast.cli.common import (
     Device,
+    OnError,
     Threads,
     UserError,
     as_user_errors,
@@ -36,13 +37,6 @@ class TrainPrecision(str, enum.Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-
-
-class OnError(str, enum.Enum):
-    """What to do about a damaged image."""
-
-    skip = "skip"
-    stop = "stop"
 
 
 _data, _recipe, _computing, _files = (
