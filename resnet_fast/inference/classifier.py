@@ -69,11 +69,14 @@ class Classifier:
         digest: a hash of parameters, preprocessing and labels, which tells whether two classifiers are the same.
 
     Examples:
-        >>> from resnet_fast.inference import load
-        >>> classifier = load("resnet50")
-        >>> rows = classifier.top(classifier([rf.models.read_image("photo.jpg")]), 5)
-        >>> rows[0][0].label
-        'tabby'
+        >>> import resnet_fast as rf
+        >>> model = rf.resnet18(num_classes=2).eval()  # rf.inference.load("resnet50") for published weights
+        >>> classifier = rf.inference.from_module(model, rf.models.preprocessing(), labels=["cat", "dog"])
+        >>> classifier
+        Classifier(ResNet, ResNet: 2 classes, 224x224, float32 on cpu)
+        >>> [row] = classifier.top(classifier([rf.models.read_image("photo.jpg")]), topk=5)
+        >>> sorted(each.label for each in row)
+        ['cat', 'dog']
     """
 
     model: nn.Module

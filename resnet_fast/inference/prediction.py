@@ -48,8 +48,8 @@ class Prediction:
         error: why it cannot be read; None if it can.
 
     Examples:
-        >>> rf.predict("cat.jpg")
-        [Prediction('cat.jpg': tabby 61.2 %, tiger cat 23.0 %, Egyptian cat 9.1 %, lynx 0.9 %, tub 0.2 %)]
+        >>> Prediction("cat.jpg", (Label(281, "tabby", 0.612), Label(282, "tiger cat", 0.23)))
+        Prediction('cat.jpg': tabby 61.2 %, tiger cat 23.0 %)
     """
 
     source: str
@@ -122,12 +122,12 @@ def predict(
         ValueError: an option out of range, an array of another shape or dtype, or a folder without images.
 
     Examples:
-        >>> [found] = rf.predict("cat.jpg", "resnet50")
-        >>> found.label, round(found.probability, 2)
-        ('tabby', 0.61)
-        >>> classifier = rf.inference.load("resnet18")
-        >>> for frame in video:
-        ...     print(rf.predict(frame, classifier, topk=1))
+        >>> import resnet_fast as rf
+        >>> model = rf.resnet18(num_classes=2).eval()  # or "resnet50" for published weights
+        >>> prepare = rf.models.Preprocessing(resize_size=256, crop_size=224)
+        >>> [found] = rf.predict("photo.jpg", model, preprocessing=prepare, labels=["cat", "dog"])
+        >>> found.source, found.error, len(found.labels)
+        ('photo.jpg', None, 2)
     """
     if on_error not in ON_ERROR:
         raise ValueError(f"on_error is {on_error!r}, it must be one of {', '.join(ON_ERROR)}")

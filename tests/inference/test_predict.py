@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -308,3 +310,29 @@ def test_predict_is_classify(checkpoint: Path, tmp_path: Path) -> None:
         assert [entry["probability"] for entry in row["predictions"]] == pytest.approx(
             [label.probability for label in each.labels], abs=1e-6
         )
+
+
+def test_large_images_are_decoded_one_at_a_time(
+    classifier: inference.Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(size=(200, 200)).save(tmp_path / "a.png")
+    lock, most, now = threading.Lock(), 0, 0
+    real = inference.stream.read_image
+
+    def read(source: Any) -> Image.Image:
+        nonlocal most, now
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.02)
+        image = real(source)
+        with lock:
+            now -= 1
+        return image
+
+    monkeypatch.setattr(inference.stream, "read_image", read)
+    for limit, expected in ((39_999, [1]), (40_000, [2, 3, 4])):
+        monkeypatch.setattr(inference.stream, "_LARGE", limit)
+        most = 0
+        rf.predict([tmp_path / "a.png"] * 12, classifier, workers=4)
+        assert most in expected
