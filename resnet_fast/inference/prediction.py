@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
@@ -195,7 +195,7 @@ def _read(item: _Item) -> Image:
 def _items(images: Any) -> Iterator[_Item]:
     """Yield the images in the caller's thread: what is not a path is copied, since its owner may reuse its memory."""
     several = not _is_one(images)
-    if several and not isinstance(images, Iterable):
+    if several and (not isinstance(images, Iterable) or isinstance(images, Mapping)):
         raise TypeError(f"images is a {type(images).__name__}; {_RIGHT}")
     for position, each in enumerate(images if several else (images,)):
         yield from _of(each, f"images[{position}]")
@@ -215,8 +215,7 @@ def _of(value: Any, name: str) -> Iterator[_Item]:
     from PIL import Image
 
     if isinstance(value, str | os.PathLike):
-        path = os.fspath(value)
-        for each in expand(path if isinstance(path, str) else os.fsdecode(path)):
+        for each in expand(str(os.fsdecode(value))):  # of NumPy's strings too
             yield _Item(each, each)
     elif isinstance(value, bytes | bytearray | memoryview):
         yield _Item(name, bytes(value))
@@ -307,5 +306,5 @@ def _arrays(value: Tensor | np.ndarray[Any, Any], name: str) -> Iterator[_Item]:
         if 0 in each.shape:
             yield _Item(shown, ImageError(f"{shown}: has no pixels"))
             continue
-        copied = np.array(each[..., 0] if each.shape[-1] == 1 else each, order="C")
-        yield _Item(shown, to_rgb(Image.fromarray(copied)))
+        one = np.ascontiguousarray(each[..., 0] if each.shape[-1] == 1 else each)
+        yield _Item(shown, to_rgb(Image.fromarray(one)))  # one of the two copies, whatever the number of channels

@@ -192,6 +192,7 @@ def test_errors_are_raised_or_returned(classifier: inference.Classifier, tmp_pat
     ("images", "error", "mention"),
     [
         (3, TypeError, "images is a int; a path, bytes"),
+        ({"a.jpg": 1}, TypeError, "images is a dict; a path, bytes"),
         ([3], TypeError, r"images\[0\] is a int"),
         ([["a.jpg"]], TypeError, r"images\[0\] is a list"),
         (io.StringIO("text"), TypeError, "open it in binary mode"),
@@ -241,6 +242,7 @@ def test_models_of_every_kind(checkpoint: Path, exact: Any) -> None:
         (checkpoint, {}),
         (str(checkpoint), {}),
         (network.model, {"preprocessing": FACTS, "labels": NAMES}),
+        (rf.optimize(network.model), {"preprocessing": FACTS, "labels": NAMES}),
         (nn.Sequential(network.model).eval(), {"preprocessing": lambda given: FACTS(given), "labels": list(NAMES)}),
     ):
         [found] = rf.predict(image, model, topk=7, **options)

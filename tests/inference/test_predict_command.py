@@ -432,7 +432,7 @@ def test_what_follows_damage_is_done_again(damage: bytes, classifier: Any, photo
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:5], damage, *lines[5:]]))
     rest = work(classifier, photos, out)
-    assert rest.resumed == 4
+    assert rest.resumed == 4 and path.read_bytes() == b"".join(lines[:5])
     rest.run(bulk.here(classifier, 2))
     assert [row["path"] for row in read(out)] == files(photos)
 
