@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from resnet_fast import models
 from resnet_fast.inference.classifier import Classifier, Label, from_module, load, top
 from resnet_fast.inference.errors import ClassifierError
+from resnet_fast.inference.sources import read_up_to
 from resnet_fast.inference.stream import BATCH_SIZE, WORKERS, read_bounded, stream
 from resnet_fast.models.checkpoint import readable
 from resnet_fast.models.images import ImageError, NamedBytes, find_images, to_rgb
@@ -224,9 +225,10 @@ def _of(value: Any, name: str) -> Iterator[_Item]:
     elif isinstance(value, Tensor | np.ndarray):
         yield from _arrays(value, name)
     elif hasattr(value, "read"):
-        content = value.read(MAX_BYTES + 1)
-        if not isinstance(content, bytes):
-            raise TypeError(f"{name}: a file that gives {type(content).__name__}; open it in binary mode")
+        try:
+            content = read_up_to(value, MAX_BYTES)
+        except TypeError:
+            raise TypeError(f"{name}: a file that does not give bytes; open it in binary mode") from None
         if len(content) > MAX_BYTES:
             raise ValueError(f"{name}: gives more than the limit of {MAX_BYTES:,} bytes")
         path = getattr(value, "name", name)

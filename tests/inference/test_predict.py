@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -151,6 +152,18 @@ def test_at_most_two_batches_are_taken_ahead(classifier: inference.Classifier) -
         next(found)
     found.close()
     assert taken <= 9 + 3 + 8
+
+
+def test_files_that_give_their_content_in_pieces(classifier: inference.Classifier, exact: Any) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, encoded(picture(), "jpeg", quality=20)[:300])
+    threading.Timer(
+        0.2, lambda: (os.write(writing, encoded(picture(), "jpeg", quality=20)[300:]), os.close(writing))
+    ).start()
+    with open(reading, "rb", buffering=0) as file:
+        [found] = rf.predict(file, classifier, topk=7)
+    [expected] = rf.predict(encoded(picture(), "jpeg", quality=20), classifier, topk=7)
+    assert found.labels == expected.labels
 
 
 def test_an_image_is_not_changed(classifier: inference.Classifier) -> None:
