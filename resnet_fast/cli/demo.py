@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from resnet_fast.cli.classify import Network, load_network, top
+from resnet_fast.cli.classify import load_network
 from resnet_fast.cli.common import (
     Arch,
     Threads,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from resnet_fast.benchmarking.peers import Task
     from resnet_fast.benchmarking.profile import NodeTime
     from resnet_fast.benchmarking.timing import Samples
+    from resnet_fast.inference.classifier import Network
 
 DIGITS_SIDE = 16
 """Height and width of the digits; at the 28 pixels of `train residual` the training would take three times as long."""
@@ -220,6 +221,7 @@ def _random_network(arch: str, paths: list[Path], image_size: int) -> Network:
 
     from resnet_fast import models
     from resnet_fast.benchmarking.network import randomize
+    from resnet_fast.inference.classifier import Network
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -295,21 +297,23 @@ def _scaled(times: list[NodeTime], total: float) -> list[NodeTime]:
 
 def _show_answers(console: Console, answers: Answers, paths: list[Path], network: Network) -> bool:
     """Show both top-5 of every photograph; return whether they are the same, up to ties within the error rule."""
+    from resnet_fast.inference.classifier import top
+
     shown = table("The same answers (float32)", ("photograph", "plain torch layers", "fused", "same?"), ())
     agreed = True
     for index, path in enumerate(paths):
-        ordinary = top(answers.plain[index], network.labels, 5)
-        fused = top(answers.fused[index], network.labels, 5)
+        ordinary = top(answers.plain[index].double().softmax(0), network.labels, 5)
+        fused = top(answers.fused[index].double().softmax(0), network.labels, 5)
         exact, verdict = answers.exact[index], answers.verdicts[index]
         for rank, (left, right) in enumerate(zip(ordinary, fused, strict=True)):
-            gap = float((exact[left["index"]] - exact[right["index"]]).abs())
-            same = left["index"] == right["index"]
+            gap = float((exact[left.index] - exact[right.index]).abs())
+            same = left.index == right.index
             tie = gap <= verdict.allowed * float(exact.norm())
             agreed &= same or tie
             shown.add_row(
                 path.name if rank == 0 else "",
-                f"{escape(left['label'])}  {left['probability']:.2%}",
-                f"{escape(right['label'])}  {right['probability']:.2%}",
+                f"{escape(left.label)}  {left.probability:.2%}",
+                f"{escape(right.label)}  {right.probability:.2%}",
                 "yes" if same else "a tie" if tie else "[bold red]NO[/]",
                 end_section=rank == len(ordinary) - 1,
             )

@@ -19,7 +19,7 @@ from torch import Tensor
 import resnet_fast as rf
 from resnet_fast import caffe
 from resnet_fast.caffe import caffemodel
-from resnet_fast.cli import classify
+from resnet_fast.inference.labels import read_labels
 from resnet_fast.models.checkpoint import with_metadata
 from tests.caffe import files as caffe_files
 from tests.caffe.test_preprocessing import by_hand
@@ -514,7 +514,7 @@ def test_labels(folder: Path, tmp_path: Path) -> None:
     arguments = ["--prototxt", folder / "a.prototxt", "--caffemodel", folder / "a.caffemodel", "-k", "3"]
     names = tmp_path / "synset_words.txt"
     names.write_bytes(b"n01440764 tench, Tinca tinca\r\nn01443537\tgold fish\r\n  nut 12  \r\n\r\n")
-    assert classify.read_labels(names, 3) == ("tench, Tinca tinca", "gold fish", "nut 12")
+    assert read_labels(names, 3) == ("tench, Tinca tinca", "gold fish", "nut 12")
     said = run("classify", folder / "0.png", *arguments, "--labels", names).passed()
     assert "tiny [x]" in said and "tench, Tinca tinca" in said and "gold fish" in said and "n01440764" not in said
     torch.save(rf.resnet18(num_classes=3).state_dict(), tmp_path / "18.pth")

@@ -26,6 +26,7 @@ import resnet_fast as rf
 from resnet_fast import models
 from resnet_fast.cli import classify, common, demo, images
 from resnet_fast.graph import optimize as real_optimize
+from resnet_fast.inference.labels import labels_for
 from resnet_fast.models import weights as registry
 from tests.command_line import run, run_process
 
@@ -184,9 +185,9 @@ def test_offline_says_which_file_belongs_where(folder: Path, tmp_path: Path) -> 
 
 
 def test_labels_and_preprocessing_of_local_files() -> None:
-    assert classify._labels(1000)[0] == "tench"
-    assert classify._labels(3) == ("class 0", "class 1", "class 2")
-    assert classify._labels(2, {"classes": '["cat", "dog"]'}) == ("cat", "dog")
+    assert labels_for(1000)[0] == "tench"
+    assert labels_for(3) == ("class 0", "class 1", "class 2")
+    assert labels_for(2, {"classes": '["cat", "dog"]'}) == ("cat", "dog")
     for unusable in (
         "",
         "[",
@@ -195,7 +196,7 @@ def test_labels_and_preprocessing_of_local_files() -> None:
         '["cat"]',
         '["cat", 3]',
     ):
-        assert classify._labels(2, {"classes": unusable}) == ("class 0", "class 1")
+        assert labels_for(2, {"classes": unusable}) == ("class 0", "class 1")
     assert common.printable("cat \udcff\x1b[31m\n") == r"cat \udcff\x1b[31m\n"
     assert registry.preprocessing_of(Path("x/resnet50-11ad3fa6.pth"), {}).resize_size == 232
     assert registry.preprocessing_of(Path("x/mine.pth"), {}).resize_size == 256
@@ -404,7 +405,7 @@ def test_unexpected_errors_are_one_line_too(folder: Path, monkeypatch: pytest.Mo
     def fail(*arguments: Any, **more: Any) -> None:
         raise ZeroDivisionError("a\nbug")
 
-    monkeypatch.setattr("resnet_fast.graph.optimize", fail)
+    monkeypatch.setattr("resnet_fast.inference.classifier.optimized", fail)
     arguments = ["classify", folder / "photo.jpg", "-a", "resnet18", "-w", folder / "ten.pth"]
     run(*arguments).failed("unexpected ZeroDivisionError: a bug", "--debug", code=70)
     for shown in (run("--debug", *arguments), run(*arguments, "--debug")):
