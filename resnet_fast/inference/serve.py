@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import anyio
 import torch
 import uvicorn
+from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, exposition
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
@@ -95,10 +96,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value < (0 if name in ("batch_timeout", "threads") else 1):
-                raise ValueError(
-                    f"{name} must be at least {0 if name in ('batch_timeout', 'threads') else 1}, got {value}"
-                )
+            may_be_zero = name in ("batch_timeout", "threads")
+            if value < 0 or (value == 0 and not may_be_zero):
+                raise ValueError(f"{name} must be {'at least' if may_be_zero else 'above'} 0, got {value}")
 
     @property
     def max_buffered(self) -> int:
@@ -268,10 +268,12 @@ class _Service:
                 self._decoders.shutdown(wait=False, cancel_futures=True)
 
     def warm_up(self) -> None:
-        """Run a forward of one image, and one of a whole batch to see that there is memory for it; then be ready."""
-        size = self.classifier.size
+        """Decode an image, run a forward of it, and one of a whole batch to see that there is memory; then be ready."""
+        file = io.BytesIO()
+        Image.new("RGB", (2, 2)).save(file, "PNG")
+        image = self._decode(file.getvalue())
         for images in sorted({1, self.limits.batch_size}):
-            self.classifier.predict(torch.zeros(images, 3, size, size))
+            self.classifier.predict(image.expand(images, -1, -1, -1))
         self.status = "ready"
 
     def _fail(self, error: BaseException) -> None:
@@ -372,7 +374,7 @@ class _Service:
         except ImageTooLargeError as error:
             raise HTTPException(413, f"the image has more than {self.limits.max_pixels:,} pixels") from error
         except ValueError as error:
-            raise HTTPException(400, str(error)) from error
+            raise HTTPException(400, str(error).removeprefix("image: ")) from error
         except MemoryError:
             raise HTTPException(503, "out of memory", {"retry-after": "1"}) from None
         del content
@@ -509,14 +511,7 @@ class _Observed:
 class _Refusal(JSONResponse):
     """An error as one line of JSON, after which the rest of a body that nobody wants is read and thrown away."""
 
-    def __init__(self, status: int, message: str, headers: dict[str, str], linger: bool) -> None:
-        self._linger = linger
-        super().__init__({"error": message}, status, {**headers, **({"connection": "close"} if linger else {})})
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._linger:
-            await super().__call__(scope, receive, send)
-            return
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
         left = _LINGER_BYTES
@@ -531,11 +526,14 @@ class _Refusal(JSONResponse):
 
 async def _refuse(request: Request, error: Exception) -> Response:
     """Turn an HTTPException into one line of JSON; anything else into 500, of which the traceback is logged."""
-    body_unread = request.method not in ("GET", "HEAD") and not getattr(request.state, "body_read", False)
     if not isinstance(error, HTTPException):
-        return _Refusal(500, "internal error", {}, body_unread)
-    message = " ".join(error.detail.split())
-    return _Refusal(error.status_code, message, dict(error.headers or {}), body_unread)
+        error = HTTPException(500, "internal error")
+    body = {"error": " ".join(error.detail.split())}
+    headers = dict(error.headers or {})
+    if request.method in ("GET", "HEAD") or getattr(request.state, "body_read", False):
+        return JSONResponse(body, error.status_code, headers)
+    headers["connection"] = "close"
+    return (JSONResponse if error.status_code == 408 else _Refusal)(body, error.status_code, headers)
 
 
 def application(classifier: Classifier, limits: Limits | None = None) -> Starlette:
@@ -636,16 +634,20 @@ def serve(
     Raises:
         RuntimeError: if the part that computes failed; the reason has been logged.
     """
-    limits = limits or Limits()
-    service = _Service(classifier, limits)
+    service = _Service(classifier, limits or Limits())
     service.batcher.threads.submit(service.warm_up).result()  # before uvicorn, which would hide an error
     host, port = sock.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    _server(service, access_log=access_log, ready=lambda: ready(url)).run([sock])
+    if service.failed is not None:
+        raise RuntimeError("the part of the server that computes failed") from service.failed
 
+
+def _server(service: _Service, *, access_log: bool, ready: Callable[[], object]) -> uvicorn.Server:
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            ready(url)
+            ready()
 
     async def stop_if_failed() -> None:
         server.should_exit = service.failed is not None or server.should_exit
@@ -660,7 +662,7 @@ def serve(
         log_level="error",  # not a line for each malformed request
         access_log=access_log,
         server_header=False,
-        limit_concurrency=limits.max_connections,
+        limit_concurrency=service.limits.max_connections,
         timeout_graceful_shutdown=_GRACE_SECONDS,
         callback_notify=stop_if_failed,
         timeout_notify=1,
@@ -674,6 +676,4 @@ def serve(
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         access.handlers = [handler]
     server = Server(config)
-    server.run([sock])
-    if service.failed is not None:
-        raise RuntimeError("the part of the server that computes failed") from service.failed
+    return server

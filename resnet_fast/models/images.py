@@ -198,7 +198,8 @@ def _opened(source: Source, max_pixels: int = MAX_PIXELS, formats: Collection[st
     except FileNotFoundError:
         raise UnopenedImageError(f"{name}: no such file") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name}: not an image that Pillow reads") from None
+        kinds = "that Pillow reads" if formats is None else f"of the formats {', '.join(formats)}"
+        raise ImageError(f"{name}: not an image {kinds}") from None
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(f"{name}: refused: {one_line(error)}") from error
     except Exception as error:  # decoders have no common error: OSError, SyntaxError, struct.error, AttributeError, ...

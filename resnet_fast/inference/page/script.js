@@ -21,17 +21,15 @@ function showImage(image) {
   URL.revokeObjectURL(preview.src);
   preview.src = URL.createObjectURL(image);
   preview.alt = image.name || "The pasted image";
-  drop.classList.add("full");
 }
 
-preview.addEventListener("load", () => {
-  preview.hidden = false;
-  element("invitation").classList.add("seen");
-});
-preview.addEventListener("error", () => {
-  preview.hidden = true; // a format that the server may read though this browser does not
-  element("invitation").classList.remove("seen");
-});
+function shown(yes) {
+  preview.hidden = !yes;
+  drop.classList.toggle("full", yes);
+}
+
+preview.addEventListener("load", () => shown(true));
+preview.addEventListener("error", () => shown(false)); // no image, or one that the server reads and this browser does not
 
 function share(probability) {
   return probability > 0 && probability < 0.001 ? "< 0.1 %" : `${(100 * probability).toFixed(1)} %`;
