@@ -38,7 +38,6 @@ from torch import Tensor
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from resnet_fast.inference.classifier import Classifier
-from resnet_fast.inference.errors import ClassifierError
 from resnet_fast.models.images import ImageTooLargeError, read_image
 
 __all__ = ["FORMATS", "Batcher", "Limits", "application", "listen", "serve"]
@@ -379,10 +378,7 @@ class _Service:
             raise HTTPException(503, "out of memory", {"retry-after": "1"}) from None
         del content
         held.release()
-        try:
-            return await self.batcher(image)
-        except ClassifierError as error:
-            raise HTTPException(500, str(error)) from error
+        return await self.batcher(image)
 
     def _decode(self, content: bytes) -> Tensor:
         image = read_image(io.BytesIO(content), max_pixels=self.limits.max_pixels, formats=FORMATS)

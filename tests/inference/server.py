@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -32,8 +33,9 @@ class Server(NamedTuple):
     log: Path
 
     def errors(self) -> str:
-        """Return what it has written to stderr, apart from the hint how to stop it."""
-        return self.log.read_text().replace("Ctrl-C stops.\n", "")
+        """Return what it has written to stderr, apart from the hint how to stop it and the log of requests."""
+        expected = re.compile(r'Ctrl-C stops\.\n|\d{4}-.* - "[A-Z]+ \S+ HTTP/1\.1" \d{3}\n')
+        return expected.sub("", self.log.read_text())
 
     def resident(self) -> int:
         """Return the bytes of its resident memory."""
