@@ -1,7 +1,7 @@
 """Provide ResNets that run as fused kernels, with torchvision's parameters and answers.
 
 This file lists the public names. The subpackages hold the code, and import downward only:
-caffe -> models, graph -> nn -> ops -> backends and kernels.
+inference -> caffe -> models, graph -> nn -> ops -> backends and kernels.
 
 Examples:
     >>> import torch
@@ -28,9 +28,10 @@ _COMMAND_LINE = "resnet_fast_cli" in sys.modules or (
 )
 
 if TYPE_CHECKING or not _COMMAND_LINE:
-    from . import backends, models, nn, ops
+    from . import backends, inference, models, nn, ops
     from ._info import Info, info
     from .graph.optimize import optimize  # not from .graph: mypy would take the module of the same name
+    from .inference import predict
     from .models import (
         resnet18,
         resnet34,
@@ -50,11 +51,13 @@ __all__ = [
     "__version__",
     "backends",
     "caffe",
+    "inference",
     "info",
     "models",
     "nn",
     "ops",
     "optimize",
+    "predict",
     "residual_network",
     "resnet18",
     "resnet34",
@@ -75,9 +78,9 @@ else:
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        if name in ("backends", "caffe", "models", "nn", "ops"):
+        if name in ("backends", "caffe", "inference", "models", "nn", "ops"):
             return importlib.import_module(f".{name}", __name__)
-        home = {"Info": "._info", "info": "._info", "optimize": ".graph"}.get(name, ".models")
+        home = {"Info": "._info", "info": "._info", "optimize": ".graph", "predict": ".inference"}.get(name, ".models")
         return getattr(importlib.import_module(home, __name__), name)
 
     def __dir__() -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,10 +10,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from resnet_fast.cli.common import (
+    AnyArch,
+    Caffemodel,
     Dtype,
+    ImageSize,
+    Labels,
+    Mean,
     Precision,
+    Prototxt,
+    ResizeSize,
+    Scale,
     Threads,
+    TopK,
     UserError,
+    Weights,
     as_user_errors,
     one_line,
     out_console,
@@ -46,57 +55,16 @@ def classify(
             metavar="IMAGE...", help="Image files, folders of them, pipes; - is standard input.", show_default=False
         ),
     ],
-    arch: Annotated[
-        str | None,
-        typer.Option(
-            "--arch", "-a", metavar="NAME", help="Model name (default: the one that the weights name, or resnet50)."
-        ),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            "--weights",
-            "-w",
-            metavar="NAME|PATH",
-            help="Published weights by name, or a .pth or .safetensors file (default: the best published ones).",
-        ),
-    ] = None,
-    prototxt: Annotated[
-        Path | None, typer.Option("--prototxt", metavar="FILE", help="A Caffe network's deploy definition instead.")
-    ] = None,
-    caffemodel: Annotated[
-        Path | None, typer.Option("--caffemodel", metavar="FILE", help="The weights that belong to --prototxt.")
-    ] = None,
-    mean: Annotated[
-        str | None,
-        typer.Option(
-            "--mean",
-            metavar="FILE|B,G,R",
-            help="Mean of a Caffe network's images: a .binaryproto file, or three numbers for blue, green and red "
-            "(default: the published ResNets').",
-        ),
-    ] = None,
-    scale: Annotated[
-        float | None,
-        typer.Option(
-            "--scale",
-            metavar="X",
-            help="Factor for a Caffe network's images after subtracting the mean (default: its definition's, or 1).",
-        ),
-    ] = None,
-    labels: Annotated[
-        Path | None,
-        typer.Option("--labels", metavar="FILE", help="Names of the classes, one per line, as in synset_words.txt."),
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option("--image-size", min=1, max=4096, help="Height and width to crop to (default: the weights')."),
-    ] = None,
-    resize_size: Annotated[
-        int | None,
-        typer.Option("--resize-size", min=1, max=4096, help="Shorter side before cropping (default: the weights')."),
-    ] = None,
-    topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="Number of classes to show per image.")] = 5,
+    arch: AnyArch = None,
+    weights: Weights = None,
+    prototxt: Prototxt = None,
+    caffemodel: Caffemodel = None,
+    mean: Mean = None,
+    scale: Scale = None,
+    labels: Labels = None,
+    image_size: ImageSize = None,
+    resize_size: ResizeSize = None,
+    topk: TopK = 5,
     dtype: Dtype = Precision.float32,
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,

@@ -110,6 +110,34 @@ def training_stopped(checkpoint: Path, resume: bool) -> str:
     return f"stopped; the same command{'' if resume else ' with --resume'} continues from {checkpoint}"
 
 
+class Device(str, enum.Enum):
+    """Where to compute."""
+
+    auto = "auto"
+    cuda = "cuda"
+    cpu = "cpu"
+
+    @property
+    def found(self) -> str:
+        """The device's name: auto is a CUDA GPU if there is one.
+
+        Raises:
+            UserError: for cuda without a GPU.
+        """
+        import torch
+
+        if self is Device.cuda and not torch.cuda.is_available():
+            raise UserError("--device is cuda, and torch sees no CUDA GPU here; use cpu")
+        return "cuda" if self is not Device.cpu and torch.cuda.is_available() else "cpu"
+
+
+class OnError(str, enum.Enum):
+    """What to do about a damaged image."""
+
+    skip = "skip"
+    stop = "stop"
+
+
 class Precision(str, enum.Enum):
     """Number formats to compute in."""
 
@@ -129,6 +157,57 @@ Dtype = Annotated[Precision, typer.Option("--dtype", help="Precision of the comp
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, max=1024, help="Number of CPU threads (default: torch's choice).")
 ]
+AnyArch = Annotated[
+    str | None,
+    typer.Option(
+        "--arch", "-a", metavar="NAME", help="Model name (default: the one that the weights name, or resnet50)."
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        "-w",
+        metavar="NAME|PATH",
+        help="Published weights by name, or a .pth or .safetensors file (default: the best published ones).",
+    ),
+]
+Prototxt = Annotated[
+    Path | None, typer.Option("--prototxt", metavar="FILE", help="A Caffe network's deploy definition instead.")
+]
+Caffemodel = Annotated[
+    Path | None, typer.Option("--caffemodel", metavar="FILE", help="The weights that belong to --prototxt.")
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        "--mean",
+        metavar="FILE|B,G,R",
+        help="Mean of a Caffe network's images: a .binaryproto file, or three numbers for blue, green and red "
+        "(default: the published ResNets').",
+    ),
+]
+Scale = Annotated[
+    float | None,
+    typer.Option(
+        "--scale",
+        metavar="X",
+        help="Factor for a Caffe network's images after subtracting the mean (default: its definition's, or 1).",
+    ),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option("--labels", metavar="FILE", help="Names of the classes, one per line, as in synset_words.txt."),
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option("--image-size", min=1, max=4096, help="Height and width to crop to (default: the weights')."),
+]
+ResizeSize = Annotated[
+    int | None,
+    typer.Option("--resize-size", min=1, max=4096, help="Shorter side before cropping (default: the weights')."),
+]
+TopK = Annotated[int, typer.Option("--topk", "-k", min=1, help="Number of classes to show per image.")]
 JsonTarget = Annotated[
     str | None, typer.Option("--json", metavar="PATH|-", help="Write the result as JSON; - prints it instead.")
 ]

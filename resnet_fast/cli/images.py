@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import stat
 import sys
@@ -29,15 +28,9 @@ class Given:
 
     def read(self) -> Image:
         """Return the image; raise UserError, in one line that begins with its name."""
-        return read_image(Path(self.content) if isinstance(self.content, str) else _Named(self.content, self.name))
+        from resnet_fast.models.images import NamedBytes
 
-
-class _Named(io.BytesIO):
-    """A file in memory that has a name for errors."""
-
-    def __init__(self, content: bytes, name: str) -> None:
-        super().__init__(content)
-        self.name = name
+        return read_image(Path(self.content) if isinstance(self.content, str) else NamedBytes(self.content, self.name))
 
 
 def read_image(source: Path | IO[bytes]) -> Image:

@@ -15,6 +15,8 @@ import typer
 from rich.markup import escape
 
 from resnet_fast.cli.common import (
+    Device,
+    OnError,
     Threads,
     UserError,
     as_user_errors,
@@ -35,21 +37,6 @@ class TrainPrecision(str, enum.Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-
-
-class TrainDevice(str, enum.Enum):
-    """Where to train."""
-
-    auto = "auto"
-    cuda = "cuda"
-    cpu = "cpu"
-
-
-class OnError(str, enum.Enum):
-    """What to do about a damaged image."""
-
-    skip = "skip"
-    stop = "stop"
 
 
 _data, _recipe, _computing, _files = (
@@ -126,7 +113,7 @@ def imagenet(
     precision: Annotated[
         TrainPrecision, _computing("--precision", help="Precision of the computation, by autocast.")
     ] = TrainPrecision.float32,
-    device: Annotated[TrainDevice, _computing("--device", help="auto: a CUDA GPU if there is one.")] = TrainDevice.auto,
+    device: Annotated[Device, _computing("--device", help="auto: a CUDA GPU if there is one.")] = Device.auto,
     compile_it: Annotated[bool, _computing("--compile", help="Run the training step under torch.compile.")] = False,
     memory_efficient: Annotated[
         bool, _computing("--memory-efficient", help="Keep less memory for the backward pass.")

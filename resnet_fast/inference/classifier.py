@@ -7,8 +7,12 @@ Published weights, local checkpoints and Caffe networks become one type, `Classi
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +31,7 @@ from resnet_fast.models.preprocessing import Preprocessing
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Classifier", "ClassifierError", "Label", "Network", "check_choice", "load", "load_network"]
+__all__ = ["Classifier", "ClassifierError", "Label", "Network", "check_choice", "from_module", "load", "load_network"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Network:
     arch: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Classifier:
     """A network ready to classify: call it with images, and `top` names the most probable classes.
 
@@ -62,6 +66,7 @@ class Classifier:
         labels: names of the classes.
         probabilities: whether the model returns probabilities instead of scores.
         notes: what was assumed, in lines for the user.
+        digest: a hash of parameters, preprocessing and labels, which tells whether two classifiers are the same.
 
     Examples:
         >>> from resnet_fast.inference import load
@@ -81,6 +86,7 @@ class Classifier:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     notes: tuple[str, ...] = ()
+    digest: str = ""
 
     def __call__(self, images: Sequence[Image]) -> Tensor:
         """Return the probabilities of the classes, float64 [N, classes] on the CPU, of Pillow images of any size.
@@ -108,6 +114,10 @@ class Classifier:
                 raise ClassifierError(f"the network's answers are not finite; is {self.source} damaged?")
             return scores if self.probabilities else scores.softmax(1)
 
+    def __repr__(self) -> str:
+        where = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        return f"Classifier({self.name}, {self.source}: {len(self.labels)} classes, {self.size}x{self.size}, {where})"
+
     def top(self, probabilities: Tensor, topk: int = 5) -> list[list[Label]]:
         """Return the `topk` most probable classes of each image, the most probable first; all if there are fewer.
 
@@ -125,13 +135,14 @@ def top(probabilities: Tensor, labels: Sequence[str], topk: int) -> list[Label]:
 
 def load(
     arch: str | None = None,
-    weights: str | None = None,
+    weights: str | os.PathLike[str] | Enum | None = None,
     *,
     prototxt: Path | None = None,
     caffemodel: Path | None = None,
     mean: str | None = None,
     scale: float | None = None,
-    labels: Path | None = None,
+    labels: Path | Sequence[str] | None = None,
+    preprocessing: Callable[[Image], Tensor] | None = None,
     image_size: int | None = None,
     resize_size: int | None = None,
     dtype: torch.dtype = torch.float32,
@@ -142,10 +153,12 @@ def load(
 
     Args:
         arch: name of one of the ten ResNets; None: the one that the weights name, or resnet50.
-        weights: published weights by name (None: the best) or a local checkpoint with any number of classes.
+        weights: published weights, by name or as a member of the enum (None: the best), or a local checkpoint with any
+            number of classes.
         prototxt, caffemodel: a Caffe network's definition and weights instead.
         mean, scale: of the Caffe network's images, as `load_caffe`.
-        labels: a text file with the names of the classes, one a line; None: those of the weights.
+        labels: names of the classes, or a text file with one a line; None: those of the weights.
+        preprocessing: turns a Pillow image into a tensor [3, S, S]; None: the weights' own.
         image_size, resize_size: crop, and shorter side before it, in pixels; None: the weights'.
         dtype: what to compute in.
         device: where to compute.
@@ -169,20 +182,121 @@ def load(
         if image_size is not None or resize_size is not None:
             prepare = prepare.for_size(image_size, resize_size)
         classifier = Classifier(network.model, network.arch, network.source, prepare, prepare.crop_size, network.labels)
+    if preprocessing is not None:
+        classifier = replace(classifier, prepare=preprocessing, size=_prepared_size(preprocessing))
     if labels is not None:
-        classifier = replace(classifier, labels=read_labels(labels, len(classifier.labels)))
+        outputs = len(classifier.labels)
+        names = read_labels(labels, outputs) if isinstance(labels, Path) else _checked(labels, outputs)
+        classifier = replace(classifier, labels=names)
+    return _ready(classifier, dtype, torch.device(device), optimize)
+
+
+def from_module(
+    model: nn.Module,
+    preprocessing: Callable[[Image], Tensor],
+    *,
+    labels: Sequence[str] | None = None,
+    probabilities: bool = False,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    optimize: bool = True,
+) -> Classifier:
+    """Make a classifier of any module, which is run once on a black image to see its classes; it is not changed.
+
+    Args:
+        model: in eval mode; takes [N, 3, S, S], and returns scores [N, classes].
+        preprocessing: turns a Pillow image of any size into a tensor [3, S, S].
+        labels: names of the classes; None: ImageNet's for 1000 outputs, else "class 0" and so on.
+        probabilities: whether the model returns probabilities instead of scores.
+        dtype: what to compute in; None: the dtype of its parameters.
+        device: where to compute; None: where its parameters are.
+        optimize: run the network fused, as by `resnet_fast.optimize`.
+
+    Raises:
+        ClassifierError: if it is in training mode or does not take such images or return such scores, or there are
+            other labels than classes.
+    """
+    if model.training:
+        raise ClassifierError(f"model is a {type(model).__name__} in training mode; call model.eval() first")
+    first = next((each for each in model.parameters() if each.is_floating_point()), torch.empty(0))
+    dtype, device = dtype or first.dtype, torch.device(device or first.device)
+    size = _prepared_size(preprocessing)
+    example = torch.zeros(2, 3, size, size, dtype=first.dtype, device=first.device)
+    try:
+        with torch.inference_mode():
+            scores = model(example)
+    except Exception as error:
+        raise ClassifierError(
+            f"model is a {type(model).__name__}, which does not run on images [N, 3, {size}, {size}]: {readable(error)}"
+        ) from error
+    if not isinstance(scores, Tensor) or scores.shape[:1] != (2,) or scores.flatten(1).shape != scores.shape[:2]:
+        found = list(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+        raise ClassifierError(
+            f"model is a {type(model).__name__}, which returns {found} for two images; scores [N, classes] were "
+            "expected"
+        )
+    outputs = scores.shape[1]
+    names = labels_for(outputs) if labels is None else _checked(labels, outputs)
+    name = type(model).__name__
+    classifier = Classifier(model, name, name, preprocessing, size, names, probabilities)
+    if device != first.device or (dtype != first.dtype and not optimize):
+        classifier = replace(classifier, model=copy.deepcopy(model))
+    return _ready(classifier, dtype, device, optimize)
+
+
+def _ready(classifier: Classifier, dtype: torch.dtype, device: torch.device, optimize: bool) -> Classifier:
+    """Return the classifier on the device, fused if asked."""
+    digest = _digest(classifier)
     model = classifier.model.to(device)
     if optimize:
         example = torch.empty(1, 3, classifier.size, classifier.size, device="meta")
         model = optimized(model, dtype=dtype, example_inputs=example)
-    else:
+    elif dtype != torch.float32 or next(model.parameters(), torch.empty(0)).dtype != dtype:
         model = model.to(dtype)
-    return replace(classifier, model=model, dtype=dtype, device=torch.device(device))
+    return replace(classifier, model=model, dtype=dtype, device=device, digest=digest)
+
+
+def _digest(classifier: Classifier) -> str:
+    """Return a hash of everything that decides an answer but arithmetic."""
+    import xxhash
+
+    found = xxhash.xxh3_128()
+    tensors = {**classifier.model.state_dict(), "mean": getattr(classifier.prepare, "mean", None)}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.numel():
+            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    found.update(json.dumps([repr(classifier.prepare), classifier.labels, classifier.probabilities]).encode())
+    return found.hexdigest()
+
+
+def _prepared_size(preprocessing: Callable[[Image], Tensor]) -> int:
+    """Return the height and width that the preprocessing gives a black image."""
+    from PIL import Image
+
+    try:
+        found = preprocessing(Image.new("RGB", (64, 64)))
+    except Exception as error:
+        raise ClassifierError(
+            f"preprocessing fails on a black Pillow image of 64x64 pixels, as {type(error).__name__}: {readable(error)}"
+        ) from error
+    if not isinstance(found, Tensor) or found.dim() != 3 or found.shape[0] != 3 or found.shape[1] != found.shape[2]:
+        shown = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise ClassifierError(f"preprocessing returns {shown}; a tensor [3, S, S] was expected")
+    return found.shape[1]
+
+
+def _checked(labels: Sequence[str], outputs: int) -> tuple[str, ...]:
+    if isinstance(labels, str) or not all(isinstance(each, str) for each in labels):
+        raise ClassifierError("labels must be a sequence of strings")
+    if len(labels) != outputs:
+        raise ClassifierError(f"labels has {len(labels)} names, the network has {outputs} classes")
+    return tuple(labels)
 
 
 def check_choice(
     arch: str | None = None,
-    weights: str | None = None,
+    weights: str | os.PathLike[str] | Enum | None = None,
     prototxt: Path | None = None,
     caffemodel: Path | None = None,
     mean: str | None = None,
@@ -196,13 +310,13 @@ def check_choice(
                 raise ClassifierError(f"{option} belongs to a Caffe network; give its definition with --prototxt FILE")
         if arch is not None and arch not in models.list_models():
             raise ClassifierError(f"unknown arch {arch!r}; there are {', '.join(models.list_models())}")
-        if weights is not None and weights.endswith(".caffemodel"):
+        if weights is not None and str(weights).endswith(".caffemodel"):
             raise ClassifierError(
                 f"{weights}: Caffe's weights are given with --caffemodel, their definition with --prototxt"
             )
         return
-    for option, given in (("--arch", arch), ("--weights", weights)):
-        if given is not None:
+    for option, named in (("--arch", arch), ("--weights", weights)):
+        if named is not None:
             raise ClassifierError(
                 f"{option} names one of the ten ResNets, --prototxt a Caffe network; give one of the two"
             )
@@ -212,19 +326,20 @@ def check_choice(
         raise ClassifierError(f"{prototxt}: a definition has no weights; give them with --caffemodel FILE")
 
 
-def load_network(arch: str | None, weights: str | None) -> Network:
+def load_network(arch: str | None, weights: str | os.PathLike[str] | Enum | None) -> Network:
     """Load one of the ten ResNets, in eval mode, not optimized.
 
     Args:
         arch: the model's name; None for the one that the weights name, or resnet50.
-        weights: a name ("DEFAULT" if None) or a local checkpoint with any number of classes.
+        weights: a name ("DEFAULT" if None), a member of an enum, or a local checkpoint with any number of classes.
 
     Raises:
         ClassifierError: if the weights cannot be downloaded or read, or do not fit.
     """
     weights = weights or "DEFAULT"
     with _as_classifier_errors():
-        arch_or_default = arch or registry.model_of(weights.partition(".")[0]) or "resnet50"
+        enum = type(weights).__name__ if isinstance(weights, Enum) else str(weights).partition(".")[0]
+        arch_or_default = arch or registry.model_of(enum) or "resnet50"
         resolved = registry.resolve(arch_or_default, weights)
         if not isinstance(resolved, Path):
             if resolved is None:

@@ -6,10 +6,11 @@ No preprocessing for a network happens here; that is `resnet_fast.models.preproc
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import stat
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import IO, TYPE_CHECKING, cast
 
 from resnet_fast.models.checkpoint import one_line
@@ -23,6 +24,7 @@ __all__ = [
     "MAX_PIXELS",
     "ImageError",
     "ImageTooLargeError",
+    "NamedBytes",
     "UnopenedImageError",
     "check_image",
     "find_images",
@@ -89,14 +91,25 @@ def read_image(source: Source, *, max_pixels: int = MAX_PIXELS, formats: Collect
         return to_rgb(image.transpose(Transpose[method]))
 
 
-def check_image(source: Source) -> None:
+class NamedBytes(io.BytesIO):
+    """A file in memory that has a name for errors."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self.name = name
+
+
+def check_image(source: Source) -> tuple[int, int]:
     """Read the header alone, which finds files that are not images, but not damage further on.
+
+    Returns:
+        width and height in pixels, before any rotation.
 
     Raises:
         UnopenedImageError, ImageError: as `read_image`.
     """
-    with _opened(source):
-        pass
+    with _opened(source) as image:
+        return image.size
 
 
 def to_rgb(image: Image) -> Image:
@@ -125,27 +138,38 @@ def _eight_bits(image: Image) -> Image:
     return image.point(lambda value: value * (1 / 257) + 0.5).convert("L")
 
 
-def find_images(folder: str | os.PathLike[str]) -> Iterator[str]:
+def find_images(folder: str | os.PathLike[str], on_error: Callable[[OSError], None] | None = None) -> Iterator[str]:
     """Yield the paths of image files below `folder`, by their suffixes, folder by folder in the order of their names.
 
     Hidden files and folders are left out. Links are followed, apart from those to a folder that they lie in.
 
+    Args:
+        on_error: called with the error of a folder that cannot be listed, whose `filename` is that folder; None raises.
+
     Raises:
         OSError: if a folder cannot be listed.
     """
-    return _walk(os.fspath(folder), (os.path.realpath(folder),), suffixes())
+    return _walk(os.fspath(folder), (os.path.realpath(folder),), suffixes(), on_error)
 
 
-def _walk(folder: str, above: tuple[str, ...], endings: frozenset[str]) -> Iterator[str]:
-    with os.scandir(folder) as found:
-        entries = sorted((each for each in found if not each.name.startswith(".")), key=lambda each: each.name)
+def _walk(
+    folder: str, above: tuple[str, ...], endings: frozenset[str], on_error: Callable[[OSError], None] | None
+) -> Iterator[str]:
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted((each for each in found if not each.name.startswith(".")), key=lambda each: each.name)
+    except OSError as error:
+        if on_error is None:
+            raise
+        on_error(error)
+        return
     for entry in entries:
         if is_folder(entry):
             path = os.path.realpath(entry.path)
             if any(os.path.commonpath((path, each)) == path for each in above):
                 warnings.warn(f"{entry.path}: a link to a folder that it lies in, not followed", stacklevel=2)
                 continue
-            yield from _walk(entry.path, (*above, path), endings)
+            yield from _walk(entry.path, (*above, path), endings, on_error)
         elif os.path.splitext(entry.name)[1].lower() in endings:
             yield entry.path
 

@@ -100,15 +100,15 @@ def unpack_names(packed: Tensor) -> set[bytes]:
     return set(names.split(b"\0"))
 
 
-def scan(root: Path, classes: Sequence[str] | None = None) -> ImageFolder:
+def scan(root: Path, classes: Sequence[str] | None = None, *, fewest: int = 2) -> ImageFolder:
     """Find the images of every class, sorted by name; classes in deeper folders belong to the topmost one.
 
     Args:
         root: the folder that holds one folder for each class.
-        classes: what the classes must be; None takes what is there.
+        classes: what the classes must be; None takes what is there. fewest: how many there must be.
 
     Raises:
-        ValueError: a folder is missing or empty, there are fewer than two classes, or not those of ``classes``.
+        ValueError: a folder is missing or empty, there are fewer than `fewest` classes, or not those of ``classes``.
     """
     layout = f"expected {root}/<class>/ with images (.jpg, .png, .webp and others that Pillow reads)"
     if not root.is_dir():
@@ -123,7 +123,7 @@ def scan(root: Path, classes: Sequence[str] | None = None) -> ImageFolder:
         raise ValueError(
             f"{root}: {' and '.join(parts)}; its classes must be the {len(classes)} of the training images"
         )
-    if len(found) < 2:
+    if len(found) < fewest:
         raise ValueError(f"{root}: has one class only, {found[0]!r}; at least two are needed")
     files: list[bytes] = []
     targets: list[int] = []

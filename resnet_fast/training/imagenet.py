@@ -34,6 +34,7 @@ from resnet_fast.training import checkpoint, distributed, imagefolder
 from resnet_fast.training.distributed import Processes
 from resnet_fast.training.imagefolder import ImageFolder
 from resnet_fast.training.metrics import Metrics, try_to_draw
+from resnet_fast.training.validation import Progress, autocast, evaluate
 
 CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model.safetensors"
@@ -46,9 +47,6 @@ WARMUP_FACTOR = 0.01
 
 TELL_SECONDS = 2.0
 """Seconds between reports of loss and speed during an epoch; each report waits for the device."""
-
-Progress = Callable[[str, float], None]
-"""Called with the current stage and the fraction of it that is done, between 0 and 1."""
 
 
 class Diverged(RuntimeError):
@@ -206,16 +204,6 @@ class Training:
     step: int = 0
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean cross entropy and the fractions of images whose class was the first guess, or among the first five."""
-
-    loss: float
-    top1: float
-    top5: float
-    images: int
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return two groups for an optimizer: matrices and filters with ``weight_decay``, norms and biases without."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -338,11 +326,6 @@ def _about(training: Training) -> dict[str, str]:
     return names | training.options.preprocessing.to_metadata()
 
 
-def _autocast(options: Options, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    dtype = PRECISIONS[options.precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
-
-
 def take_step(training: Training, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """Take one optimizer step on ``options.accumulate`` batches: images uint8 [N, H, W, 3] and targets int64 [N].
 
@@ -356,7 +339,7 @@ def take_step(training: Training, batches: Iterable[tuple[Tensor, Tensor]]) -> T
         with contextlib.nullcontext() if joint or training.ddp is None else training.ddp.no_sync():
             x = imagefolder.normalize(images.to(device, non_blocking=True), options.preprocessing)
             wanted = targets.to(device, non_blocking=True)
-            with _autocast(options, device):
+            with autocast(device, PRECISIONS[options.precision]):
                 scores = training.forward(x)
                 loss = training.criterion(scores, wanted)
             training.scaler.scale(loss / options.accumulate).backward()
@@ -377,48 +360,6 @@ def take_step(training: Training, batches: Iterable[tuple[Tensor, Tensor]]) -> T
         training.ema.update_parameters(training.model)
     training.step += 1
     return loss
-
-
-def evaluate(
-    model: nn.Module, images: imagefolder.ValImages, options: Options, processes: Processes, progress: Progress
-) -> Evaluation:
-    """Evaluate the model on all images that can be read, each counted once whatever the number of processes.
-
-    Raises:
-        ValueError: none can be read.
-
-    Without label smoothing. With fewer than five classes "top 5" means all of them.
-    """
-    device = processes.device
-    loader = imagefolder.val_loader(
-        images, batch=options.batch_size, rank=processes.rank, world_size=processes.world_size, workers=options.workers,
-        pin_memory=device.type == "cuda",
-    )  # fmt: skip
-    counts = torch.zeros(3, dtype=torch.int64, device=device)
-    loss = torch.zeros(1, dtype=torch.float64, device=device)
-    before = model.training
-    model.eval()
-    with torch.no_grad():
-        for number, (pixels, targets) in enumerate(loader, 1):
-            progress("validation", number / len(loader))
-            if not bool((targets >= 0).all()):
-                pixels, targets = pixels[targets >= 0], targets[targets >= 0]
-            if not len(targets):
-                continue
-            x = imagefolder.normalize(pixels.to(device, non_blocking=True), images.preprocessing)
-            wanted = targets.to(device, non_blocking=True)
-            with _autocast(options, device):
-                scores = model(x)
-            scores = scores.float()
-            loss += nn.functional.cross_entropy(scores, wanted, reduction="none").double().sum()
-            hits = scores.topk(min(5, scores.shape[1])).indices == wanted[:, None]
-            counts += torch.stack([hits[:, 0].sum(), hits.sum(), torch.full_like(counts[0], len(wanted))])
-    model.train(before)
-    counts, loss = distributed.total(counts, processes), distributed.total(loss, processes)
-    top1, top5, seen = (int(count) for count in counts)
-    if not seen:
-        raise ValueError(f"{images.folder.root}: none of its {len(images)} images can be read")
-    return Evaluation(float(loss) / seen, top1 / seen, top5 / seen, seen)
 
 
 def save(training: Training, path: Path) -> None:
@@ -769,7 +710,10 @@ def _row(training: Training, images: imagefolder.ValImages, speed: float, progre
         contestants.append(("ema", training.ema.module))
     for name, model in contestants:
         distributed.broadcast_buffers(model, processes)
-        result = evaluate(model, images, options, processes, progress)
+        result = evaluate(
+            model, images, processes, batch_size=options.batch_size, workers=options.workers,
+            dtype=PRECISIONS[options.precision], progress=progress,
+        )  # fmt: skip
         row |= {f"{name}_loss": result.loss, f"{name}_accuracy": result.top1, f"{name}_top5_accuracy": result.top5}
         row["val_images"] = result.images
     return row | {"images_per_second": speed}
@@ -788,7 +732,7 @@ def _settle(training: Training) -> None:
     training.model.train()
     size = options.preprocessing.crop_size
     x = torch.zeros(options.batch_size, 3, size, size, device=device)
-    with _autocast(options, device):
+    with autocast(device, PRECISIONS[options.precision]):
         scores = training.forward(x.contiguous(memory_format=torch.channels_last))
     scores.sum().backward()
     training.optimizer.zero_grad(set_to_none=True)

@@ -24,7 +24,7 @@ from tests.command_line import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COMMANDS = ["bench", "classify", "convert", "demo", "info", "roofline", "train", "tune"]
+COMMANDS = ["bench", "classify", "convert", "demo", "info", "predict", "roofline", "train", "tune", "validate"]
 
 
 def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
