@@ -244,10 +244,9 @@ class _Service:
         )
         # Few, since each may hold an image of max_pixels; one thread each, since the cores belong to the forwards.
         self._decoders = ThreadPoolExecutor(min(4, cores), "decode", initializer=torch.set_num_threads, initargs=(1,))
-        weights = Path(classifier.source)
         self._model = {
             "model": classifier.name,
-            "weights": weights.name if weights.is_absolute() or weights.exists() else classifier.source,
+            "weights": Path(classifier.source).name,  # strangers need not know the folder
             "dtype": str(classifier.dtype).removeprefix("torch."),
         }
         self.queue = self.buffered = 0
@@ -351,7 +350,7 @@ class _Service:
         too_large = HTTPException(413, f"the request has more than {self.limits.max_bytes:,} bytes")
         if (_number(request.headers.get("content-length", "0")) or 0) > self.limits.max_bytes:
             raise too_large
-        chunks: list[bytes] = []
+        content = bytearray()  # not a list of chunks, which may be of one byte each
         try:
             with anyio.fail_after(self.limits.read_timeout):
                 async for chunk in request.stream():
@@ -360,11 +359,11 @@ class _Service:
                         raise too_large
                     if self.buffered > self.limits.max_buffered:
                         raise HTTPException(503, "too many large requests at once", {"retry-after": "1"})
-                    chunks.append(chunk)
+                    content += chunk
         except TimeoutError:
             raise HTTPException(408, f"the body took longer than {self.limits.read_timeout:g} s to arrive") from None
         request.state.body_read = True
-        return b"".join(chunks)
+        return bytes(content)
 
     async def _classify(self, content: bytes, held: _Held) -> Tensor:
         loop = asyncio.get_running_loop()
@@ -404,7 +403,7 @@ class _Held:
 def _topk(request: Request) -> int:
     unknown = [name for name in request.query_params if name != "topk"]
     if unknown:
-        raise HTTPException(400, f"unknown parameter {unknown[0]!r}; there is topk")
+        raise HTTPException(400, f"unknown parameter {unknown[0][:40]!r}; there is topk")
     given = request.query_params.getlist("topk") or ["5"]
     topk = _number(given[0]) if len(given) == 1 else None
     if not topk:
