@@ -45,7 +45,7 @@ def serve(
     port: Annotated[
         int, typer.Option("--port", "-p", min=0, max=65535, help="Port; 0 for a free one, which is printed.")
     ] = 8000,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=1024, help="Most images of one forward.")] = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=1024, help="Most images of one forward.")] = 4,
     batch_timeout_ms: Annotated[
         float,
         typer.Option("--batch-timeout-ms", min=0, max=10_000, help="How long an image may wait for others to join it."),

@@ -84,7 +84,7 @@ class Limits:
         threads: CPU threads of each forward; 0 shares the cores among the workers.
     """
 
-    batch_size: int = 8
+    batch_size: int = 4
     batch_timeout: float = 0.002
     queue: int = 64
     max_bytes: int = 16 * 2**20
