@@ -24,19 +24,8 @@ from tests.command_line import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COMMANDS = [
-    "bench",
-    "classify",
-    "convert",
-    "demo",
-    "info",
-    "models",
-    "predict",
-    "roofline",
-    "train",
-    "tune",
-    "validate",
-]
+COMMANDS = ["bench", "classify", "convert", "demo", "info", "models", "predict", "roofline", "serve", "train", "tune",
+            "validate"]  # fmt: skip
 
 
 def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
