@@ -30,6 +30,7 @@ _COMMAND_LINE = "resnet_fast_cli" in sys.modules or (
 if TYPE_CHECKING or not _COMMAND_LINE:
     from . import backends, models, nn, ops
     from ._info import Info, info
+    from .graph.export import exportable
     from .graph.optimize import optimize  # not from .graph: mypy would take the module of the same name
     from .models import (
         resnet18,
@@ -50,6 +51,7 @@ __all__ = [
     "__version__",
     "backends",
     "caffe",
+    "exportable",
     "info",
     "models",
     "nn",
@@ -77,7 +79,7 @@ else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         if name in ("backends", "caffe", "models", "nn", "ops"):
             return importlib.import_module(f".{name}", __name__)
-        home = {"Info": "._info", "info": "._info", "optimize": ".graph"}.get(name, ".models")
+        home = {"Info": "._info", "info": "._info", "exportable": ".graph", "optimize": ".graph"}.get(name, ".models")
         return getattr(importlib.import_module(home, __name__), name)
 
     def __dir__() -> list[str]:
