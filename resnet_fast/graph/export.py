@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from resnet_fast.backends.packing import fold
 from resnet_fast.nn.pristine import Capturing
@@ -24,7 +25,7 @@ from . import calling, copies
 from .guard import Guard
 from .ir import free_name
 from .plan import Fused
-from .snapshot import OptimizedModule, PartlyOptimizedModule, as_dtype
+from .snapshot import OptimizedModule, PartlyOptimizedModule
 
 __all__ = ["exportable"]
 
@@ -122,9 +123,15 @@ class _Called(nn.Module):
 
 def _call(module: Any, *args: Any, **kwargs: Any) -> Any:
     dtype, output_dtype = module._dtypes
-    given = as_dtype(module._arguments.tensors_of(args, kwargs), None, dtype)
-    result = as_dtype(module.graph_module(*given), dtype, output_dtype)
+    given = [_cast(dtype, tensor) for tensor in module._arguments.tensors_of(args, kwargs)]
+    result = pytree.tree_map_only(
+        Tensor, lambda t: _cast(output_dtype, t) if t.dtype is dtype else t, module.graph_module(*given)
+    )
     return result if module._form is None else calling.unflatten(module._form, result)
+
+
+def _cast(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype is not dtype else tensor
 
 
 def _unfused(fused: fx.GraphModule) -> fx.GraphModule:

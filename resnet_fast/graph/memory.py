@@ -18,11 +18,12 @@ from .ir import ADD_ACT, BOTTLENECK_TAIL, CONV_BN_ACT, HEAD, STEM, nodes_in
 
 #: Functions whose result is new memory (called without ``inplace=True`` and ``out=``).
 _FRESH_FUNCTIONS = {
-    torch.conv2d, F.batch_norm, torch.batch_norm, torch.relu, F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.leaky_relu,
+    torch.conv2d, F.batch_norm, torch.relu, F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.leaky_relu,
     F.elu, F.hardtanh, torch.sigmoid, torch.tanh, torch.add, torch.sub, torch.mul, torch.div, operator.add,
     operator.sub, operator.mul, operator.truediv, operator.neg, torch.max_pool2d, F.max_pool2d, F.avg_pool2d,
-    F.adaptive_avg_pool2d, torch._C._nn.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.mean, torch.sum, F.linear, torch.cat, torch.stack,
+    F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.mean, torch.sum, F.linear, torch.cat, torch.stack,
     torch.softmax, F.softmax,
+    torch.batch_norm, torch._C._nn.adaptive_avg_pool2d,
     torch.clone, torch.exp, torch.sqrt, torch.rsqrt, torch.matmul, F.group_norm, F.layer_norm,
     CONV_BN_ACT, ADD_ACT, STEM, HEAD, BOTTLENECK_TAIL,
 }  # fmt: skip
