@@ -30,6 +30,7 @@ _COMMAND_LINE = "resnet_fast_cli" in sys.modules or (
 if TYPE_CHECKING or not _COMMAND_LINE:
     from . import backends, inference, models, nn, ops
     from ._info import Info, info
+    from .graph.export import exportable
     from .graph.optimize import optimize  # not from .graph: mypy would take the module of the same name
     from .inference import predict
     from .integrations import from_timm, from_torchvision, from_transformers, register_models
@@ -53,6 +54,7 @@ __all__ = [
     "__version__",
     "backends",
     "caffe",
+    "exportable",
     "from_timm",
     "from_torchvision",
     "from_transformers",
@@ -81,7 +83,7 @@ __all__ = [
 if TYPE_CHECKING:
     from . import caffe
 else:
-    _HOMES = {"Info": "._info", "info": "._info", "optimize": ".graph", "predict": ".inference"}
+    _HOMES = {"Info": "._info", "info": "._info", "exportable": ".graph", "optimize": ".graph", "predict": ".inference"}
     _HOMES |= dict.fromkeys(("from_timm", "from_torchvision", "from_transformers", "register_models"), ".integrations")
 
     def __getattr__(name: str) -> Any:

@@ -34,20 +34,20 @@ class Arguments:
     """The arguments that a module was captured with: names, nesting, and all that is no tensor."""
 
     def __init__(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self._signature = _signature(forward)
+        self.signature = _signature(forward)
         self._form = self._bound(args, kwargs)
         leaves, spec = pytree.tree_flatten(self._form)
         self._form = pytree.tree_unflatten([_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
         self._kinds = [(leaf.dim(), leaf.dtype) for leaf in leaves if isinstance(leaf, Tensor)]
         #: Whether every call that the module accepts has the form of these.
         values = list(self._form.values())
-        self.fixed = len(self._signature.parameters) == 1 and values == [_TENSOR]
+        self.fixed = len(self.signature.parameters) == 1 and values == [_TENSOR]
         for leaf in leaves:
             if not isinstance(leaf, (Tensor, *_INERT)):
                 raise Refused(f"an argument holds a {type(leaf).__module__}.{type(leaf).__qualname__}")
 
     def _bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        bound = self._signature.bind(*args, **kwargs)
+        bound = self.signature.bind(*args, **kwargs)
         given = set(bound.arguments)
         bound.apply_defaults()
         return {

@@ -23,6 +23,7 @@ _FRESH_FUNCTIONS = {
     operator.sub, operator.mul, operator.truediv, operator.neg, torch.max_pool2d, F.max_pool2d, F.avg_pool2d,
     F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.mean, torch.sum, F.linear, torch.cat, torch.stack,
     torch.softmax, F.softmax,
+    torch.batch_norm, torch._C._nn.adaptive_avg_pool2d,
     torch.clone, torch.exp, torch.sqrt, torch.rsqrt, torch.matmul, F.group_norm, F.layer_norm,
     CONV_BN_ACT, ADD_ACT, STEM, HEAD, BOTTLENECK_TAIL,
 }  # fmt: skip

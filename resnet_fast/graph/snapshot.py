@@ -288,7 +288,7 @@ class PartlyOptimizedModule(OptimizedModule):
         nn.Module._load_from_state_dict(self, *args)
 
 
-_EXPORT = "export the original model, which the snapshot was made from"
+_EXPORT = "export resnet_fast.exportable(snapshot), which is torch's own layers, or the original model"
 
 
 def _refuse_export(args: Any) -> None:
