@@ -60,10 +60,10 @@ def test_completion() -> None:
     code = "import resnet_fast_cli; resnet_fast_cli.main()"
     asked = {
         "_RESNET_FAST_COMPLETE": "complete_bash",
-        "COMP_WORDS": "resnet-fast train imagenet --pre",
+        "COMP_WORDS": "resnet-fast train imagenet --dty",
         "COMP_CWORD": "3",
     }
-    assert python("-c", code, env={**os.environ, **asked}).stdout.split() == ["--precision"]
+    assert python("-c", code, env={**os.environ, **asked}).stdout.split() == ["--dtype"]
 
 
 @pytest.mark.parametrize("module", ["resnet_fast", "resnet_fast.cli"])
