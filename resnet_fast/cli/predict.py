@@ -177,11 +177,12 @@ def _run(work: Bulk, engine: Engine) -> int:
         return f"{(work.done - work.resumed) / seconds:.4g} images/s" if seconds and work.done > work.resumed else ""
 
     with progress_bar(lines=console) as show:
-        show("loading", work.done / total)
+        to_do = max(1, total - work.resumed)  # what was done before says nothing about the time that is left
+        show("loading", 0.0)
         failed = work.run(
-            engine, lambda done: show(f"{done:,} of {total:,} images {speed()}".rstrip(), done / total)
+            engine, lambda done: show(f"{done:,} of {total:,} images {speed()}".rstrip(), (done - work.resumed) / to_do)
         )  # fmt: skip
-    errors = f", {failed:,} of them with errors" if failed else ""
+    errors = f", {failed:,} of them with an error" if failed else ""
     say(f"{work.out}: {total:,} images{errors}" + (f", {speed()}" if speed() else ""))
     return failed
 

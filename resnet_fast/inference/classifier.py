@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from resnet_fast import models
 from resnet_fast.graph.optimize import optimize as optimized
+from resnet_fast.graph.snapshot import OptimizedModule
 from resnet_fast.inference.errors import ClassifierError
 from resnet_fast.inference.labels import labels_for, read_labels
 from resnet_fast.models import checkpoint
@@ -69,11 +70,14 @@ class Classifier:
         digest: a hash of parameters, preprocessing and labels, which tells whether two classifiers are the same.
 
     Examples:
-        >>> from resnet_fast.inference import load
-        >>> classifier = load("resnet50")
-        >>> rows = classifier.top(classifier([rf.models.read_image("photo.jpg")]), 5)
-        >>> rows[0][0].label
-        'tabby'
+        >>> import resnet_fast as rf
+        >>> model = rf.resnet18(num_classes=2).eval()  # rf.inference.load("resnet50") for published weights
+        >>> classifier = rf.inference.from_module(model, rf.models.preprocessing(), labels=["cat", "dog"])
+        >>> classifier
+        Classifier(ResNet, ResNet: 2 classes, 224x224, float32 on cpu)
+        >>> [row] = classifier.top(classifier([rf.models.read_image("photo.jpg")]), topk=5)
+        >>> sorted(each.label for each in row)
+        ['cat', 'dog']
     """
 
     model: nn.Module
@@ -210,7 +214,7 @@ def from_module(
         probabilities: whether the model returns probabilities instead of scores.
         dtype: what to compute in; None: the dtype of its parameters.
         device: where to compute; None: where its parameters are.
-        optimize: run the network fused, as by `resnet_fast.optimize`.
+        optimize: run the network fused, as by `resnet_fast.optimize`, whose result is taken as it is.
 
     Raises:
         ClassifierError: if it is in training mode or does not take such images or return such scores, or there are
@@ -236,6 +240,7 @@ def from_module(
             "expected"
         )
     outputs = scores.shape[1]
+    optimize = optimize and not isinstance(model, OptimizedModule)
     names = labels_for(outputs) if labels is None else _checked(labels, outputs)
     name = type(model).__name__
     classifier = Classifier(model, name, name, preprocessing, size, names, probabilities)

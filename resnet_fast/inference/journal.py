@@ -131,9 +131,8 @@ class Journal:
                 written = os.pwrite(self._file, content, at)
                 content, at = content[written:], at + written
         except OSError as error:
-            failure = OSError(f"{self.path}: cannot be written ({error.strerror}); the answers before are kept")
-            failure.errno = error.errno
-            raise failure from error
+            text = f"{self.path}: cannot be written ({error.strerror}); the answers before are kept"
+            raise _failure(text, error) from error
 
     def rows(self, paths: Sequence[str]) -> Iterator[Row]:
         """Yield the answers to these paths, in their order.
@@ -165,7 +164,10 @@ def _open_locked(path: Path) -> int:
     import fcntl
 
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise _failure(f"{path}: cannot be written ({error.strerror})", error) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             same = os.fstat(file).st_ino == os.stat(path).st_ino
@@ -179,6 +181,12 @@ def _open_locked(path: Path) -> int:
         if same:
             return file
         os.close(file)  # another process finished and removed it meanwhile
+
+
+def _failure(text: str, error: OSError) -> OSError:
+    failure = OSError(text)  # of one argument, so that the text has no number before it
+    failure.errno = error.errno
+    return failure
 
 
 def _parsed(line: bytes) -> Row | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -95,24 +96,24 @@ def ray_engine(
         ]
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        answers = ray.data.from_arrow(tables).map_batches(
-            _Worker,
-            fn_constructor_args=(os.getcwd(), arguments, classifier.digest, topk),
-            batch_size=batch_size,
-            compute=ray.data.ActorPoolStrategy(size=min(count, len(tables))),
-            num_cpus=1,
-            num_gpus=1 if on_gpu else 0,
-            ray_remote_args_fn=_endurance,
-        )
+        with warnings.catch_warnings():
+            # Ray 2.60 has no other way to say max_task_retries, without which an image that kills its reader would be
+            # tried for ever; the extra allows the versions that have this one.
+            warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+            answers = ray.data.from_arrow(tables).map_batches(
+                _Worker,
+                fn_constructor_args=(os.getcwd(), arguments, classifier.digest, topk),
+                batch_size=batch_size,
+                compute=ray.data.ActorPoolStrategy(size=min(count, len(tables))),
+                num_cpus=1,
+                num_gpus=1 if on_gpu else 0,
+                max_restarts=-1,
+                max_task_retries=RETRIES,
+            )
         for batch in answers.iter_batches(batch_size=None, prefetch_batches=0):
             yield [bytes(line) for line in batch["line"]]
 
     return run
-
-
-def _endurance() -> dict[str, Any]:
-    """Return Ray's options for a worker that dies."""
-    return {"max_restarts": -1, "max_task_retries": RETRIES}
 
 
 def _start(ray: Any, workers: int | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from resnet_fast import models
 from resnet_fast.inference.classifier import Classifier, Label, from_module, load, top
 from resnet_fast.inference.errors import ClassifierError
+from resnet_fast.inference.sources import read_up_to
 from resnet_fast.inference.stream import BATCH_SIZE, WORKERS, read_bounded, stream
 from resnet_fast.models.checkpoint import readable
 from resnet_fast.models.images import ImageError, NamedBytes, find_images, to_rgb
@@ -48,8 +49,8 @@ class Prediction:
         error: why it cannot be read; None if it can.
 
     Examples:
-        >>> rf.predict("cat.jpg")
-        [Prediction('cat.jpg': tabby 61.2 %, tiger cat 23.0 %, Egyptian cat 9.1 %, lynx 0.9 %, tub 0.2 %)]
+        >>> Prediction("cat.jpg", (Label(281, "tabby", 0.612), Label(282, "tiger cat", 0.23)))
+        Prediction('cat.jpg': tabby 61.2 %, tiger cat 23.0 %)
     """
 
     source: str
@@ -122,12 +123,12 @@ def predict(
         ValueError: an option out of range, an array of another shape or dtype, or a folder without images.
 
     Examples:
-        >>> [found] = rf.predict("cat.jpg", "resnet50")
-        >>> found.label, round(found.probability, 2)
-        ('tabby', 0.61)
-        >>> classifier = rf.inference.load("resnet18")
-        >>> for frame in video:
-        ...     print(rf.predict(frame, classifier, topk=1))
+        >>> import resnet_fast as rf
+        >>> model = rf.resnet18(num_classes=2).eval()  # or "resnet50" for published weights
+        >>> prepare = rf.models.Preprocessing(resize_size=256, crop_size=224)
+        >>> [found] = rf.predict("photo.jpg", model, preprocessing=prepare, labels=["cat", "dog"])
+        >>> found.source, found.error, len(found.labels)
+        ('photo.jpg', None, 2)
     """
     if on_error not in ON_ERROR:
         raise ValueError(f"on_error is {on_error!r}, it must be one of {', '.join(ON_ERROR)}")
@@ -195,7 +196,7 @@ def _read(item: _Item) -> Image:
 def _items(images: Any) -> Iterator[_Item]:
     """Yield the images in the caller's thread: what is not a path is copied, since its owner may reuse its memory."""
     several = not _is_one(images)
-    if several and not isinstance(images, Iterable):
+    if several and (not isinstance(images, Iterable) or isinstance(images, Mapping)):
         raise TypeError(f"images is a {type(images).__name__}; {_RIGHT}")
     for position, each in enumerate(images if several else (images,)):
         yield from _of(each, f"images[{position}]")
@@ -215,8 +216,7 @@ def _of(value: Any, name: str) -> Iterator[_Item]:
     from PIL import Image
 
     if isinstance(value, str | os.PathLike):
-        path = os.fspath(value)
-        for each in expand(path if isinstance(path, str) else os.fsdecode(path)):
+        for each in expand(str(os.fsdecode(value))):  # of NumPy's strings too
             yield _Item(each, each)
     elif isinstance(value, bytes | bytearray | memoryview):
         yield _Item(name, bytes(value))
@@ -225,9 +225,10 @@ def _of(value: Any, name: str) -> Iterator[_Item]:
     elif isinstance(value, Tensor | np.ndarray):
         yield from _arrays(value, name)
     elif hasattr(value, "read"):
-        content = value.read(MAX_BYTES + 1)
-        if not isinstance(content, bytes):
-            raise TypeError(f"{name}: a file that gives {type(content).__name__}; open it in binary mode")
+        try:
+            content = read_up_to(value, MAX_BYTES)
+        except TypeError:
+            raise TypeError(f"{name}: a file that does not give bytes; open it in binary mode") from None
         if len(content) > MAX_BYTES:
             raise ValueError(f"{name}: gives more than the limit of {MAX_BYTES:,} bytes")
         path = getattr(value, "name", name)
@@ -307,5 +308,5 @@ def _arrays(value: Tensor | np.ndarray[Any, Any], name: str) -> Iterator[_Item]:
         if 0 in each.shape:
             yield _Item(shown, ImageError(f"{shown}: has no pixels"))
             continue
-        copied = np.array(each[..., 0] if each.shape[-1] == 1 else each, order="C")
-        yield _Item(shown, to_rgb(Image.fromarray(copied)))
+        one = np.ascontiguousarray(each[..., 0] if each.shape[-1] == 1 else each)
+        yield _Item(shown, to_rgb(Image.fromarray(one)))  # one of the two copies, whatever the number of channels

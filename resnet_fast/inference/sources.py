@@ -42,7 +42,8 @@ class Sources:
     _seen: set[str] = field(default_factory=set)
 
     def add(self, path: str) -> None:
-        key = path if os.pardir in path else os.path.normpath(path)
+        normal = path if os.pardir in path else os.path.normpath(path)
+        key = path if normal == path else normal  # one string in memory rather than two
         if key in self._seen:
             self.repeated += 1
         else:
@@ -87,7 +88,7 @@ def _collect(source: str, found: Sources, column: str, root: str, stdin: IO[byte
     if source == "-":
         if stdin is None:
             raise ClassifierError("-: standard input is a terminal or closed; pipe a list of paths into it")
-        _add_all(_lines(stdin.read(MAX_LIST_BYTES + 1), "-"), found, root)
+        _add_all(_lines(read_up_to(stdin, MAX_LIST_BYTES), "-"), found, root)
     elif os.path.isdir(source):
         for path in find_images(source, found.add_error):
             found.add(path)
@@ -100,7 +101,7 @@ def _collect(source: str, found: Sources, column: str, root: str, stdin: IO[byte
                 found.add(path)
     elif (suffix := Path(source).suffix.lower()) in LISTS:
         with open(source, "rb") as file:
-            _add_all(_lines(file.read(MAX_LIST_BYTES + 1), shown), found, root)
+            _add_all(_lines(read_up_to(file, MAX_LIST_BYTES), shown), found, root)
     elif suffix in TABLES:
         if os.path.getsize(source) > MAX_LIST_BYTES:
             raise ClassifierError(f"{shown}: more than {MAX_LIST_BYTES:,} bytes, too large for a list of images")
@@ -170,6 +171,16 @@ def _require(column: str, names: Sequence[str], source: str) -> None:
         raise ClassifierError(
             f"{readable(source, 400)}: has no column {column!r}; there are {shown}. Give --column NAME"
         )
+
+
+def read_up_to(file: IO[bytes], limit: int) -> bytes:
+    """Return a file's content, of which more than `limit` bytes show that it has more; a pipe may give it in pieces."""
+    pieces: list[bytes] = []
+    size = 0
+    while size <= limit and (piece := file.read(min(2**20, limit + 1 - size))):
+        pieces.append(piece)
+        size += len(piece)
+    return b"".join(pieces)
 
 
 def import_pyarrow(path: str | os.PathLike[str]) -> Any:

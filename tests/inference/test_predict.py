@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,6 +154,18 @@ def test_at_most_two_batches_are_taken_ahead(classifier: inference.Classifier) -
     assert taken <= 9 + 3 + 8
 
 
+def test_files_that_give_their_content_in_pieces(classifier: inference.Classifier, exact: Any) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, encoded(picture(), "jpeg", quality=20)[:300])
+    threading.Timer(
+        0.2, lambda: (os.write(writing, encoded(picture(), "jpeg", quality=20)[300:]), os.close(writing))
+    ).start()
+    with open(reading, "rb", buffering=0) as file:
+        [found] = rf.predict(file, classifier, topk=7)
+    [expected] = rf.predict(encoded(picture(), "jpeg", quality=20), classifier, topk=7)
+    assert found.labels == expected.labels
+
+
 def test_an_image_is_not_changed(classifier: inference.Classifier) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -190,6 +205,7 @@ def test_errors_are_raised_or_returned(classifier: inference.Classifier, tmp_pat
     ("images", "error", "mention"),
     [
         (3, TypeError, "images is a int; a path, bytes"),
+        ({"a.jpg": 1}, TypeError, "images is a dict; a path, bytes"),
         ([3], TypeError, r"images\[0\] is a int"),
         ([["a.jpg"]], TypeError, r"images\[0\] is a list"),
         (io.StringIO("text"), TypeError, "open it in binary mode"),
@@ -239,6 +255,7 @@ def test_models_of_every_kind(checkpoint: Path, exact: Any) -> None:
         (checkpoint, {}),
         (str(checkpoint), {}),
         (network.model, {"preprocessing": FACTS, "labels": NAMES}),
+        (rf.optimize(network.model), {"preprocessing": FACTS, "labels": NAMES}),
         (nn.Sequential(network.model).eval(), {"preprocessing": lambda given: FACTS(given), "labels": list(NAMES)}),
     ):
         [found] = rf.predict(image, model, topk=7, **options)
@@ -308,3 +325,29 @@ def test_predict_is_classify(checkpoint: Path, tmp_path: Path) -> None:
         assert [entry["probability"] for entry in row["predictions"]] == pytest.approx(
             [label.probability for label in each.labels], abs=1e-6
         )
+
+
+def test_large_images_are_decoded_one_at_a_time(
+    classifier: inference.Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(size=(200, 200)).save(tmp_path / "a.png")
+    lock, most, now = threading.Lock(), 0, 0
+    real = inference.stream.read_image
+
+    def read(source: Any) -> Image.Image:
+        nonlocal most, now
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.02)
+        image = real(source)
+        with lock:
+            now -= 1
+        return image
+
+    monkeypatch.setattr(inference.stream, "read_image", read)
+    for limit, expected in ((39_999, [1]), (40_000, [2, 3, 4])):
+        monkeypatch.setattr(inference.stream, "_LARGE", limit)
+        most = 0
+        rf.predict([tmp_path / "a.png"] * 12, classifier, workers=4)
+        assert most in expected

@@ -60,7 +60,7 @@ def test_answers_are_those_of_classify_and_rf_predict(checkpoint: Path, photos: 
     out = tmp_path / "out.csv"
     found = go(checkpoint, photos, "--out", out, "-k", 2)
     assert found.code == 1 and found.err == "", found
-    assert "20 images, 2 of them with errors" in found.out
+    assert "20 images, 2 of them with an error" in found.out
     rows = read(out)
     assert list(rows[0]) == ["path", "label", "index", "probability", "label_2", "index_2", "probability_2", "error"]
     assert [row["path"] for row in rows] == files(photos)
@@ -432,7 +432,7 @@ def test_what_follows_damage_is_done_again(damage: bytes, classifier: Any, photo
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:5], damage, *lines[5:]]))
     rest = work(classifier, photos, out)
-    assert rest.resumed == 4
+    assert rest.resumed == 4 and path.read_bytes() == b"".join(lines[:5])
     rest.run(bulk.here(classifier, 2))
     assert [row["path"] for row in read(out)] == files(photos)
 
@@ -500,7 +500,7 @@ def test_ray_gives_the_same_though_a_worker_is_killed(checkpoint: Path, tmp_path
     killed = _kill_a_worker(process, bulk.journal_of(out))
     said, told = process.communicate(timeout=300)
     assert process.returncode == 1, told
-    assert killed and "300 images, 6 of them with errors" in said
+    assert killed and "300 images, 6 of them with an error" in said
     assert out.read_bytes() == whole.read_bytes()
 
 

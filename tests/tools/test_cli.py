@@ -168,7 +168,7 @@ def test_unknown_arch_lists_the_ten(command: list[str]) -> None:
         (["classify", "photo.jpg", "--dtype", "int3"], "int3"),
         (["classify", "photo.jpg", "--topk", "0"], "topk"),
         (["classify", "photo.jpg", "--threads", "none"], "threads"),
-        (["bench", "--batch", "0"], "batch"),
+        (["bench", "--batch-size", "0"], "batch"),
         (["bench", "--nonsense"], "nonsense"),
         (["clasify"], "Did you mean 'classify'"),
     ],
@@ -297,7 +297,7 @@ def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
 
 
 def test_bench_json() -> None:
-    arguments = ["--image-size", "64", "--runs", "2", "--peers", "eager", "--batch", "2"]
+    arguments = ["--image-size", "64", "--runs", "2", "--peers", "eager", "--batch-size", "2"]
     found = run("bench", "-a", "resnet18", *arguments, "--json", "-").json()
     keys = {"schema", "kind", "setting", "machine", "time", "contestants", "ratios", "samples", "others_busy_cores"}
     assert set(found) == keys
@@ -386,7 +386,7 @@ def test_the_bars_clock_goes_on_and_has_the_time_left_of_a_stage(monkeypatch: py
 
 def test_info() -> None:
     assert "torch" in run("info").out
-    assert run("info", "--json").json()["torch"] == torch.__version__
+    assert run("info", "--json", "-").json()["torch"] == torch.__version__
 
 
 def test_version_and_help() -> None:

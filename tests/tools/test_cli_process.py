@@ -24,7 +24,7 @@ from tests.command_line import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COMMANDS = ["bench", "classify", "convert", "demo", "info", "predict", "roofline", "serve", "train", "tune",
+COMMANDS = ["bench", "classify", "convert", "demo", "info", "models", "predict", "roofline", "serve", "train", "tune",
             "validate"]  # fmt: skip
 
 

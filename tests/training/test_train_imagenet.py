@@ -577,7 +577,7 @@ def test_damaged_images_are_skipped_and_counted_or_stop_the_run(damaged: Path, t
 
 
 def test_an_epoch_is_kept_if_validation_fails(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def vanished(*arguments: Any) -> None:
+    def vanished(*arguments: Any, **options: Any) -> None:
         raise OSError(5, "Input/output error")
 
     made = options(data, tmp_path, epochs=1, ema_decay=0.0)
