@@ -156,6 +156,7 @@ TWO, TWO_KIND = form(GOOD, GOOD)
         ({"method": "PUT", "body": GOOD}, 405, "Method Not Allowed"),
         ({"path": "/health"}, 405, "Method Not Allowed"),
         ({"path": "/nothing", "body": GOOD}, 404, "Not Found"),
+        ({"path": "/predict/", "body": GOOD}, 404, "Not Found"),
         ({"method": "GET", "path": "/static/../serve.py"}, 404, "Not Found"),
         ({"method": "GET", "path": "/static/%2e%2e/serve.py"}, 404, "Not Found"),
     ],
