@@ -555,12 +555,14 @@ def _application(service: _Service) -> Starlette:
         Route("/info", service.info),
     ]
     paths = frozenset(route.path for route in routes)
-    return Starlette(
+    app = Starlette(
         routes=[*routes, Mount("/static", StaticFiles(directory=_PAGE))],
         middleware=[Middleware(_Observed, service=service, paths=paths)],
         exception_handlers={HTTPException: _refuse, Exception: _refuse},
         lifespan=service.running,
     )
+    app.router.redirect_slashes = False  # which would name the host that the client claims
+    return app
 
 
 # --------------------------------------------------------------------------------------------------------------- server

@@ -9,14 +9,15 @@ import importlib.util
 import io
 import json
 import re
+import runpy
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -155,6 +156,7 @@ TWO, TWO_KIND = form(GOOD, GOOD)
         ({"method": "PUT", "body": GOOD}, 405, "Method Not Allowed"),
         ({"path": "/health"}, 405, "Method Not Allowed"),
         ({"path": "/nothing", "body": GOOD}, 404, "Not Found"),
+        ({"path": "/predict/", "body": GOOD}, 404, "Not Found"),
         ({"method": "GET", "path": "/static/../serve.py"}, 404, "Not Found"),
         ({"method": "GET", "path": "/static/%2e%2e/serve.py"}, 404, "Not Found"),
     ],
@@ -223,6 +225,19 @@ def test_state(server: Server) -> None:
     info = ask(server.port, method="GET", path="/info").data
     assert (info["model"], info["classes"], info["image_size"]) == ("resnet18", 10, 64)
     assert info["limits"]["max_bytes"] == 1_000_000 and str(server.weights.parent) not in json.dumps(info)
+
+
+def test_the_example_client(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(images):
+        path.write_bytes(png(number))
+    monkeypatch.setattr(sys, "argv", ["serve_client.py", f"http://127.0.0.1:{server.port}", *map(str, images)])
+    runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "serve_client.py"), run_name="__main__")
+    best = [ask(server.port, path.read_bytes()).data["predictions"][0] for path in images]
+    expected = [f"{path}: {row['label']} {row['probability']:.1%}" for path, row in zip(images, best, strict=True)]
+    assert capsys.readouterr().out.splitlines() == expected
 
 
 def test_port_in_use(server: Server) -> None:
@@ -440,7 +455,7 @@ def test_bodies_in_memory_are_bounded_together() -> None:
 
 
 def test_connections_are_bounded() -> None:
-    with gated(queue=1) as on, mock.patch.object(on.server.config, "limit_concurrency", 5):
+    with mock.patch.object(serve.Limits, "max_connections", 5), gated() as on:
         held = [socket.create_connection(("127.0.0.1", on.port)) for _ in range(5)]
         until(lambda: len(on.server.server_state.connections) == 5)
         assert ask(on.port, method="GET", path="/health").status == 503
@@ -448,6 +463,7 @@ def test_connections_are_bounded() -> None:
             connection.close()
         until(lambda: not on.server.server_state.connections)
         assert ask(on.port, method="GET", path="/health").status == 200
+    assert serve.Limits(queue=3).max_connections == 259
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -484,4 +500,3 @@ def test_the_reader_of_images_takes_limits(tmp_path: Path) -> None:
         models.read_image(io.BytesIO(content), max_pixels=599)
     with pytest.raises(models.ImageError, match="not an image of the formats GIF, JPEG"):
         models.read_image(io.BytesIO(content), formats=("GIF", "JPEG"))
-    assert replace(serve.Limits(), queue=3).max_connections == 259

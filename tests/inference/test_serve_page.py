@@ -136,6 +136,8 @@ def test_keyboard_and_small_screens(page: Any) -> None:
     assert page.evaluate("getComputedStyle(document.querySelector('#drop')).outlineStyle") == "solid"
     page.set_viewport_size({"width": 320, "height": 600})
     assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    drop, answer = (page.locator(each).bounding_box() for each in ("#drop", "#answer"))
+    assert answer["y"] >= drop["y"] + drop["height"] and drop["width"] > 250  # one below the other
 
 
 def test_dark_and_light_have_contrast(page: Any) -> None:
