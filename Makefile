@@ -98,7 +98,7 @@ $(VENV)/.demo: $(DESCRIBES_INSTALL) | $(VENV)/.made
 $(VENV)/.test: $(DESCRIBES_INSTALL) | $(VENV)/.made
 	@echo "==> installing resnet_fast and what the tests need in $(VENV) (torch takes a minute or so the first time)"
 	@$(PIP) -e '.[test,demo]'
-	@$(PIP) --no-deps torchvision
+	@$(PIP) --no-deps torchvision timm
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.dev: $(DESCRIBES_INSTALL) | $(VENV)/.made

@@ -62,7 +62,7 @@ def _models(cases: str, peers: str) -> tuple[Command, ...]:
 
 def _tune(*batches: int) -> tuple[Command, ...]:
     """A process for each batch, so that a CUDA kernel which faults costs no other's times, then training's third."""
-    text = "-m resnet_fast tune --batch {} --dtype {{dtypes}} --seconds {{seconds}}"
+    text = "-m resnet_fast tune --batch-size {} --dtype {{dtypes}} --seconds {{seconds}}"
     shares = [2 / (3 * len(batches) - 2 * done) for done in range(len(batches))]
     found = [
         Command(text.format(batch), ("fp16",), part, needs=CLI) for batch, part in zip(batches, shares, strict=True)
@@ -125,10 +125,10 @@ REHEARSED = (
     Command(f"-m benchmarks.bench_models --peers eager --case-seconds 0.1 {_SMALL}", row="models", needs=CLI),
     Command("-m benchmarks.bench_ops --device cpu --op add_act --dtype fp32 --batch 1 --out {out}", row="kernels"),
     Command("-m resnet_fast tune --dry-run --gpu h100", row="tune", needs=CLI),
-    Command("-m resnet_fast tune --dry-run --gpu h100 --dtype bf16 --op batch_norm_act --op conv_statistics",
+    Command("-m resnet_fast tune --dry-run --gpu h100 --dtype bfloat16 --op batch_norm_act --op conv_statistics",
             row="tune for training", needs=CLI),
     Command(f"-m benchmarks.bench_training --peers eager,ours --case-seconds 0.1 {_SMALL}", row="training"),
     Command("-m resnet_fast.tuning.compile --arch 90 --op add_act", row="compile"),
-    Command("-m resnet_fast roofline --gpu h100 --batch 128 --dtype fp16", row="plan", needs=CLI),
+    Command("-m resnet_fast roofline --gpu h100 --batch-size 128 --dtype float16", row="plan", needs=CLI),
 )  # fmt: skip
 """The same entry points on a CPU: the answers, small networks, what would be tuned, some kernels as machine code."""

@@ -1,7 +1,7 @@
 """Provide ResNets that run as fused kernels, with torchvision's parameters and answers.
 
 This file lists the public names. The subpackages hold the code, and import downward only:
-inference -> caffe -> models, graph -> nn -> ops -> backends and kernels.
+inference -> caffe, integrations -> models, graph -> nn -> ops -> backends and kernels.
 
 Examples:
     >>> import torch
@@ -30,8 +30,11 @@ _COMMAND_LINE = "resnet_fast_cli" in sys.modules or (
 if TYPE_CHECKING or not _COMMAND_LINE:
     from . import backends, models, nn, ops
     from ._info import Info, info
+    from .graph.export import exportable
     from .graph.optimize import optimize  # not from .graph: mypy would take the module of the same name
+    from .integrations import from_timm, from_torchvision, from_transformers, register_models
     from .models import (
+        list_models,
         resnet18,
         resnet34,
         resnet50,
@@ -50,13 +53,19 @@ __all__ = [
     "__version__",
     "backends",
     "caffe",
+    "exportable",
+    "from_timm",
+    "from_torchvision",
+    "from_transformers",
     "inference",
     "info",
+    "list_models",
     "models",
     "nn",
     "ops",
     "optimize",
     "predict",
+    "register_models",
     "residual_network",
     "resnet18",
     "resnet34",
@@ -74,13 +83,15 @@ if TYPE_CHECKING:
     from . import caffe, inference
     from .inference import predict
 else:
+    _HOMES = {"Info": "._info", "info": "._info", "exportable": ".graph", "optimize": ".graph", "predict": ".inference"}
+    _HOMES |= dict.fromkeys(("from_timm", "from_torchvision", "from_transformers", "register_models"), ".integrations")
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         if name in ("backends", "caffe", "inference", "models", "nn", "ops"):
             return importlib.import_module(f".{name}", __name__)
-        home = {"Info": "._info", "info": "._info", "optimize": ".graph", "predict": ".inference"}.get(name, ".models")
+        home = _HOMES.get(name, ".models")
         return getattr(importlib.import_module(home, __name__), name)
 
     def __dir__() -> list[str]:

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+
+from tests import _torchvision_stub  # noqa: F401 - before torchvision
+
+# isort: split
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from resnet_fast.graph import calling
 from resnet_fast.ops import Op
-from tests import _torchvision_stub  # noqa: F401 - before torchvision
 
 
 def randomise(model: nn.Module) -> nn.Module:

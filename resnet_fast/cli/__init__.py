@@ -1,4 +1,4 @@
-"""The command line ``resnet-fast``: classify, predict, convert, train, validate, bench, roofline, tune, info, demo.
+"""The command line ``resnet-fast``.
 
 Each command has its own file. This one has what they share: the application, ``main``, and the display of errors. It
 imports typer and rich; each command imports anything heavier that it needs.
@@ -17,7 +17,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from resnet_fast.cli import bench, classify, convert, demo, info, predict, roofline, train, tune, validate
+from resnet_fast.cli import (  # isort: skip
+    bench, classify, convert, demo, info, models, predict, roofline, serve, train, tune, validate,
+)  # fmt: skip
 from resnet_fast.cli.common import Stopped, UserError, interrupt, one_line, stoppable, stopped_status
 
 _CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -97,8 +99,8 @@ def _options(
 
 
 for command in (
-    classify.classify, predict.predict, convert.convert, bench.bench, roofline.roofline, tune.tune, info.info,
-    demo.demo, validate.validate,
+    classify.classify, predict.predict, serve.serve, validate.validate, convert.convert, bench.bench,
+    roofline.roofline, tune.tune, models.models, info.info, demo.demo,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(train.app, name="train")

@@ -39,7 +39,7 @@ def bench(
             help="Published weights by name, or a checkpoint file (default: random ones).",
         ),
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Images per batch.")] = 1,
+    batch: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per batch.")] = 1,
     dtype: Dtype = Precision.float32,
     threads: Threads = None,
     peers: Annotated[

@@ -14,6 +14,7 @@ from resnet_fast.cli.common import (
     Caffemodel,
     Dtype,
     ImageSize,
+    JsonTarget,
     Labels,
     Mean,
     Precision,
@@ -25,6 +26,7 @@ from resnet_fast.cli.common import (
     UserError,
     Weights,
     as_user_errors,
+    check_results,
     one_line,
     out_console,
     printable,
@@ -67,7 +69,7 @@ def classify(
     topk: TopK = 5,
     dtype: Dtype = Precision.float32,
     threads: Threads = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json_target: JsonTarget = None,
 ) -> int:
     """Classify images: show the most probable classes of each, using the weights' own preprocessing.
 
@@ -75,6 +77,7 @@ def classify(
 
     Images that cannot be read are named on stderr; the others are still classified, and the exit status is 1.
     """
+    check_results(json_target, None)
     from resnet_fast import inference
     from resnet_fast.inference.classifier import check_choice
 
@@ -102,7 +105,7 @@ def classify(
         for note in network.notes:
             typer.echo(f"resnet-fast: note: {note}", err=True)
         answers = _run(network, readable, topk)
-    if as_json:
+    if json_target is not None:
         data = {
             "schema": 1,
             "arch": network.name,
@@ -113,8 +116,8 @@ def classify(
                 {"path": given[position].name, "error": one_line(errors[position])} for position in sorted(errors)
             ],
         }
-        write_json(data, "-")
-    else:
+        write_json(data, json_target)
+    if json_target != "-":
         _print(answers, f"{network.name}, {network.source}, {dtype.value}")
     return 1 if errors else 0
 

@@ -73,7 +73,7 @@ def demo(
         ),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="PATH", help="Plot to write: .png, .svg or .pdf.")
+        Path, typer.Option("--out", "-o", metavar="PATH", help="Plot to write: .png, .svg or .pdf.")
     ] = Path("resnet_fast_demo.png"),
     threads: Threads = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time to spend on measuring speed.")] = 12.0,

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
-from resnet_fast.cli.common import write_json
+from resnet_fast.cli.common import JsonTarget, check_results, write_json
 
 
-def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the report.")] = False,
-) -> None:
+def info(json_target: JsonTarget = None) -> None:
     """Show what is installed, found and used on this machine, and why not something faster."""
+    check_results(json_target, None)
     import resnet_fast
 
     found = resnet_fast.info()
-    if as_json:
-        write_json(found.as_dict(), "-")
-    else:
+    if json_target is not None:
+        write_json(found.as_dict(), json_target)
+    if json_target != "-":
         typer.echo(str(found))

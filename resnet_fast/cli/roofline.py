@@ -45,16 +45,37 @@ WIDEST = 170
 class Arithmetic(str, enum.Enum):
     """How a convolution multiplies; tf32 is float32 in memory."""
 
-    fp16 = "fp16"
-    bf16 = "bf16"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
     tf32 = "tf32"
-    fp32 = "fp32"
+    float32 = "float32"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Arithmetic | None:
+        return next((each for each in cls if each.precision == value), None)
+
+    @property
+    def precision(self) -> str:
+        """Its short name, which the tables of GPUs and launches have."""
+        return {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}.get(self.value, self.value)
 
     @property
     def dtype(self) -> torch.dtype:
         import torch
 
-        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.value, torch.float32)
+        found: torch.dtype = getattr(torch, "float32" if self is Arithmetic.tf32 else self.value)
+        return found
+
+
+NAMES = tuple(each.value for each in Arithmetic)
+
+
+def arithmetic(name: str) -> Arithmetic:
+    """Return the one of that name, torch's or the short one."""
+    try:
+        return Arithmetic(name)
+    except ValueError:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(map(repr, NAMES))}") from None
 
 
 @dataclass(frozen=True)
@@ -76,15 +97,16 @@ class Subject:
 
 
 def roofline(
-    arch: Annotated[
-        str, typer.Option("--model", "--arch", "-a", metavar="NAME", help="One of the ten ResNets, as resnet50.")
-    ] = "resnet50",
-    batch: Annotated[int, typer.Option("--batch", "-b", min=1, max=1_000_000, help="Images in a batch.")] = 128,
+    arch: Annotated[str, typer.Option("--arch", "-a", metavar="NAME", help="Model name, e.g. resnet50.")] = "resnet50",
+    batch: Annotated[int, typer.Option("--batch-size", "-b", min=1, max=1_000_000, help="Images in a batch.")] = 128,
     precision: Annotated[
-        Arithmetic, typer.Option("--dtype", help="How to multiply; tf32 and fp32 are both stored as float32.")
-    ] = Arithmetic.fp16,
+        Arithmetic,
+        typer.Option(
+            "--dtype", parser=arithmetic, metavar="|".join(NAMES), help="How to multiply; tf32 is stored as float32."
+        ),
+    ] = Arithmetic.float16,
     image_size: Annotated[
-        int, typer.Option("--size", "--image-size", min=1, max=65_536, help="Height and width of the images.")
+        int, typer.Option("--image-size", min=1, max=65_536, help="Height and width of the images.")
     ] = 224,
     gpu: Annotated[
         str | None,
@@ -136,7 +158,7 @@ def roofline(
     if plot_path is not None:
         from resnet_fast.roofline import plot as pictures
 
-        save_plot(pictures.figure(f"{subject}; {chosen.name}", found, chosen, precision.value, seconds), plot_path)
+        save_plot(pictures.figure(f"{subject}; {chosen.name}", found, chosen, precision.precision, seconds), plot_path)
 
 
 # --- which GPU
@@ -214,7 +236,7 @@ def schedules(subject: Subject, gpu: GPU) -> tuple[Schedule, ...]:
     with torch.device("meta"):
         model = models.get_model(subject.arch).to(dtype).eval()
         image = torch.empty(subject.shape, dtype=dtype)
-    return schedules.schedules(model, image, gpu, subject.precision.value)
+    return schedules.schedules(model, image, gpu, subject.precision.precision)
 
 
 def _measured(subject: Subject, gpu: GPU, device: str | None, asked: str | None) -> tuple[Seconds | None, str]:
@@ -266,12 +288,13 @@ def as_dict(
     remark: str,
 ) -> dict[str, Any]:
     """The whole result as plain dicts, lists, strings and numbers; times are seconds, of a launch or for an image."""
-    precision = subject.precision.value
+    precision = subject.precision.precision
     return {
         "schema": 1,
         "kind": "roofline",
         "setting": {
-            "arch": subject.arch, "batch": subject.batch, "image_size": subject.image_size, "dtype": precision
+            "arch": subject.arch, "batch": subject.batch, "image_size": subject.image_size,
+            "dtype": subject.precision.value
         },
         "gpu": {
             "name": gpu.name, "capability": gpu.capability, "bandwidth": gpu.bandwidth,
@@ -284,7 +307,7 @@ def as_dict(
 
 def show(subject: Subject, gpu: GPU, found: tuple[Schedule, ...], seconds: Seconds | None, remark: str) -> None:
     """Prints the layers of the per-conv and the rotated schedule, of the planned one if it ran, then all totals."""
-    precision = subject.precision.value
+    precision = subject.precision.precision
     console = out_console()
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDEST)
@@ -294,13 +317,13 @@ def show(subject: Subject, gpu: GPU, found: tuple[Schedule, ...], seconds: Secon
             console.print(_layers(subject, gpu, schedule, seconds))
             console.print()
     console.print(_totals(subject, gpu, found))
-    rates = f"{gpu.bandwidth / 1e12:.4g} TB/s, {gpu.flops[precision] / 1e12:.4g} TFLOP/s in {precision}"
+    rates = f"{gpu.bandwidth / 1e12:.4g} TB/s, {gpu.flops[precision] / 1e12:.4g} TFLOP/s in {subject.precision.value}"
     console.print(f"{escape(gpu.name)}: {rates} ({escape(gpu.source)})", soft_wrap=True)
     console.print(escape(remark), soft_wrap=True)
 
 
 def _layers(subject: Subject, gpu: GPU, schedule: Schedule, seconds: Seconds | None) -> Table:
-    precision = subject.precision.value
+    precision = subject.precision.precision
     numbers = ("output", "MB/img", "MFLOP/img", "bytes us", "math us", "floor us")
     shown = table(f"{schedule.name}: {subject}, {escape(gpu.name)}", ("layer", "op"), numbers)
     shown.add_column("bound by")
@@ -333,7 +356,7 @@ def _totals(subject: Subject, gpu: GPU, found: tuple[Schedule, ...]) -> Table:
     headings = ("launches", "MB", "without weights", "GFLOP", "bytes us", "math us", "sum of floors us", "images/s <=")
     shown = table(f"An image in all: {subject}, {escape(gpu.name)}", ("schedule",), headings)
     for schedule in found:
-        sums = schedule.totals(gpu, subject.precision.value)
+        sums = schedule.totals(gpu, subject.precision.precision)
         cells = [str(sums.launches), f"{sums.bytes / 1e6:.2f}", f"{sums.activations / 1e6:.2f}"]
         cells.append(f"{sums.flops / 1e9:.3f}")
         for time in (sums.bytes_seconds, sums.math_seconds, sums.floor_seconds):

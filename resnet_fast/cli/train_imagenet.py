@@ -111,7 +111,7 @@ def imagenet(
     sync_bn: Annotated[bool, _recipe("--sync-bn", help="Compute BatchNorm's statistics over all processes.")] = False,
     seed: Annotated[int, _recipe("--seed", min=0, help="Random seed.")] = 0,
     precision: Annotated[
-        TrainPrecision, _computing("--precision", help="Precision of the computation, by autocast.")
+        TrainPrecision, _computing("--dtype", help="Precision of the computation, by autocast.")
     ] = TrainPrecision.float32,
     device: Annotated[Device, _computing("--device", help="auto: a CUDA GPU if there is one.")] = Device.auto,
     compile_it: Annotated[bool, _computing("--compile", help="Run the training step under torch.compile.")] = False,

@@ -23,7 +23,7 @@ from resnet_fast.cli.common import (
     progress_bar,
     table,
 )
-from resnet_fast.cli.roofline import DEFAULT_GPU, Arithmetic
+from resnet_fast.cli.roofline import DEFAULT_GPU, NAMES, Arithmetic, arithmetic
 from resnet_fast.kernels import problems
 
 if TYPE_CHECKING:
@@ -42,13 +42,20 @@ else:
 def tune(
     models: Annotated[
         list[str] | None,
-        typer.Option("--model", "-a", metavar="NAME", help="A ResNet, by default resnet50; may be repeated."),
+        typer.Option("--arch", "-a", metavar="NAME", help="Model name, by default resnet50; repeatable."),
     ] = None,
     batches: Annotated[
-        list[int] | None, typer.Option("--batch", "-b", min=1, help="Images in a batch, by default 128; repeatable.")
+        list[int] | None,
+        typer.Option("--batch-size", "-b", min=1, help="Images in a batch, by default 128; repeatable."),
     ] = None,
     precisions: Annotated[
-        list[Arithmetic] | None, typer.Option("--dtype", help="How to multiply, by default fp16; may be repeated.")
+        list[Arithmetic] | None,
+        typer.Option(
+            "--dtype",
+            parser=arithmetic,
+            metavar="|".join(NAMES),
+            help="How to multiply, by default float16; repeatable.",
+        ),
     ] = None,
     chosen: Annotated[
         list[Op] | None,
@@ -56,9 +63,7 @@ def tune(
             "--op", help="Only this op; may be repeated. The last two run in training only, and are measured if named."
         ),
     ] = None,
-    image_size: Annotated[
-        int, typer.Option("--size", "--image-size", min=1, help="Height and width of the images.")
-    ] = 224,
+    image_size: Annotated[int, typer.Option("--image-size", min=1, help="Height and width of the images.")] = 224,
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="Stop after about this long.")] = 300,
     again: Annotated[bool, typer.Option("--again", help="Measure also what a table has.")] = False,
     checked_in: Annotated[
@@ -88,7 +93,7 @@ def tune(
     from resnet_fast.kernels import _tables
     from resnet_fast.tuning import ops, shapes, sweep
 
-    wanted = [each.value for each in (precisions or [Arithmetic.fp16])]
+    wanted = [each.precision for each in (precisions or [Arithmetic.float16])]
     with as_user_errors(ValueError):
         training = any(op in shapes.TRAINING for op in chosen or ())
         cases = shapes.problems(names, batches or [128], wanted, image_size, gpu, training)
@@ -187,7 +192,7 @@ def _measure(waiting: tuple[Case, ...], gpu: GPU, path: Path, seconds: float, ag
         except KeyboardInterrupt as error:
             stopped = error
         except torch.OutOfMemoryError as error:
-            raise UserError("the GPU's memory is too small for a problem; smaller --batch would fit") from error
+            raise UserError("the GPU's memory is too small for a problem; a smaller --batch-size would fit") from error
         except RuntimeError as error:  # not one launch that is refused: the GPU takes no more of this process
             broken = f"tune: the GPU failed at {at}: {one_line(error, 200)}; what was measured before is kept"
     _show(outcomes, gpu)

@@ -34,20 +34,20 @@ class Arguments:
     """The arguments that a module was captured with: names, nesting, and all that is no tensor."""
 
     def __init__(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self._signature = _signature(forward)
+        self.signature = _signature(forward)
         self._form = self._bound(args, kwargs)
         leaves, spec = pytree.tree_flatten(self._form)
         self._form = pytree.tree_unflatten([_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
         self._kinds = [(leaf.dim(), leaf.dtype) for leaf in leaves if isinstance(leaf, Tensor)]
         #: Whether every call that the module accepts has the form of these.
         values = list(self._form.values())
-        self.fixed = len(self._signature.parameters) == 1 and values == [_TENSOR]
+        self.fixed = len(self.signature.parameters) == 1 and values == [_TENSOR]
         for leaf in leaves:
             if not isinstance(leaf, (Tensor, *_INERT)):
                 raise Refused(f"an argument holds a {type(leaf).__module__}.{type(leaf).__qualname__}")
 
     def _bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        bound = self._signature.bind(*args, **kwargs)
+        bound = self.signature.bind(*args, **kwargs)
         given = set(bound.arguments)
         bound.apply_defaults()
         return {
@@ -126,15 +126,19 @@ class _Dataclass:
     fields: dict[str, Any]
 
 
-def flatten(value: Any) -> tuple[list[Any], Any]:
+def flatten(value: Any, once: bool = False) -> tuple[list[Any], Any]:
     """Return the leaves of a result, and its form for `unflatten`: the same nest with their indices in their places.
 
     Tuples, lists, dictionaries, what else torch's pytree knows, and dataclasses are gone through.
+
+    Args:
+        once: list a tensor that is in several places only once.
 
     Raises:
         Refused: an object may hold tensors that nobody sees.
     """
     leaves: list[Any] = []
+    seen: dict[int, int] = {}
 
     def one(leaf: Any) -> Any:
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
@@ -142,6 +146,9 @@ def flatten(value: Any) -> tuple[list[Any], Any]:
             return _Dataclass(type(leaf), pytree.tree_map(one, fields))
         if not isinstance(leaf, (Tensor, *_INERT, *SYMBOLIC)):
             raise Refused(f"its result holds a {type(leaf).__module__}.{type(leaf).__qualname__}")
+        if once and isinstance(leaf, Tensor) and id(leaf) in seen:
+            return seen[id(leaf)]
+        seen[id(leaf)] = len(leaves)
         leaves.append(leaf)
         return len(leaves) - 1
 

@@ -92,7 +92,7 @@ def capture(
             result = (root.forward if part else root)(*given[0], **given[1])
             if _identities(given) != before:
                 raise Refused("it writes into a list or dictionary that it is given")
-            leaves, form = flatten(result)
+            leaves, form = flatten(result, once=True)
             recorder.give(leaves, isinstance(result, Tensor), part)
     except _UNKNOWN_VALUES as error:
         raise Refused(f"its code decides by values ({first_line(error)})") from error

@@ -57,10 +57,12 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 
 def hooked(model: nn.Module) -> dict[str, int]:
-    """How many forward hooks each module has, without torch's own that only make a weight."""
+    """How many forward hooks each module has, without torch's own that only make a weight or check inputs."""
     counts = {
         name or "(the model itself)": sum(
-            not isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod) for hook in _hooks(module)
+            not isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod)
+            and getattr(hook, "__module__", "") != "torch.export._unlift"  # of exported programs, to check inputs
+            for hook in _hooks(module)
         )
         for name, module in model.named_modules()
     }

@@ -21,8 +21,7 @@ def fuse_head(gm: fx.GraphModule) -> None:
         _, weight, bias = node.args
         pool = chain[0]
         with gm.graph.inserting_before(chain[0]):
-            # The constants' own nodes may come later in the graph than the pool does.
-            weight, bias = (None if constant is None else gm.graph.node_copy(constant) for constant in (weight, bias))
+            weight, bias = (ir.earlier(gm, constant) for constant in (weight, bias))
             new = ir.call(gm, ir.HEAD, (chain[0].args[0], weight, bias))
         if ir.is_call(pool, ir.AVG_POOL):
             new.meta["image_size"] = pool.args[1]
@@ -39,19 +38,19 @@ def _only_window(pool: fx.Node) -> bool:
     return ir.is_call(pool, ir.AVG_POOL) and pool.args[2:4] == ((1, 1), (0, 0))
 
 
-def _one_pixel(gm: fx.GraphModule, pool: fx.Node, weight: Any) -> bool:
+def _one_pixel(pool: fx.Node, weight: Any) -> bool:
     """Whether a linear layer reads one number per channel of ``pool``, so that its window must be the whole image.
 
     Images of another size are an error then, which the fused module raises too.
     """
-    shape, matrix = ir.shape_of(pool.args[0]), ir.tensor_of(gm, weight)
-    return shape is not None and matrix is not None and shape[1] == matrix.shape[1] and shape[2:] == pool.args[1]
+    shape, matrix = ir.shape_of(pool.args[0]), ir.shape_of(weight)
+    return shape is not None and matrix is not None and shape[1] == matrix[1] and shape[2:] == pool.args[1]
 
 
 def _chain(gm: fx.GraphModule, linear: fx.Node) -> list[fx.Node] | str:
     """Return the nodes pool, flatten, linear (or mean, linear), else why they are not there."""
     source, weight, bias = linear.args
-    if ir.tensor_of(gm, weight) is None or (bias is not None and ir.tensor_of(gm, bias) is None):
+    if not ir.is_held(gm, weight) or (bias is not None and not ir.is_held(gm, bias)):
         return "its weight or bias is computed in the graph"
     nothing = "no global average pool feeds it alone"
     chain = [linear]
@@ -63,7 +62,7 @@ def _chain(gm: fx.GraphModule, linear: fx.Node) -> list[fx.Node] | str:
     whole_image = (
         (ir.is_call(source, ir.ADAPTIVE_AVG_POOL) and source.args[1] == (1, 1) and len(chain) == 2)
         or (ir.is_call(source, ir.MEAN) and source.args[2] == (len(chain) == 2))
-        or (_only_window(source) and len(chain) == 2 and _one_pixel(gm, source, weight))
+        or (_only_window(source) and len(chain) == 2 and _one_pixel(source, weight))
     )  # fmt: skip
     shape = ir.shape_of(source.args[0]) if whole_image else None
     if not whole_image or (shape is not None and len(shape) != 4):

@@ -141,6 +141,16 @@ def tensor_of(gm: fx.GraphModule, node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def is_held(gm: fx.GraphModule, node: Any) -> bool:
+    """Return whether ``node`` is a constant, or in a graph of live layers a tensor that is given to it."""
+    return tensor_of(gm, node) is not None or (isinstance(node, fx.Node) and node.meta.get("held", False))
+
+
+def earlier(gm: fx.GraphModule, node: Any) -> Any:
+    """Return a node for the same constant at the graph's current insertion point; other inputs are known anywhere."""
+    return gm.graph.node_copy(node) if isinstance(node, fx.Node) and node.op == "get_attr" else node
+
+
 def identifier(name: str) -> str:
     """``name`` as a Python identifier."""
     cleaned = re.sub(r"\W", "_", name)

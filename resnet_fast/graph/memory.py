@@ -23,6 +23,7 @@ _FRESH_FUNCTIONS = {
     operator.sub, operator.mul, operator.truediv, operator.neg, torch.max_pool2d, F.max_pool2d, F.avg_pool2d,
     F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.mean, torch.sum, F.linear, torch.cat, torch.stack,
     torch.softmax, F.softmax,
+    torch.batch_norm, torch._C._nn.adaptive_avg_pool2d,
     torch.clone, torch.exp, torch.sqrt, torch.rsqrt, torch.matmul, F.group_norm, F.layer_norm,
     CONV_BN_ACT, ADD_ACT, STEM, HEAD, BOTTLENECK_TAIL,
 }  # fmt: skip
@@ -109,12 +110,32 @@ def fresh(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def sharing(graph: fx.Graph) -> dict[int, list[fx.Node]]:
-    """Return the nodes that show each memory, as the capture found them."""
+    """Return the nodes that show each memory, as the capture found them, or may show it in another memory format."""
     found: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
-        for storage in node.meta.get("storages", ()):
-            found.setdefault(storage, []).append(node)
+        storages: list[int] = list(node.meta.get("storages", ()))
+        if _copies_in_some_format(node):
+            storages += node.args[0].meta.get("storages", ())
+        groups = {id(found[storage]): found[storage] for storage in storages if storage in found}
+        if len(groups) == 1:
+            merged = next(iter(groups.values()))
+        else:
+            merged = [other for group in groups.values() for other in group]
+            found.update({storage: merged for storage, group in found.items() if id(group) in groups})
+        merged.append(node)
+        found.update(dict.fromkeys(storages, merged))
     return found
+
+
+_COPYING_IN_SOME_FORMAT = {"contiguous", "reshape", "flatten", "to", "reshape_as", torch.reshape, torch.flatten}
+
+
+def _copies_in_some_format(node: fx.Node) -> bool:
+    """Return whether it depends on strides if the result is a copy of the first argument or shows its memory."""
+    if node.target not in _COPYING_IN_SOME_FORMAT or not node.args:
+        return False
+    x: Any = node.args[0]
+    return is_tensor(x) and is_tensor(node) and x.meta["value"].dtype is node.meta["value"].dtype
 
 
 def aliases_of(node: fx.Node, shown: dict[int, list[fx.Node]]) -> set[fx.Node]:

@@ -49,6 +49,13 @@ def normalize(gm: fx.GraphModule, notes: ir.Notes) -> None:
         SharedMemoryError: an in-place write cannot be replaced; ``gm`` is unusable then.
     """
     _remove_in_place(gm, notes)
+    rewrite(gm)
+    _fold_constants(gm)
+    gm.graph.eliminate_dead_code(lambda node: _has_effect(gm, node))
+
+
+def rewrite(gm: fx.GraphModule) -> None:
+    """Bring the layers of a graph whose in-place writes are gone into the common form."""
     for node in list(gm.graph.nodes):
         handler: Callable[[fx.GraphModule, fx.Node], None] | None = None
         if node.op == "call_module":
@@ -62,8 +69,6 @@ def normalize(gm: fx.GraphModule, notes: ir.Notes) -> None:
             handler = _METHODS.get(str(node.target))
         if handler is not None:
             handler(gm, node)
-    _fold_constants(gm)
-    gm.graph.eliminate_dead_code(lambda node: _has_effect(gm, node))
 
 
 def _has_effect(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -76,23 +81,41 @@ def _has_effect(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _remove_in_place(gm: fx.GraphModule, notes: ir.Notes) -> None:
-    """Make in-place ops out of place. Whoever reads the overwritten value later reads the new value already."""
+    """Make in-place ops out of place. Whoever reads the overwritten value later reads the new value already.
+
+    Those that cannot be work on a copy of what the caller gave: its own code may be run on that yet.
+    """
     sharing = memory.sharing(gm.graph)
     order = ir.positions(gm.graph)
+    copied: set[fx.Node] = set()
     for node in list(gm.graph.nodes):
         overwritten = memory.written(gm, node)
+        reached = {x: memory.possible_aliases_of(gm, x) for x in overwritten}
         for x in overwritten:
-            _check_shared(node, x, memory.aliases_of(x, sharing), order)
-        if len(overwritten) == 1 and _make_functional(node, overwritten[0]):
+            aliases = memory.aliases_of(x, sharing)
+            check_shared(node, x, aliases, order)
+            if given := {other for other in reached[x] | aliases if other.op == "placeholder"}:
+                writes = "wrote" if given & (aliases | {x}) else "may write"
+                notes.add(f"{ir.name_of(node)} {writes} into the caller's tensor; the snapshot leaves it unchanged")
+        if len(overwritten) == 1 and make_functional(node, overwritten[0]):
             node.meta["written"] = []
-            if overwritten[0].op == "placeholder":
-                notes.add(f"{ir.name_of(node)} wrote into the caller's tensor; the snapshot leaves it unchanged")
             continue
         for x in overwritten:
-            _check_shared(node, x, memory.possible_aliases_of(gm, x), order)
+            check_shared(node, x, reached[x], order)
+            copied |= {other for other in reached[x] if other.op == "placeholder"}
+    for given_node in copied:
+        _copy(gm, given_node)
 
 
-def _check_shared(node: fx.Node, x: fx.Node, aliases: set[fx.Node], order: dict[fx.Node, int]) -> None:
+def _copy(gm: fx.GraphModule, given: fx.Node) -> None:
+    """Have the graph work on a copy of an argument."""
+    with gm.graph.inserting_after([node for node in gm.graph.nodes if node.op == "placeholder"][-1]):
+        copy = gm.graph.call_function(torch.clone, (given,))
+    copy.meta = dict(given.meta)
+    given.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
+
+
+def check_shared(node: fx.Node, x: fx.Node, aliases: set[fx.Node], order: dict[fx.Node, int]) -> None:
     """Raise SharedMemoryError if ``node``, writing into ``x``, changes what a later node reads as another value."""
     now = order[node]
     for other in aliases:
@@ -104,7 +127,7 @@ def _check_shared(node: fx.Node, x: fx.Node, aliases: set[fx.Node], order: dict[
         raise SharedMemoryError(f"{node.name} writes into the model's own tensor {x.target}")
 
 
-def _make_functional(node: fx.Node, x: fx.Node) -> bool:
+def make_functional(node: fx.Node, x: fx.Node) -> bool:
     """Turn ``node``, which writes into ``x``, into its out-of-place form; False if it has none that is surely equal."""
     target: Any = node.target
     if node.op == "call_method" and target in _OUT_OF_PLACE_METHODS:
@@ -147,7 +170,7 @@ def _same_type_out_of_place(node: fx.Node, x: fx.Node) -> bool:
 # ------------------------------------------------------------------------------------------------------------- layers
 
 
-def _arguments(node: fx.Node, names: tuple[str, ...], defaults: dict[str, Any]) -> dict[str, Any] | None:
+def arguments(node: fx.Node, names: tuple[str, ...], defaults: dict[str, Any]) -> dict[str, Any] | None:
     """Return the call's arguments by name; None if there are any that are not expected."""
     if len(node.args) > len(names) or any(name not in names for name in node.kwargs):
         return None
@@ -203,7 +226,7 @@ def _attribute(gm: fx.GraphModule, node: fx.Node, name: str) -> fx.Node | None:
 def _conv(gm: fx.GraphModule, node: fx.Node, x: Any, weight: Any, bias: Any, *geometry: Any) -> None:
     stride, padding, dilation, groups = geometry
     value = weight.meta.get("value") if isinstance(weight, fx.Node) else None
-    if not isinstance(value, Tensor) or not isinstance(groups, int):
+    if not isinstance(value, Tensor) or not all(isinstance(each, int) for each in (groups, *value.shape)):
         return ir.reject(node, "its weight or geometry is not constant")
     pairs = conv_geometry(stride, padding, dilation, value.shape[2:])
     if pairs is None:
@@ -214,21 +237,21 @@ def _conv(gm: fx.GraphModule, node: fx.Node, x: Any, weight: Any, bias: Any, *ge
 
 def _conv_function(gm: fx.GraphModule, node: fx.Node) -> None:
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    found = _arguments(node, names, {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1})
+    found = arguments(node, names, {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1})
     if found is not None:
         _conv(gm, node, *(found[name] for name in names))
 
 
 def _batch_norm_module(gm: fx.GraphModule, node: fx.Node) -> None:
     module: Any = gm.get_submodule(str(node.target))
-    arguments = _arguments(node, ("input",), {}) or _arguments(node, ("x",), {})
-    if arguments is None:
+    found = arguments(node, ("input",), {}) or arguments(node, ("x",), {})
+    if found is None:
         return None
     mean, var = _attribute(gm, node, "running_mean"), _attribute(gm, node, "running_var")
     if mean is None or var is None:
         return ir.reject(node, "it keeps no running statistics, so it normalises with those of the batch")
     weight, bias = _attribute(gm, node, "weight"), _attribute(gm, node, "bias")
-    (x,) = arguments.values()
+    (x,) = found.values()
     return put(gm, node, ir.BATCH_NORM, x, mean, var, weight, bias, False, 0.0, module.eps)
 
 
@@ -237,7 +260,7 @@ def _batch_norm_function(gm: fx.GraphModule, node: fx.Node) -> None:
     names: tuple[str, ...] = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
     if node.target is torch.batch_norm:
         names = ("input", "weight", "bias", "running_mean", "running_var", *names[5:], "cudnn_enabled")
-    found = _arguments(node, names, defaults)
+    found = arguments(node, names, defaults)
     if found is None:
         return None
     if found["training"] is not False or found["running_mean"] is None or found["running_var"] is None:
@@ -247,13 +270,13 @@ def _batch_norm_function(gm: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _relu(gm: fx.GraphModule, node: fx.Node) -> None:
-    found = _arguments(node, ("input", "inplace"), {"inplace": False})
+    found = arguments(node, ("input", "inplace"), {"inplace": False})
     if found is not None and not found["inplace"] and isinstance(found["input"], fx.Node):
         put(gm, node, ir.RELU, found["input"])
 
 
 def _add(gm: fx.GraphModule, node: fx.Node) -> None:
-    found = _arguments(node, ("input", "other", "alpha"), {"alpha": 1})
+    found = arguments(node, ("input", "other", "alpha"), {"alpha": 1})
     if found is None or found["alpha"] != 1:
         return ir.reject(node, "it scales one operand")
     if not (memory.is_tensor(found["input"]) and memory.is_tensor(found["other"])):
@@ -264,7 +287,7 @@ def _add(gm: fx.GraphModule, node: fx.Node) -> None:
 def _max_pool_function(gm: fx.GraphModule, node: fx.Node) -> None:
     names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     defaults = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
-    found = _arguments(node, names, defaults)
+    found = arguments(node, names, defaults)
     if found is not None and found["return_indices"] is False:
         _max_pool(gm, node, *(found[name] for name in names[1:-1]))
 
@@ -281,7 +304,7 @@ def _max_pool(gm: fx.GraphModule, node: fx.Node, kernel: Any, stride: Any, *rest
 def _avg_pool_function(gm: fx.GraphModule, node: fx.Node) -> None:
     names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
     defaults = {"stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None}
-    found = _arguments(node, names, defaults)
+    found = arguments(node, names, defaults)
     if found is not None:
         _avg_pool(gm, node, *(found[name] for name in names))
 
@@ -296,7 +319,7 @@ def _avg_pool(gm: fx.GraphModule, node: fx.Node, x: Any, kernel: Any, stride: An
 
 
 def _adaptive_function(gm: fx.GraphModule, node: fx.Node) -> None:
-    found = _arguments(node, ("input", "output_size"), {})
+    found = arguments(node, ("input", "output_size"), {})
     if found is not None:
         _adaptive(gm, node, found["input"], found["output_size"])
 
@@ -309,7 +332,7 @@ def _adaptive(gm: fx.GraphModule, node: fx.Node, x: Any, size: Any) -> None:
 
 def _mean(gm: fx.GraphModule, node: fx.Node) -> None:
     """Only the mean over height and width: ``torch.mean(x, (2, 3), keepdim)``."""
-    found = _arguments(node, ("input", "dim", "keepdim"), {"keepdim": False})
+    found = arguments(node, ("input", "dim", "keepdim"), {"keepdim": False})
     shape = ir.shape_of(found["input"]) if found else None
     if found is None or shape is None or len(shape) != 4 or not isinstance(found["dim"], tuple | list):
         return
@@ -318,7 +341,7 @@ def _mean(gm: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _flatten_function(gm: fx.GraphModule, node: fx.Node) -> None:
-    found = _arguments(node, ("input", "start_dim", "end_dim"), {"start_dim": 0, "end_dim": -1})
+    found = arguments(node, ("input", "start_dim", "end_dim"), {"start_dim": 0, "end_dim": -1})
     if found is not None:
         _flatten(gm, node, found["input"], found["start_dim"], found["end_dim"])
 
@@ -362,7 +385,7 @@ def _batch(value: Any) -> Any:
 
 
 def _linear_function(gm: fx.GraphModule, node: fx.Node) -> None:
-    found = _arguments(node, ("input", "weight", "bias"), {"bias": None})
+    found = arguments(node, ("input", "weight", "bias"), {"bias": None})
     if found is not None:
         put(gm, node, ir.LINEAR, found["input"], found["weight"], found["bias"])
 
@@ -379,7 +402,7 @@ def _remove(gm: fx.GraphModule, node: fx.Node) -> None:
 
 def _dropout_function(gm: fx.GraphModule, node: fx.Node) -> None:
     names, defaults = ("input", "p", "training", "inplace"), {"p": 0.5, "training": True, "inplace": False}
-    found = _arguments(node, names, defaults)
+    found = arguments(node, names, defaults)
     if found is not None and found["training"] is False:
         _remove(gm, node)
 
@@ -401,10 +424,12 @@ _FUNCTIONS: dict[Any, Handler] = {
     torch.max_pool2d: _max_pool_function,
     F.avg_pool2d: _avg_pool_function,
     F.adaptive_avg_pool2d: _adaptive_function,
+    torch._C._nn.adaptive_avg_pool2d: _adaptive_function,
     torch.mean: _mean,
     torch.flatten: _flatten_function,
     F.linear: _linear_function,
     F.dropout: _dropout_function,
+    torch.dropout: _dropout_function,
     F.dropout1d: _dropout_function,
     F.dropout2d: _dropout_function,
     F.dropout3d: _dropout_function,
@@ -430,9 +455,9 @@ _PURE_FUNCTIONS = {
     torch.abs, torch.square, F.normalize,
 }  # fmt: skip
 _PURE_METHODS = {
-    "add", "sub", "mul", "div", "rsqrt", "sqrt", "reshape", "view", "unsqueeze", "to", "float", "neg", "abs", "square",
-    "pow", "mean", "std", "var", "sum", "clamp", "matmul", "t", "transpose", "permute", "flatten", "expand_as",
-    "detach",
+    "add", "sub", "mul", "div", "rsqrt", "sqrt", "reshape", "reshape_as", "view", "view_as", "unsqueeze", "to", "float",
+    "neg", "abs", "square", "pow", "mean", "std", "var", "sum", "clamp", "matmul", "t", "transpose", "permute",
+    "flatten", "expand_as", "detach",
 }  # fmt: skip
 
 
@@ -445,6 +470,7 @@ def _fold_constants(gm: fx.GraphModule) -> None:
         pure = (node.op == "call_function" and node.target in _PURE_FUNCTIONS) or (
             node.op == "call_method" and node.target in _PURE_METHODS
         )
+        pure |= node.target is F.batch_norm and node.args[1:3] == (None, None)  # standardises, as of weights
         inputs = node.all_input_nodes
         tensors = [ir.tensor_of(gm, source) for source in inputs]
         if not pure or not inputs or any(tensor is None or not tensor.is_floating_point() for tensor in tensors):

@@ -189,6 +189,7 @@ def _snapshot(
     except SharedMemoryError as error:
         raise Refused(f"in-place writes are kept as they are: {error}") from error
     image = shapes.image_input(gm)
+    takes_images = image is not None  # as its first convolution does: floating point ones
     if image is not None and (part or captured.asks_kind or not captured.arguments.is_tensor(str(image[0].target))):
         image = None  # the author's code says what it takes
     shapes.mark_equal_adds(gm, inputs)
@@ -213,8 +214,8 @@ def _snapshot(
     recorded = not part and _records(gm, options.cuda_graphs, device, notes)
     report = _report(gm, type(own).__name__, layers, inputs, target, original, options.backend, notes)
     plain: Any = own.forward if part else None
-    if not part and (captured.guarded or not captured.arguments.fixed):
-        plain = copies.shared(own)
+    if not part and (captured.guarded or not captured.arguments.fixed or not takes_images):
+        plain = copies.shared(own)  # which may take more than what it was captured with, such as pixels as integers
     result = OptimizedModule(
         gm,
         report,
@@ -233,7 +234,7 @@ def _snapshot(
         node.meta = {}
     if answers is not None:
         try:
-            answers.compare(result, written, target)
+            result.remark(answers.compare(result, written, target))
         except Refused:
             if fixed:
                 raise
@@ -256,7 +257,7 @@ def _in_parts(own: nn.Module, args: tuple[Any, ...], options: _Options, why: str
     if options.runs and options.check:
         try:
             answers = selfcheck.Answers(copies.copied(own), call, options.device, compared=True)
-            answers.compare(copy.deepcopy(result), options.written, options.target)
+            result.remark(answers.compare(copy.deepcopy(result), options.written, options.target))
         except Refused as error:
             why = f"{why}; with its parts fused, {error}"
             result = parts.assemble(own, {}, reasons, why, options.target, options.original)

@@ -36,6 +36,7 @@ _ARITHMETIC: dict[str, Any] = {
     "add_": operator.iadd, "sub_": operator.isub, "mul_": operator.imul, "div_": operator.itruediv,
 }  # fmt: skip
 _OF_OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv"}
+_OF_ATEN = {"sym_size": "size", "sym_numel": "numel", "sym_stride": "stride"}
 _KEPT_ATTRIBUTES = ("T", "mT", "H", "mH", "real", "imag")
 
 
@@ -63,6 +64,7 @@ class Recorder(pristine.Capturing):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        func = _public(func)
         name = getattr(func, "__name__", "")
         if name == "__get__":
             name = func.__self__.__name__
@@ -312,6 +314,15 @@ class Recorder(pristine.Capturing):
             node.meta["layers"] = [Layer(name, type(self._root.get_submodule(name)).__name__)]
             self._keep(node, result)
         return result
+
+
+def _public(func: Any) -> Any:
+    """Return the function of torch that an ATen operator, as programs of torch.export call it, is known by."""
+    if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten" or "out" in func._overloadname:
+        return func
+    name = _OF_ATEN.get(func._opname, func._opname)
+    owners: tuple[Any, ...] = (Tensor, torch, torch._C._nn, nn.functional)
+    return next((found for owner in owners if (found := getattr(owner, name, None)) is not None), func)
 
 
 def _label(op: str, target: Any) -> str:

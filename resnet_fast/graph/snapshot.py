@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -204,6 +205,10 @@ class OptimizedModule(nn.Module):
         """Return what was fused and what was not, layer by layer, with the bytes moved before and after."""
         return self._report
 
+    def remark(self, note: str) -> None:
+        """Add a note to the report, unless it is empty."""
+        self._report = dataclasses.replace(self._report, notes=(*self._report.notes, *([note] if note else [])))
+
     @property
     def code(self) -> str:
         """The fused graph as Python source."""
@@ -283,7 +288,7 @@ class PartlyOptimizedModule(OptimizedModule):
         nn.Module._load_from_state_dict(self, *args)
 
 
-_EXPORT = "export the original model, which the snapshot was made from"
+_EXPORT = "export resnet_fast.exportable(snapshot), which is torch's own layers, or the original model"
 
 
 def _refuse_export(args: Any) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from resnet_fast.models import resnet
+from resnet_fast.models.catalogue import ModelList, PublishedWeights, list_models
 from resnet_fast.models.checkpoint import WeightsError, read_checkpoint
 from resnet_fast.models.images import ImageError, read_image
 from resnet_fast.models.preprocessing import Preprocessing
@@ -21,7 +22,9 @@ from resnet_fast.models.weights import categories, enum_names, get_model_weights
 
 __all__ = [
     "ImageError",
+    "ModelList",
     "Preprocessing",
+    "PublishedWeights",
     "ResidualNetwork",
     "WeightsError",
     "categories",
@@ -35,17 +38,6 @@ __all__ = [
     "residual_network",
 ]
 __all__ += resnet.__all__
-
-
-def list_models() -> list[str]:
-    """Return the names of the ten models.
-
-    Examples:
-        >>> import resnet_fast as rf
-        >>> rf.models.list_models()[:3]
-        ['resnet18', 'resnet34', 'resnet50']
-    """
-    return list(BUILDERS)
 
 
 def get_model(name: str, **config: Any) -> ResNet:

@@ -5,7 +5,6 @@ Knows nothing of URLs or of particular weights; that is `resnet_fast.models.weig
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import warnings
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast._files import write_whole
-from resnet_fast.models import layouts, torchfile
+from resnet_fast.models import folder, layouts, torchfile
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -37,6 +36,7 @@ __all__ = [
     "read_checkpoint",
     "read_with_metadata",
     "save_torch",
+    "state_of",
     "with_metadata",
 ]
 
@@ -52,7 +52,6 @@ TRAINING_FORMAT = "resnet_fast checkpoint"
 _METADATA = "resnet_fast"
 _SHOWN = 3
 _OPENINGS = 100
-_MAX_CONFIG_BYTES = 2**20
 
 
 class WeightsError(RuntimeError):
@@ -88,18 +87,24 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def read_with_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return what `read_checkpoint` returns, and the file's metadata.
 
-    That is the metadata of a safetensors file, or what `with_metadata` gave a state_dict; empty for other files. A
-    A `config.json` next to a file of transformers adds `stride_in_1x1`.
+    That is the metadata of a safetensors file, or what `with_metadata` gave a state_dict; empty for other files. The
+    configuration of timm or transformers next to a file adds what it says of architecture, classes and preprocessing.
 
     Raises:
         FileNotFoundError, WeightsError: as `read_checkpoint`; also for longer metadata than
             MAX_METADATA_CHARACTERS.
     """
     path, part = file_and_part(Path(path))
+    if path.is_dir():  # as timm and transformers save
+        names = folder.WEIGHT_FILES
+        found = next((one for name in names if (one := path / name).is_file()), None)
+        if found is None:
+            raise WeightsError(f"{path}: a weights file was expected, this is a directory without {' or '.join(names)}")
+        path = found
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such weights file")
     if not path.is_file():
-        raise WeightsError(f"{path}: a weights file was expected, this is a directory or device")
+        raise WeightsError(f"{path}: a weights file was expected, this is a device")
     size = path.stat().st_size
     if size == 0:
         raise WeightsError(f"{path}: the file is empty")
@@ -110,6 +115,23 @@ def read_with_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor],
         _check_metadata(path, metadata)
         state = {name: file.tensor(entry) for name, entry in entries.items()}
     return state, metadata
+
+
+def state_of(content: Mapping[Any, Any], *, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return what `read_with_metadata` returns, of a file's content that is in memory already: nested dictionaries.
+
+    name: for the errors.
+    """
+    held = _File(
+        dict(content),
+        {},
+        lambda leaf: isinstance(leaf, Tensor),
+        lambda one, other: one.shape == other.shape and bool(torch.equal(one, other)),
+        lambda leaf: leaf.detach(),
+    )
+    entries, metadata = _chosen(Path(name), held, None)
+    _check_metadata(Path(name), metadata)
+    return {key: held.tensor(entry) for key, entry in entries.items()}, metadata
 
 
 def file_format(path: Path) -> str:
@@ -334,8 +356,12 @@ def _chosen(path: Path, file: _File, part: str | None) -> tuple[dict[str, Any], 
     if remark is not None:
         warnings.warn(f"{path}: {readable(remark, 600)}", stacklevel=2)
     metadata = _metadata_of(network.holder)
-    told = _Told(path, file.content)
-    metadata |= told.by_transformers() if network.transformers else told.by_others(network)
+    try:
+        metadata |= folder.metadata_of(path, network.transformers)
+    except folder.Unfit as error:
+        raise WeightsError(f"{path}: refused: {error}") from error
+    if not network.transformers:
+        metadata |= _Told(path, file.content).by_others(network)
     return _state_dict(path, file, network.entries), metadata
 
 
@@ -346,30 +372,8 @@ class _Told:
     path: Path
     content: Any
 
-    def by_transformers(self) -> dict[str, str]:
-        """Return the position of the strides, by the `config.json` next to the file.
-
-        Raises:
-            WeightsError: if it is a network that none of the ten is.
-        """
-        config = self.path.with_name("config.json")
-        if not config.is_file() or config.stat().st_size > _MAX_CONFIG_BYTES:
-            return {}
-        try:
-            told = json.loads(config.read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return {}
-        if not isinstance(told, dict) or told.get("model_type") != "resnet":
-            return {}
-        if told.get("downsample_in_first_stage") or told.get("hidden_act", "relu") != "relu":
-            raise WeightsError(
-                f"{self.path}: refused: {config.name} next to it has a stride in the first stage, or an "
-                "activation other than ReLU, which none of the ten ResNets has"
-            )
-        return {"stride_in_1x1": "true"} if told.get("downsample_in_bottleneck") else {}
-
     def by_others(self, network: layouts.Network) -> dict[str, str]:
-        """Return the same, by OpenMMLab's configuration in the file.
+        """Return the position of the strides, by OpenMMLab's configuration in the file.
 
         Raises:
             WeightsError: if timm's `arch` is one with anti-aliased convolutions.

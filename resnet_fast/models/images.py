@@ -10,7 +10,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import IO, TYPE_CHECKING, cast
 
 from resnet_fast.models.checkpoint import one_line
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_PIXELS",
     "ImageError",
+    "ImageTooLargeError",
     "NamedBytes",
     "UnopenedImageError",
     "check_image",
@@ -53,7 +54,11 @@ class UnopenedImageError(ImageError):
     """Raised if the operating system cannot open or read an image file, so that its content is unknown."""
 
 
-def read_image(source: Source) -> Image:
+class ImageTooLargeError(ImageError):
+    """Raised, before anything is decoded, for an image with more pixels than the limit."""
+
+
+def read_image(source: Source, *, max_pixels: int = MAX_PIXELS, formats: Collection[str] | None = None) -> Image:
     """Return the image in `source` as RGB with 8 bits per channel, rotated as its EXIF tag says.
 
     Every format that Pillow decodes is read; of an animation the first frame. Colours become RGB as by Pillow's
@@ -62,10 +67,13 @@ def read_image(source: Source) -> Image:
 
     Args:
         source: a path, or a seekable binary file.
+        max_pixels: width times height of the largest image that is decoded.
+        formats: the only formats to decode, by Pillow's names in upper case; None for all of them.
 
     Raises:
         UnopenedImageError: if there is no such file, it may not be read, or is a folder, a device or a pipe.
-        ImageError: if it is not an image, damaged, larger than MAX_PIXELS, or has floating point pixels.
+        ImageTooLargeError: if it has more than max_pixels.
+        ImageError: if it is not an image, damaged, or has floating point pixels.
 
     Examples:
         >>> import resnet_fast as rf
@@ -73,7 +81,7 @@ def read_image(source: Source) -> Image:
         >>> image.mode, image.size
         ('RGB', (640, 427))
     """
-    with _opened(source) as image:
+    with _opened(source, max_pixels, formats) as image:
         method = _UPRIGHT.get(_orientation(image))  # type: ignore[call-overload]
         image.load()
         if method is None:
@@ -182,15 +190,15 @@ def suffixes() -> frozenset[str]:
     return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in read)
 
 
-def _formats() -> list[str]:
+def _formats(wanted: Collection[str] | None = None) -> list[str]:
     from PIL import Image
 
     Image.init()
-    return [kind for kind in Image.ID if kind not in _REFUSED]
+    return [kind for kind in Image.ID if kind not in _REFUSED and (wanted is None or kind in wanted)]
 
 
 @contextlib.contextmanager
-def _opened(source: Source) -> Iterator[Image]:
+def _opened(source: Source, max_pixels: int = MAX_PIXELS, formats: Collection[str] | None = None) -> Iterator[Image]:
     """Open an image, read its header and check its size; any error with it becomes an ImageError."""
     from PIL import Image, UnidentifiedImageError
 
@@ -202,11 +210,11 @@ def _opened(source: Source) -> Iterator[Image]:
             raise UnopenedImageError(f"{name}: an image file was expected, this is a {kind}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about damaged EXIF tags and palettes; Pillow's own limit only warns
-            with Image.open(source, formats=_formats()) as image:
+            with Image.open(source, formats=_formats(formats)) as image:
                 width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise ImageError(
-                        f"{name}: refused: {width} x {height} pixels, more than the limit of {MAX_PIXELS:,} pixels"
+                if width * height > max_pixels:
+                    raise ImageTooLargeError(
+                        f"{name}: refused: {width} x {height} pixels, more than the limit of {max_pixels:,} pixels"
                     )
                 yield image
     except (ImageError, MemoryError):
@@ -214,9 +222,10 @@ def _opened(source: Source) -> Iterator[Image]:
     except FileNotFoundError:
         raise UnopenedImageError(f"{name}: no such file") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name}: not an image that Pillow reads") from None
+        kinds = "that Pillow reads" if formats is None else f"of the formats {', '.join(formats)}"
+        raise ImageError(f"{name}: not an image {kinds}") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: refused: {one_line(error)}") from error
+        raise ImageTooLargeError(f"{name}: refused: {one_line(error)}") from error
     except Exception as error:  # decoders have no common error: OSError, SyntaxError, struct.error, AttributeError, ...
         if isinstance(error, OSError) and error.errno is not None:
             raise UnopenedImageError(f"{name}: cannot be read ({error.strerror})") from error

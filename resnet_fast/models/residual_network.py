@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from resnet_fast.models.resnet import _check_images
+from resnet_fast.models.resnet import check_images
 from resnet_fast.nn import fused
 from resnet_fast.nn.conv_act import conv_act, same_padding
 
@@ -144,7 +144,7 @@ def _as_images(x: Tensor, first: nn.Module) -> Tensor:
                 f"a flat image must be a square, [N, D * D]; got {list(x.shape)}, {length} is not a square number"
             )
         x = x.reshape(-1 if x.shape[0] else 0, 1, side, side)
-    _check_images(x, first)
+    check_images(x, first)
     if isinstance(x, Tensor) and 0 in x.shape[2:]:
         raise ValueError(f"expected an image of at least 1x1, got shape {list(x.shape)}")
     return x

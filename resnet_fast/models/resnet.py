@@ -8,6 +8,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from types import GenericAlias
 from typing import Any, ParamSpec, TypeAlias, Union
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
+from resnet_fast.models import hub
 from resnet_fast.models import weights as _weights
 from resnet_fast.models.checkpoint import WeightsError, load_into, read_checkpoint, read_with_metadata
 from resnet_fast.nn import fused
@@ -283,11 +285,11 @@ class ResNet(nn.Module):
         images = x
         x = fused.stem(x, self.conv1, self.bn1, self.relu, self.maxpool, self.memory_efficient)
         nchw = fused.torch_gives_nchw(images if type(self.conv1) is nn.Conv2d else x, self.conv1)
-        x = self.layer1(_inside(x, self.layer1, nchw))
-        x = self.layer2(_inside(x, self.layer2, nchw))
-        x = self.layer3(_inside(x, self.layer3, nchw))
-        x = self.layer4(_inside(x, self.layer4, nchw))
-        return fused.head(_inside(x, self.avgpool, nchw), self.avgpool, self.fc)
+        x = self.layer1(stage_input(x, self.layer1, nchw))
+        x = self.layer2(stage_input(x, self.layer2, nchw))
+        x = self.layer3(stage_input(x, self.layer3, nchw))
+        x = self.layer4(stage_input(x, self.layer4, nchw))
+        return fused.head(stage_input(x, self.avgpool, nchw), self.avgpool, self.fc)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return scores [N, num_classes] of a floating point batch [N, 3, H, W], in any memory format.
@@ -298,26 +300,29 @@ class ResNet(nn.Module):
             TypeError: if `x` is not a tensor, not floating point or, outside autocast, not of the parameters' dtype.
             ValueError: if `x` is not 4-D or has another number of channels than `conv1` takes.
         """
-        _check_images(x, self.conv1)
+        check_images(x, self.conv1)
         return self._forward_impl(x)
 
 
-def _inside(x: Tensor, layer: nn.Module, nchw: bool) -> Tensor:
+TAKE_CHANNELS_LAST: set[type[nn.Module]] = {nn.Sequential, BasicBlock, Bottleneck, nn.AdaptiveAvgPool2d}
+"""Layers of a network that compute the same, and no slower, whatever the memory format of their input."""
+
+
+def stage_input(x: Tensor, layer: nn.Module, nchw: bool) -> Tensor:
     """Return the input for a layer: channels_last, which fused ops read without a copy.
 
     nchw: whether torch's layers would give it NCHW; then it gets that if it, or a hook, could tell the difference.
     """
     if not nchw:
         return x
-    own = (nn.Sequential, BasicBlock, Bottleneck, nn.AdaptiveAvgPool2d)
     parts = (layer, *layer.children())
     seen = _has_any_global_hook() or hooked(*parts)
     for part in parts:
-        seen = seen or type(part) not in own or "forward" in part.__dict__
+        seen = seen or type(part) not in TAKE_CHANNELS_LAST or "forward" in part.__dict__
     return x.contiguous() if seen else x.contiguous(memory_format=torch.channels_last)
 
 
-def _check_images(x: Tensor, first: Any) -> None:
+def check_images(x: Tensor, first: Any) -> None:
     """Refuse images that a convolution as first layer cannot take; any other first layer checks for itself.
 
     Reads no symbolic size other than the channel count.
@@ -354,18 +359,37 @@ def _fix(kwargs: dict[str, Any], name: str, value: Any, advice: str = "") -> Non
         raise ValueError(f"{name} must be {value} here, got {kwargs[name]}{advice}")
 
 
-def _resnet(
-    name: str,
-    block: type[BasicBlock | Bottleneck],
-    layers: Sequence[int],
-    weights: WeightsArgument,
-    progress: bool,
-    kwargs: dict[str, Any],
-    **fixed: int,
-) -> ResNet:
-    """Make a model with the arguments of `ResNet`; those in `fixed` are the architecture's."""
-    for argument, value in fixed.items():
-        _fix(kwargs, argument, value)
+@dataclass(frozen=True)
+class Architecture:
+    """What makes one of the ten: the arguments of `ResNet` that its function gives."""
+
+    block: type[BasicBlock | Bottleneck]
+    layers: tuple[int, int, int, int]
+    groups: int = 1
+    width_per_group: int = 64
+
+
+ARCHITECTURES = {
+    "resnet18": Architecture(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Architecture(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Architecture(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": Architecture(Bottleneck, (3, 4, 23, 3)),
+    "resnet152": Architecture(Bottleneck, (3, 8, 36, 3)),
+    "resnext50_32x4d": Architecture(Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4),
+    "resnext101_32x8d": Architecture(Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8),
+    "resnext101_64x4d": Architecture(Bottleneck, (3, 4, 23, 3), groups=64, width_per_group=4),
+    "wide_resnet50_2": Architecture(Bottleneck, (3, 4, 6, 3), width_per_group=128),
+    "wide_resnet101_2": Architecture(Bottleneck, (3, 4, 23, 3), width_per_group=128),
+}
+
+
+def _resnet(name: str, weights: WeightsArgument, progress: bool, kwargs: dict[str, Any]) -> ResNet:
+    """Make a model with the arguments of `ResNet`; those that make the architecture are given."""
+    architecture = ARCHITECTURES[name]
+    block, layers = architecture.block, architecture.layers
+    for argument in ("groups", "width_per_group"):
+        if (value := getattr(architecture, argument)) != getattr(Architecture, argument):
+            _fix(kwargs, argument, value)
     chosen = _weights.resolve(name, weights)
     if chosen is None:
         return ResNet(block, layers, **kwargs)
@@ -373,16 +397,19 @@ def _resnet(
         replace = "; for other classes replace the head afterwards: model.fc = nn.Linear(model.fc.in_features, ...)"
         _fix(kwargs, "num_classes", _weights.num_classes(chosen), replace)
         path = _weights.download(_weights.url(chosen), progress=progress)
-        state = read_checkpoint(path)
+        source, state = path.name, read_checkpoint(path)
     else:
         path = chosen
+        source = weights if isinstance(weights, str) and weights.startswith(hub.PREFIX) else path.name
         state, metadata = read_with_metadata(path)
+        if metadata.get("arch", name) in ARCHITECTURES.keys() - {name}:
+            raise WeightsError(f"{source}: weights of {metadata['arch']}, not of {name}, by what is said of them")
         _check_wiring(path, metadata, kwargs)
         classifier = state.get("fc.weight")
         if classifier is not None and classifier.dim() == 2:
             kwargs.setdefault("num_classes", classifier.shape[0])
     model = ResNet(block, layers, **kwargs)
-    load_into(model, state, source=path.name, name=name)
+    load_into(model, state, source=source, name=name)
     return model
 
 
@@ -431,7 +458,8 @@ _ARGUMENTS = """
 
     Args:
         weights: None for fresh parameters; a member of `resnet_fast.models.{enum}` (or torchvision's) or its name, such
-            as "DEFAULT"; or the path of a local `.pth`, `.pt` or `.safetensors` file.
+            as "DEFAULT"; the path of a local `.pth`, `.pt` or `.safetensors` file, or of a folder of timm or
+            transformers; or `hf://OWNER/NAME[@REVISION][/FILE]` on Hugging Face's hub.
         progress: show a progress bar while downloading.
         **kwargs: passed to `ResNet`. `num_classes` is taken from the weights if they are given.
 
@@ -505,62 +533,58 @@ def _builder(builder: Callable[_P, ResNet]) -> Callable[_P, ResNet]:
 @_builder
 def resnet18(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Return a ResNet-18 (arXiv:1512.03385)."""
-    return _resnet("resnet18", BasicBlock, (2, 2, 2, 2), weights, progress, kwargs)
+    return _resnet("resnet18", weights, progress, kwargs)
 
 
 @_builder
 def resnet34(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Return a ResNet-34 (arXiv:1512.03385)."""
-    return _resnet("resnet34", BasicBlock, (3, 4, 6, 3), weights, progress, kwargs)
+    return _resnet("resnet34", weights, progress, kwargs)
 
 
 @_builder
 def resnet50(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Return a ResNet-50 (arXiv:1512.03385), stride in the 3x3 convolutions."""
-    return _resnet("resnet50", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs)
+    return _resnet("resnet50", weights, progress, kwargs)
 
 
 @_builder
 def resnet101(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Return a ResNet-101 (arXiv:1512.03385), stride in the 3x3 convolutions."""
-    return _resnet("resnet101", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
+    return _resnet("resnet101", weights, progress, kwargs)
 
 
 @_builder
 def resnet152(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Return a ResNet-152 (arXiv:1512.03385), stride in the 3x3 convolutions."""
-    return _resnet("resnet152", Bottleneck, (3, 8, 36, 3), weights, progress, kwargs)
+    return _resnet("resnet152", weights, progress, kwargs)
 
 
 @_builder
 def resnext50_32x4d(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Return a ResNeXt-50 32x4d (arXiv:1611.05431)."""
-    return _resnet("resnext50_32x4d", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs, groups=32, width_per_group=4)
+    return _resnet("resnext50_32x4d", weights, progress, kwargs)
 
 
 @_builder
 def resnext101_32x8d(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Return a ResNeXt-101 32x8d (arXiv:1611.05431)."""
-    return _resnet(
-        "resnext101_32x8d", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs, groups=32, width_per_group=8
-    )
+    return _resnet("resnext101_32x8d", weights, progress, kwargs)
 
 
 @_builder
 def resnext101_64x4d(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Return a ResNeXt-101 64x4d (arXiv:1611.05431)."""
-    return _resnet(
-        "resnext101_64x4d", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs, groups=64, width_per_group=4
-    )
+    return _resnet("resnext101_64x4d", weights, progress, kwargs)
 
 
 @_builder
 def wide_resnet50_2(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Return a Wide ResNet-50-2 (arXiv:1605.07146), 3x3 convolutions twice as wide."""
-    return _resnet("wide_resnet50_2", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs, width_per_group=128)
+    return _resnet("wide_resnet50_2", weights, progress, kwargs)
 
 
 @_builder
 def wide_resnet101_2(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Return a Wide ResNet-101-2 (arXiv:1605.07146), 3x3 convolutions twice as wide."""
-    return _resnet("wide_resnet101_2", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs, width_per_group=128)
+    return _resnet("wide_resnet101_2", weights, progress, kwargs)

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fast.models import hub
 from resnet_fast.models.checkpoint import WeightsError, file_and_part, one_line, read_checkpoint, read_with_metadata
 from resnet_fast.models.preprocessing import Preprocessing
 
@@ -53,6 +54,8 @@ class _Entry:
     url: str
     preprocessing: Preprocessing
     num_params: int
+    gmacs: float
+    file_size_mib: float
     accuracy_at_1: float
     accuracy_at_5: float
 
@@ -80,6 +83,8 @@ class WeightsEnum(Enum):
             "categories": list(_imagenet_categories()),
             "num_params": entry.num_params,
             "_metrics": {"ImageNet-1K": metrics},
+            "_ops": entry.gmacs,
+            "_file_size": entry.file_size_mib,
         }
 
     def get_state_dict(self, progress: bool = True, check_hash: bool = True) -> dict[str, Tensor]:
@@ -171,6 +176,8 @@ def _own_enum(model: str) -> type[WeightsEnum]:
             url=entry["url"],
             preprocessing=Preprocessing(**entry["preprocessing"]),
             num_params=entry["num_params"],
+            gmacs=entry["gmacs"],
+            file_size_mib=entry["file_size_mib"],
             accuracy_at_1=entry["acc@1"],
             accuracy_at_5=entry["acc@5"],
         )
@@ -237,8 +244,8 @@ def _member(model: str, member: str, given: str) -> Enum:
 def resolve(model: str, weights: Any) -> Enum | Path | None:
     """Resolve the argument `weights=` of `model`: a member of its enum, a local file, or None.
 
-    A string is a path if it has a folder or a checkpoint's suffix or such a file exists, alone or before `:PART`;
-    otherwise a name.
+    A string that begins with `hf://` is fetched from Hugging Face's hub. Any other is a path if it has a folder or a
+    checkpoint's suffix or such a file exists, alone or before `:PART`; otherwise a name.
 
     Raises:
         ValueError: for a name that the model does not have.
@@ -250,7 +257,7 @@ def resolve(model: str, weights: Any) -> Enum | Path | None:
         return Path(weights)
     enum_name = _table()[model]["enum"]
     if isinstance(weights, str):
-        if "://" in weights:
+        if "://" in weights and not weights.startswith(hub.PREFIX):
             raise ValueError(f"{model}: weights is a URL, {weights}; download the file and give its path")
         if (path := _local_file(weights)) is not None:
             return path
@@ -266,11 +273,13 @@ def resolve(model: str, weights: Any) -> Enum | Path | None:
 
 
 def _local_file(weights: Any) -> Path | None:
-    """Return `weights` as a path, or None if it is a name or a member of an enum."""
+    """Return `weights` as a path, downloaded for an address on the hub; None for a name or a member of an enum."""
     if isinstance(weights, os.PathLike):
         return Path(weights)
     if not isinstance(weights, str):
         return None
+    if weights.startswith(hub.PREFIX):
+        return hub.fetch(weights)
     path = Path(weights).expanduser()
     is_path = os.path.dirname(weights) or weights.endswith(_FILE_SUFFIXES) or file_and_part(path)[0].is_file()
     return path if is_path else None

@@ -26,6 +26,7 @@ __all__ = [
     "Normalised",
     "bn_act",
     "conv_bn_act",
+    "fold_norm",
     "frozen",
     "geometry",
     "head",
@@ -137,11 +138,16 @@ def scale_and_shift(conv: Any, bn: Any) -> tuple[Tensor, Tensor]:
     if var.dtype is not dtype or (gamma is not None and gamma.dtype is not dtype):
         mean, var = mean.to(dtype), var.to(dtype)
         gamma, beta = (None if t is None else t.to(dtype) for t in (gamma, beta))
-    scale = torch.rsqrt(var + bn.eps)
+    return fold_norm(mean, var, gamma, beta, None if bias is None else bias.to(dtype), bn.eps)
+
+
+def fold_norm(mean: Any, var: Any, gamma: Any, beta: Any, bias: Any, eps: Any) -> tuple[Any, Any]:
+    """Return scale and shift of a BatchNorm behind a convolution with ``bias``: vectors [K] of one dtype, or None."""
+    scale = torch.rsqrt(var + eps)
     if gamma is not None:
         scale = gamma * scale
     if bias is not None:
-        mean = mean - bias.to(dtype)
+        mean = mean - bias
     return scale, -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
 
 

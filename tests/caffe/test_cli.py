@@ -442,7 +442,7 @@ def test_classify_by_hand(mean: str | None, folder: Path) -> None:
     elif mean is not None:
         subtracted, mean = caffe.read_mean(folder / mean)[:, 4:36, 2:34], str(folder / mean)
     pictures = [folder / "0.png", folder / "1.png"]
-    arguments = ["--prototxt", folder / "a.prototxt", "--caffemodel", folder / "a.caffemodel", "--json"]
+    arguments = ["--prototxt", folder / "a.prototxt", "--caffemodel", folder / "a.caffemodel", "--json", "-"]
     found = run("classify", *arguments, *pictures, *([] if mean is None else ["--mean", mean]))
     data = json.loads(found.passed())
     assert set(data) == {"schema", "arch", "weights", "dtype", "images", "errors"}
@@ -474,7 +474,7 @@ def test_classify_with_a_scale(
     """By option, or as the definition's data layer says."""
     definition = tmp_path / "n.prototxt"
     definition.write_text(with_data_layer(folder, transform) if transform else (folder / "a.prototxt").read_text())
-    found = run("classify", "--prototxt", definition, "--caffemodel", folder / "a.caffemodel", "--json", *options,
+    found = run("classify", "--prototxt", definition, "--caffemodel", folder / "a.caffemodel", "--json", "-", *options,
                 folder / "0.png")  # fmt: skip
     assert "note" not in found.err
     probabilities = expected(folder, folder / "0.png", torch.tensor(mean).view(3, 1, 1), scale)
@@ -506,7 +506,7 @@ def test_classify_scores(ending: str, folder: Path, tmp_path: Path) -> None:
     for name, tensor in small().state_dict().items():
         net.state_dict()[name].copy_(tensor.view_as(net.state_dict()[name]))
     files = caffe_files.write(tmp_path, net, "b")
-    found = run("classify", folder / "0.png", "--prototxt", files[0], "--caffemodel", files[1], "--json")
+    found = run("classify", folder / "0.png", "--prototxt", files[0], "--caffemodel", files[1], "--json", "-")
     assert_says(json.loads(found.passed())["images"][0], expected(folder, folder / "0.png", PUBLISHED))
 
 

@@ -445,6 +445,99 @@ def test_casts_that_the_author_wrote(quiet: None) -> None:
         assert fast(x).dtype is torch.float32
 
 
+def test_pixels_as_integers_that_no_example_showed(quiet: None) -> None:
+    """Code that divides them takes both; the convolution of another network does not."""
+    model = randomise(Lambda(lambda self, x: self.a(x / 255 - 0.5), a=block()))
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    for dtype, tolerance in ((None, 1e-5), (torch.bfloat16, 0.05)):
+        fast = optimize(model, dtype=dtype)
+        with torch.no_grad():
+            want = model(pixels)
+        for x in (pixels, pixels.float()):
+            assert (fast(x) - want).norm() <= tolerance * want.norm() and fast(x).dtype is torch.float32
+    with pytest.raises(TypeError, match=r"uint8.*prepare images"):
+        optimize(randomise(block()))(pixels)
+
+
+def test_the_callers_tensor_is_left_alone_by_what_stays_in_place(quiet: None) -> None:
+    """Also if a guard behind the write fails, and the author's code runs."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x[:, 1] = x[:, 0] * 2
+        return self.a(x) if x.shape[2] == x.shape[3] else self.a(x) * 2
+
+    model = randomise(Lambda(forward, a=block()))
+    fast = optimize(model, example_inputs=torch.empty(1, 3, 8, 8))
+    assert fused_ops(fast) and any("into the caller's tensor" in note for note in fast.report().notes)
+    for shape in ((2, 3, 8, 8), (2, 3, 8, 12)):
+        assert_same(fast, model, torch.rand(shape))
+    x = torch.rand(2, 3, 8, 8)
+    before = x.clone()
+    fast(x)
+    assert torch.equal(x, before)
+
+
+def test_memory_shared_in_one_memory_format_alone(quiet: None) -> None:
+    """What ``contiguous`` returns for a channels_last image is the image, which a write changes."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.a(x)
+        same = y.contiguous(memory_format=torch.channels_last)
+        y += 1
+        return same * 2
+
+    model = randomise(Lambda(forward, a=conv_bn(3, 8)))
+    fast = optimize(model, example_inputs=torch.empty(1, 3, 8, 8))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert_same(fast, model, torch.rand(2, 3, 8, 8).contiguous(memory_format=layout))
+
+
+def test_results_that_are_one_tensor_stay_one() -> None:
+    fast = optimize(
+        randomise(Lambda(lambda self, x: {"a": (y := self.a(x)), "b": [y, y + 1]}, a=block())),
+        example_inputs=torch.empty(1, 3, 8, 8),
+    )
+    for batch in (1, 3):
+        result = fast(torch.rand(batch, 3, 8, 8))
+        assert result["a"] is result["b"][0] and result["b"][1] is not result["a"]
+
+
+def test_networks_that_amplify_rounding_are_compared_as_their_own_answers_vary() -> None:
+    """Deep chaos: float32 itself is far from float64, and so may the snapshot be; a wrong layer still shows."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.a(x)
+        for _ in range(40):
+            y = torch.frac(self.b(y) * 1.9)
+        return y
+
+    model = randomise(Lambda(forward, a=block(), b=conv_bn(8)))
+    fast = optimize(model, example_inputs=torch.empty(1, 3, 8, 8))
+    assert fused_ops(fast) == 42
+    assert any("compared loosely: rounding the image otherwise" in note for note in fast.report().notes)
+    assert not any("compared loosely" in note for note in optimize(randomise(block())).report().notes)
+
+
+def test_standardised_weights_are_computed_once() -> None:
+    """As in normalizer-free networks, by a batch norm of the weight, and by its mean and deviation."""
+
+    class Standardised(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(3, 8, 3)
+            self.gain = nn.Parameter(torch.rand(8, 1, 1, 1) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            w = self.weight.reshape(1, 8, -1)
+            w = F.batch_norm(w, None, None, (self.gain * 0.1).view(-1), training=True, momentum=0.0, eps=1e-6)
+            return F.conv2d(x, w.reshape_as(self.weight), self.bias)
+
+    model = nn.Sequential(Standardised(), nn.ReLU()).eval()
+    fast = optimize(model)
+    assert [row.fused for row in fast.report().rows if row.fused] and fused_ops(fast) == 1
+    assert "batch_norm" not in fast.code
+    assert_same(fast, model, torch.rand(2, 3, 9, 9))
+
+
 def test_an_exported_program_can_be_optimized(quiet: None) -> None:
     model = randomise(nn.Sequential(block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)))
     batch = torch.export.Dim("batch", min=1)

@@ -256,7 +256,7 @@ class Refused:
 def test_what_can_be_recorded() -> None:
     torch.manual_seed(0)
     net = small((1, 1, 1, 1))
-    options: dict[str, Any] = {"dtype": torch.float16, "gpu": "h100"}
+    options: dict[str, Any] = {"dtype": torch.float16, "gpu": "h100", "check": False}
     fused = rf.optimize(net.to(DEVICE), backend="triton", **options)
     assert why_not_recordable(fused.graph_module) == ""
     reference = rf.optimize(net, backend="reference", **options)

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from resnet_fast.graph import OptimizedModule, Report, batching, optimize
@@ -639,107 +637,6 @@ def test_graphs_that_mix_images_run_whole(forward: Any, monkeypatch: pytest.Monk
     else:
         assert_same(fused, model, x)
     assert not fused._separable
-
-
-# ------------------------------------------------------------------------------------------------------- random graphs
-
-STEPS = [
-    "conv", "conv_bn", "conv_bn_relu", "bn", "relu", "relu_", "relu_module_", "add", "iadd", "add_relu", "add_pooled",
-    "pool", "identity", "view", "scale", "slice_relu_", "setitem", "cat", "double",
-]  # fmt: skip
-
-
-class RandomNet(nn.Module):
-    """A program of (step, first operand, second operand) over a growing list of [N, 4, H, W] values."""
-
-    def __init__(self, program: list[tuple[str, int, int]], outputs: list[int]) -> None:
-        super().__init__()
-        self.program, self.outputs = program, outputs
-        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1, bias=index == 0) for index in range(3))
-        self.bns = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3))
-        self.reduce = nn.Conv2d(8, 4, 1)
-        self.pool, self.relu = nn.AvgPool2d(3, 1, 1), nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        values = [x]
-        for step, i, j in self.program:
-            a, b = values[i % len(values)], values[j % len(values)]
-            conv, bn = self.convs[j % 3], self.bns[(i + j) % 3]
-            if step == "conv":
-                y = conv(a)
-            elif step == "conv_bn":
-                y = bn(conv(a))
-            elif step == "conv_bn_relu":
-                y = F.relu(bn(conv(a)), inplace=True)
-            elif step == "bn":
-                y = bn(a)
-            elif step == "relu":
-                y = a.relu()
-            elif step == "relu_":
-                y = a.relu_()
-            elif step == "relu_module_":
-                y = self.relu(a)
-            elif step == "add":
-                y = a + b
-            elif step == "iadd":
-                a += b
-                y = a
-            elif step == "add_relu":
-                y = F.relu(torch.add(a, b))
-            elif step == "add_pooled":
-                y = a + F.adaptive_avg_pool2d(b, 1)
-            elif step == "pool":
-                y = self.pool(a)
-            elif step == "identity":
-                y = F.dropout(a, training=False)
-            elif step == "view":
-                y = a.view(a.size(0), -1).reshape(a.shape)
-            elif step == "scale":
-                y = a * 0.5
-            elif step == "slice_relu_":
-                a[:, :2].relu_()
-                y = a
-            elif step == "setitem":
-                a[:, 1] = b[:, 2]
-                y = a
-            elif step == "cat":
-                y = self.reduce(torch.cat([a, b], 1))
-            else:
-                y = a.relu() + a
-            values.append(y)
-        return [values[index % len(values)] for index in self.outputs]
-
-
-def programs(steps: list[str]) -> st.SearchStrategy[list[tuple[str, int, int]]]:
-    # Indices count from the newest value: small numbers make deep graphs.
-    index = st.integers(-4, -1)
-    return st.lists(st.tuples(st.sampled_from(steps), index, index), min_size=1, max_size=10)
-
-
-RUN = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
-
-
-def compare_random(program: list[tuple[str, int, int]], outputs: list[int]) -> OptimizedModule:
-    torch.manual_seed(1)
-    model = randomise(RandomNet(program, outputs))
-    fused = optimize(model, example_inputs=EXAMPLE)
-    assert_same(fused, model, torch.randn(2, 4, 5, 6), tolerance=1e-4)
-    return fused
-
-
-@settings(max_examples=120, **RUN)  # type: ignore[arg-type]
-@given(programs(STEPS), st.lists(st.integers(-4, -1), min_size=1, max_size=3))
-def test_random_graphs(program: list[tuple[str, int, int]], outputs: list[int]) -> None:
-    compare_random(program, outputs)
-
-
-@settings(max_examples=120, **RUN)  # type: ignore[arg-type]
-@given(
-    programs(["conv_bn", "conv_bn_relu", "relu", "relu_", "add", "iadd", "add_relu", "view", "double"]),
-    st.lists(st.integers(-4, -1), min_size=1, max_size=3),
-)
-def test_random_residual_graphs(program: list[tuple[str, int, int]], outputs: list[int]) -> None:
-    compare_random(program, outputs)
 
 
 # -------------------------------------------------------------------------------------------------------- graph modules

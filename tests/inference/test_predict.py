@@ -317,7 +317,7 @@ def test_repr(classifier: inference.Classifier) -> None:
 def test_predict_is_classify(checkpoint: Path, tmp_path: Path) -> None:
     for seed in range(3):
         picture(seed).save(tmp_path / f"{seed}.jpg")
-    rows = run("classify", tmp_path, "-w", checkpoint, "--topk", 3, "--json").json()["images"]
+    rows = run("classify", tmp_path, "-w", checkpoint, "--topk", 3, "--json", "-").json()["images"]
     found = rf.predict(tmp_path, checkpoint, topk=3)
     assert [row["path"] for row in rows] == [each.source for each in found]
     for row, each in zip(rows, found, strict=True):

@@ -75,7 +75,7 @@ def test_answers_are_those_of_classify_and_rf_predict(checkpoint: Path, photos: 
     assert list(rows[0]) == ["path", "label", "index", "probability", "label_2", "index_2", "probability_2", "error"]
     assert [row["path"] for row in rows] == files(photos)
     expected = rf.predict(photos, checkpoint, topk=2, on_error="return", batch_size=4)
-    told = json.loads(run("classify", photos, "-w", checkpoint, "-k", 2, "--json").out)
+    told = json.loads(run("classify", photos, "-w", checkpoint, "-k", 2, "--json", "-").out)
     classified = {each["path"]: each["predictions"] for each in told["images"]}
     for row, each in zip(rows, expected, strict=True):
         assert row["path"] == each.source

@@ -141,10 +141,11 @@ def test_names_of_transformers(prefix: str, tmp_path: Path) -> None:
     assert same(found, state) and metadata == {"format": "pt"}
 
     told = {"model_type": "resnet", "hidden_act": "relu", "downsample_in_bottleneck": True}
-    for content, strides in ((told, {"stride_in_1x1": "true"}), (told | {"downsample_in_bottleneck": False}, {}),
+    arch = {"arch": "resnet50"}  # what transformers' configuration is of, if it does not say otherwise
+    for content, says in ((told, arch | {"stride_in_1x1": "true"}), (told | {"downsample_in_bottleneck": False}, arch),
                              (told | {"model_type": "vit"}, {}), ([], {})):  # fmt: skip
         (tmp_path / "config.json").write_text(json.dumps(content))
-        assert checkpoint.read_with_metadata(tmp_path / "model.safetensors")[1] == {"format": "pt"} | strides
+        assert checkpoint.read_with_metadata(tmp_path / "model.safetensors")[1] == {"format": "pt"} | says
     for change in ({"hidden_act": "gelu"}, {"downsample_in_first_stage": True}):
         (tmp_path / "config.json").write_text(json.dumps(told | change))
         with pytest.raises(models.WeightsError, match=r"config\.json next to it has a stride in the first stage"):

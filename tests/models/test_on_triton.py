@@ -89,7 +89,11 @@ def test_planned_networks_equal_torchvision(form: str, launched: Counter[str]) -
     gpu = replace(triton.gpu_of(torch.device(DEVICE)) if DEVICE == "cuda" else gpus.known(form), multiprocessors=1)
     with triton.assume(gpu), backends.use("triton"):
         fused = rf.optimize(
-            copy.deepcopy(net).to(DEVICE), dtype=torch.float16, backend="triton", gpu=None if DEVICE == "cuda" else form
+            copy.deepcopy(net).to(DEVICE),
+            dtype=torch.float16,
+            backend="triton",
+            gpu=None if DEVICE == "cuda" else form,
+            check=False,
         )
         compare(fused, net, x, torch.float16)
     assert launched["bottleneck_tail"] >= 3, fused.report()

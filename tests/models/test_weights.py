@@ -392,7 +392,7 @@ def test_own_table_is_torchvisions(name: str, without_torchvision: None) -> None
         assert mine.url == reference.url
         assert weights._table()[name]["weights"][mine.name]["sha256_prefix"] in mine.url
         assert repr(mine) == str(mine) == str(reference)
-        for key in ("categories", "num_params", "min_size"):
+        for key in ("categories", "num_params", "min_size", "_ops", "_file_size"):
             assert mine.meta[key] == reference.meta[key]
         assert mine.meta["_metrics"] == reference.meta["_metrics"]
         assert mine.transforms() == models.Preprocessing.from_transforms(reference.transforms())

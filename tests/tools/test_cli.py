@@ -74,7 +74,7 @@ class Bomb:
 
 def test_classify_says_what_the_plain_network_says(folder: Path) -> None:
     arguments = ["classify", folder / "photo.jpg", folder / "photo [1].png"]
-    found = run(*arguments, "-a", "resnet18", "-w", folder / "ten.safetensors", "--topk", "3", "--json").json()
+    found = run(*arguments, "-a", "resnet18", "-w", folder / "ten.safetensors", "--topk", "3", "--json", "-").json()
     assert set(found) == {"schema", "arch", "weights", "dtype", "images", "errors"}
     assert (found["schema"], found["arch"], found["dtype"], found["errors"]) == (1, "resnet18", "float32", [])
     assert [entry["path"] for entry in found["images"]] == [str(path) for path in arguments[1:]]
@@ -95,7 +95,9 @@ def test_classify_wires_the_network_as_the_file_says(folder: Path, tmp_path: Pat
     model = models.resnet50(num_classes=3, stride_in_1x1=True).eval()
     save_file(model.state_dict(), tmp_path / "v1.safetensors", {"stride_in_1x1": "true"})
     image = folder / "photo [1].png"
-    found = run("classify", image, "-a", "resnet50", "-w", tmp_path / "v1.safetensors", "--topk", "3", "--json").json()
+    found = run(
+        "classify", image, "-a", "resnet50", "-w", tmp_path / "v1.safetensors", "--topk", "3", "--json", "-"
+    ).json()
     with torch.no_grad():
         wanted = model(models.preprocessing(models.ResNet50_Weights.IMAGENET1K_V1)(image)[None]).softmax(1)[0]
     given = sorted(each["probability"] for each in found["images"][0]["predictions"])
@@ -111,7 +113,7 @@ def test_classify_prints_a_table(folder: Path) -> None:
 
 
 def test_classify_goes_on_after_a_bad_image(folder: Path) -> None:
-    arguments = ["-a", "resnet18", "-w", folder / "ten.pth", "--json"]
+    arguments = ["-a", "resnet18", "-w", folder / "ten.pth", "--json", "-"]
     found = run("classify", folder / "truncated.jpg", folder / "photo.jpg", *arguments)
     found.failed("truncated.jpg: damaged or unreadable image")
     data = json.loads(found.out)
@@ -168,7 +170,7 @@ def test_unknown_arch_lists_the_ten(command: list[str]) -> None:
         (["classify", "photo.jpg", "--dtype", "int3"], "int3"),
         (["classify", "photo.jpg", "--topk", "0"], "topk"),
         (["classify", "photo.jpg", "--threads", "none"], "threads"),
-        (["bench", "--batch", "0"], "batch"),
+        (["bench", "--batch-size", "0"], "batch"),
         (["bench", "--nonsense"], "nonsense"),
         (["clasify"], "Did you mean 'classify'"),
     ],
@@ -211,7 +213,7 @@ def test_every_argument_has_its_row_under_the_name_it_was_given(
         Image.new("RGB", (60, 40)).save(tmp_path / name)
     (tmp_path / "inside" / "notes.txt").touch()
     arguments = ["./a.webp", "inside", "absent.jpg", "./a.webp"]
-    found = run("classify", *arguments, "-a", "resnet18", "-w", folder / "ten.pth", "--json")
+    found = run("classify", *arguments, "-a", "resnet18", "-w", folder / "ten.pth", "--json", "-")
     found.failed("absent.jpg: no such file")
     data = json.loads(found.out)
     assert [each["path"] for each in data["images"]] == ["./a.webp", "inside/b.bmp", "inside/deep/c.tif", "./a.webp"]
@@ -220,7 +222,7 @@ def test_every_argument_has_its_row_under_the_name_it_was_given(
 
 
 def test_images_from_pipes(folder: Path) -> None:
-    command = f"{sys.executable} -m resnet_fast.cli classify --json -a resnet18 -w {folder / 'ten.pth'} --threads 1"
+    command = f"{sys.executable} -m resnet_fast.cli classify --json - -a resnet18 -w {folder / 'ten.pth'} --threads 1"
     done = subprocess.run(
         ["bash", "-c", f"cat {folder / 'photo.jpg'} | {command} - <(cat {folder / 'photo.jpg'}) /dev/stdin"],
         capture_output=True, text=True, timeout=300,
@@ -249,7 +251,7 @@ def test_odd_names_are_shown_with_escapes(tmp_path: Path) -> None:
     found = run("classify", odd, "-w", tmp_path / "w.safetensors")
     assert found.code == 0, found.err
     assert r"\n" in found.out and r"\udcff" in found.out and "\x1b" not in found.out
-    told = run("classify", odd, "-w", tmp_path / "w.safetensors", "--json").json()["images"][0]
+    told = run("classify", odd, "-w", tmp_path / "w.safetensors", "--json", "-").json()["images"][0]
     assert told["path"] == odd and {row["label"] for row in told["predictions"]} == {"cat\x1b[31m", "\udcff"}
     Path(odd).write_bytes(b"")
     run("classify", odd).failed(r"\udcff\x1b[31m.png: not an image")
@@ -297,7 +299,7 @@ def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
 
 
 def test_bench_json() -> None:
-    arguments = ["--image-size", "64", "--runs", "2", "--peers", "eager", "--batch", "2"]
+    arguments = ["--image-size", "64", "--runs", "2", "--peers", "eager", "--batch-size", "2"]
     found = run("bench", "-a", "resnet18", *arguments, "--json", "-").json()
     keys = {"schema", "kind", "setting", "machine", "time", "contestants", "ratios", "samples", "others_busy_cores"}
     assert set(found) == keys
@@ -386,7 +388,7 @@ def test_the_bars_clock_goes_on_and_has_the_time_left_of_a_stage(monkeypatch: py
 
 def test_info() -> None:
     assert "torch" in run("info").out
-    assert run("info", "--json").json()["torch"] == torch.__version__
+    assert run("info", "--json", "-").json()["torch"] == torch.__version__
 
 
 def test_version_and_help() -> None:

@@ -24,7 +24,8 @@ from tests.command_line import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COMMANDS = ["bench", "classify", "convert", "demo", "info", "predict", "roofline", "train", "tune", "validate"]
+COMMANDS = ["bench", "classify", "convert", "demo", "info", "models", "predict", "roofline", "serve", "train", "tune",
+            "validate"]  # fmt: skip
 
 
 def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -59,10 +60,10 @@ def test_completion() -> None:
     code = "import resnet_fast_cli; resnet_fast_cli.main()"
     asked = {
         "_RESNET_FAST_COMPLETE": "complete_bash",
-        "COMP_WORDS": "resnet-fast train imagenet --pre",
+        "COMP_WORDS": "resnet-fast train imagenet --dty",
         "COMP_CWORD": "3",
     }
-    assert python("-c", code, env={**os.environ, **asked}).stdout.split() == ["--precision"]
+    assert python("-c", code, env={**os.environ, **asked}).stdout.split() == ["--dtype"]
 
 
 @pytest.mark.parametrize("module", ["resnet_fast", "resnet_fast.cli"])

@@ -51,7 +51,8 @@ def test_examples_of_the_models(folder: Path) -> None:
 
 def test_every_public_function_has_an_example() -> None:
     functions = [getattr(rf.models, name) for name in rf.models.__all__ if name[0].islower()]
-    for function in (rf.optimize, rf.info, *functions):
+    integrations = (rf.from_timm, rf.from_torchvision, rf.from_transformers, rf.register_models)
+    for function in (rf.optimize, rf.info, rf.list_models, *integrations, *functions):
         assert "Examples:\n" in (function.__doc__ or ""), function.__name__
 
 

@@ -393,7 +393,7 @@ def test_tf32_is_allowed_for_the_time_being() -> None:
 
 
 def test_measured_nodes_are_found_in_the_per_conv_schedule(fake_cuda: list[str]) -> None:
-    subject = command.Subject("resnet18", 1, 64, command.Arithmetic.fp32)
+    subject = command.Subject("resnet18", 1, 64, command.Arithmetic.float32)
     seconds, backends = command.measure(subject, "cpu")
     straight = command.schedules(subject, H100)[1]
     assert {frozenset(kernel.parts) for kernel in straight.kernels} == set(seconds)
@@ -403,7 +403,7 @@ def test_measured_nodes_are_found_in_the_per_conv_schedule(fake_cuda: list[str])
 @pytest.mark.gpu
 def test_measured_times_are_no_less_than_their_floors() -> None:
     known = command._is_known(torch.cuda.get_device_name())
-    subject = command.Subject("resnet50", 128, 224, command.Arithmetic.fp16)
+    subject = command.Subject("resnet50", 128, 224, command.Arithmetic.float16)
     seconds, _ = command.measure(subject, "cuda")
     fastest = known or H100
     for schedule in command.schedules(subject, fastest)[1:]:
@@ -428,11 +428,11 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_gpu")
 def test_the_tables() -> None:
-    found = run("--model", "resnet18", "--gpu", "l4", "--dtype", "bf16", "--batch", "4")
+    found = run("--arch", "resnet18", "--gpu", "l4", "--dtype", "bf16", "--batch-size", "4")
     out = found.passed()
     assert not found.err
     lines = out.splitlines()
-    assert lines[0].strip() == "per-conv: resnet18, bf16, batch 4, 224 px, l4"
+    assert lines[0].strip() == "per-conv: resnet18, bfloat16, batch 4, 224 px, l4"
     stem = next(line for line in lines if " stem " in line)
     cells = [cell.strip() for cell in stem.strip("│ ").split("│")]
     moved, weights = 2 * (3 * 224 * 224 + 64 * 56 * 56), 2 * 64 * 147 + 8 * 64
@@ -442,7 +442,7 @@ def test_the_tables() -> None:
         f"{1e6 * seconds[0]:.2f}", f"{1e6 * seconds[1]:.2f}", f"{1e6 * max(seconds):.2f}", "bytes",
     ]  # fmt: skip
     assert "measured us" not in out and "nothing measured: torch sees no CUDA GPU here" in out
-    assert "0.3 TB/s, 121 TFLOP/s in bf16" in out
+    assert "0.3 TB/s, 121 TFLOP/s in bfloat16" in out
     assert [line.split()[1] for line in lines if line.startswith("│ ") and "│" in line][-4:] == [
         "eager", "per-conv", "rotated", "planned",
     ]  # fmt: skip
@@ -454,7 +454,7 @@ def test_json_and_plot(tmp_path: Path) -> None:
     run("-a", "resnet50", "-b", "128", "--json", tmp_path / "a.json", "--plot", tmp_path / "a.svg").passed()
     found = json.loads((tmp_path / "a.json").read_text())
     assert set(found) == {"schema", "kind", "setting", "gpu", "measured", "schedules"}
-    assert found["setting"] == {"arch": "resnet50", "batch": 128, "image_size": 224, "dtype": "fp16"}
+    assert found["setting"] == {"arch": "resnet50", "batch": 128, "image_size": 224, "dtype": "float16"}
     assert found["gpu"]["name"] == "h100" and found["measured"]["device"] is None
     eager, straight, turned, _ = found["schedules"]
     assert [schedule["name"] for schedule in found["schedules"]] == ["eager", "per-conv", "rotated", "planned"]
@@ -467,7 +467,7 @@ def test_json_and_plot(tmp_path: Path) -> None:
     assert turned["rows"][2]["parts"][1] == "layer1.0.downsample.0" and len(eager["rows"]) == 174
     svg = (tmp_path / "a.svg").read_text()
     assert svg.startswith("<?xml")
-    for words in ("per-conv", "rotated", "eager", "266 flops per byte", "resnet50, fp16, batch 128, 224 px; h100"):
+    for words in ("per-conv", "rotated", "eager", "266 flops per byte", "resnet50, float16, batch 128, 224 px; h100"):
         assert words in svg
     assert "hollow" not in svg
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.svg"]
@@ -490,11 +490,11 @@ def test_a_gpu_by_numbers() -> None:
 
 
 def test_measured_times_stand_beside_the_floor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    straight = command.schedules(command.Subject("resnet18", 2, 64, command.Arithmetic.fp16), H100)[1]
+    straight = command.schedules(command.Subject("resnet18", 2, 64, command.Arithmetic.float16), H100)[1]
     seconds = {frozenset(kernel.parts): 3 * kernel.work.floor(H100, "fp16") for kernel in straight.kernels}
     monkeypatch.setattr(command, "_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(command, "measure", lambda subject, device: (seconds, ("triton",)))
-    arguments = ["-a", "resnet18", "-b", "2", "--size", "64"]
+    arguments = ["-a", "resnet18", "-b", "2", "--image-size", "64"]
     out = run(*arguments, "--json", tmp_path / "a.json", "--plot", tmp_path / "a.svg").passed()
     lines = [line for line in out.splitlines() if "layer2.0.conv1" in line]
     assert all("3.00x" in line for line in lines) and lines
@@ -512,7 +512,7 @@ def test_measured_times_stand_beside_the_floor(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(
     ("arguments", "mention"),
     [
-        (["--model", "vgg16"], "unknown arch 'vgg16'"),
+        (["--arch", "vgg16"], "unknown arch 'vgg16'"),
         (["--gpu", "h1000"], "unknown GPU 'h1000'; built in are h100, h200"),
         (["--bandwidth", "2"], "--tflops is missing"),
         (["--tflops", "2"], "--bandwidth is missing"),
@@ -538,5 +538,5 @@ def test_a_gpu_that_is_not_built_in_is_asked_for(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.usefixtures("no_gpu")
 def test_wrong_options_exit_with_2() -> None:
-    for arguments in (["--dtype", "int8"], ["--batch", "0"], ["--size", "0"]):
+    for arguments in (["--dtype", "int8"], ["--batch-size", "0"], ["--image-size", "0"]):
         run(*arguments).failed(code=2)

@@ -643,7 +643,7 @@ def invoke(*arguments: str) -> Any:
 
 def test_dry_run_lists_problems_and_counts(folders: tuple[Path, Path]) -> None:
     result = invoke(
-        "--dry-run", "--gpu", "a100", "--model", "resnet18", "--batch", "4", "--op", "conv_bn_act", "--op", "head"
+        "--dry-run", "--gpu", "a100", "--arch", "resnet18", "--batch-size", "4", "--op", "conv_bn_act", "--op", "head"
     )
     assert result.exit_code == 0, result.output
     cases = [
@@ -659,7 +659,7 @@ def test_dry_run_lists_problems_and_counts(folders: tuple[Path, Path]) -> None:
 
 
 def test_training_is_measured_where_it_is_named() -> None:
-    arguments = ["--dry-run", "--model", "resnet18", "--batch", "4"]
+    arguments = ["--dry-run", "--arch", "resnet18", "--batch-size", "4"]
     plain = invoke(*arguments).output
     shown = invoke(*arguments, "--op", "conv_statistics", "--op", "batch_norm_act").output
     assert "conv_statistics" not in plain and "batch_norm_act" not in plain
@@ -669,7 +669,7 @@ def test_training_is_measured_where_it_is_named() -> None:
 
 
 def test_dry_run_lists_the_cuda_kernels_that_are_built() -> None:
-    arguments = ["--dry-run", "--model", "resnet18", "--batch", "4", "--op", "conv_bn_act", "--op", "head"]
+    arguments = ["--dry-run", "--arch", "resnet18", "--batch-size", "4", "--op", "conv_bn_act", "--op", "head"]
     with native.substitute(Listed()):
         shown = invoke(*arguments)
         others = invoke(*arguments, "--gpu", "a100")
@@ -678,7 +678,7 @@ def test_dry_run_lists_the_cuda_kernels_that_are_built() -> None:
 
 
 def test_dry_run_leaves_out_what_is_known(folders: tuple[Path, Path]) -> None:
-    arguments = ["--dry-run", "--model", "resnet18", "--batch", "4", "--op", "conv_bn_act"]
+    arguments = ["--dry-run", "--arch", "resnet18", "--batch-size", "4", "--op", "conv_bn_act"]
     known = next(each for each in shapes.problems(["resnet18"], [4], ["fp16"]) if each.op == "conv_bn_act")
     _tables.write(folders[0] / "h100.json", "h100", WITH, {"conv_bn_act": {known.problem.key(): FIELDS}})
     count = int(re.findall(r"(\d+) problems", invoke(*arguments, "--again").output)[0])
@@ -695,7 +695,7 @@ def test_a_gpu_that_is_lost_is_said_behind_what_was_measured(
     monkeypatch.setattr(cuda, "CudaRunner", lambda *given: Faulting(slowness=1.0))
     monkeypatch.setattr(cuda, "versions", lambda device: WITH)
     with native.substitute(Listed()):
-        result = invoke("--model", "resnet18", "--batch", "4", "--op", "conv_bn_act")
+        result = invoke("--arch", "resnet18", "--batch-size", "4", "--op", "conv_bn_act")
     assert result.exit_code == 1 and "measured on h100" in result.output
     assert re.search(
         r"tune: the GPU failed at conv_bn_act\.cuda \(\w+\) fp16 n4 .*: CUDA error: an illegal memory access was "
@@ -719,7 +719,7 @@ def test_a_stopped_command_shows_and_keeps_what_was_measured(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cuda, "CudaRunner", lambda *given: Interrupted(slowness=1.0))
     monkeypatch.setattr(cuda, "versions", lambda device: WITH)
-    result = invoke("--model", "resnet18", "--batch", "4", "--op", "conv_bn_act")
+    result = invoke("--arch", "resnet18", "--batch-size", "4", "--op", "conv_bn_act")
     path = folders[1] / "h100.json"
     assert result.exit_code == 130 and "measured on h100" in result.output, result.output
     last = f"resnet-fast: stopped; {path} keeps what was measured, and the same command goes on"
@@ -738,11 +738,11 @@ def test_without_a_gpu_one_line_says_so() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--dry-run", "--model", "resnet51"], "unknown arch 'resnet51'"),
+        (["--dry-run", "--arch", "resnet51"], "unknown arch 'resnet51'"),
         (["--dry-run", "--gpu", "h9"], "unknown GPU 'h9'"),
         (["--gpu", "h100"], "--gpu goes with --dry-run"),
         (["--dry-run", "--op", "pool"], "pool"),
-        (["--dry-run", "--batch", "0"], "greater"),
+        (["--dry-run", "--batch-size", "0"], "greater"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], said: str) -> None:

@@ -448,7 +448,7 @@ def test_wrong_options_are_named(data: Path, tmp_path: Path) -> None:
         (("--out", data / "train" / "cat" / "0.png"), ("a file; it must be a folder",)),
     ):
         run(*usual, *arguments).failed(*mentions)
-    run(*usual, "--precision", "int8").failed("'int8'", "bfloat16", code=2)
+    run(*usual, "--dtype", "int8").failed("'int8'", "bfloat16", code=2)
     if not torch.cuda.is_available():
         run(*usual, "--device", "cuda").failed("device is cuda, and torch sees no CUDA GPU here; use cpu")
 
@@ -502,7 +502,7 @@ def test_training_validation_classify_and_the_library_predict_the_same(tmp_path:
             assert torch.equal(model(imagefolder.normalize(pixels, prepare)), scores)
         right = int((scores.argmax(1) == torch.from_numpy(folder.targets)).sum())
         assert metrics.read(out / imagenet.METRICS)[-1]["val_accuracy"] == right / len(files)
-        code, said, err = command("classify", tmp_path / "val", "--weights", weights, "--json")
+        code, said, err = command("classify", tmp_path / "val", "--weights", weights, "--json", "-")
         assert code == 0, err
         answer = json.loads(said)
         assert answer["arch"] == "resnet18"  # the file says it
@@ -511,7 +511,9 @@ def test_training_validation_classify_and_the_library_predict_the_same(tmp_path:
             assert each["predictions"][0]["label"] == classes[int(row.argmax())]
             assert each["predictions"][0]["probability"] == pytest.approx(float(row.max()), rel=1e-4)
     # What is given wins over what the file says.
-    code, said, _ = command("classify", files[0], "--weights", out / imagenet.MODEL, "--image-size", "48", "--json")
+    code, said, _ = command(
+        "classify", files[0], "--weights", out / imagenet.MODEL, "--image-size", "48", "--json", "-"
+    )
     with torch.no_grad():
         row = model(Preprocessing(52, 48)(files[0])[None]).softmax(1)[0]
     assert json.loads(said)["images"][0]["predictions"][0]["probability"] == pytest.approx(float(row.max()), rel=1e-4)

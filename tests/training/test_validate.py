@@ -53,7 +53,7 @@ def test_every_command_prepares_images_as_training_did(trained: Path, tmp_path: 
         loss -= math.log(float(each["probability" + rank])) / 13
     assert loss == pytest.approx(row["val_loss"], rel=1e-4)
 
-    classified = run("classify", trained / "val", "-w", weights, "-k", 1, "--json").json()["images"]
+    classified = run("classify", trained / "val", "-w", weights, "-k", 1, "--json", "-").json()["images"]
     predicted = rf.predict(trained / "val", weights, topk=1)
     for each, answer, prediction in zip(rows, classified, predicted, strict=True):
         assert each["path"] == answer["path"] == prediction.source
