@@ -20,19 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# The command line shows its help without torch. Everywhere else `import resnet_fast` imports everything but the Caffe
-# part, because importing also registers torch.ops.resnet_fast, which exported programs need. Under `python -m`,
+# The command line shows its help without torch. Everywhere else `import resnet_fast` imports everything but Caffe and
+# inference, because importing also registers torch.ops.resnet_fast, which exported programs need. Under `python -m`,
 # sys.argv[0] is "-m" instead of the module's name.
 _COMMAND_LINE = "resnet_fast_cli" in sys.modules or (
     sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv) :][:1] in (["resnet_fast"], ["resnet_fast.cli"])
 )
 
 if TYPE_CHECKING or not _COMMAND_LINE:
-    from . import backends, inference, models, nn, ops
+    from . import backends, models, nn, ops
     from ._info import Info, info
     from .graph.export import exportable
     from .graph.optimize import optimize  # not from .graph: mypy would take the module of the same name
-    from .inference import predict
     from .integrations import from_timm, from_torchvision, from_transformers, register_models
     from .models import (
         list_models,
@@ -81,7 +80,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import caffe
+    from . import caffe, inference
+    from .inference import predict
 else:
     _HOMES = {"Info": "._info", "info": "._info", "exportable": ".graph", "optimize": ".graph", "predict": ".inference"}
     _HOMES |= dict.fromkeys(("from_timm", "from_torchvision", "from_transformers", "register_models"), ".integrations")

@@ -145,15 +145,15 @@ def predict(
             classifier = inference.load(**arguments, optimize=False)
         for note in classifier.notes:
             typer.echo(f"resnet-fast: note: {note}", err=True)
-        work = bulk.Bulk(found, out, classifier, topk, restart=restart)
+        topk = min(topk, len(classifier.labels))
         if local:
-            run = bulk.here(classifier, work.topk, batch_size=batch_size, workers=workers or WORKERS)
+            run = bulk.here(classifier, topk, batch_size=batch_size, workers=workers or WORKERS)
         else:
             from resnet_fast.inference.on_ray import ray_engine
 
             given = {**arguments, "device": where}
-            run = ray_engine(classifier, given, work.topk, batch_size=batch_size, workers=workers)
-        return 1 if _run(work, run) else 0
+            run = ray_engine(classifier, given, topk, batch_size=batch_size, workers=workers)
+        return 1 if _run(bulk.Bulk(found, out, classifier, topk, restart=restart), run) else 0
 
 
 def _run(work: Bulk, engine: Engine) -> int:

@@ -65,6 +65,15 @@ class Bulk:
             ClassifierError: if the network cannot answer, or the engine left images out.
             OSError: if a file cannot be written. The journal stays in either case.
         """
+        try:
+            failed = self._run(engine, progress)
+        except BaseException:
+            self.journal.close()
+            raise
+        self.journal.remove()
+        return failed
+
+    def _run(self, engine: Engine, progress: Callable[[int], None]) -> int:
         errors = self.sources.errors
         listed = [path for path in self._remaining() if path in errors]
         self.done += self.journal.append(Row(path, (), (), errors[path]).line() for path in listed)
@@ -83,7 +92,6 @@ class Bulk:
                 yield row
 
         tables.write(self.out, counted(), self.classifier.labels, self.topk)
-        self.journal.remove()
         return failed
 
 

@@ -68,24 +68,25 @@ class Journal:
             begun = first.endswith(b"\n")
             if not restart and first and not (begun or head.startswith(first[:40])):
                 raise ClassifierError(f"{self.path}: not written by `resnet-fast predict`; move it away or delete it")
+            end = 0
             if not restart and begun:
-                self._check(first, settings)
+                theirs = self._settings(first)
                 end = len(first)
-                while line := file.readline(MAX_LINE_BYTES):
-                    row = _parsed(line)
-                    if row is None:
-                        break
+                while (line := file.readline(MAX_LINE_BYTES)) and (row := _parsed(line)) is not None:
                     self.done.setdefault(row.path, end)
                     end += len(line)
-            else:
-                end = 0
+                if self.done:
+                    self._compare(theirs, settings)
+                else:
+                    end = 0  # nothing would be lost
         os.ftruncate(self._file, end)
         if end == 0:
             self._write(head, 0)
             end = len(head)
         return end
 
-    def _check(self, first: bytes, settings: Mapping[str, Any]) -> None:
+    def _settings(self, first: bytes) -> dict[str, Any]:
+        """Return the settings of the headline."""
         try:
             found = json.loads(first)
             theirs = found["settings"] if found["format"] == _FORMAT else None
@@ -96,6 +97,9 @@ class Journal:
             raise ClassifierError(f"{self.path}: not written by `resnet-fast predict`; move it away or delete it")
         if version != _VERSION:
             raise ClassifierError(f"{self.path}: written by another version of resnet_fast; --restart begins anew")
+        return theirs
+
+    def _compare(self, theirs: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         differing = [name for name in settings if theirs.get(name) != settings[name]]
         if differing:
             parts = "; ".join(f"{name} {theirs.get(name)!r}, not {settings[name]!r}" for name in differing)
@@ -151,12 +155,15 @@ class Journal:
                 yield row
 
     def close(self) -> None:
+        """Close the file, and delete it if there is no answer in it."""
+        if not self.done:
+            self.path.unlink(missing_ok=True)
         os.close(self._file)
 
     def remove(self) -> None:
         """Delete the file; the output has all answers."""
         self.path.unlink(missing_ok=True)
-        self.close()
+        os.close(self._file)
 
 
 def _open_locked(path: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 from resnet_fast import models
 from resnet_fast.inference.classifier import Classifier, Label, from_module, load, top
 from resnet_fast.inference.errors import ClassifierError
-from resnet_fast.inference.sources import read_up_to
+from resnet_fast.inference.sources import expanded, read_up_to, why_empty
 from resnet_fast.inference.stream import BATCH_SIZE, WORKERS, read_bounded, stream
 from resnet_fast.models.checkpoint import readable
-from resnet_fast.models.images import ImageError, NamedBytes, find_images, to_rgb
+from resnet_fast.models.images import ImageError, NamedBytes, to_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,9 +67,7 @@ class Prediction:
         return self.labels[0].probability if self.labels else None
 
     def __repr__(self) -> str:
-        shown = ", ".join(
-            f"{readable(each.label, 60)} {each.probability:.1%}".replace("%", " %") for each in self.labels
-        )
+        shown = ", ".join(f"{readable(each.label, 60)} {each.probability * 100:.1f} %" for each in self.labels)
         return f"Prediction({self.source!r}: {shown if self.error is None else f'error: {self.error}'})"
 
 
@@ -216,7 +213,7 @@ def _of(value: Any, name: str) -> Iterator[_Item]:
     from PIL import Image
 
     if isinstance(value, str | os.PathLike):
-        for each in expand(str(os.fsdecode(value))):  # of NumPy's strings too
+        for each in _expand(str(os.fsdecode(value))):  # of NumPy's strings too
             yield _Item(each, each)
     elif isinstance(value, bytes | bytearray | memoryview):
         yield _Item(name, bytes(value))
@@ -237,31 +234,20 @@ def _of(value: Any, name: str) -> Iterator[_Item]:
         raise TypeError(f"{name} is a {type(value).__name__}; {_RIGHT}")
 
 
-def expand(path: str) -> list[str]:
+def _expand(path: str) -> list[str]:
     """Return the files that a path stands for: itself, the images below a folder, or what matches a pattern.
 
     Raises:
         ValueError: if there are none.
     """
-    if os.path.isdir(path):
-        try:
-            found = list(find_images(path))
-        except OSError as error:
-            raise ValueError(f"{error.filename}: cannot be listed ({error.strerror})") from error
-        if not found:
-            raise ValueError(f"{path}: a directory without images")
-        return found
-    if not is_pattern(path):
-        return [path]
-    matches = sorted(glob.glob(path, recursive=True))
-    if not matches:
-        raise ValueError(f"{path}: matches no file")
-    return [each for match in matches for each in (find_images(match) if os.path.isdir(match) else (match,))]
-
-
-def is_pattern(path: str) -> bool:
-    """Return whether it is a pattern as for `glob` instead of a file that exists."""
-    return glob.has_magic(path) and not os.path.lexists(path)
+    images = expanded(path)
+    try:
+        found = [path] if images is None else list(images)
+    except OSError as error:
+        raise ValueError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+    if not found:
+        raise ValueError(f"{path}: {why_empty(path)}")
+    return found
 
 
 def _upright(image: Image, name: str) -> Image | ImageError:

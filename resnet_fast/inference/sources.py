@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -78,9 +78,29 @@ def collect(sources: Sequence[str], *, column: str = "path", root: str = "", std
         except OSError as error:
             raise ClassifierError(f"{readable(source, 400)}: cannot be read ({error.strerror or error})") from error
         if len(found.paths) + found.repeated == before:
-            kind = "a directory without images" if os.path.isdir(source) else "names no images"
-            raise ClassifierError(f"{readable(source, 400)}: {kind}")
+            raise ClassifierError(f"{readable(source, 400)}: {why_empty(source)}")
     return found
+
+
+def expanded(path: str, on_error: Callable[[OSError], None] | None = None) -> Iterator[str] | None:
+    """Return the images below a folder, or the files that match a pattern if no file of that name exists; None else.
+
+    Args:
+        on_error: as for `find_images`.
+    """
+    if os.path.isdir(path):
+        return find_images(path, on_error)
+    if not glob.has_magic(path) or os.path.lexists(path):
+        return None
+    matches = sorted(glob.iglob(path, recursive=True))
+    return (each for match in matches for each in (find_images(match, on_error) if os.path.isdir(match) else (match,)))
+
+
+def why_empty(path: str) -> str:
+    """Say why a path stands for no image, without its name."""
+    if os.path.isdir(path):
+        return "a directory without images"
+    return "names no images" if os.path.lexists(path) or path == "-" else "matches no file"
 
 
 def _collect(source: str, found: Sources, column: str, root: str, stdin: IO[bytes] | None) -> None:
@@ -89,16 +109,11 @@ def _collect(source: str, found: Sources, column: str, root: str, stdin: IO[byte
         if stdin is None:
             raise ClassifierError("-: standard input is a terminal or closed; pipe a list of paths into it")
         _add_all(_lines(read_up_to(stdin, MAX_LIST_BYTES), "-"), found, root)
-    elif os.path.isdir(source):
-        for path in find_images(source, found.add_error):
+    elif (images := expanded(source, found.add_error)) is not None:
+        for path in images:
             found.add(path)
     elif not os.path.lexists(source):
-        matches = sorted(glob.iglob(source, recursive=True)) if glob.has_magic(source) else []
-        if not matches:
-            raise ClassifierError(f"{shown}: " + ("matches no file" if glob.has_magic(source) else "no such file"))
-        for match in matches:
-            for path in find_images(match, found.add_error) if os.path.isdir(match) else (match,):
-                found.add(path)
+        raise ClassifierError(f"{shown}: no such file")
     elif (suffix := Path(source).suffix.lower()) in LISTS:
         with open(source, "rb") as file:
             _add_all(_lines(read_up_to(file, MAX_LIST_BYTES), shown), found, root)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import functools
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import resnet_fast as rf
+from resnet_fast import inference
 from resnet_fast.cli import predict as command
 from resnet_fast.inference import bulk, journal, sources
 from tests.command_line import Outcome, run
@@ -28,6 +30,14 @@ from tests.inference.conftest import NAMES, encoded, picture
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DAMAGED = {3: b"not an image", 11: encoded(picture(11))[:-60]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once() -> Iterator[None]:
+    """Let the commands of this process share what they load."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "load", functools.cache(inference.load))
+        yield
 
 
 @pytest.fixture
@@ -255,6 +265,7 @@ def test_missing_extras(photos: Path, tmp_path: Path, checkpoint: Path, monkeypa
     (tmp_path / "in.parquet").touch()
     run("predict", tmp_path / "in.parquet", "-o", tmp_path / "out.csv").failed("pip install 'resnet_fast[parquet]'")
     go(checkpoint, photos, "-o", tmp_path / "out.csv", "--engine", "ray").failed("pip install 'resnet_fast[ray]'")
+    assert sorted(os.listdir(tmp_path)) == ["in.parquet", "photos"]
 
 
 # --- interruptions
@@ -281,7 +292,6 @@ def die_after(classifier: Any, photos: Path, out: Path, batches: int) -> None:
 
     with pytest.raises(_Killed):
         unfinished.run(engine)
-    unfinished.journal.close()
 
 
 @pytest.mark.parametrize("batches", [0, 1, 4])
@@ -343,7 +353,7 @@ def test_killed_between_output_and_journal(
 ) -> None:
     out = tmp_path / "out.csv"
     with monkeypatch.context() as patch:
-        patch.setattr(journal.Journal, "remove", lambda self: self.close())
+        patch.setattr(journal.Journal, "remove", lambda self: os.close(self._file))
         work(classifier, photos, out).run(bulk.here(classifier, 2))
     before = out.read_bytes()
     found = go(checkpoint, photos, "-o", out, "-k", 2)
@@ -369,7 +379,6 @@ def test_a_full_disk(classifier: Any, photos: Path, tmp_path: Path, monkeypatch:
             OSError, match=r"out.csv.partial: cannot be written \(No space left on device\); the answers"
         ):
             full.run(bulk.here(classifier, 2, batch_size=4))
-    full.journal.close()
     rest = work(classifier, photos, out)
     assert 4 <= rest.resumed < 20
     assert rest.run(bulk.here(classifier, 2)) == 2
@@ -379,6 +388,7 @@ def test_a_full_disk(classifier: Any, photos: Path, tmp_path: Path, monkeypatch:
 def test_no_two_processes_at_once(classifier: Any, checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     first = work(classifier, photos, tmp_path / "out.csv")
     go(checkpoint, photos, "-o", tmp_path / "out.csv").failed("out.csv.partial: in use by another")
+    assert bulk.journal_of(tmp_path / "out.csv").exists()
     first.journal.close()
     assert go(checkpoint, photos, "-o", tmp_path / "out.csv", "-k", 2).code == 1
 
@@ -410,7 +420,10 @@ def test_other_weights_and_restart(
         (b"my own notes", "not written by `resnet-fast predict`"),
         (b"[1]\n", "not written by `resnet-fast predict`"),
         (b'{"format": "resnet_fast predictions", "version": 9, "settings": {}}\n', "another version of resnet_fast"),
-        (b'{"format": "resnet_fast predictions", "version": 1, "settings": {}}\n', "begun with network None"),
+        (
+            b'{"format": "resnet_fast predictions", "version": 1, "settings": {}}\n["a",[0],[0.5],null]\n',
+            "begun with network None",
+        ),
         (b'{"format": "resnet_fast predictions", "version": 1, "settings": 3}\n', "not written by"),
     ],
 )
@@ -420,6 +433,18 @@ def test_foreign_journals_stay(content: bytes, mention: str, classifier: Any, ph
     with pytest.raises(sources.ClassifierError, match=mention):
         work(classifier, photos, tmp_path / "out.csv")
     assert path.read_bytes() == content
+
+
+def test_a_journal_without_answers_binds_nobody(classifier: Any, photos: Path, tmp_path: Path) -> None:
+    def stop(paths: list[str]) -> bulk.Lines:
+        raise _Killed
+
+    path = bulk.journal_of(tmp_path / "out.csv")
+    with pytest.raises(_Killed):
+        work(classifier, photos, tmp_path / "out.csv").run(stop)
+    assert not path.exists()
+    path.write_bytes(b'{"format": "resnet_fast predictions", "version": 1, "settings": {"topk": 9}}\n["torn",[1')
+    assert work(classifier, photos, tmp_path / "out.csv").run(bulk.here(classifier, 2)) == 2
 
 
 @pytest.mark.parametrize("damage", [b"\0" * 50 + b"\n", b'["x",[1],[0.5],null\n', b"[" * 10**5 + b"\n",
@@ -458,6 +483,7 @@ def start(checkpoint: Path, photos: Path, out: Path) -> subprocess.Popen[str]:
     raise AssertionError(process.communicate())
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_processes(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole.csv", tmp_path / "out.csv"
     assert go(checkpoint, photos, "-o", whole, "-k", 2).code == 1
