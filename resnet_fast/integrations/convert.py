@@ -381,8 +381,10 @@ def _like(layers: Mapping[str, nn.Module]) -> ResNet:
         return name in convs and _pair(convs[name].stride) != (1, 1)
 
     def dilated(stage: int) -> bool:
-        inside = [conv for name, conv in convs.items() if name.startswith(f"layer{stage}.")]
-        return not any(first[stage - 2]) and any(_pair(conv.dilation) != (1, 1) for conv in inside)
+        """Whether a dilation replaces the stride: a stage's first block has that of the stage before."""
+        behind = [conv for name, conv in convs.items() if f"layer{stage}" <= name.partition(".")[0] <= "layer4"]
+        seen = any(_pair(conv.dilation) != (1, 1) for conv in behind)
+        return not any(first[stage - 2]) and (seen or depths[stage - 1] == 1)
 
     bottleneck = "layer1.0.conv3" in convs
     groups = convs["layer1.0.conv2"].groups if bottleneck else 1

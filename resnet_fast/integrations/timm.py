@@ -328,7 +328,6 @@ def _fusable(x: Tensor, pool: Any, fc: nn.Module) -> bool:
     """Return whether pool and classifier are a global average and a linear layer that nobody watches."""
     return (
         type(pool) is SelectAdaptivePool2d
-        and pool.pool_type == "avg"
         and type(pool.pool) is nn.AdaptiveAvgPool2d
         and pool.pool.output_size == 1
         and type(pool.flatten) is nn.Flatten

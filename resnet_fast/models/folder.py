@@ -137,12 +137,13 @@ def _followed(name: str, config: dict[str, Any], reader: Callable[[dict[str, Any
 
 
 def _by_processor(config: dict[str, Any]) -> dict[str, Any]:
-    """Read transformers' `preprocessor_config.json`, of the ConvNext kind (`crop_pct`) or with a centre crop."""
+    """Read transformers' `preprocessor_config.json`, of its ConvNext processor or of one with a centre crop."""
     size = config["size"]
     shorter = size["shortest_edge"] if isinstance(size, dict) else size
     if abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3 or not config.get("do_resize", True):
         raise ValueError("it does not resize, or does not scale by 1/255")
-    if config.get("crop_pct") is not None:
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "ConvNext")
+    if kind.startswith("ConvNext"):
         if shorter >= _SQUASHING:
             raise ValueError(f"it resizes to a square of {shorter} pixels")
         crop, shorter = shorter, int(shorter / config["crop_pct"])

@@ -53,29 +53,40 @@ def other_eps() -> nn.Module:
     return model
 
 
+def bottlenecks(**kwargs: Any) -> nn.Module:
+    return tv.ResNet(tv.resnet.Bottleneck, [1, 2, 1, 2], **kwargs)
+
+
 def same(y: Any) -> Tensor:
     return y
 
 
 TAKEN: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[Any], Tensor]]] = {
     "18": (tv.resnet18, rf.from_torchvision, same),
-    "classes": (lambda: tv.resnet34(num_classes=3), rf.from_torchvision, same),
-    "dilated": (lambda: tv.resnet50(replace_stride_with_dilation=(False, True, True)), rf.from_torchvision, same),
-    "resnext": (tv.resnext50_32x4d, rf.from_torchvision, same),
-    "wide": (tv.wide_resnet50_2, rf.from_torchvision, same),
-    "other depths": (lambda: tv.ResNet(tv.resnet.Bottleneck, [1, 2, 1, 1]), rf.from_torchvision, same),
+    "classes": (lambda: tv.resnet18(num_classes=3), rf.from_torchvision, same),
+    "dilated": (lambda: bottlenecks(replace_stride_with_dilation=(False, True, True)), rf.from_torchvision, same),
+    "dilated, one block": (
+        lambda: tv.ResNet(tv.resnet.Bottleneck, [1, 1, 1, 1], replace_stride_with_dilation=(False, False, True)),
+        rf.from_torchvision,
+        same,
+    ),
+    "resnext": (lambda: bottlenecks(groups=32, width_per_group=4), rf.from_torchvision, same),
+    "wide": (lambda: bottlenecks(width_per_group=128), rf.from_torchvision, same),
+    "50": (tv.resnet50, rf.from_torchvision, same),
     "frozen": (frozen, rf.from_torchvision, same),
     "any head": (with_head, rf.from_torchvision, same),
     "eps": (other_eps, rf.from_torchvision, same),
     "timm": (timms, rf.from_timm, same),
-    "timm 26": (lambda: timms("resnet26", num_classes=4), rf.from_timm, same),
-    "timm dilated": (lambda: timms("resnet50", output_stride=8), rf.from_timm, same),
+    "timm 26, dilated": (lambda: timms("resnet26", num_classes=4, output_stride=8), rf.from_timm, same),
     "timm gray, fast pool": (lambda: timms(in_chans=1, global_pool="fast"), rf.from_timm, same),
     "timm without head": (lambda: timms(num_classes=0), rf.from_timm, same),
     "transformers": (lambda: transformers(num_labels=3), rf.from_transformers, lambda y: y.logits),
     "v1": (
         lambda: transformers(
-            layer_type="bottleneck", hidden_sizes=[256, 512, 1024, 2048], downsample_in_bottleneck=True
+            layer_type="bottleneck",
+            hidden_sizes=[256, 512, 1024, 2048],
+            depths=[1, 1, 1, 2],
+            downsample_in_bottleneck=True,
         ),
         rf.from_transformers,
         lambda y: y.logits,
@@ -335,6 +346,14 @@ def test_folders_of_transformers(tmp_path: Path) -> None:
     assert found.mean == (0.4, 0.5, 0.6) and found.std == (0.1, 0.2, 0.3)
     with pytest.raises(rf.models.WeightsError, match="weights of resnet18, not of resnet34"):
         rf.resnet34(weights=tmp_path)
+    central = {
+        "image_processor_type": "BitImageProcessor",
+        "do_center_crop": True,
+        "crop_size": {"height": 96, "width": 96},
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor | central))
+    found = rf.models.preprocessing(tmp_path)  # of a processor that knows no crop_pct
+    assert (found.crop_size, found.resize_size) == (96, 192)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor | {"size": 384}))
     with pytest.warns(UserWarning, match="resizes to a square of 384 pixels"):
         assert rf.models.preprocessing(tmp_path) == rf.models.Preprocessing()

@@ -62,7 +62,7 @@ def test_entry_points(arch: str) -> None:
     assert config.hf_hub_id == f"timm/{arch}.tv_in1k" and config.architecture == f"{arch}_fast"
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d"])
 def test_answers(arch: str) -> None:
     theirs, ours = pair(arch, num_classes=5)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_answers(arch: str) -> None:
 )
 def test_features(kwargs: dict[str, Any]) -> None:
     flat = kwargs.pop("flatten_sequential", False)
-    theirs, ours = pair("resnet50", features_only=True, **kwargs)
+    theirs, ours = pair("resnet50" if "output_stride" in kwargs else "resnet18", features_only=True, **kwargs)
     assert ours.feature_info.channels() == theirs.feature_info.channels()
     assert ours.feature_info.reduction() == theirs.feature_info.reduction()
     assert list(ours.state_dict()) == list(theirs.state_dict())

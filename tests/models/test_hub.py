@@ -140,6 +140,7 @@ def test_weights_and_what_is_said_of_them(served: Hub) -> None:
     found = rf.models.preprocessing("hf://me/mine")
     assert (found.crop_size, found.resize_size, found.interpolation) == (96, 128, "bicubic")
     assert sum(line.startswith("GET") and line.endswith("model.safetensors") for line in served.asked) == 1
+    assert sum("preprocessor_config.json" in line for line in served.asked) == 1  # a commit does not change
     with pytest.raises(WeightsError, match=r"^hf://me/mine: weights of resnet18, not of resnet50, by what is said of"):
         rf.resnet50(weights="hf://me/mine")
     with pytest.raises(WeightsError, match=r"^hf://me/mine does not fit resnet18 .* 2 of another shape"):
@@ -189,7 +190,6 @@ def test_strides_of_transformers(served: Hub) -> None:
         expected = theirs(X).logits
         ours = rf.resnet50(weights="hf://me/v1", stride_in_1x1=True).eval()
         torch.testing.assert_close(ours(X), expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(rf.from_transformers("hf://me/v1").eval()(X), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(WeightsError, match="stride_in_1x1=True"):
         rf.resnet50(weights="hf://me/v1")
 
