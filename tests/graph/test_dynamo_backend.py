@@ -124,7 +124,7 @@ def test_two_compilations_serve_every_batch(train: bool, dynamic: bool | None) -
 
 
 def test_two_compilations_serve_every_batch_of_a_live_model() -> None:
-    model = drawn(rf.resnet18().eval())
+    model = drawn(rf.models.ResNet(rf.models.BasicBlock, [1, 1, 1, 1]).eval())
     fast = compiled(model, fullgraph=True)
     with torch.no_grad():
         for batch in range(1, 18):
@@ -510,7 +510,8 @@ def test_threads_share_a_compiled_model() -> None:
 
 
 def test_live_models_and_snapshots_compile_too() -> None:
-    live, x = drawn(rf.resnet18().eval()), images(2, 3, 48, 48)
+    live = drawn(rf.models.ResNet(rf.models.BasicBlock, [1, 1, 1, 1]).eval())
+    x = images(2, 3, 48, 48)
     snapshot = rf.optimize(live)
     with torch.no_grad():
         for model in (live, snapshot):
