@@ -124,13 +124,15 @@ def _annotate(gm: fx.GraphModule) -> bool:
         if value is not None:
             node.meta["value"] = value
         tensors = _tensors(value)
-        node.meta["storages"] = {tensor.untyped_storage()._cdata for tensor in tensors if ordinary(tensor)}
-        node.meta["held"] = node.op in ("placeholder", "get_attr") and isinstance(value, Tensor) and ordinary(value)
+        if not all(ordinary(tensor) and tensor.layout is torch.strided for tensor in tensors):
+            return False
+        if node.op == "placeholder" and value is None:
+            return False
+        node.meta["storages"] = {tensor.untyped_storage()._cdata for tensor in tensors}
+        node.meta["held"] = node.op in ("placeholder", "get_attr") and isinstance(value, Tensor)
         name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
         viewed = name == "view" and any(isinstance(arg, torch.dtype) for arg in node.args)
         if node.op in ("call_function", "call_method") and (name in _OF_MEMORY or viewed):
-            return False
-        if not all(ordinary(tensor) for tensor in tensors):
             return False
     given = _outputs(gm)
     shown = [storage for node in given if not node.meta["held"] for storage in node.meta["storages"]]
@@ -245,8 +247,8 @@ def _remove_in_place(gm: fx.GraphModule) -> None:
     given = {storage for node in gm.graph.nodes if node.meta["held"] for storage in node.meta["storages"]}
     for node in list(gm.graph.nodes):
         overwritten = node.meta["written"]
-        if len(overwritten) == 1 and not given & overwritten[0].meta["storages"]:
-            x = overwritten[0]
+        x = overwritten[0] if len(overwritten) == 1 else None
+        if x is not None and x.meta["storages"] and not given & x.meta["storages"]:
             try:
                 normalize.check_shared(node, x, memory.aliases_of(x, shown), order)
                 if normalize.make_functional(node, x):
@@ -322,9 +324,9 @@ def _fold(gm: fx.GraphModule, conv: fx.Node, gradients: bool) -> None:
     kernel, out = ir.shape_of(weight), conv.meta.get("value")
     if not ir.is_held(gm, weight) or not (bias is None or ir.is_held(gm, bias)):
         return
-    if not isinstance(out, Tensor) or out.dim() != 4 or kernel is None or out.device.type not in _DEVICES:
+    if not isinstance(out, Tensor) or out.dim() != 4 or not out.is_floating_point() or out.device.type not in _DEVICES:
         return
-    if not all(isinstance(size, int) for size in kernel):
+    if kernel is None or not all(isinstance(size, int) for size in kernel):
         return
     chain, reads = [conv], [x, weight, bias]
     steps: list[_Vector | _Norm] = []

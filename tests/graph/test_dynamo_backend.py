@@ -124,7 +124,7 @@ def test_two_compilations_serve_every_batch(train: bool, dynamic: bool | None) -
 
 
 def test_two_compilations_serve_every_batch_of_a_live_model() -> None:
-    model = drawn(rf.resnet18().eval())
+    model = drawn(rf.models.ResNet(rf.models.BasicBlock, [1, 1, 1, 1]).eval())
     fast = compiled(model, fullgraph=True)
     with torch.no_grad():
         for batch in range(1, 18):
@@ -475,6 +475,21 @@ def test_transforms_and_weights_that_are_computed_stay_plain() -> None:
     assert fused() == 0
 
 
+def test_what_no_op_takes_stays_plain() -> None:
+    """Complex images, images without a batch, other ranks, and additions of matrices."""
+    conv, volume, fc = nn.Conv2d(3, 4, 3), nn.Conv3d(3, 4, 3), nn.Linear(19, 4)
+    cases: list[tuple[Any, Tensor]] = [
+        (lambda x: F.conv2d(x, x[:, :, :3, :3]), X.to(torch.complex64)),
+        (lambda x: F.relu(conv(x)), X[0]),
+        (lambda x: F.relu(volume(x)), images(1, 3, 4, 4, 4)),
+        (lambda x: F.relu(fc(x) + fc(x.neg())), X),
+        (lambda x: F.relu(conv(x)).flatten(1)[:, :19] + F.relu(fc(x[:, 0, 0]) + fc(x[:, 0, 1])).sum(), X),
+    ]
+    with torch.no_grad():
+        for program, x in cases:
+            torch.testing.assert_close(compiled(program)(x), program(x), rtol=1e-4, atol=1e-5)
+
+
 def test_threads_share_a_compiled_model() -> None:
     model = drawn(Net().eval())
     fast = compiled(model)
@@ -495,7 +510,8 @@ def test_threads_share_a_compiled_model() -> None:
 
 
 def test_live_models_and_snapshots_compile_too() -> None:
-    live, x = drawn(rf.resnet18().eval()), images(2, 3, 48, 48)
+    live = drawn(rf.models.ResNet(rf.models.BasicBlock, [1, 1, 1, 1]).eval())
+    x = images(2, 3, 48, 48)
     snapshot = rf.optimize(live)
     with torch.no_grad():
         for model in (live, snapshot):
