@@ -170,8 +170,8 @@ def test_arguments(kwargs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("output_stride", [8, 16])
 def test_dilation(output_stride: int) -> None:
     theirs, ours = pair("resnet50", output_stride=output_stride)
-    with torch.no_grad():
-        near(ours.forward_features(X), theirs.forward_features(X))
+    with torch.no_grad():  # the last features alone are the same if another stage is dilated
+        near(ours.forward_intermediates(X), theirs.forward_intermediates(X))
     with pytest.raises(NotImplementedError, match="dilation must be 1"):
         timm.create_model("resnet18_fast", output_stride=output_stride)
 
