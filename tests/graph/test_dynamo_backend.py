@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -521,11 +520,28 @@ def test_live_models_and_snapshots_compile_too() -> None:
 # ------------------------------------------------------------------------------------------------- the backend by name
 
 
-def test_the_entry_point_names_the_backend() -> None:
+def test_torch_finds_the_backend_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the entry point of pyproject.toml, in the metadata of an installed package."""
+    from torch._dynamo.backends import registry
+
+    registry.list_backends()  # which loads torch's own, once
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    section = text.partition('[project.entry-points."torch_dynamo_backends"]')[2]
-    module, _, name = section.partition('resnet_fast = "')[2].partition('"')[0].partition(":")
-    assert getattr(import_module(module), name) is backend
+    group = text.partition('[project.entry-points."torch_dynamo_backends"]')[2]
+    entry = group.partition('resnet_fast = "')[2].partition('"')[0]
+    info = tmp_path / "installed-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: installed\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[torch_dynamo_backends]\nresnet_fast = {entry}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("_BACKENDS", "_COMPILER_FNS"):
+        known = {key: value for key, value in getattr(registry, name).items() if key != "resnet_fast"}
+        monkeypatch.setattr(registry, name, known)
+    registry._discover_entrypoint_backends.__wrapped__()
+    assert registry.lookup_backend("resnet_fast") is backend
+    model = drawn(Net().eval())
+    with torch.no_grad():
+        obeys(torch.compile(model, backend="resnet_fast", options={"rest": "eager"})(X), model, X)
+    assert fused() == 2
 
 
 def test_options_are_checked() -> None:

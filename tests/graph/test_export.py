@@ -280,6 +280,14 @@ def test_the_module_of_a_program_is_fused(size: Any, small: Any) -> None:
             fast(ODD)
 
 
+def test_sizes_that_programs_compute_with_stay_open() -> None:
+    model = randomise(Lambda(lambda self, x: self.block(x).mean((2, 3)).view(x.shape[0], -1, 2), block=conv_bn(3, 4)))
+    module = torch.export.export(model, (X,), dynamic_shapes={"x": {0: Dim.DYNAMIC}}).module()
+    fast = rf.optimize(module, example_inputs=X)
+    assert fast.report().fused
+    obeys(fast(images(5, 3, 32, 32)), model, images(5, 3, 32, 32))
+
+
 def test_writes_in_place_of_programs_are_understood() -> None:
     acts = (nn.ReLU6(inplace=True), nn.SiLU(inplace=True), nn.Dropout(inplace=True))
     model = randomise(nn.Sequential(*(layer for act in acts for layer in (conv_bn(3), act))))
