@@ -463,14 +463,15 @@ def test_what_follows_damage_is_done_again(damage: bytes, classifier: Any, photo
 
 
 def start(checkpoint: Path, photos: Path, out: Path) -> subprocess.Popen[str]:
-    """Start a prediction in its own process, and wait until it has answered something."""
+    """Start a prediction in its own process, which dawdles after three images, and wait until it has these."""
     path = bulk.journal_of(out)
     before = path.read_bytes().count(b"\n") if path.exists() else 0
     command_line = [sys.executable, "-m", "resnet_fast.cli", "predict", photos, "-o", out, "-w", checkpoint, "-k", "2",
                     "--batch-size", "1", "--device", "cpu"]  # fmt: skip
     code = (
-        "import sys, time; from resnet_fast.inference import classifier as c; real = c.Classifier.predict\n"
-        "c.Classifier.predict = lambda *a: (time.sleep(0.3), real(*a))[1]\n"
+        "import itertools, time; from resnet_fast.inference import classifier as c; real = c.Classifier.predict\n"
+        "calls = itertools.count()\n"
+        "c.Classifier.predict = lambda *a: (time.sleep(0.1 if next(calls) < 3 else 60), real(*a))[1]\n"
         "import resnet_fast_cli; resnet_fast_cli.main()"
     )
     slow = [sys.executable, "-c", code, *map(str, command_line[3:])]

@@ -737,7 +737,7 @@ def test_wrong_weights_to_start_from(data: Path, tmp_path: Path) -> None:
     for arguments, mention in (
         (("-w", tmp_path / "absent.pth"), "absent.pth: no such weights file"),
         (("-w", "IMAGENET9K"), "unknown weights 'IMAGENET9K'"),
-        (("-a", "resnet50", "-w", tmp_path / "caffe.safetensors"), "stride_in_1x1"),
+        (("-a", "resnet50", "-w", tmp_path / "caffe.safetensors"), "weights of resnet18, not of resnet50"),
         (("-a", "resnet34", "-w", tmp_path / "small.safetensors"), "does not fit resnet34"),
         (("-w", tmp_path / "caffe.safetensors", "--zero-init-residual"), "give one of the two"),
     ):
