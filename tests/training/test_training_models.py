@@ -131,12 +131,15 @@ def test_three_steps_of_memory_efficient_have_the_same_bits(name: str) -> None:
 
 def test_one_step_under_autocast() -> None:
     """bfloat16: the distance to float64 is that of torchvision's; what is stored stays float32."""
-    ours, theirs, exact = networks("resnet18", kinks=False)
-    lean, data = lean_copy(ours), batches(1, 8)
-    found = train(ours, data, autocast=True)
-    assert_equal(train(lean, data, autocast=True), found)
-    assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in ours.parameters())
-    assert_obeys(found, train(theirs, data, autocast=True), train(exact, data))
+    draws = []
+    for _ in range(3):  # one loss by itself would be a matter of luck
+        ours, theirs, exact = networks("resnet18", kinks=False)
+        lean, data = lean_copy(ours), batches(1, 8)
+        found = train(ours, data, autocast=True)
+        assert_equal(train(lean, data, autocast=True), found)
+        assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in ours.parameters())
+        draws.append((found, train(theirs, data, autocast=True), train(exact, data)))
+    assert_obey_in_the_median(draws)
 
 
 def test_float16_model() -> None:
