@@ -101,7 +101,7 @@ def commands() -> list[str]:
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     lines = "".join(re.findall(r"^```(?:sh)?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)).splitlines()
     lines += [line for line in text.splitlines() if line.startswith("    ")]
-    return [line.strip().split("  #")[0] for line in lines if re.match(r" *(resnet-fast|make) [a-z]", line)]
+    return [re.split(r"\s#\s", line.strip())[0] for line in lines if re.match(r" *(resnet-fast|make) [a-z]", line)]
 
 
 @pytest.mark.parametrize("command", sorted({line for line in commands() if line.lstrip().startswith("resnet-fast")}))
