@@ -1,0 +1,2 @@
+// What is compiled for the instruction set "avx2".
+namespace resnet_fast::cpu::avx2 {}

@@ -1,0 +1,2 @@
+// What is compiled for the instruction set "avx512".
+namespace resnet_fast::cpu::avx512 {}

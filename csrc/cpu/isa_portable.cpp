@@ -1,0 +1,2 @@
+// What is compiled for the instruction set "portable".
+namespace resnet_fast::cpu::portable {}
