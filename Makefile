@@ -12,15 +12,16 @@ PIP_FLAGS ?=
 NATIVE_FLAGS ?=
 
 BIN := $(VENV)/bin
-# RESNET_FAST_BUILD=keep: `make native` builds the CUDA kernels; otherwise pip would, at each of these installations.
+# RESNET_FAST_BUILD=keep: `make native` builds the CUDA kernels; otherwise pip would, at each of these installations. The
+# CPU engine pip builds, unless the one in the checkout is of its present sources.
 PIP := RESNET_FAST_BUILD=keep $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 # Threads that wait do not spin, so that two processes, and others on this machine, hardly slow each other down.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --durations=10 -n $(JOBS) --dist worksteal
-DESCRIBES_INSTALL := pyproject.toml setup.py constraints.txt
+DESCRIBES_INSTALL := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/cpu/*)
 NATIVE := build/native
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench gpu kernels wheel native clean
+.PHONY: help demo test test-all lint format bench gpu kernels wheel engine native clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -72,6 +73,9 @@ wheel: $(VENV)/.dev ## build the source archive, and from it the wheel, into dis
 	@$(BIN)/python -m build -q
 	@ls dist
 
+engine: $(VENV)/.made ## compile csrc/cpu/ into this checkout again, only what has changed (the installation has done it once)
+	@$(BIN)/python csrc/native_build.py --module _cpu --out resnet_fast --build-dir build/cpu $(ENGINE_FLAGS)
+
 native: $(VENV)/.native ## build the CUDA kernels into this checkout (NATIVE_FLAGS='--archs "80;90a"'), and check their machine code
 	@echo "==> csrc/native_build.py"
 	@$(BIN)/python csrc/native_build.py --out resnet_fast --build-dir $(NATIVE) $(NATIVE_FLAGS)
@@ -79,7 +83,7 @@ native: $(VENV)/.native ## build the CUDA kernels into this checkout (NATIVE_FLA
 	@$(BIN)/python -m resnet_fast.tuning.native resnet_fast --check
 
 clean: ## delete what was built and cached; the environment stays (rm -r .venv for a new one)
-	rm -rf resnet_fast/_C.*.so resnet_fast/_build_record.json build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf resnet_fast/_C.*.so resnet_fast/_cpu.*.so resnet_fast/_build_record.json build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # Each file $(VENV)/.<extra> records that the extra is installed as these files describe it, so a second call is quick.

@@ -1,7 +1,7 @@
-"""Declare what pyproject.toml cannot: the packages' folders, the content of the source archive, the native module.
+"""Declare what pyproject.toml cannot: the packages' folders, the content of the source archive, the native modules.
 
-This file imports no torch and needs no compiler: CMake builds csrc/ if csrc/native_build.py finds that possible. The
-top-level folder kernels/ is installed as resnet_fast/kernels/.
+This file imports no torch and needs no compiler: CMake builds csrc/ as far as csrc/native_build.py finds that possible.
+The top-level folder kernels/ is installed as resnet_fast/kernels/.
 """
 
 import sys
@@ -69,13 +69,20 @@ class Build(build):
 
 
 class BuildNative(build_ext):
-    """Builds the module as PLAN says, writes the record of that, and deletes what an earlier build left."""
+    """Builds the modules as PLAN and ENGINE say, writes the record of that, and deletes what earlier builds left."""
 
     def run(self) -> None:
         source = Path(self.get_finalized_command("build_py").get_package_dir("resnet_fast"))
         out = source if self.inplace else Path(self.build_lib, "resnet_fast")
+        built = {
+            f"resnet_fast.{native_build.KERNELS}": self.kernels(out),
+            f"resnet_fast.{native_build.ENGINE}": self.engine(out),
+        }
+        self.extensions = self.distribution.ext_modules = [each for each in self.extensions if built[each.name]]
+
+    def kernels(self, out: Path) -> bool:
         if PLAN.keep and self.inplace and native_build.modules(out):
-            return
+            return True
         try:
             if PLAN.reason:
                 native_build.remove_module(out)
@@ -85,12 +92,28 @@ class BuildNative(build_ext):
             native_build.Record(False, str(error)).write(out)
             if PLAN.strict:
                 raise SystemExit(f"RESNET_FAST_BUILD=require: {error}") from None
-            print(f"resnet_fast: the pure Python package, without _C: {error}", flush=True)
-            self.extensions = self.distribution.ext_modules = []
+            print(f"resnet_fast: without _C, the CUDA kernels: {error}", flush=True)
+            return False
+        return True
+
+    def engine(self, out: Path) -> bool:
+        try:
+            if ENGINE.reason:
+                native_build.remove_module(out, native_build.ENGINE)
+                raise native_build.BuildError(ENGINE.reason)
+            if not (self.inplace and native_build.engine_is_current(out)):
+                native_build.build_engine(out)
+        except native_build.BuildError as error:
+            native_build.EngineRecord(False, str(error)).write(out)
+            if ENGINE.strict:
+                raise SystemExit(f"RESNET_FAST_CPU=require: {error}") from None
+            print(f"resnet_fast: without _cpu, the CPU engine: {error}", flush=True)
+            return False
+        return True
 
 
 class Wheel(bdist_wheel):
-    """Build before asking whether the wheel is pure, since it is pure if the module could not be built."""
+    """Build before asking whether the wheel is pure, since it is pure if no module could be built."""
 
     def run(self) -> None:
         if not self.skip_build:
@@ -101,7 +124,7 @@ class Wheel(bdist_wheel):
 
 
 try:
-    PLAN = native_build.plan()
+    PLAN, ENGINE = native_build.plan(), native_build.engine_plan()
 except native_build.BuildError as error:
     raise SystemExit(str(error)) from None
 setup(
@@ -109,8 +132,12 @@ setup(
     package_dir={"": "."},
     packages=find_packages(str(ROOT), include=["resnet_fast", "resnet_fast.*"]),
     py_modules=["resnet_fast_cli"],
-    # CMakeLists.txt lists the sources. Declaring an extension here only marks the wheel as platform-specific.
-    ext_modules=[] if PLAN.reason else [Extension("resnet_fast._C", sources=[])],
+    # CMakeLists.txt lists the sources. Declaring extensions here only marks the wheel as platform-specific.
+    ext_modules=[
+        Extension(f"resnet_fast.{name}", sources=[])
+        for name, plan in ((native_build.KERNELS, PLAN), (native_build.ENGINE, ENGINE))
+        if not plan.reason
+    ],
     cmdclass={
         "sdist": SourceArchive,
         "build": Build,

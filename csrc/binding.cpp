@@ -15,6 +15,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "compiler.h"
+
 #ifdef RESNET_FAST_CUDA
 #include "build_info.h"
 #include "kernels/add_act.h"
@@ -31,18 +33,6 @@ namespace {
 
 // For what launches: with a full queue it waits, possibly for another Python thread.
 using without_gil = py::call_guard<py::gil_scoped_release>;
-
-std::string compiler() {
-#if defined(__clang__)
-  return "Clang " __clang_version__;
-#elif defined(__GNUC__)
-  return "GNU " __VERSION__;
-#elif defined(_MSC_VER)
-  return "MSVC " + std::to_string(_MSC_VER);
-#else
-  return "unknown";
-#endif
-}
 
 std::string cuda_version() {
 #ifdef RESNET_FAST_CUDA
@@ -67,7 +57,7 @@ constexpr int kInterface = 1;
 py::dict build_info() {
   py::dict info;
   info["interface"] = kInterface;
-  info["compiler"] = compiler();
+  info["compiler"] = resnet_fast::compiler();
 #ifdef _MSVC_LANG
   info["cxx_standard"] = _MSVC_LANG;
 #else

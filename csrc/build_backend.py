@@ -12,16 +12,16 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403 - every other hook is setuptools' own
 
 
-def _requirements(found: list[str]) -> list[str]:
+def _requirements(found: list[str], editable: bool) -> list[str]:
     try:
-        return [*found, *native_build.requirements()]
+        return [*found, *native_build.requirements(editable)]
     except native_build.BuildError as error:
         raise SystemExit(str(error)) from None
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    return _requirements(build_meta.get_requires_for_build_wheel(config_settings))
+    return _requirements(build_meta.get_requires_for_build_wheel(config_settings), editable=False)
 
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    return _requirements(build_meta.get_requires_for_build_editable(config_settings))
+    return _requirements(build_meta.get_requires_for_build_editable(config_settings), editable=True)

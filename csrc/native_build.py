@@ -1,9 +1,11 @@
 """Runs CMake on this checkout: what to build here and whether it can be, the build itself, and a record of it.
 
-Standard library only, and no torch: setup.py, the build backend, ``make native`` and ``make gpu`` share it. How a file
-is compiled is not said here but in CMakeLists.txt.
+Standard library only, and no torch: setup.py, the build backend, ``make engine``, ``make native`` and ``make gpu``
+share it. There are two modules, each with a plan of its own: ``_C``, the CUDA kernels, and ``_cpu``, the CPU engine.
+How a file is compiled is not said here but in CMakeLists.txt.
 
     python csrc/native_build.py --out FOLDER [--archs "80;90a"] [--jobs N] [--cutlass FOLDER] [--sm90 all|ci|none]
+    python csrc/native_build.py --module _cpu --out FOLDER [--jobs N] [--sanitize address,undefined]
 """
 
 from __future__ import annotations
@@ -11,26 +13,31 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "_build_record.json"
 ARCHS = ("80", "86", "89", "90a", "100a", "120a")
 CHOICES = ("auto", "off", "require", "keep")
+ENGINE_CHOICES = ("auto", "off", "require")
 SUBSETS = ("all", "ci", "none")
 CMAKE = (3, 26)  # CMakeLists.txt's minimum
+KERNELS, ENGINE = "_C", "_cpu"  # the modules
 
 
 class BuildError(Exception):
@@ -39,7 +46,7 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """What was built, kept beside the package as _build_record.json; see ``resnet_fast.info()``.
+    """What became of ``_C``, kept beside the package in _build_record.json; see ``resnet_fast.info()``.
 
     Attributes:
         built: whether there is a module. reason: why not, "" if there is one.
@@ -57,15 +64,53 @@ class Record:
     seconds: float = 0.0
 
     def write(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{RECORD}.new"
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(folder / RECORD)
+        _write_record(folder, {**_engine_half(read_record(folder)), **asdict(self)})
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """What became of ``_cpu``: the entry "cpu" of the same file.
+
+    Attributes:
+        built: whether there is a module. reason: why not, "" if there is one.
+        compiler: as "GNU 12.2.0". isas: the instruction sets in the module, lowest first.
+        sources: what it was built from, as :func:`fingerprint`. seconds: that the build took.
+    """
+
+    built: bool
+    reason: str = ""
+    compiler: str = ""
+    isas: tuple[str, ...] = ()
+    sources: str = ""
+    seconds: float = 0.0
+
+    def write(self, folder: Path) -> None:
+        _write_record(folder, {**read_record(folder), "cpu": asdict(self)})
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the record in a folder; {} if there is none that can be read."""
+    try:
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _engine_half(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name == "cpu"}
+
+
+def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{RECORD}.new"
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(folder / RECORD)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What pip is to do about the module. ``reason``: why nothing is tried; "" if a build is. ``archs``: for
+    """What pip is to do about a module. ``reason``: why nothing is tried; "" if a build is. ``archs``: for
     CMakeLists.txt, where "" means all that the compiler knows. ``strict``: a failure fails the installation.
     ``keep``: a module that is in the checkout stays there."""
 
@@ -106,6 +151,14 @@ def find_nvcc() -> str | None:
     folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     candidates = [shutil.which("nvcc")] + [shutil.which(os.path.join(each, "bin", "nvcc")) for each in folders if each]
     return next(filter(None, candidates), None)
+
+
+def find_cxx() -> list[str] | None:
+    """The C++ compiler as a command: ``CXX``, which may have arguments, or what CMake finds first on PATH."""
+    given = shlex.split(os.environ.get("CXX", ""))
+    if given:
+        return given if shutil.which(given[0]) else None
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 
 
 def gpu_capabilities() -> list[str] | None:
@@ -185,6 +238,32 @@ def plan() -> Plan:
         return Plan(str(error), strict=strict)
 
 
+def engine_plan() -> Plan:
+    """Return what ``RESNET_FAST_CPU`` and this machine come to: whether to build ``_cpu``.
+
+    Raises:
+        BuildError: the variable has a value that means nothing.
+    """
+    choice = os.environ.get("RESNET_FAST_CPU") or "auto"
+    if choice not in ENGINE_CHOICES:
+        raise BuildError(f"RESNET_FAST_CPU is {choice!r}; it must be one of 'auto', 'off' or 'require'")
+    if choice == "off":
+        return Plan("RESNET_FAST_CPU=off")
+    return Plan(engine_obstacle(), strict=choice == "require")
+
+
+def engine_obstacle() -> str:
+    """Return why this machine cannot compile ``_cpu``, "" if nothing is seen that forbids it."""
+    if find_cxx() is None:
+        given = os.environ.get("CXX")
+        where = f"CXX is {given!r}" if given else "no c++, g++ or clang++ on PATH"
+        return f"no C++ compiler was found ({where}); install GCC 11, Clang 14 or newer"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return (
+        "" if header.exists() else f"{header} is missing: install this Python's headers (package python3-dev or such)"
+    )
+
+
 def known_archs() -> list[str]:
     """Those of ``ARCHS`` that the compiler knows; all if it does not say."""
     nvcc = find_nvcc()
@@ -223,32 +302,58 @@ def parse_archs(text: str, name: str) -> str:
     return ";".join(sorted(set(found), key=ARCHS.index))
 
 
-def requirements() -> list[str]:
-    """Return the packages that the build of :func:`plan` needs and this machine lacks, for pip."""
-    wanted = plan()
-    if wanted.reason:
+def requirements(editable: bool = False) -> list[str]:
+    """Return the packages that the builds of :func:`plan` and :func:`engine_plan` need and this machine lacks, for pip.
+
+    Args:
+        editable: an engine that is in the checkout and up to date stays there.
+    """
+    kernels, engine = plan(), engine_plan()
+    if kernels.reason and (engine.reason or (editable and engine_is_current(ROOT / "resnet_fast"))):
         return []
     found = ["pybind11>=2.12"]
     found += [] if shutil.which("ninja") else ["ninja"]
     # An installed CMake may be too old. The package is small beside the time to find that out.
     found += ["cmake>=3.26"]
-    for_hopper = not wanted.archs or "90a" in wanted.archs.split(";")
-    if for_hopper and wanted.sm90 != "none" and not os.environ.get("RESNET_FAST_CUTLASS"):
+    for_hopper = not kernels.archs or "90a" in kernels.archs.split(";")
+    if not kernels.reason and for_hopper and kernels.sm90 != "none" and not os.environ.get("RESNET_FAST_CUTLASS"):
         found += ["nvidia-cutlass==4.2.*"]
     return found
+
+
+def fingerprint() -> str:
+    """Return a digest of what decides ``_cpu``: its sources, how they are compiled, and the Python it is for."""
+    digest = hashlib.sha256(str(sysconfig.get_config_var("EXT_SUFFIX")).encode())
+    for path in (*sorted((ROOT / "csrc" / "cpu").rglob("*")), ROOT / "csrc" / "compiler.h", ROOT / "CMakeLists.txt"):
+        if path.is_file():
+            digest.update(f"\0{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def engine_is_current(folder: Path) -> bool:
+    """Return whether the engine in this folder was built from these sources for this Python."""
+    kept = read_record(folder).get("cpu")
+    built = isinstance(kept, dict) and kept.get("built") and kept.get("sources") == fingerprint()
+    return bool(built and modules(folder, ENGINE))
 
 
 # --- the build
 
 
-def remove_module(folder: Path) -> None:
+def remove_module(folder: Path, name: str = KERNELS) -> None:
     """Delete what an earlier build left: a module that is not this build's must not be taken for it."""
-    for path in [*modules(folder), *folder.glob("_C.*.new"), folder / RECORD]:
+    for path in [*modules(folder, name), *folder.glob(f"{name}.*.new")]:
         path.unlink(missing_ok=True)
+    record = read_record(folder)
+    kept = _engine_half(record) if name == KERNELS else {key: value for key, value in record.items() if key != "cpu"}
+    if kept:
+        _write_record(folder, kept)
+    else:
+        (folder / RECORD).unlink(missing_ok=True)
 
 
-def modules(folder: Path) -> list[Path]:
-    return [path for pattern in ("_C.*.so", "_C.so", "_C*.pyd") for path in folder.glob(pattern)]
+def modules(folder: Path, name: str = KERNELS) -> list[Path]:
+    return [path for pattern in (f"{name}.*.so", f"{name}.so", f"{name}*.pyd") for path in folder.glob(pattern)]
 
 
 def build(
@@ -293,11 +398,6 @@ def _build(
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError("no CUDA compiler: nvcc was not found")
-    cmake, ninja = find_tool("cmake", CMAKE), find_tool("ninja")
-    for name, path in ((f"cmake {'.'.join(map(str, CMAKE))} or newer", cmake), ("ninja", ninja)):
-        if path is None:
-            raise BuildError(f"{name} was not found; run `{sys.executable} -m pip install -U {name.split()[0]}`")
-    assert cmake and ninja
     headers = find_cutlass(cutlass)
     if sm90 is None:
         sm90 = "all" if headers or strict else "none"
@@ -305,27 +405,17 @@ def _build(
             _say("CUTLASS's headers were not found, so its kernels for sm_90a are left out (RESNET_FAST_CUTLASS)")
     with tempfile.TemporaryDirectory(prefix="resnet_fast_build_") as temporary:
         folder = (build_dir or Path(temporary)).absolute()
-        configure = [
-            *(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
-            *(f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"),
-            *(f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DRESNET_FAST_ARCHS={archs}", f"-DRESNET_FAST_SM90={sm90}"),
-            f"-DRESNET_FAST_CUTLASS={headers or ''}",
-        ]
         # CMake would say no more of a compiler that does not work than that it does not.
         probe = ("-std=c++20", "-I", str(ROOT / "csrc"), "-c", str(ROOT / "csrc" / "build_info.cu"))
         host = os.environ.get("CUDAHOSTCXX")
-        _run([nvcc, *(("-ccbin", host) if host else ()), *probe, "-o", str(Path(temporary) / "build_info.o")])
-        _run(configure)
-        # Before the build, so that a failed one leaves nothing of an earlier one in a folder that is kept.
-        remove_module(folder)
-        _run([cmake, "--build", str(folder), "--parallel", str(jobs or default_jobs())])
-        (module,) = modules(folder)
-        _run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r}); import _C; _C.build_info()"])
+        options = [
+            *(f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DRESNET_FAST_ARCHS={archs}", f"-DRESNET_FAST_SM90={sm90}"),
+            *(f"-DRESNET_FAST_CUTLASS={headers or ''}", "-DRESNET_FAST_CPU=OFF"),
+        ]
+        probing = [nvcc, *(("-ccbin", host) if host else ()), *probe, "-o", str(Path(temporary) / "build_info.o")]
+        module, _ = _compile(KERNELS, folder, probing, options, jobs)
         choices = json.loads((folder / "choices.json").read_text(encoding="utf-8"))
-        size = module.stat().st_size / 2**20
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(module, out / f"{module.name}.new")
-        (out / f"{module.name}.new").replace(out / module.name)
+        size = _place(module, out)
     seconds = round(time.monotonic() - began, 1)
     record = Record(
         True, "", tuple(choices["archs"].split(",")), choices["ptx"], choices["cuda"], choices["sm90"], seconds
@@ -333,6 +423,77 @@ def _build(
     record.write(out)
     _say(f"built _C, {size:.1f} MB, with CUDA {record.cuda} for {', '.join(record.archs)} in {seconds:.0f} s")
     return record
+
+
+def build_engine(out: Path, jobs: int | None = None, build_dir: Path | None = None, sanitize: str = "") -> EngineRecord:
+    """Compile csrc/cpu/ and put ``_cpu`` and its record into ``out``, which holds no such module if that fails.
+
+    Args:
+        jobs, build_dir: as for :func:`build`. sanitize: compiled-in sanitizers, as "address,undefined" or "thread".
+
+    Raises:
+        BuildError: there is no module.
+    """
+    try:
+        remove_module(out, ENGINE)
+        return _build_engine(out, jobs, build_dir, sanitize)
+    except (OSError, ValueError, KeyError) as error:
+        with contextlib.suppress(OSError):
+            remove_module(out, ENGINE)
+        raise BuildError(f"{type(error).__name__}: {error}") from error
+
+
+def _build_engine(out: Path, jobs: int | None, build_dir: Path | None, sanitize: str) -> EngineRecord:
+    began = time.monotonic()
+    obstacle, compiler = engine_obstacle(), find_cxx()
+    if obstacle or compiler is None:
+        raise BuildError(obstacle)
+    sources = fingerprint()  # before the build: a file that is changed meanwhile makes it old
+    with tempfile.TemporaryDirectory(prefix="resnet_fast_build_") as temporary:
+        folder = (build_dir or Path(temporary)).absolute()
+        probe = ("-std=c++20", "-I", str(ROOT / "csrc"), "-c", str(ROOT / "csrc" / "cpu" / "cpu.cpp"))
+        probing = [*compiler, *probe, "-o", str(Path(temporary) / "cpu.o")]
+        options = ["-DRESNET_FAST_CUDA=OFF", "-DRESNET_FAST_CPU=ON", f"-DRESNET_FAST_SANITIZE={sanitize}"]
+        module, told = _compile(ENGINE, folder, probing, options, jobs)
+        info = json.loads(told)
+        size = _place(module, out)
+    seconds = round(time.monotonic() - began, 1)
+    record = EngineRecord(True, "", info["compiler"], tuple(info["isas"]), sources, seconds)
+    record.write(out)
+    _say(f"built _cpu, {size:.1f} MB, with {record.compiler} for {', '.join(record.isas)} in {seconds:.0f} s")
+    return record
+
+
+def _compile(
+    name: str, folder: Path, probe: Sequence[str], options: Sequence[str], jobs: int | None
+) -> tuple[Path, str]:
+    """Return the module of this name, compiled in ``folder``, and what its ``build_info()`` says, as JSON."""
+    cmake, ninja = find_tool("cmake", CMAKE), find_tool("ninja")
+    for tool, path in ((f"cmake {'.'.join(map(str, CMAKE))} or newer", cmake), ("ninja", ninja)):
+        if path is None:
+            raise BuildError(f"{tool} was not found; run `{sys.executable} -m pip install -U {tool.split()[0]}`")
+    assert cmake and ninja
+    _run(probe)
+    _run([
+        *(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
+        *(f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}", *options),
+    ])  # fmt: skip
+    # Before the build, so that a failed one leaves nothing of an earlier one in a folder that is kept.
+    remove_module(folder, name)
+    _run([cmake, "--build", str(folder), "--parallel", str(jobs or default_jobs())])
+    (module,) = modules(folder, name)
+    script = (
+        f"import json, sys; sys.path.insert(0, {str(folder)!r}); import {name}; print(json.dumps({name}.build_info()))"
+    )
+    return module, _run([sys.executable, "-c", script])
+
+
+def _place(module: Path, out: Path) -> float:
+    """Copy a module into ``out``, whole or not at all; its size in MB."""
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(module, out / f"{module.name}.new")
+    (out / f"{module.name}.new").replace(out / module.name)
+    return module.stat().st_size / 2**20
 
 
 def default_jobs() -> int:
@@ -345,8 +506,8 @@ def _say(text: str) -> None:
     print(f"resnet_fast: {text}", flush=True)
 
 
-def _run(command: Sequence[str]) -> None:
-    """Run and show a command; its failure is told in its own words."""
+def _run(command: Sequence[str]) -> str:
+    """Run and show a command; returns its last line. Its failure is told in its own words."""
     print("$", " ".join(command), flush=True)
     lines: collections.deque[str] = collections.deque(maxlen=4000)
     with subprocess.Popen(
@@ -359,6 +520,7 @@ def _run(command: Sequence[str]) -> None:
     if process.returncode:
         said = _heart(lines) or f"{command[0]} printed nothing"
         raise BuildError(f"{Path(command[0]).name} ended with status {process.returncode}: {said}")
+    return lines[-1] if lines else ""
 
 
 def _heart(lines: Sequence[str], most: int = 3500) -> str:
@@ -371,6 +533,17 @@ def _heart(lines: Sequence[str], most: int = 3500) -> str:
             break
     text = "\n".join(lines[-30:] if first is None else lines[first : first + 30]).strip()
     return text if len(text) <= most else text[:most] + " ..."
+
+
+def _build_kernels(given: argparse.Namespace) -> None:
+    named = os.environ.get("RESNET_FAST_ARCHS", "") if given.archs is None else given.archs
+    archs = parse_archs(named, "RESNET_FAST_ARCHS" if given.archs is None else "--archs")
+    if not archs and given.archs is None:
+        archs = native_archs(gpu_capabilities(), known_archs())
+    sm90 = given.sm90 or os.environ.get("RESNET_FAST_SM90") or None
+    if sm90 not in (None, *SUBSETS):
+        raise BuildError(f"RESNET_FAST_SM90 is {sm90!r}; it must be one of 'all', 'ci' or 'none'")
+    build(given.out, archs, given.jobs, given.cutlass, sm90, given.build_dir)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -386,19 +559,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--build-dir", type=Path, default=None, help="kept for the next build; by default a temporary one"
     )
+    parser.add_argument("--module", choices=(KERNELS, ENGINE), default=KERNELS, help="by default _C")
+    parser.add_argument("--sanitize", default="", help="sanitizers in _cpu: 'address,undefined' or 'thread'")
     given = parser.parse_args(arguments)
     try:
-        named = os.environ.get("RESNET_FAST_ARCHS", "") if given.archs is None else given.archs
-        archs = parse_archs(named, "RESNET_FAST_ARCHS" if given.archs is None else "--archs")
-        if not archs and given.archs is None:
-            archs = native_archs(gpu_capabilities(), known_archs())
-        sm90 = given.sm90 or os.environ.get("RESNET_FAST_SM90") or None
-        if sm90 not in (None, *SUBSETS):
-            raise BuildError(f"RESNET_FAST_SM90 is {sm90!r}; it must be one of 'all', 'ci' or 'none'")
-        build(given.out, archs, given.jobs, given.cutlass, sm90, given.build_dir)
+        if given.module == ENGINE:
+            build_engine(given.out, given.jobs, given.build_dir, given.sanitize)
+        else:
+            _build_kernels(given)
     except BuildError as error:
-        remove_module(given.out)
-        Record(False, str(error)).write(given.out)
+        remove_module(given.out, given.module)
+        (EngineRecord if given.module == ENGINE else Record)(False, str(error)).write(given.out)
         print(f"resnet_fast: not built: {error}", file=sys.stderr)
         return 1
     return 0

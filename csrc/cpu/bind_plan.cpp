@@ -22,14 +22,18 @@ using Four = std::array<Index, 4>;
 
 const Machine& this_machine() {
   static const Machine machine = [] {
-#ifdef RESNET_FAST_X86
-    const Kernels* kernels = isa() == Isa::avx512 ? &kernels_avx512
-                             : isa() == Isa::avx2 ? &kernels_avx2
-                                                  : &kernels_portable;
-#else
     const Kernels* kernels = &kernels_portable;
+#ifdef RESNET_FAST_AVX2
+    if (isa() == Isa::avx2) {
+      kernels = &kernels_avx2;
+    }
 #endif
-    return Machine{kernels, caches().l2};
+#ifdef RESNET_FAST_AVX512
+    if (isa() == Isa::avx512) {
+      kernels = &kernels_avx512;
+    }
+#endif
+    return Machine{kernels, static_cast<Index>(caches().l2)};
   }();
   return machine;
 }

@@ -97,11 +97,10 @@ struct Kernels {
   void (*add)(const float* a, const float* b, float* out, Index count, bool relu);
 };
 
+// Which of them there are, cpu.h's compiled() says.
 extern const Kernels kernels_portable;
-#ifdef RESNET_FAST_X86
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
-#endif
 
 Index direct_scratch(const Direct& layer, const Kernels& kernels);
 Index winograd_scratch(const Winograd& layer, const Kernels& kernels);

@@ -58,7 +58,7 @@ class Plan {
     Kind kind;
     int a = -1, b = -1;
     Index channels = 0;
-    std::shared_ptr<const Convolution> convolution;
+    std::shared_ptr<const Convolution> convolution{};
     Algorithm algorithm = Algorithm::automatic;
     bool relu = false, residual_after_relu = false, ceil_mode = false;
     Window window{};

@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#ifdef RESNET_FAST_X86
+#ifdef __x86_64__
 #include <immintrin.h>
 #endif
 #include <pthread.h>
@@ -18,7 +18,7 @@ namespace resnet_fast::cpu {
 namespace {
 
 void relax() {
-#ifdef RESNET_FAST_X86
+#ifdef __x86_64__
   _mm_pause();
 #elif defined(__aarch64__)
   asm volatile("yield");

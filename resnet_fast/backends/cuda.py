@@ -74,7 +74,8 @@ def substitute(module: Any) -> Iterator[None]:
 def record() -> dict[str, Any]:
     """Return what the last build of this installation left behind, empty where there was none.
 
-    ``built``, ``reason`` (why not), ``archs``, ``ptx``, ``cuda`` (the compiler's version), ``sm90``, ``seconds``.
+    ``built``, ``reason`` (why not), ``archs``, ``ptx``, ``cuda`` (the compiler's version), ``sm90``, ``seconds``;
+    ``cpu``, what became of the CPU engine.
     """
     try:
         found = json.loads(Path(__file__).parents[1].joinpath("_build_record.json").read_text(encoding="utf-8"))
@@ -102,7 +103,7 @@ def _loaded() -> tuple[Native | None, str]:
 
 def _why_not_built() -> str:
     found = record()
-    if not found:
+    if "built" not in found:
         return "this copy was not installed by setup.py (pip install -e ., or make native)"
     if found.get("built"):
         return "it was, but for another Python, or the file is gone (install again)"

@@ -37,6 +37,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, program: Program) -> Callable[..., 
     def set_up(nvcc: bool = True, gpus: list[str] | None = None, **variables: str) -> None:
         for name in ("BUILD", "ARCHS", "SM90", "CUTLASS"):
             monkeypatch.delenv(f"RESNET_FAST_{name}", raising=False)
+        monkeypatch.setenv("RESNET_FAST_CPU", "off")
         for name, value in variables.items():
             monkeypatch.setenv(f"RESNET_FAST_{name}", value)
         monkeypatch.setenv("CUDACXX", str(program("nvcc", "exit 0")) if nvcc else "/no/such/nvcc")

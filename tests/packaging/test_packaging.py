@@ -31,8 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(
     *args: str | Path, cwd: Path, isolated: bool = False, **environment: str | None
 ) -> subprocess.CompletedProcess[str]:
-    """Run this Python with args. An environment value of None unsets the variable."""
+    """Run this Python with args. An environment value of None unsets the variable. No engine is built unless asked."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" and "RESNET_FAST_" not in key}
+    env["RESNET_FAST_CPU"] = "off"
     env.update({key: value for key, value in environment.items() if value is not None})
     flags = ["-S"] if isolated else []
     return subprocess.run([sys.executable, *flags, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
@@ -126,7 +127,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy2(path, source)
     for folder in (".github", "benchmarks", "csrc", "docs", "examples", "kernels", "resnet_fast", "tests"):
         if (ROOT / folder).is_dir():
-            shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("_C.*.so", "__pycache__"))
+            shutil.copytree(
+                ROOT / folder, source / folder, ignore=shutil.ignore_patterns("_C*.so", "_cpu*.so", "__pycache__")
+            )
     (source / "kernels" / "tuned").mkdir(exist_ok=True)
     (source / "kernels" / "tuned" / "some-gpu.json").write_text("{}")
     (source / "resnet_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_text("of an earlier build")

@@ -1,0 +1,20 @@
+// What compiled this file, for build_info() of both modules.
+#pragma once
+
+#include <string>
+
+namespace resnet_fast {
+
+inline std::string compiler() {
+#if defined(__clang__)
+  return "Clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "GNU " __VERSION__;
+#elif defined(_MSC_VER)
+  return "MSVC " + std::to_string(_MSC_VER);
+#else
+  return "unknown";
+#endif
+}
+
+}  // namespace resnet_fast
