@@ -6,6 +6,7 @@
 #include <string>
 
 #include "compiler.h"
+#include "cpu/bind_plan.h"
 #include "cpu/cpu.h"
 
 namespace py = pybind11;
@@ -82,4 +83,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("choose_isa", &choose_isa, "features"_a, "wanted"_a = "",
         "The instruction set that would run on a machine with these features and this RESNET_FAST_ISA.");
   m.def("caches", &caches, "Bytes of the caches of a core: l1d, l2, l3; l3_threads share the last. 0 for none.");
+  cpu::bind_plan(m);
 }

@@ -1,2 +1,10 @@
-// What is compiled for the instruction set "avx2".
-namespace resnet_fast::cpu::avx2 {}
+// The kernels for AVX2 and FMA; CMakeLists.txt compiles each of these files with its own flags.
+#include "simd_avx2.h"
+
+#include "kernels_isa.h"
+
+namespace resnet_fast::cpu {
+
+const Kernels kernels_avx2 = made;
+
+}  // namespace resnet_fast::cpu

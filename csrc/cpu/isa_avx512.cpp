@@ -1,2 +1,10 @@
-// What is compiled for the instruction set "avx512".
-namespace resnet_fast::cpu::avx512 {}
+// The kernels for AVX-512; CMakeLists.txt compiles each of these files with its own flags.
+#include "simd_avx512.h"
+
+#include "kernels_isa.h"
+
+namespace resnet_fast::cpu {
+
+const Kernels kernels_avx512 = made;
+
+}  // namespace resnet_fast::cpu

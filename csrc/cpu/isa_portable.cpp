@@ -1,2 +1,10 @@
-// What is compiled for the instruction set "portable".
-namespace resnet_fast::cpu::portable {}
+// The kernels for every processor; CMakeLists.txt compiles each of these files with its own flags.
+#include "simd_portable.h"
+
+#include "kernels_isa.h"
+
+namespace resnet_fast::cpu {
+
+const Kernels kernels_portable = made;
+
+}  // namespace resnet_fast::cpu

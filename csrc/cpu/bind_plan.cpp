@@ -1,0 +1,197 @@
+#include "bind_plan.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "cpu.h"
+#include "execute.h"
+#include "plan.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace resnet_fast::cpu {
+namespace {
+
+using Pair = std::array<Index, 2>;
+using Four = std::array<Index, 4>;
+
+const Machine& this_machine() {
+  static const Machine machine = [] {
+    const Kernels* kernels = &kernels_portable;
+#ifdef RESNET_FAST_AVX2
+    if (isa() == Isa::avx2) {
+      kernels = &kernels_avx2;
+    }
+#endif
+#ifdef RESNET_FAST_AVX512
+    if (isa() == Isa::avx512) {
+      kernels = &kernels_avx512;
+    }
+#endif
+    return Machine{kernels, static_cast<Index>(caches().l2)};
+  }();
+  return machine;
+}
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+constexpr std::array<const char*, 4> algorithm_names{"auto", "direct", "winograd2", "winograd4"};
+
+Algorithm algorithm_of(const std::string& name) {
+  for (std::size_t i = 0; i < algorithm_names.size(); ++i) {
+    if (name == algorithm_names[i]) {
+      return static_cast<Algorithm>(i);
+    }
+  }
+  throw std::invalid_argument("algorithm must be auto, direct, winograd2 or winograd4, got '" + name + "'");
+}
+
+std::shared_ptr<Convolution> make_convolution(std::uintptr_t weight, std::uintptr_t bias, Index k, Index c,
+                                              Index groups, Pair kernel, Pair stride, Pair padding, Pair dilation) {
+  if (k <= 0 || c <= 0 || groups <= 0 || k % groups != 0 || c % groups != 0) {
+    throw std::invalid_argument("a convolution of " + std::to_string(c) + " to " + std::to_string(k) +
+                                " channels cannot have " + std::to_string(groups) + " groups");
+  }
+  for (const Pair& each : {kernel, stride, dilation}) {
+    if (each[0] <= 0 || each[1] <= 0) {
+      throw std::invalid_argument("kernel, stride and dilation of a convolution must be positive");
+    }
+  }
+  if (padding[0] < 0 || padding[1] < 0) {
+    throw std::invalid_argument("the padding of a convolution must not be negative");
+  }
+  const Window window{kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+  py::gil_scoped_release without_gil;
+  return std::make_shared<Convolution>(this_machine(), pointer<const float>(weight), pointer<const float>(bias), k, c,
+                                       groups, window);
+}
+
+void run_convolution(const Convolution& layer, std::uintptr_t x, Index n, Index h, Index w, std::uintptr_t residual,
+                     std::uintptr_t out, bool relu, bool residual_after_relu, int threads,
+                     const std::string& algorithm) {
+  const Algorithm asked = algorithm_of(algorithm);
+  if (n < 0 || h <= 0 || w <= 0 || layer.out_height(h) <= 0 || layer.out_width(w) <= 0) {
+    throw std::invalid_argument("an image of " + std::to_string(h) + "x" + std::to_string(w) +
+                                " pixels is too small for the convolution");
+  }
+  if (asked != Algorithm::automatic && asked != Algorithm::direct && !layer.winograd_possible()) {
+    throw std::invalid_argument("Winograd's filtering is for 3x3 windows of stride 1 without groups");
+  }
+  if (n == 0) {
+    return;
+  }
+  const Epilogue epilogue{nullptr, pointer<const float>(residual), 0, relu, residual_after_relu};
+  py::gil_scoped_release without_gil;
+  execute(layer, asked, pointer<const float>(x), n, h, w, epilogue, pointer<float>(out), threads);
+}
+
+// (address, shape [n, c, h, w], strides)
+using Given = std::tuple<std::uintptr_t, Four, Four>;
+
+std::vector<Image> images_of(const std::vector<Given>& inputs) {
+  std::vector<Image> images;
+  for (const auto& [data, shape, strides] : inputs) {
+    images.push_back({pointer<const float>(data), shape[0], shape[1], shape[2], shape[3], strides[0], strides[1],
+                      strides[2], strides[3]});
+  }
+  return images;
+}
+
+std::vector<float*> pointers_of(const std::vector<std::uintptr_t>& addresses) {
+  std::vector<float*> found;
+  for (const std::uintptr_t address : addresses) {
+    found.push_back(pointer<float>(address));
+  }
+  return found;
+}
+
+std::vector<Four> shapes_of(const Plan& plan, const std::vector<Given>& inputs) {
+  std::vector<Four> found;
+  for (const Shape& shape : plan.shapes(images_of(inputs))) {
+    found.push_back({shape.n, shape.c, shape.h, shape.w});
+  }
+  return found;
+}
+
+}  // namespace
+
+void bind_plan(py::module_& m) {
+  py::class_<Convolution, std::shared_ptr<Convolution>>(
+      m, "Convolution", "A convolution's folded weight and bias, packed for this machine.")
+      .def(py::init(&make_convolution), "weight"_a, "bias"_a, "k"_a, "c"_a, "groups"_a, "kernel"_a, "stride"_a,
+           "padding"_a, "dilation"_a,
+           "weight: address of [k, c / groups, r, s] float32, dense; bias: of [k]. Both are read once.")
+      .def("run", &run_convolution, "x"_a, "n"_a, "h"_a, "w"_a, "residual"_a, "out"_a, "relu"_a,
+           "residual_after_relu"_a, "threads"_a, "algorithm"_a = "auto",
+           "Compute act(conv(x) + bias + residual): x [n, h, w, c], residual (0 for none) and out [n, p, q, k], dense.")
+      .def(
+          "algorithm",
+          [](const Convolution& layer, Index h, Index w) {
+            return algorithm_names[static_cast<std::size_t>(layer.choose(h, w))];
+          },
+          "h"_a, "w"_a, "What computes images of this size: direct, winograd2 or winograd4.")
+      .def_property_readonly("bytes", &Convolution::bytes, "Of the packed weights, those made so far.");
+
+  py::class_<Plan>(m, "Plan", "A network as one call. Values are numbered in the order in which they are made.")
+      .def(py::init([] { return std::make_unique<Plan>(this_machine()); }))
+      .def("input", &Plan::input, "channels"_a)
+      .def(
+          "convolution",
+          [](Plan& plan, int x, std::shared_ptr<Convolution> layer, int residual, bool relu, bool residual_after_relu,
+             const std::string& algorithm) {
+            return plan.convolution(x, std::move(layer), residual, relu, residual_after_relu, algorithm_of(algorithm));
+          },
+          "x"_a, "layer"_a, "residual"_a, "relu"_a, "residual_after_relu"_a, "algorithm"_a = "auto",
+          "residual: a value, or -1.")
+      .def(
+          "max_pool",
+          [](Plan& plan, int x, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode) {
+            return plan.max_pool(
+                x, Window{kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]},
+                ceil_mode);
+          },
+          "x"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a, "ceil_mode"_a)
+      .def("average", &Plan::average, "x"_a, "The mean of all pixels: [n, c, 1, 1].")
+      .def("add", &Plan::add, "a"_a, "b"_a, "relu"_a)
+      .def("output", &Plan::output, "value"_a)
+      .def("shapes", &shapes_of, "inputs"_a,
+           "Shapes [n, c, h, w] of the outputs for inputs (address, shape, strides); addresses are not used.")
+      .def(
+          "run",
+          [](const Plan& plan, const std::vector<Given>& inputs, const std::vector<std::uintptr_t>& outputs,
+             int threads) {
+            const std::vector<Image> images = images_of(inputs);
+            const std::vector<float*> results = pointers_of(outputs);
+            py::gil_scoped_release without_gil;
+            plan.run(images, results, threads);
+          },
+          "inputs"_a, "outputs"_a, "threads"_a,
+          "Compute. inputs: (address, shape [n, c, h, w], strides) of float32; outputs: addresses of [n, h, w, c].")
+      .def(
+          "profile",
+          [](const Plan& plan, const std::vector<Given>& inputs, const std::vector<std::uintptr_t>& outputs,
+             int threads) {
+            const std::vector<Image> images = images_of(inputs);
+            const std::vector<float*> results = pointers_of(outputs);
+            py::gil_scoped_release without_gil;
+            return plan.profile(images, results, threads);
+          },
+          "inputs"_a, "outputs"_a, "threads"_a, "As run; the seconds of each value.")
+      .def(
+          "algorithms",
+          [](const Plan& plan, const std::vector<Given>& inputs, int threads) {
+            return plan.algorithms(images_of(inputs), threads);
+          },
+          "inputs"_a, "threads"_a, "What each value is computed by, for inputs of these sizes.")
+      .def_property_readonly("arena_bytes", &Plan::arena_bytes, "Memory that is kept between runs.");
+}
+
+}  // namespace resnet_fast::cpu

@@ -1,0 +1,108 @@
+// What the sources of each instruction set implement: convolutions, pooling and sums on channels_last float32.
+//
+// A layer is described once, with its blocking; its work is cut into items that threads take in any order. An item
+// gives the same bits whoever computes it, with which others, and in whatever batch: each output is one sum, taken in
+// the order of filter rows, columns and channels.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace resnet_fast::cpu {
+
+using Index = std::ptrdiff_t;
+
+// Channels of a pixel that are copied next to each other before a product, and the distance from one pixel's to the
+// next one's: no multiple of a page, so that rows do not fall on the same lines of the cache.
+constexpr int chunk = 64;
+constexpr int chunk_stride = 80;
+
+// An image batch [n, h, w, c] in memory: `pixel` floats from one pixel to the next, rows and images dense.
+struct Map {
+  Index n, h, w, c;
+  Index pixel;
+};
+
+// What happens to a sum before it is stored.
+struct Epilogue {
+  const float* bias;      // [k]
+  const float* residual;  // pixels of k floats like the output's, or null
+  Index residual_pixel;   // floats from one pixel of the residual to the next
+  bool relu;
+  bool residual_after_relu;
+};
+
+struct Window {
+  Index r, s;
+  Index stride_h, stride_w;
+  Index pad_h, pad_w;
+  Index dilation_h, dilation_w;
+};
+
+// A convolution as products of gathered pixels and packed weights.
+struct Direct {
+  const float* x;
+  Map in;
+  Window window;
+  Index groups;
+  Index p, q, k;         // output height, width and channels
+  const float* weights;  // pack_direct's
+  Epilogue epilogue;
+  float* out;
+  Index out_pixel;
+  // blocking, by plan_direct
+  bool merged;  // a filter row's pixels lie next to each other and are copied at once
+  Index tiles;  // of tile_rows pixels each, the last ones evenly
+  Index tiles_per_block, blocks;
+  Index panels;  // of panel_width output channels in a group
+  Index panels_per_item, splits;
+  Index items;
+};
+
+// A 3x3 convolution of stride 1 by Winograd's minimal filtering F(m x m, 3 x 3).
+struct Winograd {
+  int m;                 // 2 or 4
+  Direct direct;         // the same layer, for tiles with infinities or NaN
+  const float* filters;  // pack_winograd's: [(m + 2)^2][panels][c][panel_width]
+  Index tiles_y, tiles_x, tiles;
+  Index tiles_per_block, blocks;
+  Index panels, panels_per_item, splits;
+  bool shared;         // transformed images are made in a step of their own, for all items
+  float* transformed;  // then here: [blocks][(m + 2)^2][chunks][tiles_per_block][chunk_stride]
+  Index transform_items, items;
+};
+
+struct Pool {
+  const float* x;
+  Map in;
+  Window window;
+  Index p, q;
+  float* out;
+  Index out_pixel;
+  Index items;  // rows of the output
+};
+
+// Functions of one instruction set. `scratch` is the calling thread's, of as many floats as the layer asked for.
+struct Kernels {
+  int lanes;
+  int tile_rows;
+  int panel_width;  // 2 * lanes
+  void (*direct)(const Direct&, Index item, float* scratch);
+  void (*winograd_transform)(const Winograd&, Index item, float* scratch);
+  void (*winograd)(const Winograd&, Index item, float* scratch);
+  void (*max_pool)(const Pool&, Index item);
+  // [n, h, w, c] to the sums of each image's pixels times `factor`, [n, c]; an item is an image.
+  void (*average)(const float* x, const Map& in, float* out, Index item);
+  // out = relu(a + b), or a + b; dense, `count` floats.
+  void (*add)(const float* a, const float* b, float* out, Index count, bool relu);
+};
+
+// Which of them there are, cpu.h's compiled() says.
+extern const Kernels kernels_portable;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+
+Index direct_scratch(const Direct& layer, const Kernels& kernels);
+Index winograd_scratch(const Winograd& layer, const Kernels& kernels);
+
+}  // namespace resnet_fast::cpu

@@ -1,0 +1,75 @@
+// Layers: packed weights, which algorithm computes a problem, and in what blocks.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace resnet_fast::cpu {
+
+// What blocking is made for.
+struct Machine {
+  const Kernels* kernels;
+  Index l2;  // bytes of a core's second-level cache
+};
+
+enum class Algorithm { automatic, direct, winograd2, winograd4 };
+
+// Memory for floats at an address that is a multiple of 64 bytes.
+class Floats {
+ public:
+  Floats() = default;
+  explicit Floats(Index count);
+  float* data() const { return memory_.get(); }
+  Index size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(float* memory) const;
+  };
+  std::unique_ptr<float, Free> memory_;
+  Index size_ = 0;
+};
+
+// A convolution's constants, packed for the machine; the Winograd filters are made when they are first asked for.
+class Convolution {
+ public:
+  // weight [k, c / groups, r, s] dense, bias [k].
+  Convolution(const Machine& machine, const float* weight, const float* bias, Index k, Index c, Index groups,
+              const Window& window);
+
+  const Machine& machine() const { return machine_; }
+  Index channels() const { return c_; }
+  Index out_channels() const { return k_; }
+  const Window& window() const { return window_; }
+  Index groups() const { return groups_; }
+
+  // Output height or width.
+  Index out_height(Index h) const;
+  Index out_width(Index w) const;
+
+  Algorithm choose(Index h, Index w) const;
+  bool winograd_possible() const;
+  // The layer with blocking, weights and bias, for the caller to fill in the data and the rest of the epilogue.
+  Direct direct(const Map& in, int threads) const;
+  Winograd winograd(int m, const Map& in, int threads) const;
+  Index bytes() const;
+
+ private:
+  const float* filters(int m) const;
+
+  Machine machine_;
+  Window window_;
+  Index k_, c_, groups_;
+  Floats weights_, bias_;
+  mutable std::mutex mutex_;
+  mutable Floats filters2_, filters4_;
+};
+
+// Floats of `transformed`, if it is shared.
+Index winograd_transformed(const Winograd& layer);
+
+}  // namespace resnet_fast::cpu

@@ -1,0 +1,483 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+#include <string>
+
+#include "execute.h"
+
+namespace resnet_fast::cpu {
+namespace {
+
+constexpr std::size_t schedules_kept = 16;
+constexpr std::size_t arenas_kept = 8;
+
+Index aligned(Index floats) { return (floats + 31) / 32 * 32; }
+
+struct Copy {
+  Image image;
+  float* out;
+};
+
+void copy_row(const void* context, Index item, float*) {
+  const Copy& copy = *static_cast<const Copy*>(context);
+  const Image& image = copy.image;
+  const float* from = image.data + item / image.h * image.stride_n + item % image.h * image.stride_h;
+  float* to = copy.out + item * image.w * image.c;
+  for (Index x = 0; x < image.w; ++x) {
+    for (Index c = 0; c < image.c; ++c) {
+      *to++ = from[x * image.stride_w + c * image.stride_c];
+    }
+  }
+}
+
+bool dense(const Image& image) {
+  const Index row = image.w * image.c;
+  return (image.stride_c == 1 || image.c == 1) && (image.stride_w == image.c || image.w == 1) &&
+         (image.stride_h == row || image.h == 1) && (image.stride_n == image.h * row || image.n == 1);
+}
+
+Index pooled(Index size, Index kernel, Index stride, Index pad, Index dilation, bool ceil_mode) {
+  const Index room = size + 2 * pad - dilation * (kernel - 1) - 1;
+  if (room < 0) {
+    return 0;
+  }
+  Index out = (ceil_mode ? (room + stride - 1) / stride : room / stride) + 1;
+  if (ceil_mode && (out - 1) * stride >= size + pad) {
+    --out;  // a window that begins in the padding behind the image is none
+  }
+  return out;
+}
+
+}  // namespace
+
+// The layers of a plan for images of given shapes: blocking, and where in the arena each result lies.
+class Schedule {
+ public:
+  Schedule(const Plan& plan, const std::vector<Image>& inputs, int threads);
+
+  bool fits(const std::vector<Image>& inputs, int threads) const;
+  Index arena_floats() const { return arena_floats_; }
+  void run(const Plan& plan, const std::vector<Image>& inputs, const std::vector<float*>& outputs, float* arena,
+           std::vector<double>* seconds) const;
+  std::vector<std::string> algorithms() const;
+
+ private:
+  struct Step {
+    Algorithm algorithm = Algorithm::direct;
+    Direct direct{};
+    Winograd winograd{};
+    Pool pool{};
+    Index scratch = 0;
+    Index offset = -1;     // of the result
+    Index temporary = -1;  // of transformed images
+    bool copies = false;   // an input that is not dense
+  };
+
+  int threads_;
+  std::vector<Shape> given_;
+  std::vector<bool> dense_;
+  std::vector<Shape> shapes_;
+  std::vector<Step> steps_;
+  Index arena_floats_ = 0;
+};
+
+namespace {
+
+// Space of an arena by first fit, with every piece freed once.
+class Space {
+ public:
+  Index take(Index floats) {
+    const Index size = aligned(std::max<Index>(floats, 1));
+    Index at = 0;
+    std::size_t i = 0;
+    for (; i < used_.size() && used_[i].first - at < size; ++i) {
+      at = used_[i].first + used_[i].second;
+    }
+    used_.insert(used_.begin() + static_cast<std::ptrdiff_t>(i), {at, size});
+    largest_ = std::max(largest_, at + size);
+    return at;
+  }
+  void free(Index at) {
+    used_.erase(std::find_if(used_.begin(), used_.end(), [at](const auto& piece) { return piece.first == at; }));
+  }
+  Index largest() const { return largest_; }
+
+ private:
+  std::vector<std::pair<Index, Index>> used_;  // where and how much, in order
+  Index largest_ = 0;
+};
+
+}  // namespace
+
+Schedule::Schedule(const Plan& plan, const std::vector<Image>& inputs, int threads)
+    : threads_(threads), shapes_(plan.infer(inputs)), steps_(plan.layers_.size()) {
+  for (const Image& image : inputs) {
+    given_.push_back({image.n, image.h, image.w, image.c});
+    dense_.push_back(dense(image));
+  }
+  const Kernels& kernels = *plan.machine_.kernels;
+  const auto count = static_cast<int>(plan.layers_.size());
+  std::vector<int> last(plan.layers_.size(), -1);
+  for (int i = 0; i < count; ++i) {
+    for (const int source : {plan.layers_[i].a, plan.layers_[i].b}) {
+      if (source >= 0) {
+        last[source] = i;
+      }
+    }
+  }
+  std::vector<bool> is_output(plan.layers_.size(), false);
+  for (const int value : plan.outputs_) {
+    is_output[value] = true;
+  }
+  Space space;
+  std::size_t next_input = 0;
+  for (int i = 0; i < count; ++i) {
+    const Plan::Layer& layer = plan.layers_[i];
+    Step& step = steps_[i];
+    const Shape shape = shapes_[i];
+    const Index floats = shape.n * shape.h * shape.w * shape.c;
+    if (layer.kind == Plan::Kind::input) {
+      step.copies = !dense_[next_input++];
+      if (step.copies && !is_output[i]) {
+        step.offset = space.take(floats);
+      }
+      continue;
+    }
+    if (!is_output[i]) {
+      step.offset = space.take(floats);
+    }
+    const Shape from = shapes_[layer.a];
+    const Map in{from.n, from.h, from.w, from.c, from.c};
+    if (layer.kind == Plan::Kind::convolution && floats != 0) {
+      step.algorithm =
+          layer.algorithm == Algorithm::automatic ? layer.convolution->choose(in.h, in.w) : layer.algorithm;
+      if (step.algorithm == Algorithm::direct) {
+        step.direct = layer.convolution->direct(in, threads);
+        step.scratch = direct_scratch(step.direct, kernels);
+      } else {
+        step.winograd = layer.convolution->winograd(step.algorithm == Algorithm::winograd4 ? 4 : 2, in, threads);
+        step.scratch = winograd_scratch(step.winograd, kernels);
+        if (step.winograd.shared) {
+          step.temporary = space.take(winograd_transformed(step.winograd));
+          space.free(step.temporary);
+        }
+      }
+      Direct& direct = step.algorithm == Algorithm::direct ? step.direct : step.winograd.direct;
+      direct.epilogue.relu = layer.relu;
+      direct.epilogue.residual_after_relu = layer.residual_after_relu;
+      direct.epilogue.residual_pixel = shape.c;
+    } else if (layer.kind == Plan::Kind::max_pool) {
+      step.pool = Pool{nullptr, in, layer.window, shape.h, shape.w, nullptr, shape.c, shape.n * shape.h};
+    }
+    for (const int source : {layer.a, layer.b}) {
+      if (source >= 0 && last[source] == i && steps_[source].offset >= 0 && (source != layer.b || layer.a != layer.b)) {
+        space.free(steps_[source].offset);
+      }
+    }
+    if (last[i] < 0 && step.offset >= 0) {
+      space.free(step.offset);
+    }
+  }
+  arena_floats_ = space.largest();
+}
+
+bool Schedule::fits(const std::vector<Image>& inputs, int threads) const {
+  if (threads != threads_ || inputs.size() != given_.size()) {
+    return false;
+  }
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    const Image& image = inputs[i];
+    if (!(given_[i] == Shape{image.n, image.h, image.w, image.c}) || dense_[i] != dense(image)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+void Schedule::run(const Plan& plan, const std::vector<Image>& inputs, const std::vector<float*>& outputs, float* arena,
+                   std::vector<double>* seconds) const {
+  const Kernels& kernels = *plan.machine_.kernels;
+  const std::size_t count = plan.layers_.size();
+  std::vector<const float*> at(count, nullptr);
+  std::vector<float*> out(count, nullptr);
+  for (std::size_t i = 0; i < count; ++i) {
+    out[i] = steps_[i].offset >= 0 ? arena + steps_[i].offset : nullptr;
+  }
+  for (std::size_t i = 0; i < plan.outputs_.size(); ++i) {
+    out[plan.outputs_[i]] = outputs[i];
+  }
+  Team team(threads_);
+  std::size_t next_input = 0;
+  auto began = std::chrono::steady_clock::now();
+  for (std::size_t i = 0; i < count; ++i) {
+    const Plan::Layer& layer = plan.layers_[i];
+    const Step& step = steps_[i];
+    const Shape shape = shapes_[i];
+    const Index floats = shape.n * shape.h * shape.w * shape.c;
+    at[i] = out[i];
+    if (layer.kind == Plan::Kind::input) {
+      const Image& image = inputs[next_input++];
+      if (out[i] == nullptr) {
+        at[i] = image.data;
+      } else if (floats != 0) {
+        const Copy copy{image, out[i]};
+        team.run(shape.n * shape.h, 0, copy_row, &copy);
+      }
+    } else if (floats == 0) {
+      // nothing
+    } else if (layer.kind == Plan::Kind::convolution) {
+      const float* residual = layer.b < 0 ? nullptr : at[layer.b];
+      if (step.algorithm == Algorithm::direct) {
+        Direct direct = step.direct;
+        direct.x = at[layer.a];
+        direct.out = out[i];
+        direct.epilogue.residual = residual;
+        execute(team, kernels, direct, step.scratch);
+      } else {
+        Winograd winograd = step.winograd;
+        winograd.direct.x = at[layer.a];
+        winograd.direct.out = out[i];
+        winograd.direct.epilogue.residual = residual;
+        winograd.transformed = arena + step.temporary;
+        execute(team, kernels, winograd, step.scratch);
+      }
+    } else if (layer.kind == Plan::Kind::max_pool) {
+      Pool pool = step.pool;
+      pool.x = at[layer.a];
+      pool.out = out[i];
+      execute(team, kernels, pool);
+    } else if (layer.kind == Plan::Kind::average) {
+      const Shape from = shapes_[layer.a];
+      execute_average(team, kernels, at[layer.a], {from.n, from.h, from.w, from.c, from.c}, out[i]);
+    } else {
+      execute_add(team, kernels, at[layer.a], at[layer.b], out[i], floats, layer.relu);
+    }
+    if (seconds != nullptr) {
+      const auto now = std::chrono::steady_clock::now();
+      seconds->push_back(std::chrono::duration<double>(now - began).count());
+      began = now;
+    }
+  }
+}
+
+std::vector<std::string> Schedule::algorithms() const {
+  std::vector<std::string> found;
+  for (const Step& step : steps_) {
+    found.emplace_back(step.algorithm == Algorithm::winograd4   ? "winograd 4x4"
+                       : step.algorithm == Algorithm::winograd2 ? "winograd 2x2"
+                                                                : "direct");
+  }
+  return found;
+}
+
+Plan::~Plan() = default;
+
+void Plan::check(int value) const {
+  if (value < 0 || value >= static_cast<int>(layers_.size())) {
+    throw std::invalid_argument("plan: no value has the number " + std::to_string(value));
+  }
+}
+
+int Plan::add_layer(Layer layer) {
+  layers_.push_back(std::move(layer));
+  return static_cast<int>(layers_.size()) - 1;
+}
+
+int Plan::input(Index channels) {
+  Layer layer{Kind::input};
+  layer.channels = channels;
+  inputs_.push_back(add_layer(std::move(layer)));
+  return inputs_.back();
+}
+
+int Plan::convolution(int x, std::shared_ptr<const Convolution> convolution, int residual, bool relu,
+                      bool residual_after_relu, Algorithm algorithm) {
+  check(x);
+  if (layers_[x].channels != convolution->channels()) {
+    throw std::invalid_argument("plan: a convolution of " + std::to_string(convolution->channels()) +
+                                " channels is given " + std::to_string(layers_[x].channels));
+  }
+  if (residual >= 0) {
+    check(residual);
+    if (layers_[residual].channels != convolution->out_channels()) {
+      throw std::invalid_argument("plan: a residual of " + std::to_string(layers_[residual].channels) +
+                                  " channels is added to " + std::to_string(convolution->out_channels()));
+    }
+  }
+  if (algorithm != Algorithm::automatic && algorithm != Algorithm::direct && !convolution->winograd_possible()) {
+    throw std::invalid_argument("plan: Winograd's filtering is for 3x3 windows of stride 1 without groups");
+  }
+  Layer layer{Kind::convolution, x, residual};
+  layer.channels = convolution->out_channels();
+  layer.convolution = std::move(convolution);
+  layer.relu = relu;
+  layer.residual_after_relu = residual_after_relu;
+  layer.algorithm = algorithm;
+  return add_layer(std::move(layer));
+}
+
+int Plan::max_pool(int x, const Window& window, bool ceil_mode) {
+  check(x);
+  Layer layer{Kind::max_pool, x};
+  layer.channels = layers_[x].channels;
+  layer.window = window;
+  layer.ceil_mode = ceil_mode;
+  return add_layer(std::move(layer));
+}
+
+int Plan::average(int x) {
+  check(x);
+  Layer layer{Kind::average, x};
+  layer.channels = layers_[x].channels;
+  return add_layer(std::move(layer));
+}
+
+int Plan::add(int a, int b, bool relu) {
+  check(a);
+  check(b);
+  if (layers_[a].channels != layers_[b].channels) {
+    throw std::invalid_argument("plan: values of " + std::to_string(layers_[a].channels) + " and " +
+                                std::to_string(layers_[b].channels) + " channels are added");
+  }
+  Layer layer{Kind::add, a, b};
+  layer.channels = layers_[a].channels;
+  layer.relu = relu;
+  return add_layer(std::move(layer));
+}
+
+void Plan::output(int value) {
+  check(value);
+  if (std::find(outputs_.begin(), outputs_.end(), value) != outputs_.end()) {
+    throw std::invalid_argument("plan: value " + std::to_string(value) + " is an output already");
+  }
+  outputs_.push_back(value);
+}
+
+std::vector<Shape> Plan::infer(const std::vector<Image>& inputs) const {
+  if (inputs.size() != inputs_.size()) {
+    throw std::invalid_argument("plan: " + std::to_string(inputs.size()) + " images are given, it takes " +
+                                std::to_string(inputs_.size()));
+  }
+  std::vector<Shape> shapes;
+  std::size_t next_input = 0;
+  for (const Layer& layer : layers_) {
+    if (layer.kind == Kind::input) {
+      const Image& image = inputs[next_input++];
+      if (image.c != layer.channels || image.n < 0 || image.h < 0 || image.w < 0) {
+        throw std::invalid_argument("plan: an image of " + std::to_string(image.c) + " channels is given, it takes " +
+                                    std::to_string(layer.channels));
+      }
+      shapes.push_back({image.n, image.h, image.w, image.c});
+      continue;
+    }
+    const Shape from = shapes[layer.a];
+    Shape shape{from.n, from.h, from.w, layer.channels};
+    if (layer.kind == Kind::convolution) {
+      shape.h = layer.convolution->out_height(from.h);
+      shape.w = layer.convolution->out_width(from.w);
+    } else if (layer.kind == Kind::max_pool) {
+      const Window& w = layer.window;
+      shape.h = pooled(from.h, w.r, w.stride_h, w.pad_h, w.dilation_h, layer.ceil_mode);
+      shape.w = pooled(from.w, w.s, w.stride_w, w.pad_w, w.dilation_w, layer.ceil_mode);
+    } else if (layer.kind == Kind::average) {
+      shape.h = shape.w = 1;
+    }
+    if (shape.h <= 0 || shape.w <= 0 || from.h <= 0 || from.w <= 0) {
+      throw std::invalid_argument("plan: an image of " + std::to_string(from.h) + "x" + std::to_string(from.w) +
+                                  " pixels is too small for a layer");
+    }
+    const int other = layer.b;
+    if (other >= 0 && !(shapes[other] == shape)) {
+      throw std::invalid_argument("plan: values of different sizes are added");
+    }
+    shapes.push_back(shape);
+  }
+  return shapes;
+}
+
+std::vector<Shape> Plan::shapes(const std::vector<Image>& inputs) const {
+  const std::vector<Shape> all = infer(inputs);
+  std::vector<Shape> found;
+  for (const int value : outputs_) {
+    found.push_back(all[value]);
+  }
+  return found;
+}
+
+std::shared_ptr<const Schedule> Plan::schedule(const std::vector<Image>& inputs, int threads) const {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto each = schedules_.rbegin(); each != schedules_.rend(); ++each) {
+      if ((*each)->fits(inputs, threads)) {
+        std::shared_ptr<const Schedule> found = *each;
+        std::rotate(std::next(each).base(), each.base(), schedules_.end());
+        return found;
+      }
+    }
+  }
+  auto made = std::make_shared<const Schedule>(*this, inputs, threads);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (schedules_.size() >= schedules_kept) {
+    schedules_.erase(schedules_.begin());
+  }
+  schedules_.push_back(made);
+  return made;
+}
+
+namespace {
+
+Floats borrow(std::vector<Floats>& arenas, std::mutex& mutex, Index floats) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!arenas.empty()) {
+      Floats last = std::move(arenas.back());
+      arenas.pop_back();
+      if (last.size() >= floats) {
+        return last;
+      }
+    }
+  }
+  return Floats(floats);
+}
+
+}  // namespace
+
+void Plan::run(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads) const {
+  const std::shared_ptr<const Schedule> made = schedule(inputs, threads);
+  Floats arena = borrow(arenas_, mutex_, made->arena_floats());
+  made->run(*this, inputs, outputs, arena.data(), nullptr);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (arenas_.size() < arenas_kept) {
+    arenas_.push_back(std::move(arena));
+  }
+}
+
+std::vector<double> Plan::profile(const std::vector<Image>& inputs, const std::vector<float*>& outputs,
+                                  int threads) const {
+  const std::shared_ptr<const Schedule> made = schedule(inputs, threads);
+  Floats arena = borrow(arenas_, mutex_, made->arena_floats());
+  std::vector<double> seconds;
+  made->run(*this, inputs, outputs, arena.data(), &seconds);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (arenas_.size() < arenas_kept) {
+    arenas_.push_back(std::move(arena));
+  }
+  return seconds;
+}
+
+std::vector<std::string> Plan::algorithms(const std::vector<Image>& inputs, int threads) const {
+  return schedule(inputs, threads)->algorithms();
+}
+
+Index Plan::arena_bytes() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Index floats = 0;
+  for (const Floats& arena : arenas_) {
+    floats += arena.size();
+  }
+  return floats * Index{sizeof(float)};
+}
+
+}  // namespace resnet_fast::cpu

@@ -1,0 +1,80 @@
+// A network as one call: layers in order, their results in one piece of memory that is used again and again.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "layers.h"
+
+namespace resnet_fast::cpu {
+
+// A batch [n, c, h, w] anywhere in memory; strides in floats. Without `data` it is a shape.
+struct Image {
+  const float* data;
+  Index n, c, h, w;
+  Index stride_n, stride_c, stride_h, stride_w;
+};
+
+struct Shape {
+  Index n, h, w, c;
+  bool operator==(const Shape&) const = default;
+};
+
+class Schedule;
+
+class Plan {
+ public:
+  explicit Plan(const Machine& machine) : machine_(machine) {}
+  ~Plan();
+
+  // Each adds a layer and returns the number of its result. Throws std::invalid_argument if channels do not fit.
+  int input(Index channels);
+  int convolution(int x, std::shared_ptr<const Convolution> layer, int residual, bool relu, bool residual_after_relu,
+                  Algorithm algorithm);
+  int max_pool(int x, const Window& window, bool ceil_mode);
+  int average(int x);  // over all pixels: [n, 1, 1, c]
+  int add(int a, int b, bool relu);
+  void output(int value);
+
+  // Shapes of the outputs for images of these shapes. Throws std::invalid_argument if a window does not fit.
+  std::vector<Shape> shapes(const std::vector<Image>& inputs) const;
+
+  // Computes the outputs, each [n, h, w, c] dense. Any number of threads may be in here at once.
+  void run(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads) const;
+
+  // Seconds of each layer in one run, by itself, in the order in which they were added.
+  std::vector<double> profile(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads) const;
+  // What each layer would run as: "direct", "winograd 4x4", ...
+  std::vector<std::string> algorithms(const std::vector<Image>& inputs, int threads) const;
+
+  Index arena_bytes() const;  // that are kept between runs
+
+ private:
+  friend class Schedule;
+  enum class Kind { input, convolution, max_pool, average, add };
+  struct Layer {
+    Kind kind;
+    int a = -1, b = -1;
+    Index channels = 0;
+    std::shared_ptr<const Convolution> convolution{};
+    Algorithm algorithm = Algorithm::automatic;
+    bool relu = false, residual_after_relu = false, ceil_mode = false;
+    Window window{};
+  };
+
+  int add_layer(Layer layer);
+  void check(int value) const;
+  std::vector<Shape> infer(const std::vector<Image>& inputs) const;
+  std::shared_ptr<const Schedule> schedule(const std::vector<Image>& inputs, int threads) const;
+
+  Machine machine_;
+  std::vector<Layer> layers_;
+  std::vector<int> inputs_, outputs_;
+  mutable std::mutex mutex_;
+  mutable std::vector<std::shared_ptr<const Schedule>> schedules_;  // the latest last
+  mutable std::vector<Floats> arenas_;                              // that nobody uses now
+};
+
+}  // namespace resnet_fast::cpu

@@ -1,0 +1,36 @@
+// 8 floats in a 256-bit register, for the sources compiled with AVX2 and FMA.
+#pragma once
+
+#include <immintrin.h>
+
+namespace {
+
+constexpr int lanes = 8;
+constexpr int tile_rows = 6;  // 12 sums, 2 weights and a broadcast value are 15 of 16 registers
+using Vector = __m256;
+
+inline Vector zero() { return _mm256_setzero_ps(); }
+inline Vector broadcast(float value) { return _mm256_set1_ps(value); }
+inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
+inline void store(float* to, Vector a) { _mm256_storeu_ps(to, a); }
+inline __m256i first(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vector load(const float* from, int count) { return _mm256_maskload_ps(from, first(count)); }
+inline void store(float* to, Vector a, int count) { _mm256_maskstore_ps(to, first(count), a); }
+inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+inline Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
+inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+// max(0, a), and NaN for NaN: the instruction returns its second operand if one is NaN.
+inline Vector relu(Vector a) { return _mm256_max_ps(zero(), a); }
+// The larger one, and NaN if either is NaN.
+inline Vector larger(Vector a, Vector b) {
+  return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+}
+// Whether every element is a number: a difference to itself that is not 0 is that of NaN or infinity.
+inline bool finite(Vector a) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_sub_ps(a, a), zero(), _CMP_NEQ_UQ)) == 0;
+}
+
+}  // namespace

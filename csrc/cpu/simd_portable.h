@@ -1,0 +1,48 @@
+// 4 floats in a vector of the compiler's: SSE2, NEON, or plain code. For every other processor.
+#pragma once
+
+namespace {
+
+constexpr int lanes = 4;
+constexpr int tile_rows = 6;
+typedef float Vector __attribute__((vector_size(16)));
+typedef int Mask __attribute__((vector_size(16)));
+
+inline Vector zero() { return Vector{0, 0, 0, 0}; }
+inline Vector broadcast(float value) { return Vector{value, value, value, value}; }
+inline Vector load(const float* from) {
+  Vector a;
+  __builtin_memcpy(&a, from, sizeof a);
+  return a;
+}
+inline void store(float* to, Vector a) { __builtin_memcpy(to, &a, sizeof a); }
+inline Vector load(const float* from, int count) {
+  Vector a = zero();
+  for (int i = 0; i < count; ++i) {
+    a[i] = from[i];
+  }
+  return a;
+}
+inline void store(float* to, Vector a, int count) {
+  for (int i = 0; i < count; ++i) {
+    to[i] = a[i];
+  }
+}
+inline Vector add(Vector a, Vector b) { return a + b; }
+inline Vector subtract(Vector a, Vector b) { return a - b; }
+inline Vector multiply(Vector a, Vector b) { return a * b; }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
+inline Vector choose(Mask mask, Vector a, Vector b) {
+  return reinterpret_cast<Vector>((reinterpret_cast<Mask>(a) & mask) | (reinterpret_cast<Mask>(b) & ~mask));
+}
+// max(0, a), and NaN for NaN.
+inline Vector relu(Vector a) { return choose(a < zero(), zero(), a); }
+// The larger one, and NaN if either is NaN.
+inline Vector larger(Vector a, Vector b) { return choose((a > b) | (a != a), a, b); }
+// Whether every element is a number: a difference to itself that is not 0 is that of NaN or infinity.
+inline bool finite(Vector a) {
+  const Mask wrong = (a - a) != zero();
+  return (wrong[0] | wrong[1] | wrong[2] | wrong[3]) == 0;
+}
+
+}  // namespace

@@ -1,0 +1,240 @@
+#include "threads.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+#include <pthread.h>
+
+namespace resnet_fast::cpu {
+namespace {
+
+void relax() {
+#ifdef __x86_64__
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// About 50 microseconds: longer than from one layer to the next, much less than a time slice.
+constexpr int spins = 1500;
+
+struct Free {
+  void operator()(float* memory) const { std::free(memory); }
+};
+
+class Scratch {
+ public:
+  float* reserve(Index floats) {
+    if (floats > size_) {
+      memory_.reset();
+      size_ = 0;
+      const std::size_t bytes = (static_cast<std::size_t>(floats) * sizeof(float) + 4095) / 4096 * 4096;
+      memory_.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
+      if (memory_ == nullptr) {
+        throw std::bad_alloc();
+      }
+      size_ = floats;
+    }
+    return memory_.get();
+  }
+
+ private:
+  std::unique_ptr<float, Free> memory_;
+  Index size_ = 0;
+};
+
+// One job at a time. `ticket` is the job's number in its upper half and the next item in its lower one; an item is
+// taken by raising it, which fails if the job has changed meanwhile. So nobody waits for a thread that was late.
+struct Shared {
+  std::atomic<std::uint64_t> ticket{0};
+  std::atomic<Index> done{0};
+  std::atomic<Index> items{0};
+  std::atomic<Work> work{nullptr};
+  std::atomic<const void*> context{nullptr};
+  std::atomic<Index> scratch_floats{0};
+  std::atomic<int> threads{1};  // that may take items of this job
+  std::atomic<std::uint32_t> wake{0};
+  std::atomic<int> sleepers{0};
+  std::atomic<std::uint32_t> finished{0};  // raised when a job's last item is done
+  std::atomic<bool> caller_sleeps{false};
+};
+
+struct Threads {
+  Shared shared;
+  std::mutex mutex;
+  int started = 0;  // workers, by whoever holds the mutex
+  Scratch scratch;  // the caller's
+};
+
+Threads* everyone = nullptr;
+std::once_flag made;
+
+// A child of fork() has none of the parent's threads: it starts its own.
+void forget() { everyone = new Threads; }
+
+Threads& the_threads() {
+  std::call_once(made, [] {
+    everyone = new Threads;  // never destroyed: its threads end with the process
+    pthread_atfork(nullptr, nullptr, forget);
+  });
+  return *everyone;
+}
+
+// Takes items of job `number` until none is left; whether the last of all was done here.
+bool take(Shared& shared, std::uint32_t number, float* (*reserve)(Scratch&, Index), Scratch& scratch) {
+  for (;;) {
+    std::uint64_t ticket = shared.ticket.load(std::memory_order_acquire);
+    for (;;) {
+      if (static_cast<std::uint32_t>(ticket >> 32) != number) {
+        return false;
+      }
+      const Index items = shared.items.load(std::memory_order_relaxed);
+      if (static_cast<Index>(ticket & 0xffffffffu) >= items) {
+        return false;
+      }
+      const Work work = shared.work.load(std::memory_order_relaxed);
+      const void* context = shared.context.load(std::memory_order_relaxed);
+      const Index floats = shared.scratch_floats.load(std::memory_order_relaxed);
+      float* memory = reserve(scratch, floats);
+      if (memory == nullptr && floats != 0) {
+        return false;  // the caller does it
+      }
+      if (!shared.ticket.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) {
+        continue;
+      }
+      // Only now it is sure that what was read belongs to this job.
+      work(context, static_cast<Index>(ticket & 0xffffffffu), memory);
+      if (shared.done.fetch_add(1, std::memory_order_acq_rel) + 1 == items) {
+        return true;
+      }
+      break;
+    }
+  }
+}
+
+float* reserve_or_null(Scratch& scratch, Index floats) {
+  try {
+    return scratch.reserve(floats);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+
+void serve(Threads* own, int index) {
+  Shared& shared = own->shared;
+  Scratch scratch;
+  std::uint32_t seen = 0;
+  for (;;) {
+    std::uint32_t number = seen;
+    for (int i = 0; i < spins && number == seen; ++i) {
+      relax();
+      number = shared.wake.load(std::memory_order_acquire);
+    }
+    if (number == seen) {
+      shared.sleepers.fetch_add(1, std::memory_order_seq_cst);
+      shared.wake.wait(seen, std::memory_order_seq_cst);
+      shared.sleepers.fetch_sub(1, std::memory_order_seq_cst);
+      number = shared.wake.load(std::memory_order_acquire);
+      if (number == seen) {
+        continue;
+      }
+    }
+    seen = number;
+    if (index < shared.threads.load(std::memory_order_relaxed) && take(shared, number, reserve_or_null, scratch)) {
+      shared.finished.store(number, std::memory_order_seq_cst);
+      if (shared.caller_sleeps.load(std::memory_order_seq_cst)) {
+        shared.finished.notify_all();
+      }
+    }
+  }
+}
+
+void alone(Index items, Index scratch_floats, Work work, const void* context) {
+  thread_local Scratch scratch;
+  float* memory = scratch.reserve(scratch_floats);
+  for (Index item = 0; item < items; ++item) {
+    work(context, item, memory);
+  }
+}
+
+}  // namespace
+
+Team::Team(int threads) : threads_(std::max(threads, 1)), owner_(threads_ > 1 && the_threads().mutex.try_lock()) {
+  if (!owner_) {
+    return;
+  }
+  Threads& own = the_threads();
+  try {
+    for (; own.started < threads_ - 1; ++own.started) {
+      std::thread(serve, &own, own.started + 1).detach();
+    }
+  } catch (const std::system_error&) {  // no more threads are to be had: those that there are will do
+  }
+}
+
+Team::~Team() {
+  if (owner_) {
+    the_threads().mutex.unlock();
+  }
+}
+
+void Team::run(Index items, Index scratch_floats, Work work, const void* context) {
+  if (!owner_ || items <= 1) {
+    alone(items, scratch_floats, work, context);
+    return;
+  }
+  Threads& own = the_threads();
+  Shared& shared = own.shared;
+  own.scratch.reserve(scratch_floats);
+  const std::uint32_t number = static_cast<std::uint32_t>(shared.ticket.load(std::memory_order_relaxed) >> 32) + 1;
+  // Nobody takes items of the last job any more, so a thread that reads these values too early fails at the ticket.
+  shared.ticket.store(static_cast<std::uint64_t>(number) << 32 | 0xffffffffu, std::memory_order_seq_cst);
+  shared.items.store(items, std::memory_order_relaxed);
+  shared.work.store(work, std::memory_order_relaxed);
+  shared.context.store(context, std::memory_order_relaxed);
+  shared.scratch_floats.store(scratch_floats, std::memory_order_relaxed);
+  shared.threads.store(threads_, std::memory_order_relaxed);
+  shared.done.store(0, std::memory_order_relaxed);
+  shared.ticket.store(static_cast<std::uint64_t>(number) << 32, std::memory_order_release);
+  shared.wake.store(number, std::memory_order_seq_cst);
+  if (shared.sleepers.load(std::memory_order_seq_cst) > 0) {
+    shared.wake.notify_all();
+  }
+  if (take(shared, number, reserve_or_null, own.scratch)) {
+    return;
+  }
+  for (int i = 0; i < spins; ++i) {
+    if (shared.done.load(std::memory_order_acquire) == items) {
+      return;
+    }
+    relax();
+  }
+  shared.caller_sleeps.store(true, std::memory_order_seq_cst);
+  for (;;) {
+    const std::uint32_t seen = shared.finished.load(std::memory_order_seq_cst);
+    if (seen == number || shared.done.load(std::memory_order_acquire) == items) {
+      break;
+    }
+    shared.finished.wait(seen, std::memory_order_seq_cst);
+  }
+  shared.caller_sleeps.store(false, std::memory_order_relaxed);
+}
+
+void run(int threads, Index items, Index scratch_floats, Work work, const void* context) {
+  Team team(items > 1 ? threads : 1);
+  team.run(items, scratch_floats, work, context);
+}
+
+int sleeping_threads() { return the_threads().shared.sleepers.load(); }
+
+}  // namespace resnet_fast::cpu
