@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import backends
-from .backends import cuda
+from .backends import cpu, cuda
 
 _PACKAGES = ("triton", "torchvision", "numpy", "safetensors", "Pillow", "protobuf", "onnxruntime", "openvino")
 
@@ -28,6 +28,7 @@ class Info:
     torch: str
     packages: dict[str, str]
     gpus: list[str]
+    engine: dict[str, Any]
     native: dict[str, Any]
     backend: str
     backends: dict[str, str]
@@ -52,6 +53,7 @@ class Info:
             ("torch", f"{self.torch}, {self.threads} threads"),
             ("cpu", f"{self.cpu} ({self.cpu_capability})"),
             ("gpus", ", ".join(self.gpus) or "none that torch can use"),
+            ("engine", _engine(self.engine)),
             ("native", _native(self.native)),
             ("packages", ", ".join(f"{name} {version}" for name, version in self.packages.items())),
             ("backend", f"{self.backend} (choose with resnet_fast.backends.use)"),
@@ -61,6 +63,17 @@ class Info:
         rows += [("fell back", line) for line in self.fallbacks] or [("fell back", "nothing so far in this process")]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _engine(found: dict[str, Any]) -> str:
+    """Return one line on the CPU engine, or why there is none: a compiler's message may have several lines."""
+    if not found["built"]:
+        return str(found["reason"])
+    lowered = f", lowered by RESNET_FAST_ISA from {found['best_isa']}" if found["isa"] != found["best_isa"] else ""
+    sanitizer = f", with sanitizers ({found['sanitizer']})" if found["sanitizer"] else ""
+    count = f"{found['threads']} threads" if found["threads"] != 1 else "1 thread"
+    isas = ", ".join(found["isas"])
+    return f"resnet_fast._cpu, {found['isa']}{lowered} (built for {isas} with {found['compiler']}{sanitizer}), {count}"
 
 
 def _native(found: dict[str, Any]) -> str:
@@ -102,6 +115,7 @@ def info() -> Info:
         torch=torch.__version__,
         packages={name: version for name, version in found.items() if version},
         gpus=gpus,
+        engine=cpu.described(),
         native=cuda.described(),
         backend=backends.current(),
         backends=backends.available(),

@@ -118,25 +118,6 @@ print(json.dumps([seconds, sorted({name.split(".")[0] for name in set(sys.module
     assert min(seconds for seconds, _ in runs) < 0.3, runs
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of this checkout, in which an earlier native build has left its traces."""
-    source = tmp_path_factory.mktemp("checkout")
-    for path in ROOT.iterdir():
-        if path.is_file():
-            shutil.copy2(path, source)
-    for folder in (".github", "benchmarks", "csrc", "docs", "examples", "kernels", "resnet_fast", "tests"):
-        if (ROOT / folder).is_dir():
-            shutil.copytree(
-                ROOT / folder, source / folder, ignore=shutil.ignore_patterns("_C*.so", "_cpu*.so", "__pycache__")
-            )
-    (source / "kernels" / "tuned").mkdir(exist_ok=True)
-    (source / "kernels" / "tuned" / "some-gpu.json").write_text("{}")
-    (source / "resnet_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_text("of an earlier build")
-    (source / "resnet_fast" / "_build_record.json").write_text('{"built": true, "reason": "an earlier build"}')
-    return source
-
-
 @pytest.mark.parametrize(("choice", "left"), [("keep", True), ("off", False), ("auto", False)])
 def test_what_becomes_of_the_module_in_a_checkout(choice: str, left: bool, checkout: Path, tmp_path: Path) -> None:
     """An editable installation deletes a module that it did not build, unless make installs, which has built it."""
