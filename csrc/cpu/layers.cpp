@@ -72,12 +72,17 @@ Convolution::Convolution(const Machine& machine, const float* weight, const floa
   std::memcpy(bias_.data(), bias, static_cast<std::size_t>(k) * sizeof(float));
 }
 
+Index windows(Index size, Index kernel, Index stride, Index pad, Index dilation) {
+  const Index room = size + 2 * pad - dilation * (kernel - 1) - 1;
+  return room < 0 ? 0 : room / stride + 1;
+}
+
 Index Convolution::out_height(Index h) const {
-  return (h + 2 * window_.pad_h - window_.dilation_h * (window_.r - 1) - 1) / window_.stride_h + 1;
+  return windows(h, window_.r, window_.stride_h, window_.pad_h, window_.dilation_h);
 }
 
 Index Convolution::out_width(Index w) const {
-  return (w + 2 * window_.pad_w - window_.dilation_w * (window_.s - 1) - 1) / window_.stride_w + 1;
+  return windows(w, window_.s, window_.stride_w, window_.pad_w, window_.dilation_w);
 }
 
 bool Convolution::winograd_possible() const {
