@@ -50,7 +50,8 @@ struct Direct {
   Epilogue epilogue;
   float* out;
   Index out_pixel;
-  // blocking, by plan_direct
+  bool narrow_groups;  // of 1, 2, 4 or 8 channels, fewer than a vector has: a vector holds several groups
+  // blocking
   bool merged;  // a filter row's pixels lie next to each other and are copied at once
   Index tiles;  // of tile_rows pixels each, the last ones evenly
   Index tiles_per_block, blocks;

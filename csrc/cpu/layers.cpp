@@ -63,6 +63,20 @@ Convolution::Convolution(const Machine& machine, const float* weight, const floa
     : machine_(machine), window_(window), k_(k), c_(c), groups_(groups), bias_(k) {
   const Kernels& kernels = *machine_.kernels;
   const Index group_c = c / groups, group_k = k / groups, taps = window.r * window.s, depth = taps * group_c;
+  if (narrow_groups()) {
+    const Index lanes = kernels.lanes;
+    weights_ = Floats(quotient(k, lanes) * lanes * depth);
+    float* to = weights_.data();
+    for (Index first = 0; first < k; first += lanes) {
+      for (Index i = 0; i < depth; ++i) {
+        for (Index channel = first; channel < first + lanes; ++channel) {
+          *to++ = channel < k ? weight[(channel * group_c + i % group_c) * taps + i / group_c] : 0.0f;
+        }
+      }
+    }
+    std::memcpy(bias_.data(), bias, static_cast<std::size_t>(k) * sizeof(float));
+    return;
+  }
   weights_ = Floats(groups * padded(group_k, kernels) * depth);
   for (Index group = 0; group < groups; ++group) {
     const float* from = weight + group * group_k * depth;
@@ -88,6 +102,12 @@ Index Convolution::out_width(Index w) const {
 bool Convolution::winograd_possible() const {
   return window_.r == 3 && window_.s == 3 && window_.stride_h == 1 && window_.stride_w == 1 &&
          window_.dilation_h == 1 && window_.dilation_w == 1 && groups_ == 1;
+}
+
+bool Convolution::narrow_groups() const {
+  const Index channels = c_ / groups_;
+  return groups_ > 1 && channels == k_ / groups_ && channels < machine_.kernels->lanes &&
+         (channels == 1 || channels == 2 || channels == 4 || channels == 8);
 }
 
 Algorithm Convolution::choose(Index h, Index w) const {
@@ -153,6 +173,11 @@ Direct Convolution::direct(const Map& in, int threads) const {
   d.weights = weights_.data();
   d.epilogue.bias = bias_.data();
   d.out_pixel = k_;
+  d.narrow_groups = narrow_groups();
+  if (d.narrow_groups) {
+    d.items = in.n * d.p;
+    return d;
+  }
   const Index group_c = c_ / groups_;
   d.merged = groups_ == 1 && in.pixel == c_ && window_.dilation_w == 1 && window_.s > 1 && window_.s * group_c <= chunk;
   const Index pixels = in.n * d.p * d.q;
@@ -178,6 +203,9 @@ Direct Convolution::direct(const Map& in, int threads) const {
 }
 
 Index direct_scratch(const Direct& d, const Kernels& kernels) {
+  if (d.narrow_groups) {
+    return 0;
+  }
   const Index runs = d.merged ? d.window.r : d.window.r * d.window.s;
   const Index length = d.merged ? d.window.s * d.in.c : d.in.c / d.groups;
   return d.tiles_per_block * runs * quotient(length, chunk) * kernels.tile_rows * chunk_stride;

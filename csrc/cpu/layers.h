@@ -56,6 +56,8 @@ class Convolution {
 
   Algorithm choose(Index h, Index w) const;
   bool winograd_possible() const;
+  // Whether a vector holds several groups: as many channels in as out, 1, 2, 4 or 8, and fewer than it has.
+  bool narrow_groups() const;
   // The layer with blocking, weights and bias, for the caller to fill in the data and the rest of the epilogue.
   Direct direct(const Map& in, int threads) const;
   Winograd winograd(int m, const Map& in, int threads) const;

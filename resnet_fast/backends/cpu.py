@@ -104,8 +104,9 @@ def slower(weight_shape: Sequence[int], groups: int) -> str:
     """Return why oneDNN is left a convolution that the engine could compute, "" if the engine takes less time."""
     if module().isa() == "portable":
         return "the engine has no kernels for this processor's vector instructions"
-    if groups > 1 and weight_shape[0] // groups < 16:
-        return "groups of less than 16 channels"
+    made, read = weight_shape[0] // groups, weight_shape[1]
+    if groups > 1 and made < 16 and not (made == read and made in (1, 2, 4, 8)):
+        return "narrow groups of unequal or odd numbers of channels"
     return ""
 
 
