@@ -54,6 +54,7 @@ class Convolution {
   Index out_height(Index h) const;
   Index out_width(Index w) const;
 
+  // By the size and, for F(4x4), what its rounding errors are with these weights.
   Algorithm choose(Index h, Index w) const;
   bool winograd_possible() const;
   // The layer with blocking, weights and bias, for the caller to fill in the data and the rest of the epilogue.
@@ -62,12 +63,14 @@ class Convolution {
   Index bytes() const;
 
  private:
+  bool winograd_worthwhile() const;
   const float* filters(int m) const;
 
   Machine machine_;
   Window window_;
   Index k_, c_, groups_;
   Floats weights_, bias_;
+  bool winograd4_exact_ = false;
   mutable std::mutex mutex_;
   mutable Floats filters2_, filters4_;
 };
