@@ -67,7 +67,7 @@ struct Direct {
 struct Winograd {
   int m;                 // 2 or 4
   Direct direct;         // the same layer, for tiles with infinities or NaN
-  const float* filters;  // pack_winograd's: [(m + 2)^2][panels][c][panel_width]
+  const float* filters;  // pack_winograd's: [panels][(m + 2)^2][c][panel_width]
   Index tiles_y, tiles_x, tiles;
   Index tiles_per_block, blocks;
   Index panels, panels_per_item, splits;

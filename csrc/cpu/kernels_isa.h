@@ -574,13 +574,9 @@ void winograd_for(const Winograd& w, Index item, float* scratch) {
   const Index last_panel = least((split + 1) * w.panels_per_item, w.panels);
   for (Index panel = split * w.panels_per_item; panel < last_panel; ++panel) {
     const bool narrow = d.k - panel * panel_width <= lanes;
+    const Index width = narrow ? lanes : panel_width;
     for (Index position = 0; position < positions; ++position) {
-      const Index width = narrow ? lanes : panel_width;
-      const Index all = d.k / panel_width * panel_width + (d.k % panel_width == 0       ? 0
-                                                           : d.k % panel_width <= lanes ? lanes
-                                                                                        : panel_width);
-      const float* filters = w.filters + (position * all + panel * panel_width) * d.in.c;
-      (void)width;
+      const float* filters = w.filters + (panel * positions * panel_width + position * width) * d.in.c;
       for (Index piece = 0; piece < pieces; ++piece) {
         const Index row = tiles * piece / pieces, rows = tiles * (piece + 1) / pieces - row;
         const Product product{transformed + position * position_distance + row * chunk_stride, chunk_distance, 1,

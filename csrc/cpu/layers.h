@@ -70,7 +70,7 @@ class Convolution {
   Window window_;
   Index k_, c_, groups_;
   Floats weights_, bias_;
-  bool winograd4_exact_ = false;
+  bool winograd4_chosen_ = false;  // over F(2x2)
   mutable std::mutex mutex_;
   mutable Floats filters2_, filters4_;
 };

@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "memory.h"
+
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -38,11 +40,7 @@ class Scratch {
     if (floats > size_) {
       memory_.reset();
       size_ = 0;
-      const std::size_t bytes = (static_cast<std::size_t>(floats) * sizeof(float) + 4095) / 4096 * 4096;
-      memory_.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
-      if (memory_ == nullptr) {
-        throw std::bad_alloc();
-      }
+      memory_.reset(static_cast<float*>(allocate(static_cast<std::size_t>(floats) * sizeof(float))));
       size_ = floats;
     }
     return memory_.get();

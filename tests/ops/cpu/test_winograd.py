@@ -113,7 +113,6 @@ def test_what_is_chosen_obeys_the_error_rule(filters: str) -> None:
         weight = FILTERS[filters](c, c).to(memory_format=torch.channels_last)
         layer = Problem(torch.empty(0), weight, torch.zeros(c), padding=(1, 1)).layer()
         assert layer.algorithm(20, 28) == layer.algorithm(56, 56) in WINOGRAD
-        assert layer.algorithm(6, 6) == "winograd2"
         for data in ("normal", "after ReLU", "mean 100", "heavy tails"):
             x = DATA[data](torch.randn(1, c, 24, 28)).to(memory_format=torch.channels_last)
             problem = Problem(x, weight, torch.zeros(c), padding=(1, 1))
@@ -134,6 +133,6 @@ def test_the_choice_of_the_tile_is_by_the_weights() -> None:
         assert Problem(torch.empty(0), weight, torch.zeros(c), padding=(1, 1)).layer().algorithm(14, 14) == "winograd2"
     few = Problem(torch.empty(0), normal_weight(32, 32), torch.zeros(32), padding=(1, 1)).layer()
     assert few.algorithm(56, 56) == "winograd2"
-    assert few.algorithm(4, 4) == "direct"
+    assert few.algorithm(2, 2) == "direct"
     thin = Problem(torch.empty(0), normal_weight(31, 64), torch.zeros(31), padding=(1, 1)).layer()
     assert thin.algorithm(56, 56) == "direct"
