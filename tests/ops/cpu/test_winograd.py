@@ -131,7 +131,7 @@ def test_the_choice_of_the_tile_is_by_the_weights() -> None:
         assert Problem(torch.empty(0), weight, torch.zeros(c), padding=(1, 1)).layer().algorithm(14, 14) == "winograd4"
         weight[0, 0, 0, 0] = torch.nan
         assert Problem(torch.empty(0), weight, torch.zeros(c), padding=(1, 1)).layer().algorithm(14, 14) == "winograd2"
-    few = Problem(torch.empty(0), normal_weight(32, 32), torch.zeros(32), padding=(1, 1)).layer()
+    few = Problem(torch.empty(0), normal_weight(48, 48), torch.zeros(48), padding=(1, 1)).layer()
     assert few.algorithm(56, 56) == "winograd2"
     assert few.algorithm(2, 2) == "direct"
     thin = Problem(torch.empty(0), normal_weight(31, 64), torch.zeros(31), padding=(1, 1)).layer()
