@@ -17,6 +17,10 @@ using Index = std::ptrdiff_t;
 constexpr int chunk = 64;
 constexpr int chunk_stride = 80;
 
+// Channels whose products are added up in registers before their sum is added to the total, if Winograd's output
+// transform is to enlarge its rounding error.
+constexpr int winograd_partial_sum = 32;
+
 // An image batch [n, h, w, c] in memory: `pixel` floats from one pixel to the next, rows and images dense.
 struct Map {
   Index n, h, w, c;

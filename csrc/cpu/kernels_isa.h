@@ -49,8 +49,6 @@ inline __attribute__((always_inline)) void multiply_chunk(Vector (&sums)[rows][v
 // Values that are added up in registers before their sum is added to the total: a long sum loses the least if it is a
 // sum of short ones.
 constexpr Index partial_sum = 128;
-// Winograd's output transform enlarges the rounding errors of its products, so theirs are shorter.
-constexpr Index winograd_partial_sum = 32;
 
 // `part` values are added up by one call, and a chunk is a multiple of it.
 template <int rows, int vectors, Index part, Index most>

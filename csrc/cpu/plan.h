@@ -68,7 +68,6 @@ class Plan {
   int add_layer(Layer layer);
   void check(int value) const;
   void check_open() const;
-  void check_data(const std::vector<Image>& inputs, const std::vector<float*>& outputs) const;
   std::vector<Shape> infer(const std::vector<Image>& inputs) const;
   std::shared_ptr<const Schedule> schedule(const std::vector<Image>& inputs, int threads) const;
 
