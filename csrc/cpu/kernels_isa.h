@@ -46,8 +46,14 @@ inline __attribute__((always_inline)) void multiply_chunk(Vector (&sums)[rows][v
   }
 }
 
+// Values that are added up in registers before their sum is added to the total: a long sum loses the least if it is a
+// sum of short ones.
+constexpr Index partial_sum = 128;
+
 template <int rows, int vectors>
 inline __attribute__((always_inline)) void multiply(Vector (&sums)[rows][vectors], const Product& product) {
+  float totals[rows * vectors * lanes];
+  asm("" : "=m"(totals));  // for the compiler, which does not see that they are written before they are read
 #pragma GCC unroll 16
   for (int row = 0; row < rows; ++row) {
 #pragma GCC unroll 4
@@ -57,17 +63,41 @@ inline __attribute__((always_inline)) void multiply(Vector (&sums)[rows][vectors
   }
   const float* pixels = product.pixels;
   const float* weights = product.weights;
+  Index summed = 0;
+  bool parts = false;
   for (Index run = 0; run < product.runs; ++run) {
-    Index left = product.length;
-    for (; left >= chunk; left -= chunk) {
-      multiply_chunk<rows, vectors>(sums, pixels, weights, chunk);
+    for (Index left = product.length; left > 0; left -= chunk) {
+      if (summed >= partial_sum) {
+#pragma GCC unroll 16
+        for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) {
+            float* total = totals + (row * vectors + v) * lanes;
+            store(total, parts ? add(load(total), sums[row][v]) : sums[row][v]);
+            sums[row][v] = zero();
+          }
+        }
+        parts = true;
+        summed = 0;
+      }
+      const Index length = least(left, chunk);
+      if (length == chunk) {
+        multiply_chunk<rows, vectors>(sums, pixels, weights, chunk);
+      } else {
+        multiply_chunk<rows, vectors>(sums, pixels, weights, length);
+      }
       pixels += product.chunk_distance;
-      weights += chunk * vectors * lanes;
+      weights += length * vectors * lanes;
+      summed += length;
     }
-    if (left != 0) {
-      multiply_chunk<rows, vectors>(sums, pixels, weights, left);
-      pixels += product.chunk_distance;
-      weights += left * vectors * lanes;
+  }
+  if (parts) {
+#pragma GCC unroll 16
+    for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        sums[row][v] = add(load(totals + (row * vectors + v) * lanes), sums[row][v]);
+      }
     }
   }
 }
