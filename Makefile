@@ -76,6 +76,7 @@ wheel: $(VENV)/.dev ## build the source archive, and from it the wheel, into dis
 	@ls dist
 
 engine: $(VENV)/.made ## compile csrc/cpu/ into this checkout again, only what has changed (the installation has done it once)
+	@[ -e $(VENV)/.test ] || [ -e $(VENV)/.dev ] || $(MAKE) --no-print-directory $(VENV)/.dev
 	@$(BIN)/python csrc/native_build.py --module _cpu --out resnet_fast --build-dir build/cpu
 
 sanitize: $(VENV)/.test ## test the CPU engine built with sanitizers (SANITIZE=thread, ARGS="tests/ops/test_stem.py -k odd")
