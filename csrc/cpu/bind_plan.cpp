@@ -133,6 +133,12 @@ void bind_plan(py::module_& m) {
            "residual_after_relu"_a, "threads"_a, "algorithm"_a = "auto",
            "Compute act(conv(x) + bias + residual): x [n, h, w, c], residual (0 for none) and out [n, p, q, k], dense.")
       .def(
+          "shape",
+          [](const Convolution& layer, Index n, Index h, Index w) {
+            return Four{n, layer.out_channels(), layer.out_height(h), layer.out_width(w)};
+          },
+          "n"_a, "h"_a, "w"_a, "Of the output for images of this size: [n, k, p, q].")
+      .def(
           "algorithm",
           [](const Convolution& layer, Index h, Index w) {
             return algorithm_names[static_cast<std::size_t>(layer.choose(h, w))];

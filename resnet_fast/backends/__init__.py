@@ -1,24 +1,25 @@
 """Which implementation of a fused op runs, and why a faster one did not.
 
 The ops ask this module; users steer it with :func:`use` and read it with :func:`available` and :func:`fallbacks`.
-It holds no kernel: the adapters beside it (``onednn``) and the kernel packages do.
+It holds no kernel: the adapters beside it (``cpu``, ``onednn``) and the kernel packages do.
 """
 
 from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from . import cuda, onednn, triton
+from . import cpu, cuda, onednn, triton
 
 __all__ = [
-    "Backend", "Choice", "FallbackWarning", "available", "candidates", "choose", "current", "fallback", "fallbacks",
-    "pick", "runs", "use",
+    "ON_CPU", "Backend", "Choice", "FallbackWarning", "available", "candidates", "choose", "current", "fallback",
+    "fallbacks", "on_cpu", "pick", "runs", "use",
 ]  # fmt: skip
 
 
@@ -36,10 +37,13 @@ class Backend(Protocol):
 
 #: Every backend by name, with the device types it runs on (none named = any).
 _DEVICES: dict[str, tuple[str, ...]] = {
-    "reference": (), "onednn": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)
+    "reference": (), "cpu": ("cpu",), "onednn": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)
 }  # fmt: skip
 
 _OF_KERNELS: tuple[Backend, ...] = (triton, cuda)
+
+#: What may compute an op on a CPU by itself, the fastest first.
+ON_CPU = (cpu.NAME, "onednn")
 
 _lock = threading.Lock()
 #: The choice in force for the whole process, made by :class:`use`.
@@ -55,6 +59,7 @@ def available() -> dict[str, str]:
     """Return each backend's name with ``""`` if it can be used here, else the reason why it cannot."""
     return {
         "reference": "",
+        "cpu": cpu.unavailable(),
         "onednn": onednn.unavailable(),
         "triton": triton.unavailable(),
         "cuda": cuda.unavailable(),
@@ -186,6 +191,29 @@ def choose(op: str, among: tuple[Backend, ...], problem: Any, device: torch.devi
     if choice.backend is None:
         fallback(op, f"{choice.reason}; the plain torch reference runs instead")
     return choice
+
+
+def on_cpu(op: str, device: str, asked: str, why_not: Callable[[str, bool], str]) -> str:
+    """Return which of :data:`ON_CPU` computes an op on tensors of this device type; "" if none does.
+
+    If they should and none can, that is recorded as a fallback.
+
+    Args:
+        asked: "auto" for the process-wide choice, or a backend's name.
+        why_not: says why the backend of this name does not compute it, "" if it does; whether it was chosen by name.
+
+    Raises:
+        RuntimeError: as :func:`runs`.
+    """
+    reason, chosen = "", (asked if asked != "auto" else selected) != "auto"
+    for name in ON_CPU:
+        if runs(name, device, asked):
+            reason = why_not(name, chosen)
+            if not reason:
+                return name
+    if reason:
+        fallback(op, f"{reason}; the plain torch reference runs instead")
+    return ""
 
 
 def fallback(what: str, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""The CPU engine: whether resnet_fast._cpu can run here, which of its instruction sets does, and why not.
+"""The CPU engine: whether resnet_fast._cpu can run here, why not, and its convolutions and plans on torch's tensors.
 
 The module is loaded when somebody asks, and what went wrong is kept. No other file touches it.
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .cuda import record
+from .layouts import channels_last, empty_channels_last
 
 NAME = "cpu"
 
@@ -88,3 +91,107 @@ def described() -> dict[str, Any]:
         "sanitizer": info["sanitizer"],
         "threads": torch.get_num_threads(),
     }
+
+
+def unsupported(dtype: torch.dtype) -> str:
+    """Return why tensors of this dtype cannot be computed by the engine, "" if they can. Includes :func:`unavailable`."""
+    if dtype is not torch.float32:
+        return f"the CPU engine computes float32, not {str(dtype).removeprefix('torch.')}"
+    return unavailable()
+
+
+def slower(weight_shape: Sequence[int], groups: int) -> str:
+    """Return why oneDNN is left a convolution that the engine could compute, "" if the engine takes less time."""
+    if module().isa() == "portable":
+        return "the engine has no kernels for this processor's vector instructions"
+    if groups > 1 and weight_shape[0] // groups < 16:
+        return "groups of less than 16 channels"
+    return ""
+
+
+class Convolution:
+    """A convolution's folded weight and bias, packed for this machine.
+
+    Args:
+        weight: [K, C / groups, R, S] float32. bias: [K].
+        geometry: stride, padding, dilation and groups.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int]
+    ) -> None:
+        stride, padding, dilation, groups = geometry
+        k, c, *kernel = weight.shape
+        weight, bias = weight.detach().contiguous(), bias.detach().contiguous()
+        self.layer = module().Convolution(
+            weight.data_ptr(), bias.data_ptr(), k, c * groups, groups, kernel, list(stride), list(padding), list(dilation)
+        )
+
+    def run(self, x: Tensor, residual: Tensor | None, relu: bool, residual_after_relu: bool) -> Tensor:
+        """Return ``act(conv(x) + residual)`` of ``x`` [N, C, H, W] in any strides, channels_last."""
+        x = channels_last(x)
+        if residual is not None:
+            residual = channels_last(residual)
+        n, _, h, w = x.shape
+        out = empty_channels_last(x, self.layer.shape(n, h, w))
+        self.layer.run(
+            x.data_ptr(), n, h, w, 0 if residual is None else residual.data_ptr(), out.data_ptr(), relu,
+            residual_after_relu, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
+class Network:
+    """Layers that run as one call. Values are numbered in the order in which they are made."""
+
+    def __init__(self) -> None:
+        self._plan = module().Plan()
+        self._flat: list[bool] = []
+
+    def input(self, channels: int) -> int:
+        """Return the value of the next tensor [N, C, H, W] that :meth:`run` is given."""
+        return int(self._plan.input(channels))
+
+    def convolution(
+        self, x: int, layer: Convolution, residual: int | None, relu: bool, residual_after_relu: bool = False
+    ) -> int:
+        """Return ``act(conv(x) + residual)``, or with the residual added after the ReLU."""
+        return int(
+            self._plan.convolution(x, layer.layer, -1 if residual is None else residual, relu, residual_after_relu)
+        )
+
+    def max_pool(
+        self, x: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+        ceil_mode: bool,
+    ) -> int:  # fmt: skip
+        """Return torch's max_pool2d."""
+        return int(
+            self._plan.max_pool(x, list(kernel), list(stride), list(padding), list(dilation), ceil_mode)
+        )
+
+    def average(self, x: int) -> int:
+        """Return the mean over all pixels, [N, C, 1, 1]."""
+        return int(self._plan.average(x))
+
+    def add(self, x: int, y: int, relu: bool) -> int:
+        """Return ``x + y``, or the ReLU of it."""
+        return int(self._plan.add(x, y, relu))
+
+    def output(self, value: int, flat: bool) -> None:
+        """Give the value back, ``flat`` as [N, K] rather than [N, K, 1, 1]."""
+        self._plan.output(value)
+        self._flat.append(flat)
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs for float32 images, in any strides, channels_last.
+
+        Raises:
+            ValueError: an image does not fit.
+        """
+        given = [(x.data_ptr(), x.shape, x.stride()) for x in inputs]
+        outputs = [
+            torch.empty(shape[:2]) if flat else torch.empty(shape, memory_format=torch.channels_last)
+            for shape, flat in zip(self._plan.shapes(given), self._flat, strict=True)
+        ]
+        self._plan.run(given, [output.data_ptr() for output in outputs], torch.get_num_threads())
+        return outputs

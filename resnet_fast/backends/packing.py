@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import onednn
+from . import cpu, onednn
 from .layouts import channels_last, owned
 
 _xxhash: Any = None  # as in a checkout that runs without being installed
@@ -34,6 +34,9 @@ _WEIGHTS_KEPT = 64
 
 #: Stride, padding, dilation and groups of a convolution.
 Geometry: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+
+#: What runs a convolution: of oneDNN, or of the CPU engine.
+Packed: TypeAlias = "PackedConv | EngineConv"
 
 #: Makes the plain folded weight, and says whether it belongs to the packed convolution, or was edited meanwhile.
 Folded = Callable[[], tuple[Tensor, bool]]
@@ -139,10 +142,36 @@ class PackedConv:
         return y if usual else owned(y)
 
 
+@dataclass(eq=False)
+class EngineConv:
+    """A convolution with its scale folded in, run by the CPU engine; packed at the first run. As :class:`PackedConv`."""
+
+    bias: Tensor
+    geometry: Geometry
+    _layer: cpu.Convolution | None = None
+
+    def run(
+        self,
+        x: Tensor,
+        folded: Folded,
+        residual: Tensor | None = None,
+        *,
+        overwrite_residual: bool = False,
+        activation: str = "none",
+        residual_after_activation: bool = False,
+        finite: bool = False,
+    ) -> Tensor:
+        layer = self._layer
+        if layer is None:
+            weight, keep = folded()
+            layer = cpu.Convolution(weight, self.bias, self.geometry)
+            if keep:
+                self._layer = layer
+        return layer.run(x.to(torch.float32), residual, activation == "relu", residual_after_activation)
+
+
 #: By storage, so that an entry goes with the last tensor on the weight's memory: a digest, and what it is valid for.
-_cache: WeakKeyDictionary[torch.UntypedStorage, dict[tuple[object, ...], tuple[bytes, PackedConv]]] = (
-    WeakKeyDictionary()
-)
+_cache: WeakKeyDictionary[torch.UntypedStorage, dict[tuple[object, ...], tuple[bytes, Packed]]] = WeakKeyDictionary()
 
 
 def _digest(*tensors: Tensor) -> bytes:
@@ -161,16 +190,34 @@ def _digest(*tensors: Tensor) -> bytes:
     return digest
 
 
-def unsupported(dtype: torch.dtype, weight: Tensor, groups: int) -> str:
-    """Return why this convolution cannot run packed, or "" if it can."""
-    depthwise = weight.shape[1] == 1 and weight.shape[0] == groups
-    if dtype is torch.bfloat16 and groups > 1 and weight.shape[1] % 2 and not depthwise:
-        return f"oneDNN mixes pixels for bfloat16 groups of an odd number of channels ({weight.shape[1]})"
+def unsupported(name: str, chosen: bool, dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> str:
+    """Return why a backend of ``backends.ON_CPU`` is not to run this convolution, or "" if it is.
+
+    Args:
+        chosen: somebody asked for that backend, be it slower or not.
+    """
+    if name == cpu.NAME:
+        return cpu.unsupported(dtype) or ("" if chosen else cpu.slower(weight_shape, groups))
+    depthwise = weight_shape[1] == 1 and weight_shape[0] == groups
+    if dtype is torch.bfloat16 and groups > 1 and weight_shape[1] % 2 and not depthwise:
+        return f"oneDNN mixes pixels for bfloat16 groups of an odd number of channels ({weight_shape[1]})"
     return onednn.unsupported(dtype)
 
 
-#: What was found to run on oneDNN: dtype and weight's shape and groups, and whether torch lets oneDNN run.
-_supported: set[tuple[object, ...]] = set()
+def engine(weight: Tensor, scale: Tensor, shift: Tensor, geometry: Geometry) -> cpu.Convolution:
+    """Return a convolution of the CPU engine with ``scale`` folded in."""
+    return cpu.Convolution(fold(weight, scale, torch.float32), shift.to(torch.float32), geometry)
+
+
+#: Which of ``backends.ON_CPU`` runs what, by the weight's shape, groups and dtype, and by what users may switch.
+_runs: dict[tuple[object, ...], str] = {}
+
+
+def _pack(backend: str, shift: Tensor, dtype: torch.dtype, shape: torch.Size, geometry: Geometry) -> Packed:
+    stride, padding, dilation, groups = geometry
+    if backend == cpu.NAME:
+        return EngineConv(shift.to(dtype), geometry)
+    return PackedConv(shift.to(dtype), shape, (list(padding), list(stride), list(dilation), groups))
 
 
 def packed(
@@ -181,38 +228,42 @@ def packed(
     scale: Tensor,
     shift: Tensor,
     geometry: Geometry,
-    kept: dict[Any, Any] | None,
-) -> tuple[PackedConv, Folded] | None:
-    """Return a convolution packed for ``x`` in ``dtype``, and what packs more of it; None if oneDNN does not run it.
+    bound: Any = None,
+) -> tuple[Packed, Folded] | None:
+    """Return a convolution packed for ``x`` in ``dtype``, and what packs more of it; None if no backend runs it packed.
 
     Cached while weight, scale and shift do not change. Whoever edits them while this runs gets one answer of the old
     values, the new ones or both, but none later: what is packed was hashed.
 
     Args:
-        kept: keeps the packed form of constants, which are not looked at again; None if they are none.
+        bound: the op on constants (``ops._op.Bound``), which keeps their packed form and does not look at them again;
+            None if they are none.
     """
     stride, padding, dilation, groups = geometry
-    if kept is not None:
-        if "packed" not in kept:
-            conv = PackedConv(shift.to(dtype), weight.shape, (list(padding), list(stride), list(dilation), groups))
-            kept["packed"] = conv, lambda: (fold(weight, scale, dtype), True)
-        made: tuple[PackedConv, Folded] = kept["packed"]
-        return made
-    usual = x.is_cpu and backends.selected == "auto"
-    if not x.numel() or not (usual or backends.runs("onednn", x.device.type)):
-        return None
     shape = weight.shape
-    able = (dtype, shape, groups, torch.backends.mkldnn.enabled)
-    if able not in _supported:
-        if reason := unsupported(dtype, weight, groups):
-            backends.fallback(op, f"{reason}; the plain torch reference runs instead")
+    if bound is not None:
+        made: tuple[Packed, Folded] = bound.keep(
+            "packed",
+            lambda: (_pack(bound.backend, shift, bound.dtype, shape, geometry),
+                     lambda: (fold(weight, scale, bound.dtype), True)),
+        )  # fmt: skip
+        return made
+    if not x.numel():
+        return None
+    able = (dtype, shape, groups, torch.backends.mkldnn.enabled, backends.selected, x.device.type)
+    backend = _runs.get(able)
+    if backend is None:
+        backend = backends.on_cpu(
+            op, x.device.type, "auto", lambda name, chosen: unsupported(name, chosen, dtype, shape, groups)
+        )
+        if not backend:
             return None
-        if len(_supported) > _SHAPES_KEPT:
-            _supported.clear()
-        _supported.add(able)
+        if len(_runs) > _SHAPES_KEPT:
+            _runs.clear()
+        _runs[able] = backend
     key = (
         weight.storage_offset(), shape, weight.stride(), weight.dtype, dtype, tuple(stride), tuple(padding),
-        tuple(dilation), groups,
+        tuple(dilation), groups, backend,
     )  # fmt: skip
     entries = _cache.setdefault(weight.untyped_storage(), {})
     digest = _digest(weight, scale, shift)
@@ -220,7 +271,7 @@ def packed(
     if found is None or found[0] != digest:
         own = shift.clone()
         digest = _digest(weight, scale, own)
-        conv = PackedConv(own.to(dtype), shape, (list(padding), list(stride), list(dilation), groups))
+        conv = _pack(backend, own, dtype, shape, geometry)
         entries.pop(key, None)
         entries[key] = found = (digest, conv)
         for old in list(entries)[:-_WEIGHTS_KEPT]:

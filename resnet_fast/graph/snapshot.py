@@ -15,7 +15,7 @@ from resnet_fast import backends
 from resnet_fast.backends.layouts import suggests_channels_last
 from resnet_fast.nn.pristine import capturing
 
-from . import batching, calling, capture, finite, plan
+from . import batching, calling, capture, engine, finite, plan
 from . import cuda_graphs as cuda_graphs_
 from .guard import TooLarge, with_separate_relus
 from .guards import OutsideGuards
@@ -68,6 +68,7 @@ class OptimizedModule(nn.Module):
         self._certified = True  # finite.certify has seen these constants
         self._separable = not batching.why_not_separable(graph_module)
         self._pieces: dict[tuple[Any, ...], int] = {}
+        self._planned: tuple[fx.GraphModule | None] | None = None
         self.cuda_graphs = cuda_graphs
         self._recorder: cuda_graphs_.Recorder | None = None
 
@@ -123,6 +124,14 @@ class OptimizedModule(nn.Module):
                 device
             ):  # this module's dtype was chosen when it was made
                 stack.enter_context(torch.autocast(device, enabled=False))
+            planned = self._engine() if device == "cpu" else None
+            if planned is not None:
+                try:
+                    with with_separate_relus():
+                        result = planned(*given)
+                    return self._laid_out(as_dtype(result, self.dtype, self.output_dtype), given)
+                except engine.NotPlanned:
+                    pass  # the layers, one by one
             try:
                 result = self.graph_module(*given)
             except TooLarge:
@@ -130,6 +139,12 @@ class OptimizedModule(nn.Module):
                 stack.enter_context(with_separate_relus())
                 result = self.graph_module(*given)
         return self._laid_out(as_dtype(result, self.dtype, self.output_dtype), given)
+
+    def _engine(self) -> fx.GraphModule | None:
+        """Return the graph as calls of the CPU engine, made at the first run; None if it computes no layer."""
+        if self._planned is None:
+            self._planned = (engine.planned(self.graph_module),)
+        return self._planned[0]
 
     def _run_plain(self, error: Exception, args: Any, kwargs: Any) -> Any:
         """Run the author's own code on what the graph was not made for."""
@@ -164,11 +179,11 @@ class OptimizedModule(nn.Module):
         return self._recorder(x)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_recorder": None}
+        return {**self.__dict__, "_recorder": None, "_planned": None}
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._certified = False  # of the old constants; the new ones are looked at when they run
-        self._recorder = None
+        self._recorder = self._planned = None
         self._plain = None  # it has the constants of before
         super()._load_from_state_dict(*args)
 
@@ -234,7 +249,7 @@ class OptimizedModule(nn.Module):
             return moved
 
         self._certified = False
-        self._recorder = None
+        self._recorder = self._planned = None
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         if isinstance(self._plain, tuple):
             self._plain[0]._apply(lambda tensor: tensor.to(fn(torch.empty(0, device=tensor.device)).device))

@@ -25,10 +25,11 @@ from torch.autograd import forward_ad
 from .. import backends
 from .._dtypes import DTYPES
 from .._random import Random
-from ..backends import Backend
+from ..backends import Backend, cpu
 from .common import freeze_constants, transformed
 
 A = TypeVar("A", bound=tuple[Any, ...])
+T = TypeVar("T")
 
 _library = torch.library.Library("resnet_fast", "DEF")
 _CHECKS_KEPT = 10_000
@@ -113,6 +114,11 @@ _EXACT: dict[str, Callable[[Any], bool]] = {
 }
 
 
+def no_limits(name: str, constants: dict[str, Any], dtype: torch.dtype, chosen: bool) -> str:
+    """Return why a backend of ``backends.ON_CPU`` does not compute an op whose constants do not matter."""
+    return cpu.unsupported(dtype) if name == cpu.NAME else ""
+
+
 @dataclass(eq=False)
 class Op(Generic[A]):
     """An op of ``torch.ops.resnet_fast``.
@@ -132,8 +138,11 @@ class Op(Generic[A]):
         dtype: what kernels compute in. data: the fields that are no constants of a network.
         problem: what a launch choice depends on; None if no choice is made by it. sample: random arguments of such a
             problem, with every tensor that it may have.
-        freeze: the constants as :meth:`bind` keeps them, for inputs of a dtype. limits: why ``native`` cannot
-            compute with such constants, or "". single: the result that callers of a bound op see.
+        freeze: the constants as :meth:`bind` keeps them, for inputs of a dtype. limits: why a backend of
+            ``backends.ON_CPU`` does not compute the op on such constants, "" if it does; whether somebody chose it by
+            name. single: the result that callers of a bound op see.
+        plan: adds the op on constants to a network of the CPU engine, with values in place of data; None if it has no
+            place in one.
         kind: the op whose kernels, tables and fallbacks these are, if not its own.
         schema, returns: if the annotations do not say it: arguments that are written, several outputs.
     """
@@ -153,7 +162,8 @@ class Op(Generic[A]):
     problem: Callable[[A], Any] | None = None
     sample: Callable[[Any, Random], A] | None = None
     freeze: Callable[[dict[str, Any], torch.dtype], dict[str, Any]] = freeze_constants
-    limits: Callable[[dict[str, Any], torch.dtype], str] = lambda constants, dtype: ""
+    limits: Callable[[str, dict[str, Any], torch.dtype, bool], str] = no_limits
+    plan: Callable[[cpu.Network, A, Bound[A]], int] | None = None
     single: Callable[[A, Any], Any] = lambda a, output: output
     kind: str = ""
     schema: str = ""
@@ -261,7 +271,8 @@ class Bound(Generic[A]):
         dtype: of the inputs and outputs. asked: "auto" or a backend's name. device: the constants' unless given.
 
     Attributes:
-        candidates: the backends whose kernels may run; none of them if the op runs by oneDNN or the reference.
+        candidates: the backends whose kernels may run; none of them if the op runs by one of ``backends.ON_CPU`` or
+            the reference.
         kept: what the op has made of its constants.
     """
 
@@ -275,18 +286,20 @@ class Bound(Generic[A]):
         self.device = [*places, torch.device("cpu")][0] if device is None else device
         self._all_data = not places  # then inputs have only each other to fit to
         self.candidates = backends.candidates(op.kind, self.device, dtype, asked)
-        self._native = False
-        if not self.candidates and backends.runs("onednn", self.device.type, asked):
-            reason = op.limits(self.constants, dtype)
-            self._native = not reason
-            if reason:
-                backends.fallback(op.name, f"{reason}; the plain torch reference runs instead")
+        self._native = ""
+        if not self.candidates:
+            self._native = backends.on_cpu(
+                op.name,
+                self.device.type,
+                asked,
+                lambda name, chosen: op.limits(name, self.constants, dtype, chosen),
+            )
 
     @property
     def backend(self) -> str:
         """The name of the backend that runs it, "auto" if each input's shape decides."""
         if not self.candidates:
-            return "onednn" if self._native else "reference"
+            return self._native or "reference"
         return "auto" if len(self.candidates) > 1 else self.candidates[0].NAME
 
     def backend_for(self, *data: Tensor) -> str:
@@ -296,6 +309,13 @@ class Bound(Generic[A]):
         if self.op.problem is None:
             return self.candidates[0].NAME
         return backends.pick(self.op.name, self.candidates, self.op.problem(self.of(*data)), self.device).name
+
+    def keep(self, key: Any, make: Callable[[], T]) -> T:
+        """Return what ``make`` has made of the constants, once."""
+        if key not in self.kept:
+            self.kept[key] = make()  # in one step, for threads
+        made: T = self.kept[key]
+        return made
 
     def of(self, *data: Tensor | None) -> A:
         """Return the op's arguments with these data; those that are left out are None."""

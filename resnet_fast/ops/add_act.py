@@ -14,7 +14,7 @@ from resnet_fast.kernels.problems import AddAct as Problem
 
 from .. import backends
 from .._random import Random
-from ..backends import Backend, cuda, triton
+from ..backends import Backend, cpu, cuda, triton
 from . import checks
 from ._op import Bound, Op
 from .common import accumulate_dtype, cast, transformed
@@ -115,9 +115,14 @@ def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
     return a._replace(x=cast(a.x, wider), y=cast(a.y, wider))
 
 
+def plan(network: cpu.Network, a: Arguments, bound: Bound[Arguments]) -> int:
+    return network.add(a.x, a.y, a.activation == "relu")
+
+
 OP = Op(
     NAME, Arguments, check, lambda a: torch.empty_like(a.x), reference, kernel, native, context, backward, autocast,
     data=("x", "y"), problem=lambda a: problem(a.x), sample=lambda asked, random: Arguments(*_two(asked, random)),
+    plan=plan,
 )  # fmt: skip
 
 

@@ -287,7 +287,7 @@ def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
 OP = Op(
     NAME, Arguments, check, empty, reference, kernel, native, context, backward, autocast,
     dtype=lambda a: a.a.dtype, data=("a", "residual"), sample=sample,
-    limits=lambda constants, dtype: packing.unsupported(dtype, constants["weight2"], 1),
+    limits=lambda name, constants, dtype, chosen: packing.unsupported(name, chosen, dtype, constants["weight2"].shape, 1),
     single=lambda a, output: output[0] if a.weight1 is None else output, returns=tuple[Tensor, Tensor],
 )  # fmt: skip
 

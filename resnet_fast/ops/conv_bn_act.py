@@ -12,7 +12,7 @@ from resnet_fast.kernels.problems import ConvBNAct as Problem
 
 from .. import backends
 from .._random import Random
-from ..backends import Backend, cuda, packing, triton
+from ..backends import Backend, cpu, cuda, packing, triton
 from ..backends.layouts import channels_last, empty_channels_last, kernel_vector, kernel_weight
 from ..backends.packing import Geometry
 from . import checks
@@ -142,14 +142,13 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
 def native(
     a: Arguments, bound: Bound[Arguments] | None = None, overwrite_residual: bool = False, finite: bool = False
 ) -> Tensor | None:
-    """Compute the op by oneDNN on packed weights.
+    """Compute the op on packed weights, by the CPU engine or oneDNN.
 
     Args:
         overwrite_residual: the result may be written into the residual. finite: neither NaN nor an overflow can reach
             the ReLU.
     """
-    kept, dtype = (None, a.x.dtype) if bound is None else (bound.kept, bound.dtype)
-    packed = packing.packed(NAME, a.x, dtype, a.weight, a.scale, a.shift, a[5:9], kept)
+    packed = packing.packed(NAME, a.x, a.x.dtype, a.weight, a.scale, a.shift, a[5:9], bound)
     if packed is None:
         return None
     conv, folded = packed
@@ -190,10 +189,19 @@ def freeze(constants: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return freeze_constants(constants, dtype)
 
 
+def limits(name: str, constants: dict[str, Any], dtype: torch.dtype, chosen: bool) -> str:
+    return packing.unsupported(name, chosen, dtype, constants["weight"].shape, constants.get("groups", 1))
+
+
+def plan(network: cpu.Network, a: Arguments, bound: Bound[Arguments]) -> int:
+    layer = bound.keep(cpu.NAME, lambda: packing.engine(a.weight, a.scale, a.shift, a.geometry))
+    return network.convolution(a.x, layer, a.residual, a.activation == "relu", a.residual_after_activation)
+
+
 OP = Op(
     NAME, Arguments, check, lambda a: empty_channels_last(a.x, output_shape(a)), reference, kernel, native, context,
     backward, autocast, data=("x", "residual"), problem=problem, sample=sample, freeze=freeze,
-    limits=lambda constants, dtype: packing.unsupported(dtype, constants["weight"], constants.get("groups", 1)),
+    limits=limits, plan=plan,
 )  # fmt: skip
 
 

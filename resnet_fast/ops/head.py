@@ -11,7 +11,7 @@ from resnet_fast.kernels.problems import Head as Problem
 
 from .. import backends
 from .._random import Random
-from ..backends import Backend, cuda, onednn, triton
+from ..backends import Backend, cpu, cuda, onednn, triton
 from ..backends.layouts import channels_last, kernel_vector
 from . import checks
 from ._op import Bound, Op
@@ -114,9 +114,20 @@ def freeze(constants: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {name: None if value is None else value.detach().to(dtype) for name, value in constants.items()}
 
 
+def limits(name: str, constants: dict[str, Any], dtype: torch.dtype, chosen: bool) -> str:
+    return cpu.unsupported(dtype) if name == cpu.NAME else onednn.unavailable()
+
+
+def plan(network: cpu.Network, a: Arguments, bound: Bound[Arguments]) -> int:
+    weight = a.weight[:, :, None, None]
+    bias = a.weight.new_zeros(weight.shape[0]) if a.bias is None else a.bias
+    layer = bound.keep(cpu.NAME, lambda: cpu.Convolution(weight, bias, ((1, 1), (0, 0), (1, 1), 1)))
+    return network.convolution(network.average(a.x), layer, None, relu=False)
+
+
 OP = Op(
     NAME, Arguments, check, empty, reference, kernel, native, context, backward, autocast, problem=problem,
-    sample=sample, freeze=freeze, limits=lambda constants, dtype: onednn.unavailable(),
+    sample=sample, freeze=freeze, limits=limits, plan=plan,
 )  # fmt: skip
 
 

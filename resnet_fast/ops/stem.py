@@ -13,7 +13,7 @@ from resnet_fast.kernels.problems import Stem as Problem
 
 from .. import backends
 from .._random import Random
-from ..backends import Backend, cuda, packing, triton
+from ..backends import Backend, cpu, cuda, packing, triton
 from ..backends.layouts import kernel_vector, owned, squares, taps_first
 from ..backends.packing import Geometry
 from . import checks
@@ -154,9 +154,8 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
 
 
 def native(a: Arguments, bound: Bound[Arguments] | None = None) -> Tensor | None:
-    """Compute the op by oneDNN. ReLU and max commute (for NaN too): ReLU runs on the 4x smaller pooled tensor."""
-    kept, dtype = (None, a.dtype) if bound is None else (bound.kept, bound.dtype)
-    packed = packing.packed(NAME, a.x, dtype, a.weight, a.scale, a.shift, _GEOMETRY, kept)
+    """Compute the op by the CPU engine or oneDNN. ReLU and max commute (for NaN too): ReLU runs on the 4x smaller pooled tensor."""
+    packed = packing.packed(NAME, a.x, a.dtype, a.weight, a.scale, a.shift, _GEOMETRY, bound)
     if packed is None:
         return None
     conv, folded = packed
@@ -183,10 +182,21 @@ def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
     return a._replace(x=x, weight=weight)
 
 
+def limits(name: str, constants: dict[str, Any], dtype: torch.dtype, chosen: bool) -> str:
+    return packing.unsupported(name, chosen, dtype, constants["weight"].shape, 1)
+
+
+def plan(network: cpu.Network, a: Arguments, bound: Bound[Arguments]) -> int:
+    layer = bound.keep(cpu.NAME, lambda: packing.engine(a.weight, a.scale, a.shift, _GEOMETRY))
+    inner = network.convolution(a.x, layer, None, relu=True)
+    padding = 0 if a.ceil_mode else 1
+    return network.max_pool(inner, (3, 3), (2, 2), (padding, padding), (1, 1), a.ceil_mode)
+
+
 OP = Op(
     NAME, Arguments, check, empty, reference, kernel, native, lambda ctx, a, output: keep(ctx, a), backward, autocast,
     dtype=lambda a: a.dtype, problem=problem, sample=sample,
-    limits=lambda constants, dtype: packing.unsupported(dtype, constants["weight"], 1),
+    limits=limits, plan=plan,
 )  # fmt: skip
 
 
