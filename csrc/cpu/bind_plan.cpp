@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <stdexcept>
@@ -54,21 +55,54 @@ Algorithm algorithm_of(const std::string& name) {
   throw std::invalid_argument("algorithm must be auto, direct, winograd2 or winograd4, got '" + name + "'");
 }
 
+void check_address(std::uintptr_t address, const std::string& name) {
+  if (address == 0) {
+    throw std::invalid_argument(name + " has the address 0");
+  }
+}
+
+void check_threads(int threads) {
+  if (threads < 1 || threads > 1024) {
+    throw std::invalid_argument("threads must be from 1 to 1024, got " + std::to_string(threads));
+  }
+}
+
+std::string text(const Pair& pair) { return "(" + std::to_string(pair[0]) + ", " + std::to_string(pair[1]) + ")"; }
+
+Window window_of(const std::string& what, Pair kernel, Pair stride, Pair padding, Pair dilation) {
+  constexpr Index most = 1 << 20;  // with which no sum of these and an image's size overflows
+  const auto check = [&](const std::string& name, const Pair& pair, Index least) {
+    if (std::min(pair[0], pair[1]) < least || std::max(pair[0], pair[1]) > most) {
+      throw std::invalid_argument(name + " of " + what + " must be from " + std::to_string(least) + " to " +
+                                  std::to_string(most) + ", got " + text(pair));
+    }
+  };
+  check("kernel", kernel, 1);
+  check("stride", stride, 1);
+  check("padding", padding, 0);
+  check("dilation", dilation, 1);
+  return {kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+}
+
+Window pooling_window_of(Pair kernel, Pair stride, Pair padding, Pair dilation) {
+  const Window window = window_of("a pooling", kernel, stride, padding, dilation);
+  for (int i = 0; i < 2; ++i) {
+    if (padding[i] > (dilation[i] * (kernel[i] - 1) + 1) / 2) {
+      throw std::invalid_argument("padding of a pooling must be at most half of its window, got " + text(padding));
+    }
+  }
+  return window;
+}
+
 std::shared_ptr<Convolution> make_convolution(std::uintptr_t weight, std::uintptr_t bias, Index k, Index c,
                                               Index groups, Pair kernel, Pair stride, Pair padding, Pair dilation) {
   if (k <= 0 || c <= 0 || groups <= 0 || k % groups != 0 || c % groups != 0) {
     throw std::invalid_argument("a convolution of " + std::to_string(c) + " to " + std::to_string(k) +
                                 " channels cannot have " + std::to_string(groups) + " groups");
   }
-  for (const Pair& each : {kernel, stride, dilation}) {
-    if (each[0] <= 0 || each[1] <= 0) {
-      throw std::invalid_argument("kernel, stride and dilation of a convolution must be positive");
-    }
-  }
-  if (padding[0] < 0 || padding[1] < 0) {
-    throw std::invalid_argument("the padding of a convolution must not be negative");
-  }
-  const Window window{kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+  const Window window = window_of("a convolution", kernel, stride, padding, dilation);
+  check_address(weight, "weight");
+  check_address(bias, "bias");
   py::gil_scoped_release without_gil;
   return std::make_shared<Convolution>(this_machine(), pointer<const float>(weight), pointer<const float>(bias), k, c,
                                        groups, window);
@@ -85,9 +119,12 @@ void run_convolution(const Convolution& layer, std::uintptr_t x, Index n, Index 
   if (asked != Algorithm::automatic && asked != Algorithm::direct && !layer.winograd_possible()) {
     throw std::invalid_argument("Winograd's filtering is for 3x3 windows of stride 1 without groups");
   }
+  check_threads(threads);
   if (n == 0) {
     return;
   }
+  check_address(x, "x");
+  check_address(out, "out");
   const Epilogue epilogue{nullptr, pointer<const float>(residual), 0, relu, residual_after_relu};
   py::gil_scoped_release without_gil;
   execute(layer, asked, pointer<const float>(x), n, h, w, epilogue, pointer<float>(out), threads);
@@ -155,14 +192,12 @@ void bind_plan(py::module_& m) {
              const std::string& algorithm) {
             return plan.convolution(x, std::move(layer), residual, relu, residual_after_relu, algorithm_of(algorithm));
           },
-          "x"_a, "layer"_a, "residual"_a, "relu"_a, "residual_after_relu"_a, "algorithm"_a = "auto",
+          "x"_a, "layer"_a.none(false), "residual"_a, "relu"_a, "residual_after_relu"_a, "algorithm"_a = "auto",
           "residual: a value, or -1.")
       .def(
           "max_pool",
           [](Plan& plan, int x, Pair kernel, Pair stride, Pair padding, Pair dilation, bool ceil_mode) {
-            return plan.max_pool(
-                x, Window{kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]},
-                ceil_mode);
+            return plan.max_pool(x, pooling_window_of(kernel, stride, padding, dilation), ceil_mode);
           },
           "x"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a, "ceil_mode"_a)
       .def("average", &Plan::average, "x"_a, "The mean of all pixels: [n, c, 1, 1].")
@@ -174,6 +209,7 @@ void bind_plan(py::module_& m) {
           "run",
           [](const Plan& plan, const std::vector<Given>& inputs, const std::vector<std::uintptr_t>& outputs,
              int threads) {
+            check_threads(threads);
             const std::vector<Image> images = images_of(inputs);
             const std::vector<float*> results = pointers_of(outputs);
             py::gil_scoped_release without_gil;
@@ -185,6 +221,7 @@ void bind_plan(py::module_& m) {
           "profile",
           [](const Plan& plan, const std::vector<Given>& inputs, const std::vector<std::uintptr_t>& outputs,
              int threads) {
+            check_threads(threads);
             const std::vector<Image> images = images_of(inputs);
             const std::vector<float*> results = pointers_of(outputs);
             py::gil_scoped_release without_gil;
@@ -194,6 +231,7 @@ void bind_plan(py::module_& m) {
       .def(
           "algorithms",
           [](const Plan& plan, const std::vector<Given>& inputs, int threads) {
+            check_threads(threads);
             return plan.algorithms(images_of(inputs), threads);
           },
           "inputs"_a, "threads"_a, "What each value is computed by, for inputs of these sizes.")

@@ -63,7 +63,7 @@ struct Direct {
 struct Winograd {
   int m;                 // 2 or 4
   Direct direct;         // the same layer, for tiles with infinities or NaN
-  const float* filters;  // pack_winograd's: [(m + 2)^2][panels][c][panel_width]
+  const float* filters;  // pack_winograd's: [panels][(m + 2)^2][c][panel_width]
   Index tiles_y, tiles_x, tiles;
   Index tiles_per_block, blocks;
   Index panels, panels_per_item, splits;
@@ -91,7 +91,7 @@ struct Kernels {
   void (*winograd_transform)(const Winograd&, Index item, float* scratch);
   void (*winograd)(const Winograd&, Index item, float* scratch);
   void (*max_pool)(const Pool&, Index item);
-  // [n, h, w, c] to the sums of each image's pixels times `factor`, [n, c]; an item is an image.
+  // [n, h, w, c] to the mean of each image's pixels, [n, c]; an item is an image.
   void (*average)(const float* x, const Map& in, float* out, Index item);
   // out = relu(a + b), or a + b; dense, `count` floats.
   void (*add)(const float* a, const float* b, float* out, Index count, bool relu);

@@ -49,8 +49,11 @@ inline __attribute__((always_inline)) void multiply_chunk(Vector (&sums)[rows][v
 // Values that are added up in registers before their sum is added to the total: a long sum loses the least if it is a
 // sum of short ones.
 constexpr Index partial_sum = 128;
+// Winograd's output transform enlarges the rounding errors of its products, so theirs are shorter.
+constexpr Index winograd_partial_sum = 32;
 
-template <int rows, int vectors>
+// `part` values are added up by one call, and a chunk is a multiple of it.
+template <int rows, int vectors, Index part, Index most>
 inline __attribute__((always_inline)) void multiply(Vector (&sums)[rows][vectors], const Product& product) {
   float totals[rows * vectors * lanes];
   asm("" : "=m"(totals));  // for the compiler, which does not see that they are written before they are read
@@ -66,8 +69,8 @@ inline __attribute__((always_inline)) void multiply(Vector (&sums)[rows][vectors
   Index summed = 0;
   bool parts = false;
   for (Index run = 0; run < product.runs; ++run) {
-    for (Index left = product.length; left > 0; left -= chunk) {
-      if (summed >= partial_sum) {
+    for (Index at = 0; at < product.length; at += part) {
+      if (summed >= most) {
 #pragma GCC unroll 16
         for (int row = 0; row < rows; ++row) {
 #pragma GCC unroll 4
@@ -80,16 +83,17 @@ inline __attribute__((always_inline)) void multiply(Vector (&sums)[rows][vectors
         parts = true;
         summed = 0;
       }
-      const Index length = least(left, chunk);
-      if (length == chunk) {
-        multiply_chunk<rows, vectors>(sums, pixels, weights, chunk);
+      const Index length = least(product.length - at, part);
+      const float* from = pixels + at / chunk * product.chunk_distance + at % chunk;
+      if (length == part) {
+        multiply_chunk<rows, vectors>(sums, from, weights, part);
       } else {
-        multiply_chunk<rows, vectors>(sums, pixels, weights, length);
+        multiply_chunk<rows, vectors>(sums, from, weights, length);
       }
-      pixels += product.chunk_distance;
       weights += length * vectors * lanes;
       summed += length;
     }
+    pixels += quotient(product.length, chunk) * product.chunk_distance;
   }
   if (parts) {
 #pragma GCC unroll 16
@@ -126,7 +130,7 @@ struct Target {
 template <int rows, int vectors>
 void product_finished(const Product& product, const Epilogue& epilogue, const float* bias, const Target& target) {
   Vector sums[rows][vectors];
-  multiply<rows, vectors>(sums, product);
+  multiply<rows, vectors, chunk, partial_sum>(sums, product);
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) {
     const int count = target.columns - v * lanes < lanes ? target.columns - v * lanes : lanes;
@@ -152,7 +156,7 @@ void product_finished(const Product& product, const Epilogue& epilogue, const fl
 template <int rows, int vectors>
 void product_stored(const Product& product, float* out) {
   Vector sums[rows][vectors];
-  multiply<rows, vectors>(sums, product);
+  multiply<rows, vectors, winograd_partial_sum, winograd_partial_sum>(sums, product);
 #pragma GCC unroll 16
   for (int row = 0; row < rows; ++row) {
 #pragma GCC unroll 4
@@ -572,13 +576,9 @@ void winograd_for(const Winograd& w, Index item, float* scratch) {
   const Index last_panel = least((split + 1) * w.panels_per_item, w.panels);
   for (Index panel = split * w.panels_per_item; panel < last_panel; ++panel) {
     const bool narrow = d.k - panel * panel_width <= lanes;
+    const Index width = narrow ? lanes : panel_width;
     for (Index position = 0; position < positions; ++position) {
-      const Index width = narrow ? lanes : panel_width;
-      const Index all = d.k / panel_width * panel_width + (d.k % panel_width == 0       ? 0
-                                                           : d.k % panel_width <= lanes ? lanes
-                                                                                        : panel_width);
-      const float* filters = w.filters + (position * all + panel * panel_width) * d.in.c;
-      (void)width;
+      const float* filters = w.filters + (panel * positions * panel_width + position * width) * d.in.c;
       for (Index piece = 0; piece < pieces; ++piece) {
         const Index row = tiles * piece / pieces, rows = tiles * (piece + 1) / pieces - row;
         const Product product{transformed + position * position_distance + row * chunk_stride, chunk_distance, 1,
@@ -638,18 +638,26 @@ void max_pool(const Pool& pool, Index item) {
   }
 }
 
+// The sum of pixels' channels, by halves: one sum after the other would lose with the number of pixels.
+Vector sum_of(const float* from, Index pixel, Index pixels, int count) {
+  if (pixels > 16) {
+    const Index half = pixels / 2;
+    return add(sum_of(from, pixel, half, count), sum_of(from + half * pixel, pixel, pixels - half, count));
+  }
+  Vector sum = zero();
+  for (; pixels > 0; --pixels, from += pixel) {
+    sum = add(sum, count == lanes ? load(from) : load(from, count));
+  }
+  return sum;
+}
+
 void average(const float* x, const Map& in, float* out, Index item) {
   const Index pixels = in.h * in.w;
   const float* image = x + item * pixels * in.pixel;
-  const Vector divisor = broadcast(1.0f / static_cast<float>(pixels));
+  const Vector divisor = broadcast(static_cast<float>(pixels));
   for (Index c = 0; c < in.c; c += lanes) {
     const int count = static_cast<int>(least(lanes, in.c - c));
-    Vector sum = zero();
-    for (Index pixel = 0; pixel < pixels; ++pixel) {
-      const float* from = image + pixel * in.pixel + c;
-      sum = add(sum, count == lanes ? load(from) : load(from, count));
-    }
-    store(out + item * in.c + c, multiply(sum, divisor), count);
+    store(out + item * in.c + c, sum_of(image + c, in.pixel, pixels, count) / divisor, count);
   }
 }
 

@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
+
+#include "memory.h"
 
 namespace resnet_fast::cpu {
 namespace {
@@ -47,19 +48,15 @@ std::vector<double> filter_transform(int m) {
   return g;
 }
 
-constexpr Index largest_block = 16;  // tiles
+constexpr Index largest_block = 16;           // tiles
+constexpr Index winograd4_limit = 512 * 256;  // input channels times output channels
 
 }  // namespace
 
 void Floats::Free::operator()(float* memory) const { std::free(memory); }
 
-Floats::Floats(Index count) : size_(count) {
-  const std::size_t bytes = (static_cast<std::size_t>(std::max<Index>(count, 1)) * sizeof(float) + 63) / 64 * 64;
-  memory_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-  if (memory_ == nullptr) {
-    throw std::bad_alloc();
-  }
-}
+Floats::Floats(Index count)
+    : memory_(static_cast<float*>(allocate(static_cast<std::size_t>(count) * sizeof(float)))), size_(count) {}
 
 Convolution::Convolution(const Machine& machine, const float* weight, const float* bias, Index k, Index c, Index groups,
                          const Window& window)
@@ -75,12 +72,17 @@ Convolution::Convolution(const Machine& machine, const float* weight, const floa
   std::memcpy(bias_.data(), bias, static_cast<std::size_t>(k) * sizeof(float));
 }
 
+Index windows(Index size, Index kernel, Index stride, Index pad, Index dilation) {
+  const Index room = size + 2 * pad - dilation * (kernel - 1) - 1;
+  return room < 0 ? 0 : room / stride + 1;
+}
+
 Index Convolution::out_height(Index h) const {
-  return (h + 2 * window_.pad_h - window_.dilation_h * (window_.r - 1) - 1) / window_.stride_h + 1;
+  return windows(h, window_.r, window_.stride_h, window_.pad_h, window_.dilation_h);
 }
 
 Index Convolution::out_width(Index w) const {
-  return (w + 2 * window_.pad_w - window_.dilation_w * (window_.s - 1) - 1) / window_.stride_w + 1;
+  return windows(w, window_.s, window_.stride_w, window_.pad_w, window_.dilation_w);
 }
 
 bool Convolution::winograd_possible() const {
@@ -92,8 +94,13 @@ Algorithm Convolution::choose(Index h, Index w) const {
   if (!winograd_possible() || c_ < 32 || k_ < 32) {
     return Algorithm::direct;
   }
-  const Index p = out_height(h), q = out_width(w);
-  return p * q >= 100 ? Algorithm::winograd4 : p * q >= 25 ? Algorithm::winograd2 : Algorithm::direct;
+  // Not by the batch, so that an image gives the same bits in any batch; and a layer has one kind of filters, whatever
+  // the size of its images: those of 4x4 are four times the weights, and large ones are not in the cache when they are
+  // read.
+  const int m = c_ * k_ < winograd4_limit ? 4 : 2;
+  const Index p = out_height(h), q = out_width(w), tiles = quotient(p, m) * quotient(q, m);
+  const bool full = 2 * p * q >= tiles * m * m;  // or most of a tile lies outside the image
+  return tiles < 4 || !full ? Algorithm::direct : m == 4 ? Algorithm::winograd4 : Algorithm::winograd2;
 }
 
 const float* Convolution::filters(int m) const {
@@ -123,7 +130,7 @@ const float* Convolution::filters(int m) const {
           for (int y = 0; y < n; ++y) {
             for (int x = 0; x < n; ++x) {
               const double value = g[3 * x] * half[y][0] + g[3 * x + 1] * half[y][1] + g[3 * x + 2] * half[y][2];
-              made.data()[((y * n + x) * all + first) * c_ + c * columns + j] = static_cast<float>(value);
+              made.data()[(first * n * n + (y * n + x) * columns) * c_ + c * columns + j] = static_cast<float>(value);
             }
           }
         }
@@ -189,18 +196,22 @@ Winograd Convolution::winograd(int m, const Map& in, int threads) const {
   const Index positions = (m + 2) * (m + 2);
   const Index tile_bytes =
       positions * (quotient(c_, chunk) * chunk_stride + kernels.panel_width) * Index{sizeof(float)};
+  // A block's transforms and products fill most of the cache: each block reads all filters once. If that makes few
+  // blocks, threads share the transforms and divide the output channels, or take smaller blocks if filters are small.
   const Index rows = kernels.tile_rows;
-  w.tiles_per_block = std::max<Index>(machine_.l2 * 5 / 8 / tile_bytes, 8);
-  if (w.tiles_per_block > rows) {
+  w.tiles_per_block = std::max<Index>(machine_.l2 * 7 / 8 / tile_bytes, 8);
+  if (w.tiles_per_block > rows && w.tiles > w.tiles_per_block) {
     w.tiles_per_block = w.tiles_per_block / rows * rows;
   }
   w.blocks = quotient(w.tiles, w.tiles_per_block);
   const Index wanted = 4 * threads;
-  w.shared = w.blocks < wanted;
-  w.splits = 1;
-  if (w.shared) {
-    w.splits = std::min(w.panels, quotient(wanted, w.blocks));
+  const Index filter_bytes = positions * c_ * k_ * Index{sizeof(float)};
+  if (w.blocks < wanted && filter_bytes <= 4 * machine_.l2) {
+    w.tiles_per_block = std::max(quotient(w.tiles, wanted), std::min(w.tiles_per_block, rows));
+    w.blocks = quotient(w.tiles, w.tiles_per_block);
   }
+  w.shared = w.blocks < 2 * threads;
+  w.splits = w.shared ? std::min(w.panels, quotient(wanted, w.blocks)) : 1;
   w.panels_per_item = quotient(w.panels, w.splits);
   w.splits = quotient(w.panels, w.panels_per_item);
   w.tiles_per_block = quotient(w.tiles, w.blocks);

@@ -34,6 +34,9 @@ class Floats {
   Index size_ = 0;
 };
 
+// How many windows fit into a padded row of pixels; 0 if none does.
+Index windows(Index size, Index kernel, Index stride, Index pad, Index dilation);
+
 // A convolution's constants, packed for the machine; the Winograd filters are made when they are first asked for.
 class Convolution {
  public:
@@ -47,7 +50,7 @@ class Convolution {
   const Window& window() const { return window_; }
   Index groups() const { return groups_; }
 
-  // Output height or width.
+  // Output height or width; 0 if the window does not fit.
   Index out_height(Index h) const;
   Index out_width(Index w) const;
 

@@ -39,15 +39,25 @@ bool dense(const Image& image) {
 }
 
 Index pooled(Index size, Index kernel, Index stride, Index pad, Index dilation, bool ceil_mode) {
-  const Index room = size + 2 * pad - dilation * (kernel - 1) - 1;
-  if (room < 0) {
-    return 0;
+  const Index out = windows(size, kernel, stride, pad, dilation);
+  if (!ceil_mode || out == 0) {
+    return out;
   }
-  Index out = (ceil_mode ? (room + stride - 1) / stride : room / stride) + 1;
-  if (ceil_mode && (out - 1) * stride >= size + pad) {
-    --out;  // a window that begins in the padding behind the image is none
+  const bool rest = (size + 2 * pad - dilation * (kernel - 1) - 1) % stride != 0;
+  // A window that begins in the padding behind the image is none.
+  return rest && out * stride < size + pad ? out + 1 : out;
+}
+
+// Sizes with which no product below overflows; no machine has that memory.
+void check_size(const Shape& shape) {
+  double floats = 1;
+  for (const Index size : {shape.n, shape.h, shape.w, shape.c}) {
+    floats *= static_cast<double>(size);
   }
-  return out;
+  if (floats > 0x1p48) {
+    throw std::invalid_argument("plan: a value of " + std::to_string(shape.n) + "x" + std::to_string(shape.c) + "x" +
+                                std::to_string(shape.h) + "x" + std::to_string(shape.w) + " is too large");
+  }
 }
 
 }  // namespace
@@ -172,8 +182,9 @@ Schedule::Schedule(const Plan& plan, const std::vector<Image>& inputs, int threa
       step.pool = Pool{nullptr, in, layer.window, shape.h, shape.w, nullptr, shape.c, shape.n * shape.h};
     }
     for (const int source : {layer.a, layer.b}) {
-      if (source >= 0 && last[source] == i && steps_[source].offset >= 0 && (source != layer.b || layer.a != layer.b)) {
+      if (source >= 0 && last[source] == i && steps_[source].offset >= 0) {
         space.free(steps_[source].offset);
+        last[source] = count;  // once, also if it is both
       }
     }
     if (last[i] < 0 && step.offset >= 0) {
@@ -280,12 +291,39 @@ void Plan::check(int value) const {
   }
 }
 
+void Plan::check_open() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (closed_) {
+    throw std::invalid_argument("plan: it has run, nothing can be added any more");
+  }
+}
+
+void Plan::check_data(const std::vector<Image>& inputs, const std::vector<float*>& outputs) const {
+  if (outputs.size() != outputs_.size()) {
+    throw std::invalid_argument("plan: " + std::to_string(outputs.size()) + " outputs are given, it makes " +
+                                std::to_string(outputs_.size()));
+  }
+  for (const Image& image : inputs) {
+    if (image.data == nullptr && image.n != 0) {
+      throw std::invalid_argument("plan: an image has the address 0");
+    }
+  }
+  const bool empty = !inputs.empty() && inputs.front().n == 0;
+  if (!empty && std::find(outputs.begin(), outputs.end(), nullptr) != outputs.end()) {
+    throw std::invalid_argument("plan: an output has the address 0");
+  }
+}
+
 int Plan::add_layer(Layer layer) {
+  check_open();
   layers_.push_back(std::move(layer));
   return static_cast<int>(layers_.size()) - 1;
 }
 
 int Plan::input(Index channels) {
+  if (channels <= 0) {
+    throw std::invalid_argument("plan: an input must have channels, got " + std::to_string(channels));
+  }
   Layer layer{Kind::input};
   layer.channels = channels;
   inputs_.push_back(add_layer(std::move(layer)));
@@ -299,7 +337,7 @@ int Plan::convolution(int x, std::shared_ptr<const Convolution> convolution, int
     throw std::invalid_argument("plan: a convolution of " + std::to_string(convolution->channels()) +
                                 " channels is given " + std::to_string(layers_[x].channels));
   }
-  if (residual >= 0) {
+  if (residual != -1) {
     check(residual);
     if (layers_[residual].channels != convolution->out_channels()) {
       throw std::invalid_argument("plan: a residual of " + std::to_string(layers_[residual].channels) +
@@ -349,6 +387,7 @@ int Plan::add(int a, int b, bool relu) {
 
 void Plan::output(int value) {
   check(value);
+  check_open();
   if (std::find(outputs_.begin(), outputs_.end(), value) != outputs_.end()) {
     throw std::invalid_argument("plan: value " + std::to_string(value) + " is an output already");
   }
@@ -365,11 +404,19 @@ std::vector<Shape> Plan::infer(const std::vector<Image>& inputs) const {
   for (const Layer& layer : layers_) {
     if (layer.kind == Kind::input) {
       const Image& image = inputs[next_input++];
-      if (image.c != layer.channels || image.n < 0 || image.h < 0 || image.w < 0) {
+      if (image.n < 0) {
+        throw std::invalid_argument("plan: a batch of " + std::to_string(image.n) + " images is given");
+      }
+      if (image.c != layer.channels) {
         throw std::invalid_argument("plan: an image of " + std::to_string(image.c) + " channels is given, it takes " +
                                     std::to_string(layer.channels));
       }
+      if (image.h <= 0 || image.w <= 0) {
+        throw std::invalid_argument("plan: an image of " + std::to_string(image.h) + "x" + std::to_string(image.w) +
+                                    " pixels is given");
+      }
       shapes.push_back({image.n, image.h, image.w, image.c});
+      check_size(shapes.back());
       continue;
     }
     const Shape from = shapes[layer.a];
@@ -384,7 +431,7 @@ std::vector<Shape> Plan::infer(const std::vector<Image>& inputs) const {
     } else if (layer.kind == Kind::average) {
       shape.h = shape.w = 1;
     }
-    if (shape.h <= 0 || shape.w <= 0 || from.h <= 0 || from.w <= 0) {
+    if (shape.h <= 0 || shape.w <= 0) {
       throw std::invalid_argument("plan: an image of " + std::to_string(from.h) + "x" + std::to_string(from.w) +
                                   " pixels is too small for a layer");
     }
@@ -393,6 +440,7 @@ std::vector<Shape> Plan::infer(const std::vector<Image>& inputs) const {
       throw std::invalid_argument("plan: values of different sizes are added");
     }
     shapes.push_back(shape);
+    check_size(shape);
   }
   return shapes;
 }
@@ -409,6 +457,7 @@ std::vector<Shape> Plan::shapes(const std::vector<Image>& inputs) const {
 std::shared_ptr<const Schedule> Plan::schedule(const std::vector<Image>& inputs, int threads) const {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
+    closed_ = true;
     for (auto each = schedules_.rbegin(); each != schedules_.rend(); ++each) {
       if ((*each)->fits(inputs, threads)) {
         std::shared_ptr<const Schedule> found = *each;
@@ -446,6 +495,7 @@ Floats borrow(std::vector<Floats>& arenas, std::mutex& mutex, Index floats) {
 
 void Plan::run(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads) const {
   const std::shared_ptr<const Schedule> made = schedule(inputs, threads);
+  check_data(inputs, outputs);
   Floats arena = borrow(arenas_, mutex_, made->arena_floats());
   made->run(*this, inputs, outputs, arena.data(), nullptr);
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -457,6 +507,7 @@ void Plan::run(const std::vector<Image>& inputs, const std::vector<float*>& outp
 std::vector<double> Plan::profile(const std::vector<Image>& inputs, const std::vector<float*>& outputs,
                                   int threads) const {
   const std::shared_ptr<const Schedule> made = schedule(inputs, threads);
+  check_data(inputs, outputs);
   Floats arena = borrow(arenas_, mutex_, made->arena_floats());
   std::vector<double> seconds;
   made->run(*this, inputs, outputs, arena.data(), &seconds);

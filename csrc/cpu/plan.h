@@ -29,7 +29,8 @@ class Plan {
   explicit Plan(const Machine& machine) : machine_(machine) {}
   ~Plan();
 
-  // Each adds a layer and returns the number of its result. Throws std::invalid_argument if channels do not fit.
+  // Each adds a layer and returns the number of its result. Throws std::invalid_argument if channels do not fit, and
+  // once the plan has run: its schedules would not know the layer.
   int input(Index channels);
   int convolution(int x, std::shared_ptr<const Convolution> layer, int residual, bool relu, bool residual_after_relu,
                   Algorithm algorithm);
@@ -66,6 +67,8 @@ class Plan {
 
   int add_layer(Layer layer);
   void check(int value) const;
+  void check_open() const;
+  void check_data(const std::vector<Image>& inputs, const std::vector<float*>& outputs) const;
   std::vector<Shape> infer(const std::vector<Image>& inputs) const;
   std::shared_ptr<const Schedule> schedule(const std::vector<Image>& inputs, int threads) const;
 
@@ -73,6 +76,7 @@ class Plan {
   std::vector<Layer> layers_;
   std::vector<int> inputs_, outputs_;
   mutable std::mutex mutex_;
+  mutable bool closed_ = false;
   mutable std::vector<std::shared_ptr<const Schedule>> schedules_;  // the latest last
   mutable std::vector<Floats> arenas_;                              // that nobody uses now
 };

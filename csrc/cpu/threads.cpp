@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "memory.h"
+
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -38,11 +40,7 @@ class Scratch {
     if (floats > size_) {
       memory_.reset();
       size_ = 0;
-      const std::size_t bytes = (static_cast<std::size_t>(floats) * sizeof(float) + 4095) / 4096 * 4096;
-      memory_.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
-      if (memory_ == nullptr) {
-        throw std::bad_alloc();
-      }
+      memory_.reset(static_cast<float*>(allocate(static_cast<std::size_t>(floats) * sizeof(float))));
       size_ = floats;
     }
     return memory_.get();
@@ -98,13 +96,13 @@ bool take(Shared& shared, std::uint32_t number, float* (*reserve)(Scratch&, Inde
       if (static_cast<std::uint32_t>(ticket >> 32) != number) {
         return false;
       }
-      const Index items = shared.items.load(std::memory_order_relaxed);
+      const Index items = shared.items.load(std::memory_order_acquire);
       if (static_cast<Index>(ticket & 0xffffffffu) >= items) {
         return false;
       }
-      const Work work = shared.work.load(std::memory_order_relaxed);
-      const void* context = shared.context.load(std::memory_order_relaxed);
-      const Index floats = shared.scratch_floats.load(std::memory_order_relaxed);
+      const Work work = shared.work.load(std::memory_order_acquire);
+      const void* context = shared.context.load(std::memory_order_acquire);
+      const Index floats = shared.scratch_floats.load(std::memory_order_acquire);
       float* memory = reserve(scratch, floats);
       if (memory == nullptr && floats != 0) {
         return false;  // the caller does it
@@ -197,12 +195,13 @@ void Team::run(Index items, Index scratch_floats, Work work, const void* context
   Shared& shared = own.shared;
   own.scratch.reserve(scratch_floats);
   const std::uint32_t number = static_cast<std::uint32_t>(shared.ticket.load(std::memory_order_relaxed) >> 32) + 1;
-  // Nobody takes items of the last job any more, so a thread that reads these values too early fails at the ticket.
+  // Nobody takes items of the last job any more, so a thread that reads these values too early fails at the ticket:
+  // released and acquired, none of them is seen before the ticket is.
   shared.ticket.store(static_cast<std::uint64_t>(number) << 32 | 0xffffffffu, std::memory_order_seq_cst);
-  shared.items.store(items, std::memory_order_relaxed);
-  shared.work.store(work, std::memory_order_relaxed);
-  shared.context.store(context, std::memory_order_relaxed);
-  shared.scratch_floats.store(scratch_floats, std::memory_order_relaxed);
+  shared.items.store(items, std::memory_order_release);
+  shared.work.store(work, std::memory_order_release);
+  shared.context.store(context, std::memory_order_release);
+  shared.scratch_floats.store(scratch_floats, std::memory_order_release);
   shared.threads.store(threads_, std::memory_order_relaxed);
   shared.done.store(0, std::memory_order_relaxed);
   shared.ticket.store(static_cast<std::uint64_t>(number) << 32, std::memory_order_release);

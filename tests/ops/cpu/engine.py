@@ -1,0 +1,169 @@
+"""The CPU engine's module called with tensors, and what plain torch makes of the same layer.
+
+Tests that import this are skipped in a checkout without the module. Nothing of ``resnet_fast`` but ``_cpu`` is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_cpu = pytest.importorskip("resnet_fast._cpu", reason="the CPU engine is not built here (make engine)")
+
+ALGORITHMS = ("direct", "winograd2", "winograd4")
+GUARD = 96
+"""Floats around each buffer that nobody may write; NaN, so that a sum shows if they were read."""
+
+
+class Buffer:
+    """A channels_last tensor [n, c, h, w] within guard zones, full of NaN or of a copy."""
+
+    def __init__(self, shape: Sequence[int], source: Tensor | None = None, guard: int = GUARD) -> None:
+        n, c, h, w = shape
+        count = n * c * h * w
+        self._all = torch.full((count + 2 * guard,), torch.nan)
+        self._guard = guard
+        self.tensor = self._all[guard : guard + count].view(n, h, w, c).permute(0, 3, 1, 2)
+        if source is not None:
+            self.tensor.copy_(source)
+
+    @property
+    def address(self) -> int:
+        return self._all.data_ptr() + 4 * self._guard
+
+    def intact(self) -> bool:
+        """Return whether the guard zones are as they were."""
+        ends = torch.cat([self._all[: self._guard], self._all[self._all.numel() - self._guard :]])
+        return bool(ends.isnan().all())
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One convolution with all that is fused with it. ``residual`` [n, k, p, q] or None."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    residual: Tensor | None = None
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    relu: bool = False
+    residual_after_relu: bool = False
+    name: str = field(default="", compare=False)
+
+    def reference(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Plain torch's result in ``dtype``."""
+        out = F.conv2d(
+            self.x.to(dtype),
+            self.weight.to(dtype),
+            self.bias.to(dtype),
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+        )
+        if self.residual is None:
+            return F.relu(out) if self.relu else out
+        if self.residual_after_relu:
+            return (F.relu(out) if self.relu else out) + self.residual.to(dtype)
+        out = out + self.residual.to(dtype)
+        return F.relu(out) if self.relu else out
+
+    def winograd_possible(self) -> bool:
+        square = tuple(self.weight.shape[2:]) == (3, 3)
+        return square and self.groups == 1 and self.stride == self.dilation == (1, 1)
+
+    def algorithms(self) -> tuple[str, ...]:
+        """Those that compute it."""
+        return ALGORITHMS if self.winograd_possible() else ALGORITHMS[:1]
+
+    def layer(self) -> _cpu.Convolution:
+        """Its weights, packed."""
+        return packed(self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def run(
+        self, algorithm: str = "auto", threads: int = 1, layer: _cpu.Convolution | None = None, guard: int = GUARD
+    ) -> Tensor:
+        """Return the engine's result, after a look at what is around the buffers."""
+        layer = layer or self.layer()
+        n, _, h, w = self.x.shape
+        x = Buffer(self.x.shape, self.x, guard)
+        shape = conv_shape(self)
+        residual = None if self.residual is None else Buffer(shape, self.residual, guard)
+        out = Buffer(shape, guard=guard)
+        layer.run(
+            x=x.address,
+            n=n,
+            h=h,
+            w=w,
+            residual=residual.address if residual else 0,
+            out=out.address,
+            relu=self.relu,
+            residual_after_relu=self.residual_after_relu,
+            threads=threads,
+            algorithm=algorithm,
+        )
+        for buffer, source in ((x, self.x), (residual, self.residual)):
+            if buffer is not None and source is not None:
+                assert same(buffer.tensor, source), f"{self.name}: an input was written to"
+        for buffer in (x, residual, out):
+            assert buffer is None or buffer.intact(), f"{self.name}: written beside a buffer"
+        return out.tensor
+
+
+def packed(
+    weight: Tensor,
+    bias: Tensor,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> _cpu.Convolution:
+    """Return weight [k, c / groups, r, s] and bias [k] as the engine's layer."""
+    weight, bias = weight.contiguous(), bias.contiguous()
+    k, c, r, s = weight.shape
+    return _cpu.Convolution(
+        weight.data_ptr(), bias.data_ptr(), k, c * groups, groups, (r, s), stride, padding, dilation
+    )
+
+
+def conv_shape(problem: Problem) -> tuple[int, int, int, int]:
+    """Return the shape of a convolution's result."""
+    n, _, *size = problem.x.shape
+    k, _, *window = problem.weight.shape
+    p, q = (
+        (size[i] + 2 * problem.padding[i] - problem.dilation[i] * (window[i] - 1) - 1) // problem.stride[i] + 1
+        for i in range(2)
+    )
+    return n, k, p, q
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Return whether every value is equal, and NaN where the other is NaN."""
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Return whether two float32 tensors have the same bits, that of the sign of zero and those of NaN included."""
+    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+
+
+def given(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Return how a plan takes a tensor: address, shape, strides."""
+    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
+
+
+def run_plan(plan: _cpu.Plan, *inputs: Tensor, threads: int = 1) -> list[Tensor]:
+    """Return a plan's outputs, after a look at what is around them."""
+    images = [given(each) for each in inputs]
+    outputs = [Buffer(shape) for shape in plan.shapes(images)]
+    plan.run(images, [each.address for each in outputs], threads)
+    assert all(each.intact() for each in outputs), "written beside an output"
+    return [each.tensor for each in outputs]

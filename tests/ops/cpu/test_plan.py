@@ -1,0 +1,300 @@
+"""Plans of the engine: what each layer computes, inputs of any strides, values used again, errors, the same bits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.numerics import assert_obeys_error_rule
+from tests.ops.cpu.engine import Buffer, _cpu, given, packed, run_plan, same, same_bits
+from tests.ops.cpu.sweep import whole
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def conv(
+    plan: _cpu.Plan, x: int, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0, **more: object
+) -> int:
+    """Add a square convolution; ``more``: residual, relu, residual_after_relu, algorithm."""
+    layer = packed(weight, bias, (stride, stride), (padding, padding))
+    return plan.convolution(x, layer, **{"residual": -1, "relu": False, "residual_after_relu": False, **more})
+
+
+class Network:
+    """A small ResNet as a plan and in plain torch: every kind of layer, values used twice."""
+
+    def __init__(self, channels: int = 40) -> None:
+        generator = torch.Generator().manual_seed(3)
+        c = channels
+        shapes = {"stem": (c, 3, 7, 7), "a": (c, c, 1, 1), "b": (c, c, 3, 3), "c": (2 * c, c, 1, 1)}
+        shapes |= {"down": (2 * c, c, 1, 1), "d": (2 * c, 2 * c, 3, 3), "fc": (10, 2 * c, 1, 1)}
+        self.weights = {
+            name: torch.randn(shape, generator=generator) * (2 / shape[1:].numel()) ** 0.5
+            for name, shape in ((name, torch.Size(shape)) for name, shape in shapes.items())
+        }
+        self.biases = {name: torch.randn(weight.shape[0], generator=generator) for name, weight in self.weights.items()}
+
+    def plan(self, algorithm: str = "auto") -> _cpu.Plan:
+        def layer(x: int, name: str, stride: int = 1, padding: int = 0, **more: object) -> int:
+            winograd = self.weights[name].shape[2] == 3
+            return conv(
+                plan, x, self.weights[name], self.biases[name], stride, padding,
+                algorithm=algorithm if winograd else "auto", **more,
+            )  # fmt: skip
+
+        plan = _cpu.Plan()
+        x = layer(plan.input(3), "stem", 2, 3, relu=True)
+        x = plan.max_pool(x, (3, 3), (2, 2), (1, 1), (1, 1), False)
+        y = layer(layer(x, "a", relu=True), "b", 1, 1, relu=True)
+        features = layer(y, "c", residual=layer(x, "down"), relu=True)
+        y = layer(features, "d", 1, 1, residual=features, relu=True, residual_after_relu=True)
+        y = plan.add(y, features, True)
+        plan.output(features)
+        plan.output(layer(plan.average(y), "fc"))
+        return plan
+
+    def torch(self, x: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        def layer(x: Tensor, name: str, stride: int = 1, padding: int = 0) -> Tensor:
+            return F.conv2d(x, self.weights[name].to(dtype), self.biases[name].to(dtype), stride, padding)
+
+        x = F.max_pool2d(layer(x.to(dtype), "stem", 2, 3).relu(), 3, 2, 1)
+        y = layer(layer(x, "a").relu(), "b", 1, 1).relu()
+        features = (layer(y, "c") + layer(x, "down")).relu()
+        y = layer(features, "d", 1, 1).relu() + features
+        return [features, layer((y + features).relu().mean((2, 3), keepdim=True), "fc")]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (97, 131), (33, 8)])
+@pytest.mark.parametrize("algorithm", ["auto", "direct", "winograd2"])
+def test_a_network_obeys_the_error_rule(algorithm: str, size: tuple[int, int]) -> None:
+    network, x = Network(), torch.randn(2, 3, *size)
+    plan = network.plan(algorithm)
+    assert [tuple(shape) for shape in plan.shapes([given(x)])] == [tuple(each.shape) for each in network.torch(x)]
+    for ours, plain, exact in zip(
+        run_plan(plan, x, threads=2), network.torch(x), network.torch(x, torch.float64), strict=True
+    ):
+        assert_obeys_error_rule(ours, plain, exact, algorithm)
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "direct", "winograd2", "winograd4"])
+def test_an_image_has_the_same_bits_in_every_batch_and_on_every_number_of_threads(algorithm: str) -> None:
+    plan, x = Network().plan(algorithm), torch.randn(5, 3, 61, 50)
+    alone = [torch.cat(parts) for parts in zip(*(run_plan(plan, x[i : i + 1]) for i in range(5)), strict=True)]
+    for threads in (1, 2, 3, 2):
+        for order in ([0, 1, 2, 3, 4], [3], [4, 0, 3], [2] * 7):
+            for ours, each in zip(run_plan(plan, x[order], threads=threads), alone, strict=True):
+                assert same_bits(ours, each[order])
+
+
+STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "sliced": lambda x: torch.stack([x, x + 1], 4).flatten(3)[:, :, :, ::2],
+    "every other channel": lambda x: torch.stack([x, x + 1], 2).flatten(1, 2)[:, ::2],
+    "a crop": lambda x: F.pad(x, (3, 2, 1, 4), value=torch.nan)[:, :, 1:-4, 3:-2],
+    "a crop of channels_last": lambda x: F.pad(x, (3, 2, 1, 4), value=torch.nan).to(memory_format=torch.channels_last)[
+        :, :, 1:-4, 3:-2
+    ],
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "every other image": lambda x: torch.stack([x, x + 1], 1).flatten(0, 1)[::2].to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+def test_inputs_of_any_strides(strides: str) -> None:
+    plan, x = Network().plan(), torch.randn(2, 3, 20, 17)
+    other = STRIDES[strides](x)
+    assert torch.equal(other, x)
+    for ours, expected in zip(run_plan(plan, other), run_plan(plan, x), strict=True):
+        assert same_bits(ours, expected)
+
+
+def test_expanded_inputs() -> None:
+    plan, x = Network().plan(), torch.randn(1, 1, 20, 1)
+    expanded = x.expand(3, 3, 20, 17)
+    for ours, expected in zip(run_plan(plan, expanded), run_plan(plan, expanded.contiguous()), strict=True):
+        assert same_bits(ours, expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 17, 64, 100])
+def test_max_pool(channels: int) -> None:
+    x = torch.randn(2, channels, 13, 10)
+    x[0, 0, 2, 3], x[1, -1, 12, 9], x[0, -1, 0, 0], x[1, 0, 5, 5] = torch.nan, torch.nan, torch.inf, -torch.inf
+    x[1, 0, 6:, 6:] = -torch.inf
+    for kernel, stride, dilation, ceil_mode in itertools.product((1, 2, 3), (1, 2, 3), (1, 2), (False, True)):
+        for padding in range(kernel // 2 + 1):
+            expected = F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
+            plan = _cpu.Plan()
+            pair = [(each, each) for each in (kernel, stride, padding, dilation)]
+            plan.output(plan.max_pool(plan.input(channels), *pair, ceil_mode))
+            assert same(run_plan(plan, x)[0], expected), (kernel, stride, padding, dilation, ceil_mode)
+
+
+def test_max_pool_of_unlike_sides() -> None:
+    x, plan = torch.randn(2, 5, 9, 20), _cpu.Plan()
+    plan.output(plan.max_pool(plan.input(5), (1, 4), (2, 3), (0, 2), (1, 2), True))
+    assert same(run_plan(plan, x)[0], F.max_pool2d(x, (1, 4), (2, 3), (0, 2), (1, 2), True))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (3, 17, 7, 7), (1, 64, 56, 56), (1, 5, 224, 224)])
+@pytest.mark.parametrize("mean", [0, 100])
+def test_average(shape: tuple[int, ...], mean: float) -> None:
+    x, plan = torch.randn(shape) + mean, _cpu.Plan()
+    plan.output(plan.average(plan.input(shape[1])))
+    exact = x.double().mean((2, 3), keepdim=True)
+    assert_obeys_error_rule(run_plan(plan, x)[0], F.adaptive_avg_pool2d(x, 1), exact)
+    ones = torch.ones(1, shape[1], 7, 7)
+    assert torch.equal(run_plan(plan, ones)[0], torch.ones(1, shape[1], 1, 1))
+
+
+def test_special_values_of_average_and_add() -> None:
+    x, y, plan = torch.zeros(3, 5, 4, 4), torch.zeros(3, 5, 4, 4), _cpu.Plan()
+    x[0, 0, 1, 1], x[0, 1, 0, 0], x[0, 2, 3, 3], x[1, 3, 0, 0] = torch.nan, torch.inf, -torch.inf, torch.inf
+    y[1, 3, 0, 0], y[2, 4, 3, 3] = -torch.inf, torch.nan
+    a, b = plan.input(5), plan.input(5)
+    for value in (plan.average(a), plan.add(a, b, False), plan.add(a, b, True)):
+        plan.output(value)
+    mean, total, rectified = run_plan(plan, x, y)
+    assert same(mean, x.mean((2, 3), keepdim=True))
+    assert same(total, x + y)
+    assert same(rectified, (x + y).relu())
+
+
+def test_values_used_twice_and_outputs_used_later() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = whole((2, 6, 5, 5), 4, generator), whole((6, 6, 1, 1), 2, generator), whole((6,), 4, generator)
+    plan = _cpu.Plan()
+    a = plan.input(6)
+    b = plan.add(a, a, False)
+    c = conv(plan, b, weight, bias, residual=b, relu=True)  # its input is its residual
+    unused = conv(plan, c, weight, bias)
+    d = plan.add(c, plan.add(b, c, False), True)
+    for value in (c, a, d):  # one that is used later, the input itself
+        plan.output(value)
+    assert unused < d
+    for order in (x, x.to(memory_format=torch.channels_last)):
+        ours = run_plan(plan, order, threads=2)
+        second = (F.conv2d(2 * x, weight, bias) + 2 * x).relu()
+        assert torch.equal(ours[0], second)
+        assert torch.equal(ours[1], x)
+        assert torch.equal(ours[2], (second + 2 * x + second).relu())
+
+
+def test_a_value_that_is_used_twice_leaves_its_memory() -> None:
+    plan = _cpu.Plan()
+    x = plan.input(16)
+    for _ in range(40):
+        x = plan.add(x, x, True)
+    plan.output(x)
+    image = torch.zeros(1, 16, 32, 32)
+    assert run_plan(plan, image)[0].sum() == 0
+    assert plan.arena_bytes <= 3 * 4 * image.numel() + 4096
+
+
+def test_empty_batch() -> None:
+    plan = Network().plan()
+    assert [tuple(each.shape) for each in run_plan(plan, torch.empty(0, 3, 20, 17))] == [(0, 80, 5, 5), (0, 10, 1, 1)]
+    plan.run([(0, (0, 3, 20, 17), (1020, 340, 17, 1))], [0, 0], 1)  # torch gives no address to an empty tensor
+
+
+def test_many_shapes_one_after_the_other() -> None:
+    plan, fresh = Network().plan(), Network()
+    images = [torch.randn(1 + i % 3, 3, 20 + i, 40 - i) for i in range(20)]  # more than schedules are kept
+    first = [run_plan(plan, image, threads=1 + i % 3) for i, image in enumerate(images)]
+    kept = plan.arena_bytes
+    for _ in range(2):
+        for image, expected in zip(images, first, strict=True):
+            assert all(same_bits(a, b) for a, b in zip(run_plan(plan, image), expected, strict=True))
+    assert plan.arena_bytes <= kept
+    assert all(same_bits(a, b) for a, b in zip(run_plan(fresh.plan(), images[7]), first[7], strict=True))
+
+
+def test_profile_and_algorithms() -> None:
+    network, x = Network(), torch.randn(1, 3, 64, 64)
+    plan = network.plan("winograd2")
+    outputs = [Buffer(shape) for shape in plan.shapes([given(x)])]
+    seconds = plan.profile([given(x)], [each.address for each in outputs], 1)
+    names = plan.algorithms([given(x)], 1)
+    assert len(seconds) == len(names) == 11
+    assert min(seconds) >= 0
+    assert names.count("winograd 2x2") == 2
+    for ours, expected in zip(outputs, run_plan(plan, x), strict=True):
+        assert same_bits(ours.tensor, expected)
+
+
+def test_bad_arguments_have_words() -> None:
+    plan, x = _cpu.Plan(), torch.zeros(1, 3, 8, 8)
+    layer, wide = packed(torch.ones(4, 3, 3, 3), torch.zeros(4), (2, 2)), packed(torch.ones(4, 3, 1, 1), torch.zeros(4))
+    value = plan.input(3)
+
+    def pool(kernel: int = 2, stride: int = 1, padding: int = 0, dilation: int = 1) -> None:
+        plan.max_pool(value, (2, kernel), (1, stride), (0, padding), (1, dilation), False)
+
+    with pytest.raises(ValueError, match="must have channels, got 0"):
+        plan.input(0)
+    with pytest.raises(ValueError, match="no value has the number 7"):
+        plan.average(7)
+    with pytest.raises(ValueError, match="no value has the number -2"):
+        plan.convolution(value, wide, -2, False, False)
+    with pytest.raises(TypeError):
+        plan.convolution(value, None, -1, False, False)
+    with pytest.raises(ValueError, match="residual of 3 channels is added to 4"):
+        plan.convolution(value, wide, value, False, False)
+    with pytest.raises(ValueError, match="stride 1 without groups"):
+        plan.convolution(value, layer, -1, False, False, "winograd4")
+    for given_, words in (
+        ({"kernel": 0}, r"kernel of a pooling must be from 1 to \d+, got \(2, 0\)"),
+        ({"stride": 0}, r"stride .* got \(1, 0\)"),
+        ({"dilation": 0}, r"dilation .* got \(1, 0\)"),
+        ({"padding": -1}, r"padding .* got \(0, -1\)"),
+        ({"padding": 2}, r"padding of a pooling must be at most half of its window, got \(0, 2\)"),
+        ({"padding": 2**62}, "padding"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pool(**given_)
+    small = plan.convolution(value, layer, -1, False, False)
+    with pytest.raises(ValueError, match="convolution of 3 channels is given 4"):
+        plan.convolution(small, wide, -1, False, False)
+    with pytest.raises(ValueError, match="3 and 4 channels are added"):
+        plan.add(value, small, False)
+    plan.output(small)
+    with pytest.raises(ValueError, match="is an output already"):
+        plan.output(small)
+    with pytest.raises(ValueError, match="0 images are given, it takes 1"):
+        plan.shapes([])
+    with pytest.raises(ValueError, match="image of 4 channels is given, it takes 3"):
+        plan.shapes([given(torch.zeros(1, 4, 8, 8))])
+    with pytest.raises(ValueError, match="2x2 pixels is too small"):  # (2 - 3) / 2 + 1 would be one pixel
+        plan.shapes([given(torch.zeros(1, 3, 2, 2))])
+    with pytest.raises(ValueError, match="0x8 pixels is given"):
+        plan.shapes([given(torch.zeros(1, 3, 0, 8))])
+    with pytest.raises(ValueError, match="too large"):
+        plan.shapes([given(x.expand(2**50, 3, 8, 8))])
+    with pytest.raises(ValueError, match="a batch of -1 images"):
+        plan.shapes([(0, (-1, 3, 8, 8), (0, 0, 0, 0))])
+    out = Buffer((1, 4, 3, 3))
+    with pytest.raises(ValueError, match="0 outputs are given, it makes 1"):
+        plan.run([given(x)], [], 1)
+    with pytest.raises(ValueError, match="output has the address 0"):
+        plan.run([given(x)], [0], 1)
+    with pytest.raises(ValueError, match="image has the address 0"):
+        plan.run([(0, (1, 3, 8, 8), (192, 64, 8, 1))], [out.address], 1)
+    with pytest.raises(ValueError, match="threads must be from 1 to 1024, got 0"):
+        plan.run([given(x)], [out.address], 0)
+    plan.run([given(x)], [out.address], 1)
+    for add in (lambda: plan.input(3), lambda: plan.average(small), lambda: plan.output(value)):
+        with pytest.raises(ValueError, match="it has run, nothing can be added"):
+            add()
+
+
+def test_values_of_different_sizes_are_not_added() -> None:
+    plan = _cpu.Plan()
+    x, y = plan.input(3), plan.input(3)
+    plan.output(plan.add(x, y, False))
+    for other in ((1, 3, 8, 9), (2, 3, 8, 8)):  # nor is anything broadcast
+        with pytest.raises(ValueError, match="different sizes"):
+            plan.shapes([given(torch.zeros(1, 3, 8, 8)), given(torch.zeros(other))])
