@@ -79,8 +79,8 @@ engine: $(VENV)/.made ## compile csrc/cpu/ into this checkout again, only what h
 	@[ -e $(VENV)/.test ] || [ -e $(VENV)/.dev ] || $(MAKE) --no-print-directory $(VENV)/.dev
 	@$(BIN)/python csrc/native_build.py --module _cpu --out resnet_fast --build-dir build/cpu
 
-sanitize: $(VENV)/.test ## test the CPU engine built with sanitizers (SANITIZE=thread, ARGS="tests/ops/test_stem.py -k odd")
-	@$(BIN)/python -m tests.sanitize $(SANITIZE) $(or $(ARGS),tests/ops -m "not slow and not triton and not cuda")
+sanitize: $(VENV)/.test ## test the CPU engine built with sanitizers (SANITIZE=thread, ARGS="tests/ops/test_stem.py -k size")
+	@$(BIN)/python -m tests.sanitize $(SANITIZE) $(or $(ARGS),tests/ops/cpu)
 
 native: $(VENV)/.native ## build the CUDA kernels into this checkout (NATIVE_FLAGS='--archs "80;90a"'), and check their machine code
 	@echo "==> csrc/native_build.py"

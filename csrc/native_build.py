@@ -454,7 +454,7 @@ def _build_engine(out: Path, jobs: int | None, build_dir: Path | None, sanitize:
         probe = ("-std=c++20", "-I", str(ROOT / "csrc"), "-c", str(ROOT / "csrc" / "cpu" / "cpu.cpp"))
         probing = [*compiler, *probe, "-o", str(Path(temporary) / "cpu.o")]
         options = ["-DRESNET_FAST_CUDA=OFF", "-DRESNET_FAST_CPU=ON", f"-DRESNET_FAST_SANITIZE={sanitize}"]
-        module, told = _compile(ENGINE, folder, probing, options, jobs, sanitizer_library(sanitize))
+        module, told = _compile(ENGINE, folder, probing, options, jobs, sanitizer_libraries(sanitize))
         info = json.loads(told)
         size = _place(module, out)
     seconds = round(time.monotonic() - began, 1)
@@ -498,20 +498,24 @@ def _place(module: Path, out: Path) -> float:
     return module.stat().st_size / 2**20
 
 
-def sanitizer_library(sanitize: str) -> str:
-    """Return the file that a process with a sanitized ``_cpu`` must have in LD_PRELOAD; "" without sanitizers.
+def sanitizer_libraries(sanitize: str) -> str:
+    """Return what a process with a sanitized ``_cpu`` must have in LD_PRELOAD; "" without sanitizers.
 
     Raises:
         BuildError: the compiler has no such library.
     """
     if not sanitize:
         return ""
-    name = "libtsan.so" if sanitize == "thread" else "libasan.so"
-    command = [*(find_cxx() or ["c++"]), f"-print-file-name={name}"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    if not Path(found).is_absolute():
-        raise BuildError(f"{command[0]} has no {name}: the sanitizers are GCC's, in the package libasan or libtsan")
-    return found
+    found = []
+    # The C++ library too, or the sanitizer finds no function that throws: Python itself is linked without it.
+    for name in ("libtsan.so" if sanitize == "thread" else "libasan.so", "libstdc++.so.6"):
+        command = [*(find_cxx() or ["c++"]), f"-print-file-name={name}"]
+        found.append(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())
+        if not Path(found[-1]).is_absolute():
+            raise BuildError(
+                f"{command[0]} has no {name}: the sanitizers are GCC's, in the packages libasan and libtsan"
+            )
+    return " ".join(found)
 
 
 def default_jobs() -> int:

@@ -58,12 +58,12 @@ def main() -> int:
     folder = ROOT / "build" / f"sanitize-{kind.partition(',')[0]}"
     try:
         native_build.build_engine(folder / "module", build_dir=folder, sanitize=kind)
-        library = native_build.sanitizer_library(kind)
+        libraries = native_build.sanitizer_libraries(kind)
     except native_build.BuildError as error:
         print(f"resnet_fast: not built: {error}", file=sys.stderr)
         return 1
     (module,) = native_build.modules(folder / "module", native_build.ENGINE)
-    environment = {**OPTIONS, **os.environ, _MODULE: str(module), "LD_PRELOAD": library}
+    environment = {**OPTIONS, **os.environ, _MODULE: str(module), "LD_PRELOAD": libraries}
     # The report goes to the file descriptor that pytest would capture.
     command = [
         sys.executable,
