@@ -256,6 +256,33 @@ def test_an_editable_installation_builds_what_has_changed(pretending: tuple[Path
     assert native_build.read_record(package)["built"] is True
 
 
+SOURCE = "#include <string>\n#include <vector>\nnamespace resnet_fast::cpu::avx2 {{\n{}\n}}\n"
+KEEP = "void push(std::vector<T>& all, const T& one) {{ all.push_back(one); all.insert(all.begin(), 3, one); }}"
+
+
+@pytest.mark.parametrize(
+    ("code", "wrong"),
+    [
+        ("namespace { int twice(int x) { return 2 * x; } }\nint four(int x) { return twice(twice(x)); }", ""),
+        (f"struct T {{ int x; std::string name; }};\n{KEEP.format()}", ""),  # an instance for a type of its own
+        ("inline int twice(int x) { return 2 * x; }\nint (*pointer())(int) { return twice; }", ""),
+        (f"using T = std::string;\n{KEEP.format()}", "_ZNSt6vectorI"),
+        ("int f(); int x = f();", "_GLOBAL__"),
+    ],
+)
+def test_code_for_one_instruction_set_stays_with_it(code: str, wrong: str, tmp_path: Path) -> None:
+    pytest.importorskip("cmake")
+    compiler, nm = native_build.find_cxx(), shutil.which("nm")
+    if compiler is None or nm is None:
+        pytest.skip("no C++ compiler or no nm here")
+    (tmp_path / "a.cpp").write_text(SOURCE.format(code))
+    subprocess.run([*compiler, "-std=c++20", "-O3", "-c", "a.cpp", "-o", "a.o"], cwd=tmp_path, check=True)
+    script = ROOT / "csrc" / "cpu" / "symbols.cmake"
+    found = run("-m", "cmake", f"-DNM={nm}", "-DISA=avx2", "-DOBJECT=a.o", "-P", script, cwd=tmp_path)
+    assert (found.returncode != 0) == bool(wrong), found.stderr
+    assert not wrong or (wrong in found.stderr and "isa_avx2.cpp defines what machines without" in found.stderr)
+
+
 # --- what the package says of it
 
 
