@@ -3,6 +3,7 @@
 #   JOBS=0             run tests one after the other in one process, for --pdb and -s; by default two at once
 #   ARGS="..."         further arguments for resnet-fast demo, pytest or resnet-fast bench
 #   PIP_FLAGS="..."    further arguments for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
+#   SANITIZE=thread    what `make sanitize` looks for; by default address,undefined
 #   NATIVE_FLAGS="..." arguments for csrc/native_build.py, such as --archs "80;90a" --sm90 ci --jobs 4
 PY ?= python3
 VENV ?= .venv
@@ -10,6 +11,7 @@ JOBS ?= 2
 ARGS ?=
 PIP_FLAGS ?=
 NATIVE_FLAGS ?=
+SANITIZE ?= address,undefined
 
 BIN := $(VENV)/bin
 # RESNET_FAST_BUILD=keep: `make native` builds the CUDA kernels; otherwise pip would, at each of these installations. The
@@ -21,12 +23,12 @@ DESCRIBES_INSTALL := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wi
 NATIVE := build/native
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench gpu kernels wheel engine native clean
+.PHONY: help demo test test-all lint format bench gpu kernels wheel engine sanitize native clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
 	@echo "make demo and make test need nothing but $(PY) (3.10 or newer); everything is installed in $(VENV)."
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## classify two photographs with plain torch and fused, compare answers and speed; then a training
 	@echo "==> resnet-fast demo"
@@ -74,7 +76,11 @@ wheel: $(VENV)/.dev ## build the source archive, and from it the wheel, into dis
 	@ls dist
 
 engine: $(VENV)/.made ## compile csrc/cpu/ into this checkout again, only what has changed (the installation has done it once)
-	@$(BIN)/python csrc/native_build.py --module _cpu --out resnet_fast --build-dir build/cpu $(ENGINE_FLAGS)
+	@[ -e $(VENV)/.test ] || [ -e $(VENV)/.dev ] || $(MAKE) --no-print-directory $(VENV)/.dev
+	@$(BIN)/python csrc/native_build.py --module _cpu --out resnet_fast --build-dir build/cpu
+
+sanitize: $(VENV)/.test ## test the CPU engine built with sanitizers (SANITIZE=thread, ARGS="tests/ops/test_stem.py -k size")
+	@$(BIN)/python -m tests.sanitize $(SANITIZE) $(or $(ARGS),tests/ops/cpu)
 
 native: $(VENV)/.native ## build the CUDA kernels into this checkout (NATIVE_FLAGS='--archs "80;90a"'), and check their machine code
 	@echo "==> csrc/native_build.py"

@@ -329,7 +329,8 @@ def native(run: Run, seconds: float) -> tuple[str, str, str]:
     status = process.wait(seconds, run.pack)
     if status is None:  # what the compilers have made is kept for the next call
         return "out of time", "", process.output()
-    row = summary.read(source / build.RECORD) or {"built": False, "reason": "the build left no record"}
+    row = {"built": False, "reason": "the build left no record", **summary.read(source / build.RECORD)}
+    row.pop("cpu", None)  # what became of the CPU engine, at another time
     row |= {"status": status, "tail": process.output()[-4000:]}
     if row["built"]:
         for path in (*source.glob("_C.*.so"), source / build.RECORD):

@@ -7,7 +7,8 @@ namespace resnet_fast {
 
 inline std::string compiler() {
 #if defined(__clang__)
-  return "Clang " __clang_version__;
+  return "Clang " + std::to_string(__clang_major__) + "." + std::to_string(__clang_minor__) + "." +
+         std::to_string(__clang_patchlevel__);
 #elif defined(__GNUC__)
   return "GNU " __VERSION__;
 #elif defined(_MSC_VER)

@@ -454,7 +454,7 @@ def _build_engine(out: Path, jobs: int | None, build_dir: Path | None, sanitize:
         probe = ("-std=c++20", "-I", str(ROOT / "csrc"), "-c", str(ROOT / "csrc" / "cpu" / "cpu.cpp"))
         probing = [*compiler, *probe, "-o", str(Path(temporary) / "cpu.o")]
         options = ["-DRESNET_FAST_CUDA=OFF", "-DRESNET_FAST_CPU=ON", f"-DRESNET_FAST_SANITIZE={sanitize}"]
-        module, told = _compile(ENGINE, folder, probing, options, jobs)
+        module, told = _compile(ENGINE, folder, probing, options, jobs, sanitizer_libraries(sanitize))
         info = json.loads(told)
         size = _place(module, out)
     seconds = round(time.monotonic() - began, 1)
@@ -465,9 +465,10 @@ def _build_engine(out: Path, jobs: int | None, build_dir: Path | None, sanitize:
 
 
 def _compile(
-    name: str, folder: Path, probe: Sequence[str], options: Sequence[str], jobs: int | None
+    name: str, folder: Path, probe: Sequence[str], options: Sequence[str], jobs: int | None, preload: str = ""
 ) -> tuple[Path, str]:
-    """Return the module of this name, compiled in ``folder``, and what its ``build_info()`` says, as JSON."""
+    """Return the module of this name, compiled in ``folder``, and what its ``build_info()`` says, as JSON. ``preload``:
+    a library that it must find loaded."""
     cmake, ninja = find_tool("cmake", CMAKE), find_tool("ninja")
     for tool, path in ((f"cmake {'.'.join(map(str, CMAKE))} or newer", cmake), ("ninja", ninja)):
         if path is None:
@@ -485,7 +486,8 @@ def _compile(
     script = (
         f"import json, sys; sys.path.insert(0, {str(folder)!r}); import {name}; print(json.dumps({name}.build_info()))"
     )
-    return module, _run([sys.executable, "-c", script])
+    loaded = ("env", f"LD_PRELOAD={preload}", "ASAN_OPTIONS=detect_leaks=0") if preload else ()
+    return module, _run([*loaded, sys.executable, "-c", script])
 
 
 def _place(module: Path, out: Path) -> float:
@@ -494,6 +496,26 @@ def _place(module: Path, out: Path) -> float:
     shutil.copy2(module, out / f"{module.name}.new")
     (out / f"{module.name}.new").replace(out / module.name)
     return module.stat().st_size / 2**20
+
+
+def sanitizer_libraries(sanitize: str) -> str:
+    """Return what a process with a sanitized ``_cpu`` must have in LD_PRELOAD; "" without sanitizers.
+
+    Raises:
+        BuildError: the compiler has no such library.
+    """
+    if not sanitize:
+        return ""
+    found = []
+    # The C++ library too, or the sanitizer finds no function that throws: Python itself is linked without it.
+    for name in ("libtsan.so" if sanitize == "thread" else "libasan.so", "libstdc++.so.6"):
+        command = [*(find_cxx() or ["c++"]), f"-print-file-name={name}"]
+        found.append(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())
+        if not Path(found[-1]).is_absolute():
+            raise BuildError(
+                f"{command[0]} has no {name}: the sanitizers are GCC's, in the packages libasan and libtsan"
+            )
+    return " ".join(found)
 
 
 def default_jobs() -> int:

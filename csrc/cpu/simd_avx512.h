@@ -2,7 +2,9 @@
 #pragma once
 
 #pragma GCC diagnostic push
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own _mm512_undefined_ps
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 

@@ -256,6 +256,33 @@ def test_an_editable_installation_builds_what_has_changed(pretending: tuple[Path
     assert native_build.read_record(package)["built"] is True
 
 
+SOURCE = "#include <string>\n#include <vector>\nnamespace resnet_fast::cpu::avx2 {{\n{}\n}}\n"
+KEEP = "void push(std::vector<T>& all, const T& one) {{ all.push_back(one); all.insert(all.begin(), 3, one); }}"
+
+
+@pytest.mark.parametrize(
+    ("code", "wrong"),
+    [
+        ("namespace { int twice(int x) { return 2 * x; } }\nint four(int x) { return twice(twice(x)); }", ""),
+        (f"struct T {{ int x; std::string name; }};\n{KEEP.format()}", ""),  # an instance for a type of its own
+        ("inline int twice(int x) { return 2 * x; }\nint (*pointer())(int) { return twice; }", ""),
+        (f"using T = std::string;\n{KEEP.format()}", "_ZNSt6vectorI"),
+        ("int f(); int x = f();", "_GLOBAL__"),
+    ],
+)
+def test_code_for_one_instruction_set_stays_with_it(code: str, wrong: str, tmp_path: Path) -> None:
+    pytest.importorskip("cmake")
+    compiler, nm = native_build.find_cxx(), shutil.which("nm")
+    if compiler is None or nm is None:
+        pytest.skip("no C++ compiler or no nm here")
+    (tmp_path / "a.cpp").write_text(SOURCE.format(code))
+    subprocess.run([*compiler, "-std=c++20", "-O3", "-c", "a.cpp", "-o", "a.o"], cwd=tmp_path, check=True)
+    script = ROOT / "csrc" / "cpu" / "symbols.cmake"
+    found = run("-m", "cmake", f"-DNM={nm}", "-DISA=avx2", "-DOBJECT=a.o", "-P", script, cwd=tmp_path)
+    assert (found.returncode != 0) == bool(wrong), found.stderr
+    assert not wrong or (wrong in found.stderr and "isa_avx2.cpp defines what machines without" in found.stderr)
+
+
 # --- what the package says of it
 
 
@@ -328,13 +355,14 @@ def built() -> Any:
     return cpu.module()
 
 
-def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def _python(code: str, *under: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code on the module alone, without torch; ``under`` another program."""
     code = f"import resnet_fast._cpu as engine; {code}"
     code = (
         f"import sys, types; sys.modules['resnet_fast'] = p = types.ModuleType('p'); p.__path__ = [sys.argv[1]]; {code}"
     )
     env = {name: value for name, value in os.environ.items() if name != "RESNET_FAST_ISA"} | environment
-    command = [sys.executable, "-c", code, str(Path(rf.__file__).parent)]
+    command = [*under, str(Path(sys.executable).resolve()), "-c", code, str(Path(rf.__file__).parent)]
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
@@ -418,3 +446,32 @@ def test_info_says_that_it_was_lowered(built: Any, tmp_path: Path) -> None:
         pytest.skip("nothing lower than what runs here")
     told = succeed("-m", "resnet_fast", "info", cwd=tmp_path, RESNET_FAST_ISA="portable")
     assert f"engine       resnet_fast._cpu, portable, lowered by RESNET_FAST_ISA from {best} (built for" in told
+
+
+# A convolution of 13x9 pixels by each algorithm, and whether it is what Python's own sums are.
+CONVOLUTION = """
+import array, random
+random.seed(0)
+x, weight = ([random.gauss(0, 1) for _ in range(n)] for n in (13 * 9 * 16, 17 * 16 * 9))
+x, weight, bias = array.array("f", x), array.array("f", weight), array.array("f", [0.5] * 17)
+layer = engine.Convolution(weight.buffer_info()[0], bias.buffer_info()[0], 17, 16, 1, [3, 3], [1, 1], [1, 1], [1, 1])
+for algorithm in ("direct", "winograd2", "winograd4"):
+    out, errors = array.array("f", [float("nan")] * (13 * 9 * 17)), []
+    layer.run(x.buffer_info()[0], 1, 13, 9, 0, out.buffer_info()[0], False, False, 2, algorithm)
+    for p, q, k in ((0, 0, 0), (12, 8, 16), (5, 3, 7), (7, 0, 2), (11, 8, 16)):
+        right = bias[k] + sum(
+            x[((p + r - 1) * 9 + q + s - 1) * 16 + c] * weight[((k * 16 + c) * 3 + r) * 3 + s]
+            for r in range(3) for s in range(3) for c in range(16) if 0 <= p + r - 1 < 13 and 0 <= q + s - 1 < 9)
+        errors.append(abs(out[(p * 9 + q) * 17 + k] - right))
+    print(all(error < 1e-4 for error in errors))
+"""
+
+
+@pytest.mark.parametrize(("processor", "isa"), [("Nehalem", "portable"), ("Haswell", "avx2")])
+def test_an_emulated_processor(processor: str, isa: str, built: Any) -> None:
+    """QEMU's own processor refuses every instruction that it is not to have, wherever in the module one were left."""
+    emulator = shutil.which("qemu-x86_64")
+    if emulator is None or "avx2" not in built.build_info()["isas"]:
+        pytest.skip("needs qemu-x86_64 (package qemu-user) and an x86 module")
+    ran = _python(f"print(engine.isa())\n{CONVOLUTION}", emulator, "-cpu", processor)
+    assert ran.returncode == 0 and ran.stdout.split() == [isa, "True", "True", "True"], ran.stdout + ran.stderr

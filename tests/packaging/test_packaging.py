@@ -168,6 +168,7 @@ def test_source_archive_is_complete(archives: tuple[set[str], Path]) -> None:
     names, _ = archives
     for name in (
         *("LICENSE", "README.md", "CHANGELOG.md", "Makefile", "constraints.txt", "hubconf.py", "CMakeLists.txt"),
+        *("csrc/cpu/binding.cpp", "csrc/cpu/kernels_isa.h", "csrc/cpu/symbols.cmake", "resnet_fast/_cpu.pyi"),
         *("csrc/binding.cpp", "csrc/native_build.py", "csrc/build_backend.py", "csrc/kernels/conv_bn_act_sm90.cuh"),
         *("kernels/gpus.py", "kernels/resources.csv", "kernels/tuned/some-gpu.json", "resnet_fast/kernels/__init__.py"),
         *("resnet_fast/__init__.py", "resnet_fast/_C.pyi", "tests/packaging/test_packaging.py"),

@@ -471,6 +471,9 @@ def test_a_build_that_fails_leaves_no_module_and_says_why(
     row = results.read(tmp_path / "native.json")["build"]["resnet_fast._C"]
     assert not row["built"] and row["status"] == 1 and row["reason"].endswith("more")
     assert "  FAILED: ninja ended with status 1: x.cu(3): error: no\n" in capsys.readouterr().out
+    # A record of the CPU engine alone says nothing of this module.
+    building(checkout, """(out / RECORD).write_text('{"cpu": {"built": true}}'); sys.exit(1)""")
+    assert build(tmp_path) == ("failed", "FAILED: the build left no record")
 
 
 def test_a_build_that_is_cut_off_is_not_taken_for_an_earlier_one(checkout: Path, tmp_path: Path) -> None:
