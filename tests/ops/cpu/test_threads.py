@@ -24,6 +24,12 @@ def _resident() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+memory_is_its_own = pytest.mark.skipif(
+    not os.path.exists("/proc/self/statm") or bool(_cpu.build_info()["sanitizer"]),
+    reason="needs Linux's /proc, and a build without a sanitizer, which keeps what is freed",
+)
+
+
 def _together(count: int, call: Callable[[int], None]) -> None:
     """Run ``call(0)`` to ``call(count - 1)`` on threads that begin at the same time; raises what one of them raises."""
     barrier, errors = threading.Barrier(count), []
@@ -122,7 +128,7 @@ def test_a_fork_computes_too(busy: bool) -> None:
             thread.join()
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
+@memory_is_its_own
 def test_memory_does_not_grow() -> None:
     plan = Network().plan()
     images = [torch.randn(1 + i % 3, 3, 16 + 2 * i, 60 - i) for i in range(30)]  # more than schedules are kept
@@ -138,6 +144,7 @@ def test_memory_does_not_grow() -> None:
     assert plan.arena_bytes < 64 * 2**20
 
 
+@memory_is_its_own
 def test_layers_and_plans_give_their_memory_back() -> None:
     weight, bias = torch.randn(256, 256, 3, 3) / 48, torch.zeros(256)
     problem = Problem(torch.randn(1, 256, 8, 8), weight, bias, padding=(1, 1))
