@@ -90,6 +90,10 @@ def time_table(found: list[dict[str, Any]]) -> str:
         f"{machine['cpu']} ({machine['cores']} cores{'; ' + wide if wide else ''}); {versions}; random weights. "
         "Ratios are medians over interleaved rounds of how many times faster optimize() is."
     )
+    notes = {
+        name: row["note"] for result in found for name in names if (row := _timed(result, name)) and row.get("note")
+    }
+    note += "".join(f" {HEADINGS[name]}: {text}." for name, text in notes.items())
     disturbed = [result["name"] for result in found if (result["others_busy_cores"] or 0) > DISTURBED]
     if disturbed:
         note += f" Other processes ran meanwhile, measure again: {', '.join(disturbed)}."
