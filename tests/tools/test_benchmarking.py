@@ -316,12 +316,15 @@ def test_compare_measures_once_more_beside_busy_processes(
     assert found["setting"]["threads"] == found["machine"]["threads"] == 2 and torch.get_num_threads() == before
     assert found["setting"]["name"] == "resnet18-float32-b1-t2" and found["setting"]["busy"] == 2
 
+    found["resnet_fast"]["engine"] = {"isa": "avx2"}
     bench.show(found)
     shown = " ".join(capsys.readouterr().out.split())
     assert "The same beside 2 busy processes" in shown and "slowed: a remark" in shown
+    assert re.search(r"optimize\(\) ran \d+ layers by \w+.*; instruction set of the CPU engine: avx2", shown)
     assert re.search(r"wrong [│|] wrong", shown) and "not timed: wrong: error" in shown
     text = report.table([found | {"name": "one"}])
     assert "| resnet18 | float32 | 1 |" in text and " | wrong | " in text and " torch eager: a remark." in text
+    assert ", CPU engine by avx2; random weights" in text
     assert "resnet18, float32, batch 1, 2 threads" in text and "beside 2 busy processes of one thread each" in text
     assert f"| torch eager | {1e3 * found['contestants']['eager']['seconds']['p50']:.1f} | " in text
     assert f"| {row['slowdown']:.2f} |" in text
