@@ -1,8 +1,8 @@
 """Whole networks against every installed runtime, into result files: ``python -m benchmarks.bench_models``.
 
-With a CUDA GPU on that, into ``models.json``, else on the CPU, each case into a file of its own. ``--check`` judges the
-networks against float64 and times nothing, ``--warm`` only compiles what they run. It draws and compares nothing across
-files; that is benchmarks/report.py.
+With a CUDA GPU on that, into ``models.json``, else on the CPU, each case into a file of its own. ``--busy`` measures
+once more beside busy processes. ``--check`` judges the networks against float64 and times nothing, ``--warm`` only
+compiles what they run. It draws and compares nothing across files; that is benchmarks/report.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import gc
 import itertools
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,11 @@ Case = tuple[str, str, int]
 
 ON_CPU: tuple[Case, ...] = (
     *itertools.product(("resnet50",), ("fp32", "bf16"), (1, 16)),
-    *itertools.product(("resnet152",), ("fp32", "bf16"), (1,)),
+    *itertools.product(("resnet18", "resnet152"), ("fp32", "bf16"), (1, 16)),
 )
-"""What the README's table is made of."""
+"""What the README's table is made of, the most important first."""
+SHARED: Case = ("resnet50", "fp32", 1)
+"""What is measured beside a busy process too, and by one thread."""
 
 FIRST: tuple[Case, ...] = tuple(("resnet50", "fp16", batch) for batch in (128, 1, 32, 256, 8))
 _HALF, _OTHER = ("resnet152", "resnet18"), ("bf16", "tf32", "fp32")
@@ -73,7 +76,8 @@ def measure_on_cpu(setting: Setting, folder: Path) -> Path:
     from resnet_fast.cli.common import progress_bar
 
     with progress_bar() as progress:
-        model = fresh_model(setting.arch, image_size=setting.image_size)
+        progress(f"{setting.name}: making the network", 0.0)
+        model = _model(setting.arch, setting.image_size)
         result = compare(
             setting, model, progress=lambda stage, fraction: progress(f"{setting.name}: {stage}", fraction)
         )
@@ -95,7 +99,7 @@ def measure(folder: Path, setting: Setting) -> bool:
         return False
     finally:
         _free()
-    for name in ("schema", "kind", "machine", "samples"):
+    for name in ("schema", "kind", "machine", "resnet_fast", "samples"):
         del row[name]
     print(f"  {setting.name}: img/s: {rates(row)}", flush=True)
     book.merge(setting.name, row)
@@ -198,9 +202,11 @@ def main() -> int:
     parser.add_argument("--peers", help="comma-separated contestants (default: all)")
     parser.add_argument("--check", action="store_true", help="judge the answers and time nothing")
     parser.add_argument("--warm", action="store_true", help="on a GPU: compile what will run and time nothing")
-    parser.add_argument("--case-seconds", type=float, help="time for the rounds of one case (default: 40; on a GPU 3)")
+    parser.add_argument("--case-seconds", type=float, help="time for the rounds of one case (default: 20; on a GPU 3)")
     parser.add_argument("--image-size", type=int, default=224, help="height and width (default: 224)")
     parser.add_argument("--threads", type=int, help="threads to compute with (default: torch's choice)")
+    busy = "on a CPU: measure once more beside so many busy processes (default: 1 for ResNet-50, float32, batch 1)"
+    parser.add_argument("--busy", type=int, metavar="N", help=busy)
     given = parser.parse()
     place = devices.of(given.device)
     known = tuple(DTYPES) if place is CUDA or given.check else ("fp32", "bf16")
@@ -223,21 +229,47 @@ def main() -> int:
     if place is CUDA and missing:
         print(f"  nothing to compare with: {'; '.join(missing)}", flush=True)
         return 0
-    return _all(cases, place, peers, given, deadline, folder)
+    try:
+        settings = settings_of(cases, place, peers, given)
+    except ValueError as error:
+        parser.error(str(error))
+    return _all(settings, deadline, folder)
 
 
-def _all(
-    cases: Sequence[Case], place: Device, peers: tuple[str, ...], given: Any, deadline: Deadline, folder: Path
-) -> int:
-    """Measure the cases as far as the time goes; exit status 1 if one of them failed."""
-    seconds, wrong = given.case_seconds or (3.0 if place is CUDA else 40.0), 0
-    for arch, precision, batch in deadline.each(cases):
-        schedule = Schedule(seconds=seconds, min_rounds=7, calls=4 if batch < 8 else 2)
+def settings_of(cases: Sequence[Case], place: Device, peers: tuple[str, ...], given: Any) -> list[Setting]:
+    """Return the settings of the cases; on a CPU ``SHARED`` is followed by the same with one thread.
+
+    A call of a large batch takes so long that whatever ran before it does not matter: one a turn, and none untimed.
+    """
+    seconds, found = given.case_seconds or (3.0 if place is CUDA else 20.0), []
+    for case in cases:
+        arch, precision, batch = case
+        large = place is CPU and batch >= 8
+        rhythm = {"min_rounds": 5, "calls": 1, "warmup": 0} if large else {"min_rounds": 7, "calls": 4}
+        schedule = Schedule(seconds=seconds, **rhythm)
         setting = Setting(arch, None, batch, given.image_size, precision, peers, schedule=schedule, device=place)
         if place is CPU:
-            print(f"written: {measure_on_cpu(setting, folder)}", file=sys.stderr)
-        else:
+            shared = int(case == SHARED) if given.busy is None else given.busy
+            setting = replace(setting, threads=given.threads, busy=shared)
+        found.append(setting)
+        if place is CPU and case == SHARED and not given.arch and given.threads is None:
+            found.append(replace(setting, threads=1, busy=0))
+    return found
+
+
+def _all(settings: Sequence[Setting], deadline: Deadline, folder: Path) -> int:
+    """Measure the cases as far as the time goes; exit status 1 if one of them failed."""
+    wrong = 0
+    for setting in deadline.each(settings):
+        if setting.device is CUDA:
             wrong += not measure(folder, setting)
+            continue
+        try:
+            print(f"written: {measure_on_cpu(setting, folder)}", file=sys.stderr)
+        except RuntimeError as error:  # our own answer is wrong; the other cases still count
+            print(f"  {setting.name}: FAILED {error}", file=sys.stderr, flush=True)
+            wrong += 1
+        _free()
     return int(wrong > 0)
 
 

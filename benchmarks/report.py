@@ -13,6 +13,7 @@ from typing import Any
 from resnet_fast._dtypes import DTYPES
 from resnet_fast._files import write_text
 from resnet_fast.benchmarking import plot, results
+from resnet_fast.benchmarking.contention import processes
 from resnet_fast.benchmarking.machine import DISTURBED, threads_text
 from resnet_fast.benchmarking.peers import PEERS
 
@@ -23,6 +24,8 @@ HEADINGS = {
     "inductor": "inductor + freezing",
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
+    "mnn": "MNN",
+    "ncnn": "ncnn",
     "live": "live module",
     "optimize": "**optimize()**",
 }
@@ -50,21 +53,29 @@ def load(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return machines
 
 
-def _order(result: dict[str, Any]) -> tuple[int, str, int, bool]:
+def _order(result: dict[str, Any]) -> tuple[int, str, int, bool, int]:
     setting = result["setting"]
-    return len(setting["arch"]), setting["arch"], setting["batch"], setting["dtype"] != "float32"
+    half = setting["dtype"] != "float32"
+    return len(setting["arch"]), setting["arch"], setting["batch"], half, -setting["threads"]
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Return the Markdown table of one machine, with the line that says what it is."""
-    names = [name for name in HEADINGS if any(_timed(result, name) for result in found)]
+    """Return the Markdown tables of one machine, with the line that says what it is: times, errors, and times beside
+    busy processes."""
+    parts = [time_table(found), accuracy_table(found), *(map(contended_table, found))]
+    return "\n\n".join(filter(None, parts))
+
+
+def time_table(found: list[dict[str, Any]]) -> str:
+    """Return the medians of all contestants, and how many times faster ours is than eager and than the best peer."""
+    names = [name for name in HEADINGS if any(_median(result, name) != "–" for result in found)]
     assert set(names) <= set(PEERS)
     heading = ["network", "precision", "batch", *map(HEADINGS.__getitem__, names), "against eager", "against best peer"]
     lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * 3 + "---:|" * (len(heading) - 3)]
+    usual = found[0]["setting"]["threads"]
     for result in found:
-        setting, against = result["setting"], result["ratios"]["against"]
-        cells = [setting["arch"], setting["dtype"], str(setting["batch"])]
-        cells += [f"{1e3 * row['seconds']['p50']:.1f}" if (row := _timed(result, name)) else "–" for name in names]
+        against = result["ratios"]["against"]
+        cells = _case(result, usual) + [_median(result, name) for name in names]
         cells.append(f"{against['eager']['p50']:.2f}×" if "eager" in against else "–")
         best = result["ratios"]["best_peer"]
         cells.append(f"{against[best]['p50']:.2f}× ({HEADINGS[best]})" if best else "–")
@@ -72,17 +83,78 @@ def table(found: list[dict[str, Any]]) -> str:
     machine, sizes = found[0]["machine"], sorted({result["setting"]["image_size"] for result in found})
     wide = ", ".join(flag for flag in machine["flags"] if flag.startswith(("avx512", "amx", "asimd", "sve")))
     installed = machine["versions"]
-    runtimes = [name for name in ("torch", "onnxruntime", "openvino") if name in installed]
+    runtimes = [name for name in ("torch", "onnxruntime", "openvino", "mnn", "ncnn") if name in installed]
     versions = ", ".join(f"{name} {installed[name]}" for name in runtimes)
     note = (
-        f"Median ms per batch, {' and '.join(map(str, sizes))} px, {threads_text(found[0]['setting']['threads'])} on "
+        f"Median ms per batch, {' and '.join(map(str, sizes))} px, {threads_text(usual)} on "
         f"{machine['cpu']} ({machine['cores']} cores{'; ' + wide if wide else ''}); {versions}; random weights. "
         "Ratios are medians over interleaved rounds of how many times faster optimize() is."
     )
+    notes = {
+        name: row["note"] for result in found for name in names if (row := _timed(result, name)) and row.get("note")
+    }
+    note += "".join(f" {HEADINGS[name]}: {text}." for name, text in notes.items())
     disturbed = [result["name"] for result in found if (result["others_busy_cores"] or 0) > DISTURBED]
     if disturbed:
         note += f" Other processes ran meanwhile, measure again: {', '.join(disturbed)}."
     return "\n".join([note, "", *lines])
+
+
+def accuracy_table(found: list[dict[str, Any]]) -> str:
+    """Return every contestant's error as a multiple of plain torch's; empty if no result has it."""
+    names = [name for name in HEADINGS if any("times_torch" in _gate(result, name) for result in found)]
+    if not names:
+        return ""
+    heading = ["network", "precision", "batch", *map(HEADINGS.__getitem__, names), "torch's error"]
+    lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * 3 + "---:|" * (len(heading) - 3)]
+    for result in found:
+        gates = [_gate(result, name) for name in names]
+        own = [f"{gate['torch']:.1e}" for gate in gates if "torch" in gate][:1]
+        times = [f"{gate['times_torch']:.2f}" if gate.get("times_torch") is not None else "–" for gate in gates]
+        lines.append("| " + " | ".join([*_case(result, found[0]["setting"]["threads"]), *times, *(own or "–")]) + " |")
+    note = (
+        "Error of the scores against float64, as a multiple of plain torch's at the same precision; the last column is "
+        "torch's, relative to the norm of all scores. Above 2 (and one rounding) an answer counts as wrong: no time."
+    )
+    return "\n".join([note, "", *lines])
+
+
+def contended_table(result: dict[str, Any]) -> str:
+    """Return the times of one network beside busy processes; empty if they were not measured."""
+    if "contended" not in result:
+        return ""
+    setting, contended = result["setting"], result["contended"]
+    beside = f"beside {processes(contended['processes'])}"
+    lines = [f"| runtime | alone, ms | {beside}, ms | times as long |", "|---|---:|---:|---:|"]
+    there = [name for name in HEADINGS if name in contended["contestants"]]
+    for name in sorted(there, key=lambda name: contended["contestants"][name]["slowdown"]):
+        row = contended["contestants"][name]
+        times = f"{_median(result, name)} | {1e3 * row['seconds']['p50']:.1f} | {row['slowdown']:.2f}"
+        lines.append(f"| {HEADINGS[name]} | {times} |")
+    note = (
+        f"{setting['arch']}, {setting['dtype']}, batch {setting['batch']}, {threads_text(setting['threads'])} on "
+        f"{result['machine']['cores']} cores, median ms per batch {beside} of one thread each:"
+    )
+    return "\n".join([note, "", *lines])
+
+
+def _case(result: dict[str, Any], usual: int) -> list[str]:
+    """The first cells of a row: network, precision, batch; the threads too if they are not the ``usual`` ones."""
+    setting = result["setting"]
+    threads = "" if setting["threads"] == usual else f", {threads_text(setting['threads'])}"
+    return [setting["arch"] + threads, setting["dtype"], str(setting["batch"])]
+
+
+def _median(result: dict[str, Any], name: str) -> str:
+    """The median in ms; "wrong" for an answer that broke the error rule, a dash for who took no part."""
+    if row := _timed(result, name):
+        return f"{1e3 * row['seconds']['p50']:.1f}"
+    return "wrong" if result["contestants"].get(name, {}).get("status") == "wrong" else "–"
+
+
+def _gate(result: dict[str, Any], name: str) -> dict[str, Any]:
+    found: dict[str, Any] = result["contestants"].get(name, {}).get("gate", {})
+    return found
 
 
 def _timed(result: dict[str, Any], name: str) -> dict[str, Any] | None:

@@ -17,6 +17,10 @@ using Index = std::ptrdiff_t;
 constexpr int chunk = 64;
 constexpr int chunk_stride = 80;
 
+// Channels whose products are added up in registers before their sum is added to the total, if Winograd's output
+// transform is to enlarge its rounding error.
+constexpr int winograd_partial_sum = 32;
+
 // An image batch [n, h, w, c] in memory: `pixel` floats from one pixel to the next, rows and images dense.
 struct Map {
   Index n, h, w, c;
@@ -50,7 +54,8 @@ struct Direct {
   Epilogue epilogue;
   float* out;
   Index out_pixel;
-  // blocking, by plan_direct
+  bool narrow_groups;  // of 1, 2, 4 or 8 channels, fewer than a vector has: a vector holds several groups
+  // blocking
   bool merged;  // a filter row's pixels lie next to each other and are copied at once
   Index tiles;  // of tile_rows pixels each, the last ones evenly
   Index tiles_per_block, blocks;

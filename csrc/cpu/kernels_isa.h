@@ -49,8 +49,6 @@ inline __attribute__((always_inline)) void multiply_chunk(Vector (&sums)[rows][v
 // Values that are added up in registers before their sum is added to the total: a long sum loses the least if it is a
 // sum of short ones.
 constexpr Index partial_sum = 128;
-// Winograd's output transform enlarges the rounding errors of its products, so theirs are shorter.
-constexpr Index winograd_partial_sum = 32;
 
 // `part` values are added up by one call, and a chunk is a multiple of it.
 template <int rows, int vectors, Index part, Index most>
@@ -307,7 +305,131 @@ inline void multiply_panel(const Direct& d, const Runs& runs, Index group, Index
   }
 }
 
+// ---- groups narrower than a vector
+
+// For each channel of a vector, the number of its group's j-th channel.
+template <int group>
+inline Numbers of_group(int j) {
+  int order[lanes];
+  for (int i = 0; i < lanes; ++i) {
+    order[i] = i / group * group + j;
+  }
+  return numbers(order);
+}
+
+struct GroupedRow {
+  const float* from;     // the image's first pixel, at the vector's first channel
+  const float* weights;  // [r][s][group][lanes]
+  const float* bias;
+  const float* residual;  // at the row's first pixel
+  float* out;
+  Index top;  // the input row that the filter's first one meets
+  int count;  // channels of the vector
+};
+
+// `rows` pixels of a row of the output from `x` on. If `whole`, no filter column is outside the image.
+template <int group, int rows, bool whole>
+inline void grouped_pixels(const Direct& d, const GroupedRow& row, const Numbers (&orders)[group], Index x) {
+  const Window& window = d.window;
+  Vector sums[rows];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) {
+    sums[i] = zero();
+  }
+  const Index left = x * window.stride_w - window.pad_w;
+  const Index step = window.stride_w * d.in.pixel;
+  for (Index r = 0; r < window.r; ++r) {
+    const Index in_y = row.top + r * window.dilation_h;
+    if (in_y < 0 || in_y >= d.in.h) {
+      continue;
+    }
+    for (Index s = 0; s < window.s; ++s) {
+      const Index in_x = left + s * window.dilation_w;
+      if (!whole && (in_x < 0 || in_x >= d.in.w)) {
+        continue;
+      }
+      const float* from = row.from + (in_y * d.in.w + in_x) * d.in.pixel;
+      const float* weights = row.weights + (r * window.s + s) * group * lanes;
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i) {
+        const Vector value = row.count == lanes ? load(from + i * step) : load(from + i * step, row.count);
+#pragma GCC unroll 8
+        for (int j = 0; j < group; ++j) {
+          const Vector spread = group == 1 ? value : permute(value, orders[j]);
+          sums[i] = multiply_add(spread, load(weights + j * lanes), sums[i]);
+        }
+      }
+    }
+  }
+  const Vector bias = row.count == lanes ? load(row.bias) : load(row.bias, row.count);
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) {
+    const float* residual = row.residual == nullptr ? nullptr : row.residual + (x + i) * d.epilogue.residual_pixel;
+    const Vector value = finish(sums[i], bias, residual, row.count, d.epilogue);
+    float* to = row.out + (x + i) * d.out_pixel;
+    if (row.count == lanes) {
+      store(to, value);
+    } else {
+      store(to, value, row.count);
+    }
+  }
+}
+
+// A row of the output.
+template <int group>
+void grouped_row(const Direct& d, Index item) {
+  constexpr int rows = group < 4 ? 8 : 4;
+  const Window& window = d.window;
+  const Index image = item / d.p, y = item % d.p;
+  Numbers orders[group];
+  for (int j = 0; j < group; ++j) {
+    orders[j] = of_group<group>(j);
+  }
+  const Index reach = (window.s - 1) * window.dilation_w;
+  // Pixels [first, last) see no padding at the sides.
+  const Index first = least(quotient(window.pad_w, window.stride_w), d.q);
+  const Index room = d.in.w - 1 - reach + window.pad_w;
+  const Index last = most(first, room < 0 ? 0 : least(d.q, room / window.stride_w + 1));
+  for (Index channel = 0; channel < d.k; channel += lanes) {
+    const Index pixel = item * d.q;
+    const GroupedRow row{
+        d.x + image * d.in.h * d.in.w * d.in.pixel + channel,
+        d.weights + channel * window.r * window.s * group,
+        d.epilogue.bias + channel,
+        d.epilogue.residual == nullptr ? nullptr : d.epilogue.residual + pixel * d.epilogue.residual_pixel + channel,
+        d.out + pixel * d.out_pixel + channel,
+        y * window.stride_h - window.pad_h,
+        static_cast<int>(least(lanes, d.k - channel))};
+    Index x = 0;
+    for (; x < first; ++x) {
+      grouped_pixels<group, 1, false>(d, row, orders, x);
+    }
+    for (; x + rows <= last; x += rows) {
+      grouped_pixels<group, rows, true>(d, row, orders, x);
+    }
+    for (; x < d.q; ++x) {
+      grouped_pixels<group, 1, false>(d, row, orders, x);
+    }
+  }
+}
+
+void grouped(const Direct& d, Index item) {
+  switch (d.k / d.groups) {
+    case 1:
+      return grouped_row<1>(d, item);
+    case 2:
+      return grouped_row<2>(d, item);
+    case 4:
+      return grouped_row<4>(d, item);
+    default:
+      return grouped_row<8>(d, item);
+  }
+}
+
 void direct(const Direct& d, Index item, float* scratch) {
+  if (d.narrow_groups) {
+    return grouped(d, item);
+  }
   const Index split = item % d.splits;
   const Index block = item / d.splits % d.blocks;
   const Index group = item / d.splits / d.blocks;

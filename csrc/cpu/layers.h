@@ -54,20 +54,25 @@ class Convolution {
   Index out_height(Index h) const;
   Index out_width(Index w) const;
 
+  // By the size and, for F(4x4), what its rounding errors are with these weights.
   Algorithm choose(Index h, Index w) const;
   bool winograd_possible() const;
+  // Whether a vector holds several groups: as many channels in as out, 1, 2, 4 or 8, and fewer than it has.
+  bool narrow_groups() const;
   // The layer with blocking, weights and bias, for the caller to fill in the data and the rest of the epilogue.
   Direct direct(const Map& in, int threads) const;
   Winograd winograd(int m, const Map& in, int threads) const;
   Index bytes() const;
 
  private:
+  bool winograd_worthwhile() const;
   const float* filters(int m) const;
 
   Machine machine_;
   Window window_;
   Index k_, c_, groups_;
   Floats weights_, bias_;
+  bool winograd4_chosen_ = false;  // over F(2x2)
   mutable std::mutex mutex_;
   mutable Floats filters2_, filters4_;
 };

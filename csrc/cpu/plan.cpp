@@ -10,6 +10,8 @@
 namespace resnet_fast::cpu {
 namespace {
 
+// Images run together as long as what lies between their layers is no larger.
+constexpr Index piece_bytes = 32 << 20;
 constexpr std::size_t schedules_kept = 16;
 constexpr std::size_t arenas_kept = 8;
 
@@ -74,6 +76,8 @@ class Schedule {
   std::vector<std::string> algorithms() const;
 
  private:
+  void check_addresses(const Plan& plan, const std::vector<Image>& inputs, const std::vector<float*>& outputs) const;
+
   struct Step {
     Algorithm algorithm = Algorithm::direct;
     Direct direct{};
@@ -207,8 +211,27 @@ bool Schedule::fits(const std::vector<Image>& inputs, int threads) const {
   return true;
 }
 
+void Schedule::check_addresses(const Plan& plan, const std::vector<Image>& inputs,
+                               const std::vector<float*>& outputs) const {
+  if (outputs.size() != plan.outputs_.size()) {
+    throw std::invalid_argument("plan: " + std::to_string(outputs.size()) + " outputs are given, it makes " +
+                                std::to_string(plan.outputs_.size()));
+  }
+  for (const Image& image : inputs) {
+    if (image.data == nullptr && image.n != 0) {
+      throw std::invalid_argument("plan: an image has the address 0");
+    }
+  }
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    if (outputs[i] == nullptr && shapes_[plan.outputs_[i]].n != 0) {
+      throw std::invalid_argument("plan: an output has the address 0");
+    }
+  }
+}
+
 void Schedule::run(const Plan& plan, const std::vector<Image>& inputs, const std::vector<float*>& outputs, float* arena,
                    std::vector<double>* seconds) const {
+  check_addresses(plan, inputs, outputs);
   const Kernels& kernels = *plan.machine_.kernels;
   const std::size_t count = plan.layers_.size();
   std::vector<const float*> at(count, nullptr);
@@ -295,22 +318,6 @@ void Plan::check_open() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (closed_) {
     throw std::invalid_argument("plan: it has run, nothing can be added any more");
-  }
-}
-
-void Plan::check_data(const std::vector<Image>& inputs, const std::vector<float*>& outputs) const {
-  if (outputs.size() != outputs_.size()) {
-    throw std::invalid_argument("plan: " + std::to_string(outputs.size()) + " outputs are given, it makes " +
-                                std::to_string(outputs_.size()));
-  }
-  for (const Image& image : inputs) {
-    if (image.data == nullptr && image.n != 0) {
-      throw std::invalid_argument("plan: an image has the address 0");
-    }
-  }
-  const bool empty = !inputs.empty() && inputs.front().n == 0;
-  if (!empty && std::find(outputs.begin(), outputs.end(), nullptr) != outputs.end()) {
-    throw std::invalid_argument("plan: an output has the address 0");
   }
 }
 
@@ -493,9 +500,40 @@ Floats borrow(std::vector<Floats>& arenas, std::mutex& mutex, Index floats) {
 
 }  // namespace
 
-void Plan::run(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads) const {
+void Plan::run(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads, Index piece) const {
+  const Index images = inputs.empty() ? 0 : inputs[0].n;
+  const bool alike = std::all_of(inputs.begin(), inputs.end(), [&](const Image& image) { return image.n == images; });
+  if (!alike || images < 2) {
+    run_together(inputs, outputs, threads);
+    return;
+  }
+  std::vector<Image> one = inputs;
+  for (Image& image : one) {
+    image.n = 1;
+  }
+  if (piece <= 0) {
+    const Index each = schedule(one, threads)->arena_floats() * Index{sizeof(float)};
+    piece = std::max<Index>(1, piece_bytes / std::max<Index>(each, 1));
+  }
+  const std::vector<Shape> shapes = this->shapes(one);
+  const Index pieces = (images + piece - 1) / piece;
+  std::vector<Image> part = inputs;
+  std::vector<float*> results = outputs;
+  for (Index i = 0; i < pieces; ++i) {
+    const Index first = images * i / pieces;
+    for (std::size_t j = 0; j < inputs.size(); ++j) {
+      part[j].n = images * (i + 1) / pieces - first;
+      part[j].data = inputs[j].data + first * inputs[j].stride_n;
+    }
+    for (std::size_t j = 0; j < outputs.size(); ++j) {
+      results[j] = outputs[j] + first * shapes[j].h * shapes[j].w * shapes[j].c;
+    }
+    run_together(part, results, threads);
+  }
+}
+
+void Plan::run_together(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads) const {
   const std::shared_ptr<const Schedule> made = schedule(inputs, threads);
-  check_data(inputs, outputs);
   Floats arena = borrow(arenas_, mutex_, made->arena_floats());
   made->run(*this, inputs, outputs, arena.data(), nullptr);
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -507,7 +545,6 @@ void Plan::run(const std::vector<Image>& inputs, const std::vector<float*>& outp
 std::vector<double> Plan::profile(const std::vector<Image>& inputs, const std::vector<float*>& outputs,
                                   int threads) const {
   const std::shared_ptr<const Schedule> made = schedule(inputs, threads);
-  check_data(inputs, outputs);
   Floats arena = borrow(arenas_, mutex_, made->arena_floats());
   std::vector<double> seconds;
   made->run(*this, inputs, outputs, arena.data(), &seconds);

@@ -28,6 +28,10 @@ inline Vector relu(Vector a) { return _mm256_max_ps(zero(), a); }
 inline Vector larger(Vector a, Vector b) {
   return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
 }
+// Elements by their numbers.
+using Numbers = __m256i;
+inline Numbers numbers(const int* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+inline Vector permute(Vector a, Numbers order) { return _mm256_permutevar8x32_ps(a, order); }
 // Whether every element is a number: a difference to itself that is not 0 is that of NaN or infinity.
 inline bool finite(Vector a) {
   return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_sub_ps(a, a), zero(), _CMP_NEQ_UQ)) == 0;

@@ -31,6 +31,10 @@ inline Vector relu(Vector a) { return _mm512_max_ps(zero(), a); }
 inline Vector larger(Vector a, Vector b) {
   return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
 }
+// Elements by their numbers.
+using Numbers = __m512i;
+inline Numbers numbers(const int* from) { return _mm512_loadu_si512(from); }
+inline Vector permute(Vector a, Numbers order) { return _mm512_permutexvar_ps(order, a); }
 // Whether every element is a number: a difference to itself that is not 0 is that of NaN or infinity.
 inline bool finite(Vector a) { return _mm512_cmp_ps_mask(_mm512_sub_ps(a, a), zero(), _CMP_NEQ_UQ) == 0; }
 

@@ -39,6 +39,14 @@ inline Vector choose(Mask mask, Vector a, Vector b) {
 inline Vector relu(Vector a) { return choose(a < zero(), zero(), a); }
 // The larger one, and NaN if either is NaN.
 inline Vector larger(Vector a, Vector b) { return choose((a > b) | (a != a), a, b); }
+// Elements by their numbers.
+using Numbers = Mask;
+inline Numbers numbers(const int* from) {
+  Numbers order;
+  __builtin_memcpy(&order, from, sizeof order);
+  return order;
+}
+inline Vector permute(Vector a, Numbers order) { return Vector{a[order[0]], a[order[1]], a[order[2]], a[order[3]]}; }
 // Whether every element is a number: a difference to itself that is not 0 is that of NaN or infinity.
 inline bool finite(Vector a) {
   const Mask wrong = (a - a) != zero();

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -176,7 +177,7 @@ Team::Team(int threads) : threads_(std::max(threads, 1)), owner_(threads_ > 1 &&
     for (; own.started < threads_ - 1; ++own.started) {
       std::thread(serve, &own, own.started + 1).detach();
     }
-  } catch (const std::system_error&) {  // no more threads are to be had: those that there are will do
+  } catch (const std::exception&) {  // no more threads or memory are to be had: the threads that there are will do
   }
 }
 

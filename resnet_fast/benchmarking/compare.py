@@ -6,10 +6,11 @@ plain calls and, if it can be recorded, as replays of CUDA graphs. Nothing is pr
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast._dtypes import DTYPES
-from resnet_fast.benchmarking import machine, results
+from resnet_fast.benchmarking import contention, machine, results
 from resnet_fast.benchmarking.device import CPU, Device
 from resnet_fast.benchmarking.gate import Verdict, judge
 from resnet_fast.benchmarking.network import randomize, seeded_batches
@@ -48,7 +49,8 @@ INPUTS = 4
 class Setting:
     """What to compare. ``weights`` only says what the network holds (None: random). ``peers`` are names of
     ``peers.PEERS``, by default all that run on the device; "optimize" is always among the contestants. On a GPU the
-    ``schedule`` gives no more than its seconds."""
+    ``schedule`` gives no more than its seconds. ``threads``: how many to compute with (None: as torch is set).
+    ``busy``: how many busy processes to measure beside, after the measurement without them."""
 
     arch: str = "resnet50"
     weights: str | None = None
@@ -59,12 +61,18 @@ class Setting:
     seed: int = 0
     schedule: Schedule = field(default_factory=Schedule)
     device: Device = CPU
+    threads: int | None = None
+    busy: int = 0
 
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise ValueError(f"batch is {self.batch}, it must be at least 1")
         if self.image_size < 33:
             raise ValueError(f"image size is {self.image_size}, it must be at least 33 pixels to leave something to do")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads is {self.threads}, it must be at least 1")
+        if self.busy < 0 or (self.busy and self.device.kind != "cpu"):
+            raise ValueError(f"busy is {self.busy}, it must be at least 0, and 0 on a GPU")
         known = ("fp32", "bf16") if self.device.kind == "cpu" else tuple(DTYPES)
         if self.precision not in known:
             raise ValueError(f"precision is {self.precision!r}, it must be one of {', '.join(known)}")
@@ -80,9 +88,9 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """As "resnet50-float32-b1" on a CPU, "resnet50-fp16-b128" on a GPU."""
+        """As "resnet50-float32-b1" on a CPU, "-t1" behind it if threads are given, "resnet50-fp16-b128" on a GPU."""
         kind = name_of(self.dtype) if self.device.kind == "cpu" else self.precision
-        return f"{self.arch}-{kind}-b{self.batch}"
+        return f"{self.arch}-{kind}-b{self.batch}" + (f"-t{self.threads}" if self.threads else "")
 
     @property
     def contestants(self) -> tuple[str, ...]:
@@ -92,13 +100,14 @@ class Setting:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the setting as a result file has it."""
-        own = {name: getattr(self, name) for name in ("arch", "weights", "batch", "image_size", "precision", "seed")}
+        names = ("arch", "weights", "batch", "image_size", "precision", "seed", "busy")
+        own = {name: getattr(self, name) for name in names}
         return own | {
             "name": self.name,
             "dtype": name_of(self.dtype),
             "peers": self.contestants,
             "schedule": asdict(self.schedule),
-            "threads": torch.get_num_threads(),
+            "threads": self.threads or torch.get_num_threads(),
             "parameters": self.weights or f"random, BatchNorm statistics randomised, seed {self.seed}",
         }
 
@@ -118,16 +127,19 @@ def compare(
     Raises:
         RuntimeError: "optimize" itself is not timed.
     """
+    from resnet_fast import info
+
     place, names = setting.device, setting.contestants
     shape = (setting.batch, 3, setting.image_size, setting.image_size)
-    description = machine.describe()
     ways: dict[str, dict[str, dict[str, Any]]] = {}
     calls: dict[str, Call] = {}
     with (
+        _threads(setting.threads),
         tempfile.TemporaryDirectory(prefix="resnet_fast_bench_") as folder,
         tf32(setting.precision == "tf32"),
         torch.no_grad(),
     ):
+        description, about = machine.describe(), info().as_dict()
         batches = [_input(batch, setting) for batch in seeded_batches(shape, INPUTS, seed=setting.seed + 1)]
         task = Task(model, batches[0], setting.dtype, torch.get_num_threads(), Path(folder))
         progress("computing the float64 reference", 0.0)
@@ -140,6 +152,10 @@ def compare(
         disturbance = machine.Disturbance()
         samples = _time(calls, setting, progress)
         disturbed = disturbance.cores()
+        contended: Samples = {}
+        if setting.busy:
+            with contention.busy(setting.busy):
+                contended = _time(calls, setting, progress, f"measuring beside {contention.processes(setting.busy)}")
     for key, rounds in samples.items():
         name, mode = key.split()
         seconds = summarize(flatten(rounds))
@@ -147,25 +163,61 @@ def compare(
     if not any(key.startswith("optimize ") for key in samples):
         reasons = "; ".join(way["reason"] for way in ways["optimize"].values())
         raise RuntimeError(f"resnet_fast.optimize() could not be measured: {reasons}")
+    ours = tuple(name for name in names if peers[name].ours)
     return {
         "schema": results.SCHEMA,
         "kind": "model",
         "setting": setting.as_dict(),
         "machine": description.as_dict(),
+        "resnet_fast": about,
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "contestants": {
             name: {
                 "label": peers[name].label,
                 "ours": peers[name].ours,
+                "note": peers[name].note,
                 **found[max(found, key=lambda mode: found[mode].get("images_per_second", 0.0))],
                 **(found if place.capture else {}),
             }
             for name, found in ways.items()
         },
-        "ratios": ratios(samples, tuple(name for name in names if peers[name].ours)),
+        "ratios": ratios(samples, ours),
         "others_busy_cores": disturbed,
-        "samples": {key.removesuffix(" call"): rounds for key, rounds in samples.items()},
+        "samples": _named(samples),
+        **({"contended": _contended(setting.busy, samples, contended, ours)} if contended else {}),
     }
+
+
+def _contended(count: int, quiet: Samples, samples: Samples, ours: tuple[str, ...]) -> dict[str, Any]:
+    """What was measured beside ``count`` busy processes. ``slowdown``: how many times as long the median is."""
+    return {
+        "processes": count,
+        "contestants": {
+            name: {
+                "seconds": summarize(flatten(rounds)).as_dict(),
+                "slowdown": _median(rounds) / _median(_named(quiet)[name]),
+            }
+            for name, rounds in _named(samples).items()
+        },
+        "ratios": ratios(samples, ours),
+        "samples": _named(samples),
+    }
+
+
+def _named(samples: Samples) -> Samples:
+    """The samples as result files have them: the name alone for a plain call."""
+    return {key.removesuffix(" call"): rounds for key, rounds in samples.items()}
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Compute with that many threads inside; None leaves torch as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def ratios(samples: Samples, ours: tuple[str, ...]) -> dict[str, Any]:
@@ -238,7 +290,8 @@ def _prepared(
 
     def judged(mode: str, call: Call, result: Callable[[Any], Tensor]) -> None:
         found = verdict(result(call(0)))
-        rows[mode] = {"status": "timed" if found.passed else "wrong", "reason": found.reason, "gate": found.as_dict()}
+        status = "timed" if found.passed else "wrong"
+        rows[mode] = {"status": status, "reason": found.reason, "gate": found.as_dict(), **contestant.details}
         if found.passed:
             ready[mode] = call
 
@@ -278,12 +331,12 @@ def _recorded(contestant: Contestant, inputs: list[Any], capture: Callable[[Call
     return replay
 
 
-def _time(calls: Mapping[str, Call], setting: Setting, progress: Progress) -> Samples:
+def _time(calls: Mapping[str, Call], setting: Setting, progress: Progress, stage: str = "measuring") -> Samples:
     schedule, place = setting.schedule, setting.device
     if place.capture is not None:
         return turns(calls, place.synchronize, seconds=schedule.seconds)
     interleave(calls, Schedule(rounds=1, calls=1, pause=schedule.pause))
-    return interleave(calls, schedule, progress=lambda fraction: progress("measuring", fraction))
+    return interleave(calls, schedule, progress=lambda fraction: progress(stage, fraction))
 
 
 def _median(rounds: list[list[float]]) -> float:

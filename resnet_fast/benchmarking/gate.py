@@ -15,20 +15,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate found. ``error`` and ``allowed`` are relative to the norm of the exact answer; ``reason`` is empty
-    when the contestant passed."""
+    """What the gate found. ``error``, ``allowed`` and ``torch``, plain torch's own error, are relative to the norm of
+    the exact answer; ``reason`` is empty when the contestant passed."""
 
     error: float
     allowed: float
     largest: float
     reason: str = ""
+    torch: float = 0.0
 
     @property
     def passed(self) -> bool:
         return not self.reason
 
+    @property
+    def times_torch(self) -> float:
+        """The error as a multiple of plain torch's own; infinite if torch's answer is exact and this one is not."""
+        if self.torch == 0:
+            return float("inf") if self.error else 1.0
+        return self.error / self.torch
+
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "passed": self.passed}
+        return {**asdict(self), "passed": self.passed, "times_torch": self.times_torch}
 
 
 def judge(answer: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> Verdict:
@@ -54,4 +62,4 @@ def judge(answer: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> V
     plain_error = float((plain.detach().to("cpu", torch.float64) - exact).norm()) / norm
     allowed = 2 * plain_error + torch.finfo(dtype).eps / 2
     reason = "" if error <= allowed else f"error {error:.3g} is beyond the allowed {allowed:.3g}"
-    return Verdict(error, allowed, float(difference.abs().max()), reason)
+    return Verdict(error, allowed, float(difference.abs().max()), reason, plain_error)

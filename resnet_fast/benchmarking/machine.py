@@ -17,7 +17,8 @@ from typing import Any
 
 INTERESTING_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16",
                      "amx_int8", "asimd", "sve", "bf16", "i8mm")  # fmt: skip
-PEER_DISTRIBUTIONS = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "openvino", "numpy", "triton")
+PEER_DISTRIBUTIONS = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "openvino",
+                      "mnn", "ncnn", "pnnx", "numpy", "triton")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import importlib
 import importlib.util
 import io
 import logging
 import os
+import subprocess
+import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+CONVERSION = 300.0
+"""Seconds that a runtime's converter may take."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +49,12 @@ class Task:
 @dataclass(frozen=True)
 class Contestant:
     """A runtime ready to run: ``prepare`` turns a batch, float32 on a CPU, into its input form (untimed), ``run`` is
-    timed, ``result`` turns an output into a tensor (untimed)."""
+    timed, ``result`` turns an output into a tensor (untimed). ``details`` go into the result file."""
 
     prepare: Callable[[Tensor], Any]
     run: Callable[[Any], Any]
     result: Callable[[Any], Tensor]
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, batch: Tensor) -> Tensor:
         return self.result(self.run(self.prepare(batch)))
@@ -58,6 +67,7 @@ class Peer:
     Attributes:
         needs: the modules it imports. devices: the kinds it runs on, "cpu" and "cuda". ours: whether it is this
             package's. graphs: whether it runs from the harness's CUDA graphs too. dtypes: what it can compute in.
+            note: what a reader of its times must know.
     """
 
     name: str
@@ -68,6 +78,7 @@ class Peer:
     devices: tuple[str, ...] = ("cpu", "cuda")
     graphs: bool = True
     ours: bool = False
+    note: str = ""
 
     def missing(self, dtype: torch.dtype) -> str:
         """Return why it cannot take part at ``dtype`` on this machine; empty if it can."""
@@ -126,7 +137,9 @@ def _build_optimized(task: Task, cuda_graphs: bool | str = False) -> Contestant:
     if device.type == "cuda":
         how = {"example_inputs": torch.empty(task.example.shape, device="meta"), "cuda_graphs": cuda_graphs}
     model = copy.deepcopy(task.model).eval().to(device)
-    return _torch_contestant(optimize(model, dtype=task.dtype, **how), task.dtype)  # type: ignore[arg-type]
+    fast = optimize(model, dtype=task.dtype, **how)  # type: ignore[arg-type]
+    layers = Counter(row.backend for row in fast.report().rows if row.backend)
+    return replace(_torch_contestant(fast, task.dtype), details={"layers_by_backend": dict(layers)})
 
 
 def _build_recorded(task: Task) -> Contestant:
@@ -176,15 +189,17 @@ def _build_cudnn(task: Task) -> Contestant:
     return build(task.model, task.dtype, task.example.device)
 
 
-def export_onnx(task: Task) -> Path:
-    """Exports the plain layers to ``task.folder`` once, for the batch of ``task.example``, and returns the file.
+def export_onnx(task: Task, batch: int | None = None) -> Path:
+    """Exports the plain layers to ``task.folder`` once, for this batch size (default: that of ``task.example``), and
+    returns the file.
 
     Nothing is folded by hand: each runtime does that at its own best setting.
     """
-    path = task.folder / "network.onnx"
+    example = task.example[:batch].float().contiguous()
+    path = task.folder / f"network-b{len(example)}.onnx"
     if path.exists():
         return path
-    layers, example = plain(task.model).float(), task.example.float().contiguous()
+    layers = plain(task.model).float()
     failures = []
     for dynamo in (False, True):
         try:
@@ -241,8 +256,86 @@ def _build_openvino(task: Task) -> Contestant:
     )
 
 
+def _build_mnn(task: Task) -> Contestant:
+    """The Module API with ``rearrange``. A Session, or a Module without it, takes 3 to 13 % less time, and has some 80
+    times torch's error, so that it would not pass the gate."""
+    file = task.folder / "network.mnn"
+    code = "import MNN, sys, _tools; _tools.mnnconvert(sys.argv)"  # the command mnnconvert reports its use to a server
+    given = ["-f", "ONNX", "--modelFile", str(export_onnx(task)), "--MNNModel", str(file), "--bizCode", "MNN"]
+    _convert([sys.executable, "-c", code, *given], file)
+    with _silent():
+        import MNN
+
+        config = {"backend": "CPU", "numThread": task.threads, "precision": "high", "memory": "high", "power": "high"}
+        runtime = MNN.nn.create_runtime_manager((config,))
+        module = MNN.nn.load_module_from_file(
+            str(file), ["image"], ["score"], runtime_manager=runtime, rearrange=True, shape_mutable=False
+        )
+
+    def run(image: Any) -> Any:
+        output = module.forward([image])[0]
+        output.read()  # computed here at the latest
+        return output
+
+    return Contestant(
+        prepare=lambda batch: MNN.expr.const(batch.float().contiguous().numpy(), list(batch.shape), MNN.expr.NCHW),
+        run=run,
+        result=lambda output: torch.from_numpy(output.read().copy()),
+    )
+
+
+def _build_ncnn(task: Task) -> Contestant:
+    """Every optimisation that ncnn has is on by default; of the storage formats only that of ``task.dtype`` stays."""
+    source = export_onnx(task, 1)
+    parameters, weights = (task.folder / f"ncnn.{ending}" for ending in ("param", "bin"))
+    others = ("pnnxparam", "pnnxbin", "pnnxpy", "pnnxonnx", "ncnnpy")
+    with tempfile.TemporaryDirectory(dir=task.folder) as unused:  # as large as the network, several times
+        given = [f"inputshape=[{','.join(map(str, (1, *task.example.shape[1:])))}]f32", "fp16=0"]
+        given += [f"ncnnparam={parameters}", f"ncnnbin={weights}", *(f"{name}={unused}/{name}" for name in others)]
+        _convert([importlib.import_module("pnnx").EXEC_PATH, str(source), *given], weights)
+    import ncnn
+
+    net, half = ncnn.Net(), task.dtype is torch.bfloat16
+    net.opt.num_threads = task.threads
+    for name in ("use_fp16_storage", "use_fp16_packed", "use_fp16_arithmetic", "use_bf16_storage", "use_bf16_packed"):
+        setattr(net.opt, name, half and "bf16" in name)
+    for load, path in ((net.load_param, parameters), (net.load_model, weights)):
+        if load(str(path)) != 0:
+            raise RuntimeError(f"ncnn cannot load {path.name}")
+    (source_name,), (result_name,) = net.input_names(), net.output_names()
+
+    def run(images: Sequence[Any]) -> list[Any]:
+        found = []
+        for image in images:
+            with net.create_extractor() as extractor:
+                extractor.input(source_name, image)
+                status, output = extractor.extract(result_name)
+            if status != 0:
+                raise RuntimeError(f"ncnn's extract failed with status {status}")
+            found.append(output)
+        return found
+
+    return Contestant(
+        prepare=lambda batch: [ncnn.Mat(image).clone() for image in batch.float().contiguous().numpy()],
+        run=run,
+        result=lambda outputs: torch.stack([torch.from_numpy(output.numpy().copy()) for output in outputs]),
+    )
+
+
+def _convert(command: list[str], made: Path) -> None:
+    """Runs a converter, which need not say by its exit status that it failed, until ``made`` is there."""
+    done = subprocess.run(
+        command, cwd=made.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=CONVERSION, check=False
+    )
+    if done.returncode != 0 or not made.exists():
+        last = done.stdout.decode(errors="replace").strip().splitlines()[-1:]
+        raise RuntimeError(f"the converter made no {made.name} (exit status {done.returncode}): {' '.join(last)}")
+
+
 _CPU: dict[str, Any] = {"devices": ("cpu",), "dtypes": (torch.float32, torch.bfloat16)}
+_FLOAT32: dict[str, Any] = {"devices": ("cpu",), "dtypes": (torch.float32,)}
 _CUDA: dict[str, Any] = {"devices": ("cuda",)}
+_REARRANGED = "with rearranged weights; without them it is some percent faster, but fails the accuracy check"
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
@@ -252,8 +345,10 @@ PEERS: dict[str, Peer] = {
         Peer("eager", "torch eager, channels_last", _build_eager),
         Peer("inductor", "torch.compile, inductor with freezing", _build_inductor, **_CPU),
         Peer("compile", "torch.compile, max-autotune", _build_compile, **_CUDA),
-        Peer("onnxruntime", "ONNX Runtime", _build_onnxruntime, ("onnxruntime", "onnx"), (torch.float32,), ("cpu",)),
+        Peer("onnxruntime", "ONNX Runtime", _build_onnxruntime, ("onnxruntime", "onnx"), **_FLOAT32),
         Peer("openvino", "OpenVINO", _build_openvino, ("openvino", "onnx"), **_CPU),
+        Peer("mnn", "MNN", _build_mnn, ("MNN", "onnx"), **_FLOAT32, note=_REARRANGED),
+        Peer("ncnn", "ncnn", _build_ncnn, ("ncnn", "pnnx", "onnx"), **_CPU, note="no batches: image by image"),
         Peer("jax", "JAX/XLA, jit", _build_jax, ("jax",), **_CUDA, graphs=False),
         Peer("cudnn", "cuDNN graph API", _build_cudnn, ("cudnn",), **_CUDA),
     )
@@ -277,3 +372,20 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Silences what a runtime's own code, which Python's ``sys.stdout`` does not see, prints to standard output."""
+    library = ctypes.CDLL(None)
+    sys.stdout.flush()
+    library.fflush(None)
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        library.fflush(None)  # what is still in C's buffer belongs to the silence
+        os.dup2(kept, 1)
+        os.close(kept)

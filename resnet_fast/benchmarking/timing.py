@@ -27,7 +27,7 @@ class Schedule:
 
     A round gives every contestant one turn. A turn is a pause, ``warmup`` untimed calls, then ``calls`` timed ones.
     The pause is there because worker threads of several runtimes spin for a while after a call and would otherwise
-    slow down whoever comes next; the untimed calls bring this contestant's own weights and threads back.
+    slow down whoever comes next (``settle``); the untimed calls bring this contestant's own weights and threads back.
     ``rounds`` fixes the number of rounds; otherwise rounds go on until ``seconds`` have passed, at least
     ``min_rounds`` of them.
     """
@@ -103,6 +103,28 @@ def rotated(names: Sequence[str], round_number: int) -> list[str]:
     return order if round_number % 2 == 0 else order[::-1]
 
 
+RESTING, STEP, PATIENCE = 0.2, 0.01, 0.5
+"""This process rests if it uses less than this many cores for a step of so many seconds; how long that is awaited."""
+
+
+def settle(
+    pause: float,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    used: Callable[[], float] = time.process_time,
+) -> None:
+    """Sleep for ``pause`` seconds, and then until no thread of this process spins any more, or ``PATIENCE`` has passed.
+
+    ``used`` tells the processor seconds of this process so far.
+    """
+    sleep(max(0.0, pause - STEP))
+    for _ in range(1 + round(PATIENCE / STEP)):
+        before = used()
+        sleep(STEP)
+        if used() - before < RESTING * STEP:
+            return
+
+
 def interleave(
     contestants: Mapping[str, Callable[[int], object]],
     schedule: Schedule,
@@ -127,7 +149,7 @@ def interleave(
             call = contestants[name]
             number = round_number * (schedule.warmup + schedule.calls)
             if schedule.pause:
-                sleep(schedule.pause)
+                settle(schedule.pause, sleep=sleep)
             for _ in range(schedule.warmup):
                 call(number)
                 number += 1

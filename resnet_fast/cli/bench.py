@@ -47,7 +47,8 @@ def bench(
         typer.Option(
             "--peers",
             metavar="NAMES",
-            help="Comma-separated: live, eager, inductor, onnxruntime, openvino; or all. optimize() is always timed.",
+            help="Comma-separated: live, eager, inductor, onnxruntime, openvino, mnn, ncnn; or all. "
+            "optimize() is always timed.",
         ),
     ] = "all",
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time to spend on timed rounds.")] = 20.0,
@@ -100,7 +101,8 @@ def bench(
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print ``result`` as a table, with the machine and setting it belongs to."""
+    """Print ``result`` as a table, with the machine and setting it belongs to, and what was measured beside others."""
+    from resnet_fast.benchmarking.contention import processes
     from resnet_fast.benchmarking.machine import threads_text
 
     setting, machine = result["setting"], result["machine"]
@@ -112,15 +114,20 @@ def show(result: dict[str, Any]) -> None:
         header_style="bold",
     )
     table.add_column("runtime", no_wrap=True)  # in a narrow terminal the figures are wrapped, no name is cut off
-    for heading in ("median ms", "p10 - p90", "images/s", "optimize() vs. this", "error / allowed"):
+    for heading in ("median ms", "p10 - p90", "images/s", "optimize() vs. this", "error, x torch's"):
         table.add_column(heading, justify="right")
     for name, row in result["contestants"].items():
         label = escape(row["label"].replace(", ", ",\n"))
         if row["ours"]:
             label = f"[bold]{label}[/]"
-        if row["status"] != "timed":
+        if row["status"] == "excluded":
             continue
-        seconds, gate = row["seconds"], row["gate"]
+        gate = row["gate"]
+        error = f"{gate['error']:.1e}, {gate['times_torch']:.2f}x"
+        if row["status"] == "wrong":
+            table.add_row(label, "wrong", "", "", "", error)
+            continue
+        seconds = row["seconds"]
         ratio = result["ratios"]["against"].get(name)
         table.add_row(
             label,
@@ -128,12 +135,26 @@ def show(result: dict[str, Any]) -> None:
             f"{1e3 * seconds['p10']:.2f} - {1e3 * seconds['p90']:.2f}",
             f"{row['images_per_second']:.1f}",
             f"{ratio['p50']:.2f}x ({ratio['p10']:.2f} - {ratio['p90']:.2f})" if ratio else "",
-            f"{gate['error']:.1e} / {gate['allowed']:.1e}",
+            error,
         )
     console.print(table)
+    if "contended" in result:
+        contended = result["contended"]
+        beside = f"beside {processes(contended['processes'])}"
+        table = Table(title=f"The same {beside}", title_justify="left", header_style="bold")
+        table.add_column("runtime", no_wrap=True)
+        for heading in ("alone, ms", f"{beside}, ms", "times as long"):
+            table.add_column(heading, justify="right")
+        for name, found in contended["contestants"].items():
+            alone = result["contestants"][name]["seconds"]["p50"]
+            table.add_row(escape(result["contestants"][name]["label"].replace(", ", ",\n")), f"{1e3 * alone:.2f}",
+                          f"{1e3 * found['seconds']['p50']:.2f}", f"{found['slowdown']:.2f}")  # fmt: skip
+        console.print(table)
     for row in result["contestants"].values():
         if row["status"] != "timed":
             console.print(f"not timed: {escape(row['label'])}: {escape(row['reason'])}", soft_wrap=True)
+        elif row["note"]:
+            console.print(f"{escape(row['label'])}: {escape(row['note'])}", soft_wrap=True)
     console.print(f"{escape(machine['cpu'])}, {machine['cores']} cores, torch {machine['versions']['torch']}; "
                   f"weights: {escape(setting['parameters'])}", soft_wrap=True)  # fmt: skip
     warn_if_disturbed(console, result["others_busy_cores"])

@@ -96,6 +96,13 @@ unsigned char* shared;
 int alive, at_barrier;
 const Site* barrier;  // where those at_barrier wait
 
+// Counted, because looking at all lanes whenever one arrives would take most of the time.
+struct Warp {
+  int exited, at_collective;
+  const Site* where;  // all at_collective wait at the same place
+};
+std::array<Warp, kMostThreads / 32> warps;
+
 std::vector<Thread*> order;                 // by rank
 std::uint64_t runnable[kMostThreads / 64];  // a bit for each rank
 bool uniform;
@@ -229,6 +236,7 @@ void exit_thread() {
   }
   set_state(*self, State::exited);
   --alive;
+  ++warps[self->index / 32].exited;
   if (at_barrier > 0) fail(*barrier, ("a barrier without all threads: " + waiting()).c_str());
   yield();
 }
@@ -267,6 +275,7 @@ void run_block() {
   for (int i = 0; i < block_threads; ++i) prepare(*threads[i], i);
   alive = block_threads;
   at_barrier = 0;
+  warps.fill({});
   uniform = draw(4) == 0;
   steps_between_orders = 1 << (6 + 3 * draw(3));
   steps_to_new_order = draw(2) == 0 ? -1 : 1 + draw(steps_between_orders);
@@ -311,24 +320,25 @@ Count block_barrier(Site& site, bool predicate) {
 void warp_collective(Site& site, unsigned mask, void* payload, Exchange exchange) {
   if (mask != 0xffffffffu) fail(site, "the mask does not name all lanes");
   const int first = self->index / 32 * 32;
-  self->where = &site;
+  if (first + 32 > block_threads) fail(site, "the warp has fewer than 32 threads");
+  Warp& warp = warps[first / 32];
+  for (int i = 0; warp.exited > 0; ++i) {
+    if (threads[first + i]->state == State::exited)
+      fail(site, ("lane " + std::to_string(i) + " of the warp has exited").c_str());
+  }
+  for (int i = 0; warp.at_collective > 0 && warp.where != &site; ++i) {
+    if (threads[first + i]->state == State::at_collective)
+      fail(site, ("lane " + std::to_string(i) + " of the warp is at " + place(*warp.where)).c_str());
+  }
+  self->where = warp.where = &site;
   self->payload = payload;
   set_state(*self, State::at_collective);
-  void* payloads[32];
-  bool complete = true;
-  for (int i = 0; i < 32; ++i) {
-    if (first + i >= block_threads) fail(site, "the warp has fewer than 32 threads");
-    const Thread& lane = *threads[first + i];
-    if (lane.state == State::exited) fail(site, ("lane " + std::to_string(i) + " of the warp has exited").c_str());
-    if (lane.state == State::at_collective && lane.where != &site) {
-      fail(site, ("lane " + std::to_string(i) + " of the warp is at " + place(*lane.where)).c_str());
-    }
-    complete &= lane.state == State::at_collective;
-    payloads[i] = lane.payload;
-  }
-  if (complete) {
+  if (++warp.at_collective == 32) {
+    void* payloads[32];
+    for (int i = 0; i < 32; ++i) payloads[i] = threads[first + i]->payload;
     exchange(payloads);
     for (int i = 0; i < 32; ++i) set_state(*threads[first + i], State::runnable);
+    warp.at_collective = 0;
   }
   yield();
 }

@@ -58,7 +58,7 @@ class Worker:
             "LD_PRELOAD": " ".join(map(str, build.sanitizer())),
             # Wide red zones: a kernel's mistake is seldom off by only one element.
             "ASAN_OPTIONS": "detect_leaks=0:redzone=1024:max_redzone=2048:allocator_may_return_null=1"
-            ":quarantine_size_mb=4",
+            ":quarantine_size_mb=4:malloc_context_size=1",  # _crash tells no allocation's stack
             "UBSAN_OPTIONS": "print_stacktrace=1",
             "OMP_NUM_THREADS": "1",
         }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from resnet_fast import backends
 from resnet_fast._dtypes import DTYPES
 from resnet_fast.backends import cuda as native
 from resnet_fast.benchmarking import results, timing
+from resnet_fast.benchmarking.compare import Setting
 from resnet_fast.benchmarking.timing import Deadline
 from resnet_fast.kernels import gpus
 from resnet_fast.tuning import cuda as tuning
@@ -395,6 +397,47 @@ def test_the_most_important_cases_come_first(tmp_path: Path, monkeypatch: pytest
     rest = [("bf16", 128), ("tf32", 128), ("fp32", 128), ("fp16", 32), ("fp16", 256), ("fp16", 8)]
     assert list(seen) == [("fp16", 128), ("fp16", 1), *rest]
     assert [pair for pair, found in seen.items() if "batch_norm_act" in found] == [("bf16", 128)]
+
+
+def test_cases_on_a_cpu_are_those_of_the_table() -> None:
+    given = argparse.Namespace(case_seconds=None, image_size=224, threads=None, busy=None, arch=None)
+
+    def settings(cases: Sequence[bench_models.Case], **changed: Any) -> list[Setting]:
+        return bench_models.settings_of(cases, bench_models.CPU, (), argparse.Namespace(**vars(given) | changed))
+
+    found = settings([case for case in bench_models.ON_CPU if case[1] == "fp32"])
+    assert [(one.name, one.busy) for one in found] == [
+        ("resnet50-float32-b1", 1),
+        ("resnet50-float32-b1-t1", 0),
+        ("resnet50-float32-b16", 0),
+        ("resnet18-float32-b1", 0),
+        ("resnet18-float32-b16", 0),
+        ("resnet152-float32-b1", 0),
+        ("resnet152-float32-b16", 0),
+    ]
+    rhythms = [(one.schedule.min_rounds, one.schedule.warmup, one.schedule.calls) for one in found[1:3]]
+    assert rhythms == [(7, 1, 4), (5, 0, 1)]
+    (one,) = settings([bench_models.SHARED], arch="resnet50", busy=0)
+    assert (one.name, one.busy) == ("resnet50-float32-b1", 0)
+    (one,) = settings([bench_models.SHARED], threads=1, busy=2)
+    assert (one.name, one.busy) == ("resnet50-float32-b1-t1", 2)
+    (one,) = bench_models.settings_of([("resnet50", "fp16", 128)], bench_models.CUDA, (), given)
+    assert (one.busy, one.threads, one.schedule.calls) == (0, None, 4)
+
+
+def test_a_wrong_network_on_a_cpu_does_not_keep_the_others_from_being_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(setting: Setting, folder: Path) -> Path:
+        if setting.batch == 1:
+            raise RuntimeError("resnet_fast.optimize() could not be measured")
+        return folder / setting.name
+
+    monkeypatch.setattr(bench_models, "measure_on_cpu", measure)
+    assert bench_models._all([Setting(batch=1), Setting(batch=2)], Deadline(), tmp_path) == 1
+    shown = capsys.readouterr().err
+    assert "resnet50-float32-b1: FAILED" in shown and f"written: {tmp_path}/resnet50-float32-b2" in shown
+    assert bench_models._all([Setting(batch=2)], Deadline(), tmp_path) == 0
 
 
 def test_cudnns_way_gives_the_right_answers(monkeypatch: pytest.MonkeyPatch) -> None:

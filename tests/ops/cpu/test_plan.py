@@ -201,6 +201,19 @@ def test_empty_batch() -> None:
     plan.run([(0, (0, 3, 20, 17), (1020, 340, 17, 1))], [0, 0], 1)  # torch gives no address to an empty tensor
 
 
+def test_one_of_two_batches_is_empty() -> None:
+    plan, full, empty = _cpu.Plan(), torch.randn(2, 3, 4, 4), torch.empty(0, 3, 4, 4)
+    for _ in range(2):
+        plan.output(plan.average(plan.input(3)))
+    for x, y in ((full, empty), (empty, full)):
+        a, b = run_plan(plan, x, y)
+        assert (len(a), len(b)) == (len(x), len(y))
+        assert torch.allclose(torch.cat([a, b]), full.mean((2, 3), keepdim=True), atol=1e-6)
+    out = Buffer((2, 3, 1, 1))
+    with pytest.raises(ValueError, match="output has the address 0"):
+        plan.run([given(empty), given(full)], [out.address, 0], 1)
+
+
 def test_many_shapes_one_after_the_other() -> None:
     plan, fresh = Network().plan(), Network()
     images = [torch.randn(1 + i % 3, 3, 20 + i, 40 - i) for i in range(20)]  # more than schedules are kept

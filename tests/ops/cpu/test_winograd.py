@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -79,3 +80,59 @@ def test_winograd_has_a_layer_of_one_pixel() -> None:
     for algorithm in WINOGRAD:
         out: Tensor = problem.run(algorithm)
         assert torch.allclose(out, torch.full_like(out, 40.0), rtol=1e-5)
+
+
+def _taps(rows: list[list[float]], k: int, c: int) -> Tensor:
+    return torch.tensor(rows) * torch.randn(k, c, 1, 1) / c**0.5
+
+
+FILTERS: dict[str, Callable[[int, int], Tensor]] = {
+    "normal": normal_weight,
+    "positive": lambda k, c: normal_weight(k, c).abs(),
+    "identity": lambda k, c: torch.nn.init.dirac_(torch.empty(k, c, 3, 3)),
+    "near identity": lambda k, c: torch.nn.init.dirac_(torch.empty(k, c, 3, 3)) + 0.01 * normal_weight(k, c),
+    "edges": lambda k, c: _taps([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], k, c),
+    "Laplace": lambda k, c: _taps([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], k, c),
+    "box": lambda k, c: _taps([[1.0] * 3] * 3, k, c),
+    "means": lambda k, c: torch.full((k, c, 3, 3), 1 / (9 * c)),
+    "corners": lambda k, c: _taps([[1.0, 0, 0], [0, 0, 0], [0, 0, 0]], k, c),
+    "1x1": lambda k, c: _taps([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]], k, c),
+    "heavy tails": lambda k, c: normal_weight(k, c) * torch.randn(k, c, 3, 3).abs() ** 3,
+    "few channels": lambda k, c: normal_weight(k, c) * (torch.rand(k, c, 1, 1) < 4 / c),
+    "a tenth": lambda k, c: normal_weight(k, c) * (torch.rand(k, c, 3, 3) < 0.1),
+    "low rank": lambda k, c: (torch.randn(k, 2) @ torch.randn(2, c * 9)).view(k, c, 3, 3) / (9 * c) ** 0.5,
+    "zero": lambda k, c: torch.zeros(k, c, 3, 3),
+}
+SPARSE = ("identity", "corners", "few channels", "a tenth", "zero")
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_what_is_chosen_obeys_the_error_rule(filters: str) -> None:
+    """F(4x4) is chosen by what its rounding errors are with the layer's weights: it loses too much with some."""
+    for c in (32, 48, 64, 128):
+        weight = FILTERS[filters](c, c).to(memory_format=torch.channels_last)
+        layer = Problem(torch.empty(0), weight, torch.zeros(c), padding=(1, 1)).layer()
+        assert layer.algorithm(20, 28) == layer.algorithm(56, 56) in WINOGRAD
+        for data in ("normal", "after ReLU", "mean 100", "heavy tails"):
+            x = DATA[data](torch.randn(1, c, 24, 28)).to(memory_format=torch.channels_last)
+            problem = Problem(x, weight, torch.zeros(c), padding=(1, 1))
+            exact = problem.reference(torch.float64)
+            what = f"{c} channels, {data}, {layer.algorithm(24, 28)}"
+            assert_obeys_error_rule(problem.run("auto", layer=layer), problem.reference(), exact, what)
+
+
+def test_the_choice_of_the_tile_is_by_the_weights() -> None:
+    for name, make in FILTERS.items():
+        layer = Problem(torch.empty(0), make(64, 64), torch.zeros(64), padding=(1, 1)).layer()
+        if name in SPARSE:
+            assert layer.algorithm(56, 56) == "winograd2", name
+    for c in (64, 128, 256):  # those of residual networks
+        weight = normal_weight(c, c)
+        assert Problem(torch.empty(0), weight, torch.zeros(c), padding=(1, 1)).layer().algorithm(14, 14) == "winograd4"
+        weight[0, 0, 0, 0] = torch.nan
+        assert Problem(torch.empty(0), weight, torch.zeros(c), padding=(1, 1)).layer().algorithm(14, 14) == "winograd2"
+    few = Problem(torch.empty(0), normal_weight(48, 48), torch.zeros(48), padding=(1, 1)).layer()
+    assert few.algorithm(56, 56) == "winograd2"
+    assert few.algorithm(2, 2) == "direct"
+    thin = Problem(torch.empty(0), normal_weight(31, 64), torch.zeros(31), padding=(1, 1)).layer()
+    assert thin.algorithm(56, 56) == "direct"
