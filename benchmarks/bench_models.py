@@ -76,7 +76,8 @@ def measure_on_cpu(setting: Setting, folder: Path) -> Path:
     from resnet_fast.cli.common import progress_bar
 
     with progress_bar() as progress:
-        model = fresh_model(setting.arch, image_size=setting.image_size)
+        progress(f"{setting.name}: making the network", 0.0)
+        model = _model(setting.arch, setting.image_size)
         result = compare(
             setting, model, progress=lambda stage, fraction: progress(f"{setting.name}: {stage}", fraction)
         )
@@ -244,7 +245,8 @@ def settings_of(cases: Sequence[Case], place: Device, peers: tuple[str, ...], gi
     for case in cases:
         arch, precision, batch = case
         large = place is CPU and batch >= 8
-        schedule = Schedule(seconds=seconds, min_rounds=7, calls=1 if large else 4, warmup=0 if large else 1)
+        rhythm = {"min_rounds": 5, "calls": 1, "warmup": 0} if large else {"min_rounds": 7, "calls": 4}
+        schedule = Schedule(seconds=seconds, **rhythm)
         setting = Setting(arch, None, batch, given.image_size, precision, peers, schedule=schedule, device=place)
         if place is CPU:
             shared = int(case == SHARED) if given.busy is None else given.busy

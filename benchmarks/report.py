@@ -85,11 +85,17 @@ def time_table(found: list[dict[str, Any]]) -> str:
     installed = machine["versions"]
     runtimes = [name for name in ("torch", "onnxruntime", "openvino", "mnn", "ncnn") if name in installed]
     versions = ", ".join(f"{name} {installed[name]}" for name in runtimes)
+    isa = found[0].get("resnet_fast", {}).get("engine", {}).get("isa")
+    engine = f", CPU engine by {isa}" if isa else ""
     note = (
         f"Median ms per batch, {' and '.join(map(str, sizes))} px, {threads_text(usual)} on "
-        f"{machine['cpu']} ({machine['cores']} cores{'; ' + wide if wide else ''}); {versions}; random weights. "
-        "Ratios are medians over interleaved rounds of how many times faster optimize() is."
+        f"{machine['cpu']} ({machine['cores']} cores{'; ' + wide if wide else ''}); {versions}{engine}; "
+        "random weights. Ratios are medians over interleaved rounds of how many times faster optimize() is."
     )
+    notes = {
+        name: row["note"] for result in found for name in names if (row := _timed(result, name)) and row.get("note")
+    }
+    note += "".join(f" {HEADINGS[name]}: {text}." for name, text in notes.items())
     disturbed = [result["name"] for result in found if (result["others_busy_cores"] or 0) > DISTURBED]
     if disturbed:
         note += f" Other processes ran meanwhile, measure again: {', '.join(disturbed)}."

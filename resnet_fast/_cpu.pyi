@@ -3,7 +3,7 @@
 Pointers are ints (``tensor.data_ptr()``, 0 for none) and nothing is checked: ``resnet_fast.backends.cpu`` does that.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
 Isa = Literal["portable", "avx2", "avx512"]
@@ -37,3 +37,68 @@ def features(of_machine: bool = False) -> Features: ...
 def isa() -> Isa: ...
 def choose_isa(features: Mapping[str, bool], wanted: str = "") -> Isa: ...
 def caches() -> Caches: ...
+
+#: Address, shape [N, C, H, W] and strides of a float32 tensor.
+Given = tuple[int, Sequence[int], Sequence[int]]
+
+class Convolution:
+    def __init__(
+        self,
+        weight: int,
+        bias: int,
+        k: int,
+        c: int,
+        groups: int,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> None: ...
+    def run(
+        self,
+        x: int,
+        n: int,
+        h: int,
+        w: int,
+        residual: int,
+        out: int,
+        relu: bool,
+        residual_after_relu: bool,
+        threads: int,
+        algorithm: str = "auto",
+    ) -> None: ...
+    def shape(self, n: int, h: int, w: int) -> list[int]: ...
+    def algorithm(self, h: int, w: int) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+
+class Plan:
+    def __init__(self) -> None: ...
+    def input(self, channels: int) -> int: ...
+    def convolution(
+        self,
+        x: int,
+        layer: Convolution,
+        residual: int,
+        relu: bool,
+        residual_after_relu: bool,
+        algorithm: str = "auto",
+    ) -> int: ...
+    def max_pool(
+        self,
+        x: int,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        ceil_mode: bool,
+    ) -> int: ...
+    def average(self, x: int) -> int: ...
+    def add(self, a: int, b: int, relu: bool) -> int: ...
+    def output(self, value: int) -> None: ...
+    def shapes(self, inputs: Sequence[Given]) -> list[list[int]]: ...
+    def run(self, inputs: Sequence[Given], outputs: Sequence[int], threads: int, piece: int = 0) -> None: ...
+    def profile(self, inputs: Sequence[Given], outputs: Sequence[int], threads: int) -> list[float]: ...
+    def algorithms(self, inputs: Sequence[Given], threads: int) -> list[str]: ...
+    @property
+    def arena_bytes(self) -> int: ...

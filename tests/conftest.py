@@ -30,6 +30,9 @@ def _refusals() -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files with a slow test first, or one process may have nothing to do while the other is still at the last of them.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     refusals: dict[str, str] | None = None
     for item in items:
         for name in ("gpu", "triton", "cuda"):

@@ -208,14 +208,14 @@ void bind_plan(py::module_& m) {
       .def(
           "run",
           [](const Plan& plan, const std::vector<Given>& inputs, const std::vector<std::uintptr_t>& outputs,
-             int threads) {
+             int threads, Index piece) {
             check_threads(threads);
             const std::vector<Image> images = images_of(inputs);
             const std::vector<float*> results = pointers_of(outputs);
             py::gil_scoped_release without_gil;
-            plan.run(images, results, threads);
+            plan.run(images, results, threads, piece);
           },
-          "inputs"_a, "outputs"_a, "threads"_a,
+          "inputs"_a, "outputs"_a, "threads"_a, "piece"_a = 0,
           "Compute. inputs: (address, shape [n, c, h, w], strides) of float32; outputs: addresses of [n, h, w, c].")
       .def(
           "profile",

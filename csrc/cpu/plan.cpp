@@ -10,6 +10,8 @@
 namespace resnet_fast::cpu {
 namespace {
 
+// Images run together as long as what lies between their layers is no larger.
+constexpr Index piece_bytes = 32 << 20;
 constexpr std::size_t schedules_kept = 16;
 constexpr std::size_t arenas_kept = 8;
 
@@ -498,7 +500,39 @@ Floats borrow(std::vector<Floats>& arenas, std::mutex& mutex, Index floats) {
 
 }  // namespace
 
-void Plan::run(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads) const {
+void Plan::run(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads, Index piece) const {
+  const Index images = inputs.empty() ? 0 : inputs[0].n;
+  const bool alike = std::all_of(inputs.begin(), inputs.end(), [&](const Image& image) { return image.n == images; });
+  if (!alike || images < 2) {
+    run_together(inputs, outputs, threads);
+    return;
+  }
+  std::vector<Image> one = inputs;
+  for (Image& image : one) {
+    image.n = 1;
+  }
+  if (piece <= 0) {
+    const Index each = schedule(one, threads)->arena_floats() * Index{sizeof(float)};
+    piece = std::max<Index>(1, piece_bytes / std::max<Index>(each, 1));
+  }
+  const std::vector<Shape> shapes = this->shapes(one);
+  const Index pieces = (images + piece - 1) / piece;
+  std::vector<Image> part = inputs;
+  std::vector<float*> results = outputs;
+  for (Index i = 0; i < pieces; ++i) {
+    const Index first = images * i / pieces;
+    for (std::size_t j = 0; j < inputs.size(); ++j) {
+      part[j].n = images * (i + 1) / pieces - first;
+      part[j].data = inputs[j].data + first * inputs[j].stride_n;
+    }
+    for (std::size_t j = 0; j < outputs.size(); ++j) {
+      results[j] = outputs[j] + first * shapes[j].h * shapes[j].w * shapes[j].c;
+    }
+    run_together(part, results, threads);
+  }
+}
+
+void Plan::run_together(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads) const {
   const std::shared_ptr<const Schedule> made = schedule(inputs, threads);
   Floats arena = borrow(arenas_, mutex_, made->arena_floats());
   made->run(*this, inputs, outputs, arena.data(), nullptr);

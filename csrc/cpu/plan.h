@@ -42,8 +42,9 @@ class Plan {
   // Shapes of the outputs for images of these shapes. Throws std::invalid_argument if a window does not fit.
   std::vector<Shape> shapes(const std::vector<Image>& inputs) const;
 
-  // Computes the outputs, each [n, h, w, c] dense. Any number of threads may be in here at once.
-  void run(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads) const;
+  // Computes the outputs, each [n, h, w, c] dense, at most `piece` images at a time (0: as many as keep close to the
+  // processor). Any number of threads may be in here at once.
+  void run(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads, Index piece = 0) const;
 
   // Seconds of each layer in one run, by itself, in the order in which they were added.
   std::vector<double> profile(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads) const;
@@ -69,6 +70,7 @@ class Plan {
   void check(int value) const;
   void check_open() const;
   std::vector<Shape> infer(const std::vector<Image>& inputs) const;
+  void run_together(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads) const;
   std::shared_ptr<const Schedule> schedule(const std::vector<Image>& inputs, int threads) const;
 
   Machine machine_;

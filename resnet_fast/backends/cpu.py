@@ -94,7 +94,7 @@ def described() -> dict[str, Any]:
 
 
 def unsupported(dtype: torch.dtype) -> str:
-    """Return why tensors of this dtype cannot be computed by the engine, "" if they can. Includes :func:`unavailable`."""
+    """Return why the engine cannot compute tensors of this dtype, "" if it can. Includes :func:`unavailable`."""
     if dtype is not torch.float32:
         return f"the CPU engine computes float32, not {str(dtype).removeprefix('torch.')}"
     return unavailable()
@@ -125,7 +125,15 @@ class Convolution:
         k, c, *kernel = weight.shape
         weight, bias = weight.detach().contiguous(), bias.detach().contiguous()
         self.layer = module().Convolution(
-            weight.data_ptr(), bias.data_ptr(), k, c * groups, groups, kernel, list(stride), list(padding), list(dilation)
+            weight.data_ptr(),
+            bias.data_ptr(),
+            k,
+            c * groups,
+            groups,
+            kernel,
+            list(stride),
+            list(padding),
+            list(dilation),
         )
 
     def run(self, x: Tensor, residual: Tensor | None, relu: bool, residual_after_relu: bool) -> Tensor:
@@ -166,9 +174,7 @@ class Network:
         ceil_mode: bool,
     ) -> int:  # fmt: skip
         """Return torch's max_pool2d."""
-        return int(
-            self._plan.max_pool(x, list(kernel), list(stride), list(padding), list(dilation), ceil_mode)
-        )
+        return int(self._plan.max_pool(x, list(kernel), list(stride), list(padding), list(dilation), ceil_mode))
 
     def average(self, x: int) -> int:
         """Return the mean over all pixels, [N, C, 1, 1]."""

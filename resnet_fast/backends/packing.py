@@ -144,7 +144,7 @@ class PackedConv:
 
 @dataclass(eq=False)
 class EngineConv:
-    """A convolution with its scale folded in, run by the CPU engine; packed at the first run. As :class:`PackedConv`."""
+    """As :class:`PackedConv`, run by the CPU engine; packed at the first run."""
 
     bias: Tensor
     geometry: Geometry

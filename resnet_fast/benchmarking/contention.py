@@ -26,7 +26,10 @@ def processes(count: int) -> str:
 @contextlib.contextmanager
 def busy(count: int) -> Iterator[None]:
     """Run ``count`` processes of one thread each that compute without a pause; all of them run when this begins."""
-    running = [subprocess.Popen([sys.executable, "-c", _SPIN], stdout=subprocess.PIPE) for _ in range(count)]
+    running = [
+        subprocess.Popen([sys.executable, "-c", _SPIN], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        for _ in range(count)
+    ]
     try:
         for process in running:
             assert process.stdout is not None

@@ -155,6 +155,9 @@ def show(result: dict[str, Any]) -> None:
             console.print(f"not timed: {escape(row['label'])}: {escape(row['reason'])}", soft_wrap=True)
         elif row["note"]:
             console.print(f"{escape(row['label'])}: {escape(row['note'])}", soft_wrap=True)
+    layers, isa = result["contestants"]["optimize"]["layers_by_backend"], result["resnet_fast"]["engine"].get("isa")
+    console.print(f"optimize() ran {', '.join(f'{count} layers by {name}' for name, count in layers.items())}"
+                  f"{f'; instruction set of the CPU engine: {isa}' if isa else ''}", soft_wrap=True)  # fmt: skip
     console.print(f"{escape(machine['cpu'])}, {machine['cores']} cores, torch {machine['versions']['torch']}; "
                   f"weights: {escape(setting['parameters'])}", soft_wrap=True)  # fmt: skip
     warn_if_disturbed(console, result["others_busy_cores"])

@@ -1,7 +1,7 @@
 """A lowered graph as calls of the CPU engine: what it holds of the layers runs as few calls, the rest in torch between.
 
-The graph itself stays as it is: it is what a snapshot's ``code``, its report and its exports show. Here a second graph is
-made of it, with the same modules, at the first run.
+The graph itself stays as it is: it is what a snapshot's ``code``, its report and its exports show. Here a second graph
+is made of it, with the same modules, at the first run.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def planned(gm: fx.GraphModule) -> fx.GraphModule | None:
         made = _channels(gm, node, channels)
         sources = node.all_input_nodes
         if made is None:
-            ready[node] = max((calls[source] + 1 if source in calls else ready[source] for source in sources), default=0)
+            ready[node] = max(
+                (calls[source] + 1 if source in calls else ready[source] for source in sources), default=0
+            )
         else:
             channels[node] = made
             calls[node] = max(calls[source] if source in calls else ready[source] for source in sources)
@@ -126,13 +128,12 @@ def _add_call(
                 count = channels[source] if source in channels else _read_channels(module, node, source, channels[node])
                 values[source] = network.input(count)
                 inputs.append(source)
-        data = [values[source] for source in node.all_input_nodes]
         if module is None:
-            values[node] = network.max_pool(data[0], *(_pool_of(node) or ()))
+            values[node] = network.max_pool(values[node.all_input_nodes[0]], *(_pool_of(node) or ()))
         else:
-            data = [values[source] for source in node.args]
-            bound = module.prepare()
-            values[node] = module.declared.plan(network, bound.of(*data), bound)
+            given = [values[source] for source in node.args if isinstance(source, fx.Node)]
+            rest = [None] * (len(module.declared.data) - len(given))
+            values[node] = module.declared.plan(network, module.prepare(), [*given, *rest])
     inside = set(layers)
     outputs = [node for node in layers if any(user not in inside for user in node.users)]
     for node in outputs:

@@ -105,7 +105,8 @@ class OptimizedModule(nn.Module):
         first = tensors[0] if len(tensors) == 1 else None
         if first is not None and first.device.type == "cpu" and first.dim():
             batching.prime_allocator()
-            piece = self._piece(first) if self._separable and first.shape[0] > 1 else 0
+            many = self._separable and first.shape[0] > 1 and not self._in_one_call()
+            piece = self._piece(first) if many else 0
             if 0 < piece < first.shape[0]:
                 return batching.run_pieces(self._run, first, piece)
         if self.cuda_graphs and first is not None and first.is_cuda and first.numel() and _may_record():
@@ -145,6 +146,11 @@ class OptimizedModule(nn.Module):
         if self._planned is None:
             self._planned = (engine.planned(self.graph_module),)
         return self._planned[0]
+
+    def _in_one_call(self) -> bool:
+        """Return whether the whole graph is one call of the CPU engine, which divides batches itself."""
+        planned = self._engine() if self._device.type == "cpu" else None
+        return planned is not None and sum(node.op != "output" for node in planned.graph.nodes) == 2
 
     def _run_plain(self, error: Exception, args: Any, kwargs: Any) -> Any:
         """Run the author's own code on what the graph was not made for."""

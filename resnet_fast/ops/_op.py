@@ -14,9 +14,9 @@ import functools
 import inspect
 import operator
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from .common import freeze_constants, transformed
 
 A = TypeVar("A", bound=tuple[Any, ...])
 T = TypeVar("T")
+#: Of a network of the CPU engine, in the order of an op's data; None for what is left out.
+Values: TypeAlias = Sequence[Any]
 
 _library = torch.library.Library("resnet_fast", "DEF")
 _CHECKS_KEPT = 10_000
@@ -141,8 +143,8 @@ class Op(Generic[A]):
         freeze: the constants as :meth:`bind` keeps them, for inputs of a dtype. limits: why a backend of
             ``backends.ON_CPU`` does not compute the op on such constants, "" if it does; whether somebody chose it by
             name. single: the result that callers of a bound op see.
-        plan: adds the op on constants to a network of the CPU engine, with values in place of data; None if it has no
-            place in one.
+        plan: adds the op on constants to a network of the CPU engine, with the network's values in place of data; None
+            if it has no place in one.
         kind: the op whose kernels, tables and fallbacks these are, if not its own.
         schema, returns: if the annotations do not say it: arguments that are written, several outputs.
     """
@@ -163,7 +165,7 @@ class Op(Generic[A]):
     sample: Callable[[Any, Random], A] | None = None
     freeze: Callable[[dict[str, Any], torch.dtype], dict[str, Any]] = freeze_constants
     limits: Callable[[str, dict[str, Any], torch.dtype, bool], str] = no_limits
-    plan: Callable[[cpu.Network, A, Bound[A]], int] | None = None
+    plan: Callable[[cpu.Network, Bound[A], Values], int] | None = None
     single: Callable[[A, Any], Any] = lambda a, output: output
     kind: str = ""
     schema: str = ""
@@ -319,7 +321,8 @@ class Bound(Generic[A]):
 
     def of(self, *data: Tensor | None) -> A:
         """Return the op's arguments with these data; those that are left out are None."""
-        return self.op.arguments(**self.constants, **dict(zip(self.op.data, data, strict=False)))
+        named = dict.fromkeys(self.op.data) | dict(zip(self.op.data, data, strict=False))
+        return self.op.arguments(**self.constants, **named)
 
     def __call__(self, *data: Tensor | None, **promises: bool) -> Any:
         """Compute the op.

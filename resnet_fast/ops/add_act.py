@@ -16,7 +16,7 @@ from .. import backends
 from .._random import Random
 from ..backends import Backend, cpu, cuda, triton
 from . import checks
-from ._op import Bound, Op
+from ._op import Bound, Op, Values
 from .common import accumulate_dtype, cast, transformed
 from .gradients import relu_gradient
 
@@ -115,8 +115,9 @@ def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
     return a._replace(x=cast(a.x, wider), y=cast(a.y, wider))
 
 
-def plan(network: cpu.Network, a: Arguments, bound: Bound[Arguments]) -> int:
-    return network.add(a.x, a.y, a.activation == "relu")
+def plan(network: cpu.Network, bound: Bound[Arguments], values: Values) -> int:
+    x, y = values
+    return network.add(x, y, bound.of().activation == "relu")
 
 
 OP = Op(

@@ -284,10 +284,14 @@ def autocast(dtype: torch.dtype, a: Arguments) -> Arguments:
     return Arguments(**values)
 
 
+def limits(name: str, constants: dict[str, Any], dtype: torch.dtype, chosen: bool) -> str:
+    return packing.unsupported(name, chosen, dtype, constants["weight2"].shape, 1)
+
+
 OP = Op(
     NAME, Arguments, check, empty, reference, kernel, native, context, backward, autocast,
     dtype=lambda a: a.a.dtype, data=("a", "residual"), sample=sample,
-    limits=lambda name, constants, dtype, chosen: packing.unsupported(name, chosen, dtype, constants["weight2"].shape, 1),
+    limits=limits,
     single=lambda a, output: output[0] if a.weight1 is None else output, returns=tuple[Tensor, Tensor],
 )  # fmt: skip
 

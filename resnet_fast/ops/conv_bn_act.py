@@ -16,7 +16,7 @@ from ..backends import Backend, cpu, cuda, packing, triton
 from ..backends.layouts import channels_last, empty_channels_last, kernel_vector, kernel_weight
 from ..backends.packing import Geometry
 from . import checks
-from ._op import Bound, Op
+from ._op import Bound, Op, Values
 from .common import (
     accumulate_dtype,
     autocast_weight,
@@ -193,9 +193,10 @@ def limits(name: str, constants: dict[str, Any], dtype: torch.dtype, chosen: boo
     return packing.unsupported(name, chosen, dtype, constants["weight"].shape, constants.get("groups", 1))
 
 
-def plan(network: cpu.Network, a: Arguments, bound: Bound[Arguments]) -> int:
+def plan(network: cpu.Network, bound: Bound[Arguments], values: Values) -> int:
+    a, (x, residual) = bound.of(), values
     layer = bound.keep(cpu.NAME, lambda: packing.engine(a.weight, a.scale, a.shift, a.geometry))
-    return network.convolution(a.x, layer, a.residual, a.activation == "relu", a.residual_after_activation)
+    return network.convolution(x, layer, residual, a.activation == "relu", a.residual_after_activation)
 
 
 OP = Op(

@@ -14,7 +14,7 @@ from .._random import Random
 from ..backends import Backend, cpu, cuda, onednn, triton
 from ..backends.layouts import channels_last, kernel_vector
 from . import checks
-from ._op import Bound, Op
+from ._op import Bound, Op, Values
 from .common import accumulate_dtype, autocast_weight, cast
 
 NAME = "head"
@@ -118,11 +118,12 @@ def limits(name: str, constants: dict[str, Any], dtype: torch.dtype, chosen: boo
     return cpu.unsupported(dtype) if name == cpu.NAME else onednn.unavailable()
 
 
-def plan(network: cpu.Network, a: Arguments, bound: Bound[Arguments]) -> int:
+def plan(network: cpu.Network, bound: Bound[Arguments], values: Values) -> int:
+    a, (x,) = bound.of(), values
     weight = a.weight[:, :, None, None]
     bias = a.weight.new_zeros(weight.shape[0]) if a.bias is None else a.bias
     layer = bound.keep(cpu.NAME, lambda: cpu.Convolution(weight, bias, ((1, 1), (0, 0), (1, 1), 1)))
-    return network.convolution(network.average(a.x), layer, None, relu=False)
+    return network.convolution(network.average(x), layer, None, relu=False)
 
 
 OP = Op(

@@ -17,7 +17,7 @@ from ..backends import Backend, cpu, cuda, packing, triton
 from ..backends.layouts import kernel_vector, owned, squares, taps_first
 from ..backends.packing import Geometry
 from . import checks
-from ._op import Bound, Op
+from ._op import Bound, Op, Values
 from .common import accumulate_dtype, autocast_weight, cast, conv_output_size, keep, kept, result
 from .conv_bn_act import OP as CONV_BN_ACT
 from .gradients import convolution_gradients, max_pool_gradient, relu_gradient
@@ -154,7 +154,7 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
 
 
 def native(a: Arguments, bound: Bound[Arguments] | None = None) -> Tensor | None:
-    """Compute the op by the CPU engine or oneDNN. ReLU and max commute (for NaN too): ReLU runs on the 4x smaller pooled tensor."""
+    """Compute the convolution packed. ReLU and max commute (for NaN too): ReLU runs on the 4x smaller pooled tensor."""
     packed = packing.packed(NAME, a.x, a.dtype, a.weight, a.scale, a.shift, _GEOMETRY, bound)
     if packed is None:
         return None
@@ -186,9 +186,10 @@ def limits(name: str, constants: dict[str, Any], dtype: torch.dtype, chosen: boo
     return packing.unsupported(name, chosen, dtype, constants["weight"].shape, 1)
 
 
-def plan(network: cpu.Network, a: Arguments, bound: Bound[Arguments]) -> int:
+def plan(network: cpu.Network, bound: Bound[Arguments], values: Values) -> int:
+    a, (x,) = bound.of(), values
     layer = bound.keep(cpu.NAME, lambda: packing.engine(a.weight, a.scale, a.shift, _GEOMETRY))
-    inner = network.convolution(a.x, layer, None, relu=True)
+    inner = network.convolution(x, layer, None, relu=True)
     padding = 0 if a.ceil_mode else 1
     return network.max_pool(inner, (3, 3), (2, 2), (padding, padding), (1, 1), a.ceil_mode)
 

@@ -275,8 +275,9 @@ def test_what_can_be_recorded() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.bernoulli(self.conv(x).sigmoid())
 
-    assert "more than one input" in why_not_recordable(rf.optimize(Two().eval(), backend="triton").graph_module)
-    random = rf.optimize(Random().eval(), backend="triton").graph_module
+    two = rf.optimize(Two().eval(), backend="triton", check=False).graph_module
+    assert "more than one input" in why_not_recordable(two)
+    random = rf.optimize(Random().eval(), backend="triton", check=False).graph_module
     assert "is no fused op" in why_not_recordable(random)
 
 

@@ -415,7 +415,8 @@ def test_cases_on_a_cpu_are_those_of_the_table() -> None:
         ("resnet152-float32-b1", 0),
         ("resnet152-float32-b16", 0),
     ]
-    assert [(one.schedule.warmup, one.schedule.calls) for one in found[1:3]] == [(1, 4), (0, 1)]
+    rhythms = [(one.schedule.min_rounds, one.schedule.warmup, one.schedule.calls) for one in found[1:3]]
+    assert rhythms == [(7, 1, 4), (5, 0, 1)]
     (one,) = settings([bench_models.SHARED], arch="resnet50", busy=0)
     assert (one.name, one.busy) == ("resnet50-float32-b1", 0)
     (one,) = settings([bench_models.SHARED], threads=1, busy=2)

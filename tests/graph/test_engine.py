@@ -1,0 +1,207 @@
+"""A lowered graph as calls of the CPU engine: the same answers as layer by layer, whatever lies between its layers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import resnet_fast as rf
+from resnet_fast import backends
+from resnet_fast.backends import cpu
+from resnet_fast.graph import OptimizedModule, engine, optimize
+from tests.networks import Lambda, conv_bn, randomise
+from tests.numerics import assert_obeys_error_rule
+
+pytestmark = [
+    pytest.mark.skipif(bool(cpu.unavailable()), reason=cpu.unavailable() or "-"),
+    pytest.mark.skipif(
+        not cpu.unavailable() and cpu.module().isa() == "portable", reason="oneDNN is left its convolutions here"
+    ),
+]
+
+
+def calls(fast: OptimizedModule) -> int:
+    planned = fast._engine()
+    return 0 if planned is None else sum(isinstance(part, engine.Segment) for part in planned.modules())
+
+
+def assert_right(model: nn.Module, fast: nn.Module, *images: Tensor) -> None:
+    """The error rule against the model in float64, with its own answer in float32 by plain torch."""
+    with torch.no_grad(), backends.use("reference"):
+        exact, same = copy.deepcopy(model).double()(*(x.double() for x in images)), model(*images)
+    ours = fast(*images)
+    for mine, plain, wanted in zip(
+        *([y] if isinstance(y, Tensor) else list(y) for y in (ours, same, exact)), strict=True
+    ):
+        assert_obeys_error_rule(mine, plain, wanted)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "resnet50_caffe"])
+def test_a_resnet_is_one_call(name: str) -> None:
+    torch.manual_seed(0)
+    if name == "resnet50_caffe":
+        model = rf.resnet50(stride_in_1x1=True, unpadded_pool=True).eval()
+    else:
+        model = getattr(rf, name)().eval()
+    randomise(model)
+    fast = optimize(model)
+    assert calls(fast) == 1 and fast._in_one_call()
+    assert {row.backend for row in fast.report().fused} == {"cpu"}
+    for shape in ((2, 3, 64, 64), (1, 3, 97, 131), (3, 3, 33, 33)):
+        assert_right(model, fast, torch.randn(shape))
+
+
+def mixed() -> nn.Module:
+    """The engine's layers, others between them that read several of its results, and results of both kinds."""
+
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+        a = self.a(x).relu()
+        b = self.b(a).relu()
+        gate = torch.sigmoid(F.adaptive_avg_pool2d(b, 1))
+        c = self.c(b * gate)
+        d = (c + a).relu()
+        e = F.max_pool2d(d, 3, 2, 1)
+        return a, F.gelu(self.d(e)), e
+
+    return randomise(
+        Lambda(forward, a=conv_bn(3, 48), b=conv_bn(48, 48), c=conv_bn(48, 48), d=nn.Conv2d(48, 20, 1))
+    ).eval()
+
+
+def test_other_layers_run_in_torch_between_calls() -> None:
+    torch.manual_seed(0)
+    model = mixed()
+    fast = optimize(model, example_inputs=torch.randn(1, 3, 20, 20))
+    assert calls(fast) == 2 and not fast._in_one_call()
+    for shape in ((1, 3, 20, 20), (5, 3, 31, 17)):
+        assert_right(model, fast, torch.randn(shape))
+
+
+@pytest.mark.parametrize("backend", ["onednn", "reference"])
+def test_another_backend_makes_no_call(backend: str) -> None:
+    if backends.available()[backend]:
+        pytest.skip(backends.available()[backend])
+    fast = optimize(mixed(), backend=backend, example_inputs=torch.randn(1, 3, 20, 20))
+    assert calls(fast) == 0
+    assert calls(optimize(mixed(), example_inputs=torch.randn(1, 3, 20, 20), dtype=torch.float64)) == 0
+
+
+def test_results_are_as_the_layers_give_them() -> None:
+    torch.manual_seed(0)
+    model = mixed()
+    fast = optimize(model, example_inputs=torch.randn(1, 3, 20, 20))
+    for image in (torch.randn(2, 3, 20, 20), torch.randn(2, 3, 20, 20).contiguous(memory_format=torch.channels_last)):
+        with torch.no_grad():
+            wanted = model(image)
+        for ours, plain in zip(fast(image), wanted, strict=True):
+            assert ours.stride() == plain.stride() and not ours._is_view() and not ours.requires_grad
+    first = fast(torch.zeros(1, 3, 20, 20))
+    kept = [y.clone() for y in first]
+    fast(torch.randn(1, 3, 20, 20))
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True)), (
+        "a result lies in memory that is used again"
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_stands_where_torch_has_it(value: float) -> None:
+    torch.manual_seed(0)
+    model = mixed()
+    fast = optimize(model, example_inputs=torch.randn(1, 3, 20, 20))
+    image = torch.randn(2, 3, 24, 24)
+    image[1, 2, 11, 5] = value
+    with torch.no_grad():
+        wanted = model(image)
+    for ours, plain in zip(fast(image), wanted, strict=True):
+        assert torch.equal(ours.isnan(), plain.isnan()) and torch.equal(ours.isinf(), plain.isinf())
+
+
+def test_the_same_bits_in_any_batch_by_any_number_of_threads() -> None:
+    torch.manual_seed(0)
+    fast = optimize(randomise(rf.resnet18()).eval())
+    images = torch.randn(5, 3, 64, 64)
+    wanted = torch.cat([fast(images[i : i + 1]) for i in range(5)])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(fast(images), wanted) and torch.equal(fast(images.flip(0)), wanted.flip(0))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "expanded", "transposed", "other dtype"])
+def test_images_lie_in_memory_as_they_like(layout: str) -> None:
+    torch.manual_seed(0)
+    model = randomise(rf.resnet18()).eval()
+    fast = optimize(model)
+    image = torch.randn(4, 3, 40, 48)
+    other = {
+        "channels_last": lambda: image.contiguous(memory_format=torch.channels_last),
+        "sliced": lambda: torch.randn(8, 5, 43, 96)[::2, 1:4, 3:, ::2].copy_(image),
+        "expanded": lambda: image[:1].expand(4, -1, -1, -1),
+        "transposed": lambda: image.transpose(2, 3).contiguous().transpose(2, 3),
+        "other dtype": lambda: image.double(),
+    }[layout]()
+    assert torch.equal(fast(other), fast(other.float().contiguous()))
+
+
+def test_a_tensor_that_the_engine_cannot_read_runs_layer_by_layer() -> None:
+    torch.manual_seed(0)
+    model = randomise(rf.resnet18()).eval()
+    fast = optimize(model)
+    segment = next(part for part in fast._engine().modules() if isinstance(part, engine.Segment))  # type: ignore[union-attr]
+    with pytest.raises(engine.NotPlanned):
+        segment(torch.randn(1, 3, 32, 32, dtype=torch.float64))
+
+    class Tagged(Tensor):
+        pass
+
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.allclose(fast(image.as_subclass(Tagged)), fast(image), rtol=1e-4, atol=1e-4)
+
+
+def test_copies_and_new_constants_are_packed_anew() -> None:
+    torch.manual_seed(0)
+    fast = optimize(randomise(rf.resnet18()).eval())
+    other = optimize(randomise(rf.resnet18()).eval())
+    image = torch.randn(1, 3, 64, 64)
+    before, wanted = fast(image), other(image)
+    assert not torch.allclose(before, wanted)
+    copied = copy.deepcopy(fast)
+    saved = io.BytesIO()
+    torch.save(fast, saved)
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=False)
+    fast.load_state_dict(other.state_dict())
+    assert torch.equal(fast(image), wanted)
+    assert torch.equal(copied(image), before) and torch.equal(loaded(image), before)
+
+
+def test_threads_share_a_snapshot() -> None:
+    torch.manual_seed(0)
+    fast = optimize(mixed(), example_inputs=torch.randn(1, 3, 20, 20))
+    fast._planned = None  # made by whoever comes first
+    images = [torch.randn(1 + i % 3, 3, 16 + i, 20) for i in range(8)]
+    reference = copy.deepcopy(fast)
+    wanted = [reference(image) for image in images]
+    wrong: list[int] = []
+
+    def serve(i: int) -> None:
+        for _ in range(20):
+            if not all(torch.equal(a, b) for a, b in zip(fast(images[i]), wanted[i], strict=True)):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=serve, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
