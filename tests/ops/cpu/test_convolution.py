@@ -90,6 +90,8 @@ def test_random_problems() -> None:
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_other_instruction_sets(isa: str) -> None:
     """The tests of this folder that depend on it, in a process that has read RESNET_FAST_ISA."""
+    if _cpu.build_info()["sanitizer"]:
+        pytest.skip("the process would have the module without a sanitizer")
     if isa == _cpu.isa():
         pytest.skip("the one of this process, which the other tests run on")
     if isa not in _cpu.build_info()["isas"] or (isa != "portable" and not _cpu.features(of_machine=True)[isa]):
