@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .cuda import record
-from .layouts import channels_last, empty_channels_last
+from .layouts import channels_last
 
 NAME = "cpu"
 
@@ -138,11 +138,13 @@ class Convolution:
 
     def run(self, x: Tensor, residual: Tensor | None, relu: bool, residual_after_relu: bool) -> Tensor:
         """Return ``act(conv(x) + residual)`` of ``x`` [N, C, H, W] in any strides, channels_last."""
-        x = channels_last(x)
-        if residual is not None:
+        n, c, h, w = x.shape
+        if x.stride() != (h * w * c, 1, w * c, c):
+            x = channels_last(x)
+        _, k, p, q = shape = self.layer.shape(n, h, w)
+        if residual is not None and residual.stride() != (p * q * k, 1, q * k, k):
             residual = channels_last(residual)
-        n, _, h, w = x.shape
-        out = empty_channels_last(x, self.layer.shape(n, h, w))
+        out = torch.empty(shape, memory_format=torch.channels_last)
         self.layer.run(
             x.data_ptr(), n, h, w, 0 if residual is None else residual.data_ptr(), out.data_ptr(), relu,
             residual_after_relu, torch.get_num_threads(),

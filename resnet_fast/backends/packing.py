@@ -167,7 +167,9 @@ class EngineConv:
             layer = cpu.Convolution(weight, self.bias, self.geometry)
             if keep:
                 self._layer = layer
-        return layer.run(x.to(torch.float32), residual, activation == "relu", residual_after_activation)
+        if x.dtype is not torch.float32:
+            x = x.to(torch.float32)
+        return layer.run(x, residual, activation == "relu", residual_after_activation)
 
 
 #: By storage, so that an entry goes with the last tensor on the weight's memory: a digest, and what it is valid for.

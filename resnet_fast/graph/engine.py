@@ -36,9 +36,15 @@ class Segment(nn.Module):
         self.network, self.single = network, single
 
     def forward(self, *inputs: Tensor) -> Any:
-        if not all(type(x) in (Tensor, nn.Parameter) and x.dim() == 4 and x.dtype is torch.float32 for x in inputs):
+        if not all(
+            x.numel() and type(x) in (Tensor, nn.Parameter) and x.dim() == 4 and x.dtype is torch.float32
+            for x in inputs
+        ):
             raise NotPlanned
-        outputs = self.network.run([x.resolve_neg() for x in inputs])
+        try:
+            outputs = self.network.run([x.resolve_neg() for x in inputs])
+        except ValueError as error:  # an image is too small, say: each layer has its own words for it
+            raise NotPlanned from error
         return outputs[0] if self.single else tuple(outputs)
 
 

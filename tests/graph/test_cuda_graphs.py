@@ -240,7 +240,7 @@ def test_a_refused_recording_is_reported_and_the_run_goes_on_without(monkeypatch
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with pytest.warns(rf.backends.FallbackWarning, match="no longer recorded as CUDA graphs: out of memory"):
         got = fused(x.as_subclass(OnGPU))
-    assert torch.equal(got.as_subclass(Tensor), want) and recorder_that_refuses.asked == 1
+    assert torch.allclose(got.as_subclass(Tensor), want, rtol=1e-4, atol=1e-5) and recorder_that_refuses.asked == 1
     assert fused.cuda_graphs is False
 
 

@@ -584,7 +584,8 @@ def pieces(fused: OptimizedModule, x: Tensor, monkeypatch: pytest.MonkeyPatch, i
     assert largest is not None
     monkeypatch.setattr(batching, "LARGEST_TENSOR", largest * images)
     fused._pieces.clear()
-    handle = fused.graph_module.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    running = fused._engine() or fused.graph_module
+    handle = running.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     fused(x)
     handle.remove()
     return seen

@@ -443,8 +443,8 @@ def test_node_times_name_kinds_and_stages(model: nn.Module) -> None:
     batch = network.seeded_batches((1, 3, 64, 64), 1)[0]
     plain, fused = profile.node_times([peers.plain(model), optimize(model).graph_module], batch, runs=2)
     assert {"convolution", "batch norm", "relu", "add", "pooling", "linear"} <= set(profile.by_part(plain))
-    parts = {"fused stem", "fused conv + BN + add + ReLU", "fused head", "overflow guards"}
-    assert set(profile.by_part(fused)) == parts
+    parts = {"fused stem", "fused conv + BN + add + ReLU", "fused head"}
+    assert set(profile.by_part(fused)) - {"overflow guards"} == parts  # which oneDNN alone needs
     assert sum(time.part == "convolution" for time in plain) == 20
     assert sum(time.part == "add" for time in plain) == 8
     for times in (plain, fused):
