@@ -18,7 +18,7 @@ from torch.export import Dim
 
 import resnet_fast as rf
 from tests.networks import Lambda, conv_bn, randomise
-from tests.numerics import assert_obeys_error_rule
+from tests.numerics import assert_obeys_error_rule_in_the_median
 
 ANY = {0: Dim("batch"), 2: Dim("height", min=16, max=512), 3: Dim("width", min=16, max=512)}
 
@@ -59,8 +59,13 @@ X, ODD = images(2, 3, 32, 32), images(3, 3, 45, 37)
 
 
 def obeys(result: Tensor, model: nn.Module, x: Tensor) -> None:
+    assert_obeys_error_rule_in_the_median([(result, *answers(model, x))])
+
+
+def answers(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what plain torch answers in float32 and in float64."""
     with torch.no_grad(), rf.backends.use("reference"):
-        assert_obeys_error_rule(result, model(x), copy.deepcopy(model).double()(x.double()))
+        return model(x), copy.deepcopy(model).double()(x.double())
 
 
 @pytest.mark.parametrize("make", [lambda model: model, rf.optimize], ids=["live", "snapshot"])
@@ -283,8 +288,10 @@ def test_the_module_of_a_program_is_fused(size: Any, small: Any) -> None:
     fast = rf.optimize(module.module(), example_inputs=X)
     report = fast.report()
     assert len(report.fused) == len(report.rows) and not any("hook" in note for note in report.notes)
-    for x in (X,) if size is None else (X, ODD):
-        obeys(fast(x), small, x)
+    # Few numbers of few layers: their errors may cancel in one of the networks.
+    for like in (X,) if size is None else (X, ODD):
+        drawn = [like, *(torch.randn(like.shape) for _ in range(4))]
+        assert_obeys_error_rule_in_the_median([(fast(x), *answers(small, x)) for x in drawn])
     if size is None:
         with pytest.raises(AssertionError, match="Guard failed"):  # the program's own words
             fast(ODD)
