@@ -11,7 +11,7 @@ namespace resnet_fast::cpu {
 namespace {
 
 // Images run together as long as what lies between their layers is no larger.
-constexpr Index piece_bytes = 32 << 20;
+constexpr Index piece_bytes = 128 << 20;
 constexpr std::size_t schedules_kept = 16;
 constexpr std::size_t arenas_kept = 8;
 
