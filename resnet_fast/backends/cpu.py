@@ -144,7 +144,7 @@ class Convolution:
         _, k, p, q = shape = self.layer.shape(n, h, w)
         if residual is not None and residual.stride() != (p * q * k, 1, q * k, k):
             residual = channels_last(residual)
-        out = torch.empty(shape, memory_format=torch.channels_last)
+        out = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
         self.layer.run(
             x.data_ptr(), n, h, w, 0 if residual is None else residual.data_ptr(), out.data_ptr(), relu,
             residual_after_relu, torch.get_num_threads(),
@@ -199,7 +199,12 @@ class Network:
         """
         given = [(x.data_ptr(), x.shape, x.stride()) for x in inputs]
         outputs = [
-            torch.empty(shape[:2]) if flat else torch.empty(shape, memory_format=torch.channels_last)
+            torch.empty(
+                shape[:2] if flat else shape,
+                dtype=torch.float32,
+                device="cpu",
+                memory_format=torch.contiguous_format if flat else torch.channels_last,
+            )
             for shape, flat in zip(self._plan.shapes(given), self._flat, strict=True)
         ]
         self._plan.run(given, [output.data_ptr() for output in outputs], torch.get_num_threads())

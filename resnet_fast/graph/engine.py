@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from resnet_fast.backends import cpu
+from resnet_fast.ops._op import readable, unmoded
 
 from . import memory
 from .guard import Guard
@@ -36,13 +37,11 @@ class Segment(nn.Module):
         self.network, self.single = network, single
 
     def forward(self, *inputs: Tensor) -> Any:
-        if not all(
-            x.numel() and type(x) in (Tensor, nn.Parameter) and x.dim() == 4 and x.dtype is torch.float32
-            for x in inputs
-        ):
+        images = all(x.dim() == 4 and x.dtype is torch.float32 and x.numel() for x in inputs)
+        if not images or not readable(inputs) or not unmoded():
             raise NotPlanned
         try:
-            outputs = self.network.run([x.resolve_neg() for x in inputs])
+            outputs = self.network.run(inputs)
         except ValueError as error:  # an image is too small, say: each layer has its own words for it
             raise NotPlanned from error
         return outputs[0] if self.single else tuple(outputs)
@@ -57,15 +56,15 @@ def planned(gm: fx.GraphModule) -> fx.GraphModule | None:
     if any(memory.written(gm, node) for node in nodes):
         return None  # the order of what writes and reads would have to be kept
     calls: dict[fx.Node, int] = {}  # which call a layer is part of, counted from 0
-    ready: dict[fx.Node, int] = {}  # the first call before which another node can run
+    ready: dict[fx.Node, int] = {}  # before which call another node runs; these keep their order
+    latest = 0
     channels: dict[fx.Node, int] = {}  # of what the engine makes
     for node in nodes:
         made = _channels(gm, node, channels)
         sources = node.all_input_nodes
         if made is None:
-            ready[node] = max(
-                (calls[source] + 1 if source in calls else ready[source] for source in sources), default=0
-            )
+            before = (calls[source] + 1 if source in calls else ready[source] for source in sources)
+            ready[node] = latest = max((latest, *before))
         else:
             channels[node] = made
             calls[node] = max(calls[source] if source in calls else ready[source] for source in sources)

@@ -61,6 +61,11 @@ _OF_THREADS = frozenset(
 )
 
 
+def unmoded() -> bool:
+    """Return whether no dispatch mode and no transform is active in this thread."""
+    return _C._dispatch_tls_local_include_set().raw_repr() in _OF_THREADS
+
+
 def unobserved(tensors: Iterable[Any]) -> bool:
     """Return whether torch's dispatcher would do nothing of its own with a call on these tensors: it may be left out.
 
@@ -69,7 +74,7 @@ def unobserved(tensors: Iterable[Any]) -> bool:
     """
     if (
         torch.compiler.is_compiling()
-        or _C._dispatch_tls_local_include_set().raw_repr() not in _OF_THREADS
+        or not unmoded()
         or _C._get_tracing_state() is not None
         or _C._len_torch_function_stack()
         or _C._autograd._profiler_enabled()
@@ -88,6 +93,15 @@ def unobserved(tensors: Iterable[Any]) -> bool:
         ):
             return False
     return True
+
+
+def readable(tensors: Iterable[Any]) -> bool:
+    """Return whether each tensor is plain memory of this machine that may be read by its address."""
+    return all(
+        tensor is None
+        or (type(tensor) in _OURS and tensor.is_cpu and _C._dispatch_keys(tensor).raw_repr() in _OF_TENSORS)
+        for tensor in tensors
+    )
 
 
 def _schema(name: str, arguments: type[Any], returns: Any) -> str:
@@ -343,7 +357,7 @@ class Bound(Generic[A]):
             if candidates:
                 assert op.kernel is not None
                 y = op.kernel(candidates, a, self)
-            elif self._native:
+            elif self._native and (self._native != cpu.NAME or readable(data)):
                 assert op.native is not None
                 y = op.native(a, self, **promises)
         return op.single(a, op.reference(a) if y is None else y)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import resnet_fast as rf
 from resnet_fast import backends
@@ -158,14 +159,44 @@ def test_a_tensor_that_the_engine_cannot_read_runs_layer_by_layer() -> None:
     model = randomise(rf.resnet18()).eval()
     fast = optimize(model)
     segment = next(part for part in fast._engine().modules() if isinstance(part, engine.Segment))  # type: ignore[union-attr]
-    with pytest.raises(engine.NotPlanned):
-        segment(torch.randn(1, 3, 32, 32, dtype=torch.float64))
+    unreadable = (
+        torch.randn(1, 3, 64, 64, dtype=torch.float64),
+        torch.empty(1, 3, 64, 64, device="meta"),
+        torch.randn(3, 64, 64),
+        torch.randn(0, 3, 64, 64),
+        torch.randn(1, 3, 64, 64).to_mkldnn(),
+        torch.randn(1, 3, 64, 64, dtype=torch.complex64).imag._neg_view(),
+    )
+    for image in unreadable:
+        with pytest.raises(engine.NotPlanned), torch.no_grad():
+            segment(image)
 
     class Tagged(Tensor):
         pass
 
     image = torch.randn(1, 3, 64, 64)
     assert torch.allclose(fast(image.as_subclass(Tagged)), fast(image), rtol=1e-4, atol=1e-4)
+
+
+def test_what_others_have_switched_in_torch() -> None:
+    """A default dtype or device is for tensors that the user makes; transforms see every image."""
+    torch.manual_seed(0)
+    fast = optimize(randomise(rf.resnet18()).eval())
+    image = torch.randn(2, 3, 64, 64)
+    wanted = fast(image)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(fast(image), wanted)
+        live = rf.ops.conv_bn_act(image, image[:, :, :1, :1], *(image[0, 0, 0, :2],) * 2)
+        assert live.dtype is torch.float32 and live.isfinite().all()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(fast(image), wanted)
+    mapped = torch.func.vmap(lambda one: fast(one[None])[0])(image)
+    assert torch.allclose(mapped, wanted, rtol=1e-4, atol=1e-4)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert fast(mode.from_tensor(image)).shape == wanted.shape
 
 
 def test_copies_and_new_constants_are_packed_anew() -> None:
