@@ -123,6 +123,7 @@ class Convolution:
     ) -> None:
         stride, padding, dilation, groups = geometry
         k, c, *kernel = weight.shape
+        self.channels = c * groups
         weight, bias = weight.detach().contiguous(), bias.detach().contiguous()
         self.layer = module().Convolution(
             weight.data_ptr(),
@@ -137,13 +138,26 @@ class Convolution:
         )
 
     def run(self, x: Tensor, residual: Tensor | None, relu: bool, residual_after_relu: bool) -> Tensor:
-        """Return ``act(conv(x) + residual)`` of ``x`` [N, C, H, W] in any strides, channels_last."""
+        """Return ``act(conv(x) + residual)`` of float32 ``x`` [N, C, H, W] in any strides, channels_last.
+
+        Raises:
+            RuntimeError: ``x`` or ``residual`` does not fit. ValueError: ``x`` is smaller than the window, or not 4-D.
+        """
         n, c, h, w = x.shape
+        if c != self.channels or x.dtype is not torch.float32:
+            raise RuntimeError(
+                f"the convolution takes float32 images of {self.channels} channels, got {x.dtype} of {list(x.shape)}"
+            )
         if x.stride() != (h * w * c, 1, w * c, c):
             x = channels_last(x)
         _, k, p, q = shape = self.layer.shape(n, h, w)
-        if residual is not None and residual.stride() != (p * q * k, 1, q * k, k):
-            residual = channels_last(residual)
+        if residual is not None:
+            if residual.dtype is not torch.float32 or list(residual.shape) != shape:
+                raise RuntimeError(
+                    f"the residual must be float32 of {shape}, got {residual.dtype} of {list(residual.shape)}"
+                )
+            if residual.stride() != (p * q * k, 1, q * k, k):
+                residual = channels_last(residual)
         out = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
         self.layer.run(
             x.data_ptr(), n, h, w, 0 if residual is None else residual.data_ptr(), out.data_ptr(), relu,

@@ -74,7 +74,7 @@ def unobserved(tensors: Iterable[Any]) -> bool:
     """
     if (
         torch.compiler.is_compiling()
-        or not unmoded()
+        or _C._dispatch_tls_local_include_set().raw_repr() not in _OF_THREADS  # unmoded(), without a call
         or _C._get_tracing_state() is not None
         or _C._len_torch_function_stack()
         or _C._autograd._profiler_enabled()

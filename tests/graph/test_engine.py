@@ -178,6 +178,42 @@ def test_a_tensor_that_the_engine_cannot_read_runs_layer_by_layer() -> None:
     assert torch.allclose(fast(image.as_subclass(Tagged)), fast(image), rtol=1e-4, atol=1e-4)
 
 
+def test_a_layer_refuses_what_does_not_fit() -> None:
+    """Memory behind a tensor is never read: the author's code may try, and catch the error."""
+    torch.manual_seed(0)
+    conv = cpu.Convolution(torch.randn(16, 8, 3, 3), torch.randn(16), ((1, 1), (1, 1), (1, 1), 1))
+    image, added = torch.randn(2, 8, 6, 5), torch.randn(2, 16, 6, 5)
+    assert conv.run(image, added, True, False).shape == added.shape
+    for x, residual in (
+        (image[:, :3], None),
+        (torch.randn(2, 16, 6, 5), None),
+        (image.double(), None),
+        (image, added[:1]),
+        (image, added[:, :8]),
+        (image, added[..., :4]),
+        (image, added.double()),
+    ):
+        with pytest.raises(RuntimeError, match=r"must be float32|takes float32"):
+            conv.run(x, residual, True, False)
+    for x in (image[..., 0], torch.randn(2, 8, 0, 5)):
+        with pytest.raises(ValueError, match=r"unpack|too small|pixels"):
+            conv.run(x, None, True, False)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.a(x)
+        try:
+            y = self.a(y[:, :3])
+        except RuntimeError:
+            y = y + 1
+        return y if y.sum() > -1e9 else x  # so that it runs in parts
+
+    model = randomise(Lambda(forward, a=conv_bn(8, 8))).eval()
+    image = torch.randn(1, 8, 6, 6)
+    fast = optimize(model, example_inputs=image)
+    with torch.no_grad():
+        assert torch.allclose(fast(image), model(image), rtol=1e-4, atol=1e-4)
+
+
 def test_what_others_have_switched_in_torch() -> None:
     """A default dtype or device is for tensors that the user makes; transforms see every image."""
     torch.manual_seed(0)
