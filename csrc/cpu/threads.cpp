@@ -230,11 +230,4 @@ void Team::run(Index items, Index scratch_floats, Work work, const void* context
   shared.caller_sleeps.store(false, std::memory_order_relaxed);
 }
 
-void run(int threads, Index items, Index scratch_floats, Work work, const void* context) {
-  Team team(items > 1 ? threads : 1);
-  team.run(items, scratch_floats, work, context);
-}
-
-int sleeping_threads() { return the_threads().shared.sleepers.load(); }
-
 }  // namespace resnet_fast::cpu
