@@ -21,22 +21,35 @@ namespace {
 using Pair = std::array<Index, 2>;
 using Four = std::array<Index, 4>;
 
-const Machine& this_machine() {
-  static const Machine machine = [] {
-    const Kernels* kernels = &kernels_portable;
-#ifdef RESNET_FAST_AVX2
-    if (isa() == Isa::avx2) {
-      kernels = &kernels_avx2;
-    }
+// Kernels of the instruction set that isa() says.
+const Kernels& kernels_for(Element element) {
+  const auto which = static_cast<std::size_t>(element);
+#ifdef RESNET_FAST_AVX512_BF16
+  if (isa() >= Isa::avx512_bf16 && element == Element::bfloat16) {
+    return kernels_avx512_bf16;
+  }
 #endif
 #ifdef RESNET_FAST_AVX512
-    if (isa() == Isa::avx512) {
-      kernels = &kernels_avx512;
-    }
+  if (isa() >= Isa::avx512) {
+    return kernels_avx512[which];
+  }
 #endif
-    return Machine{kernels, static_cast<Index>(caches().l2)};
-  }();
-  return machine;
+#ifdef RESNET_FAST_AVX2
+  if (isa() >= Isa::avx2) {
+    return kernels_avx2[which];
+  }
+#endif
+  return kernels_portable[which];
+}
+
+constexpr std::array<const char*, 2> element_names{"float32", "bfloat16"};
+
+Machine machine_for(const std::string& dtype) {
+  const auto* const named = std::find(element_names.begin(), element_names.end(), dtype);
+  if (named == element_names.end()) {
+    throw std::invalid_argument("dtype must be float32 or bfloat16, got '" + dtype + "'");
+  }
+  return {&kernels_for(static_cast<Element>(named - element_names.begin())), static_cast<Index>(caches().l2)};
 }
 
 template <typename T>
@@ -95,7 +108,8 @@ Window pooling_window_of(Pair kernel, Pair stride, Pair padding, Pair dilation) 
 }
 
 std::shared_ptr<Convolution> make_convolution(std::uintptr_t weight, std::uintptr_t bias, Index k, Index c,
-                                              Index groups, Pair kernel, Pair stride, Pair padding, Pair dilation) {
+                                              Index groups, Pair kernel, Pair stride, Pair padding, Pair dilation,
+                                              const std::string& dtype) {
   if (k <= 0 || c <= 0 || groups <= 0 || k % groups != 0 || c % groups != 0) {
     throw std::invalid_argument("a convolution of " + std::to_string(c) + " to " + std::to_string(k) +
                                 " channels cannot have " + std::to_string(groups) + " groups");
@@ -103,9 +117,10 @@ std::shared_ptr<Convolution> make_convolution(std::uintptr_t weight, std::uintpt
   const Window window = window_of("a convolution", kernel, stride, padding, dilation);
   check_address(weight, "weight");
   check_address(bias, "bias");
+  const Machine machine = machine_for(dtype);
   py::gil_scoped_release without_gil;
-  return std::make_shared<Convolution>(this_machine(), pointer<const float>(weight), pointer<const float>(bias), k, c,
-                                       groups, window);
+  return std::make_shared<Convolution>(machine, pointer<const float>(weight), pointer<const float>(bias), k, c, groups,
+                                       window);
 }
 
 void run_convolution(const Convolution& layer, std::uintptr_t x, Index n, Index h, Index w, std::uintptr_t residual,
@@ -125,9 +140,9 @@ void run_convolution(const Convolution& layer, std::uintptr_t x, Index n, Index 
   }
   check_address(x, "x");
   check_address(out, "out");
-  const Epilogue epilogue{nullptr, pointer<const float>(residual), 0, relu, residual_after_relu};
+  const Epilogue epilogue{nullptr, pointer<const void>(residual), 0, relu, residual_after_relu};
   py::gil_scoped_release without_gil;
-  execute(layer, asked, pointer<const float>(x), n, h, w, epilogue, pointer<float>(out), threads);
+  execute(layer, asked, pointer<const void>(x), n, h, w, epilogue, pointer<void>(out), threads);
 }
 
 // (address, shape [n, c, h, w], strides)
@@ -136,16 +151,16 @@ using Given = std::tuple<std::uintptr_t, Four, Four>;
 std::vector<Image> images_of(const std::vector<Given>& inputs) {
   std::vector<Image> images;
   for (const auto& [data, shape, strides] : inputs) {
-    images.push_back({pointer<const float>(data), shape[0], shape[1], shape[2], shape[3], strides[0], strides[1],
+    images.push_back({pointer<const std::byte>(data), shape[0], shape[1], shape[2], shape[3], strides[0], strides[1],
                       strides[2], strides[3]});
   }
   return images;
 }
 
-std::vector<float*> pointers_of(const std::vector<std::uintptr_t>& addresses) {
-  std::vector<float*> found;
+std::vector<std::byte*> pointers_of(const std::vector<std::uintptr_t>& addresses) {
+  std::vector<std::byte*> found;
   for (const std::uintptr_t address : addresses) {
-    found.push_back(pointer<float>(address));
+    found.push_back(pointer<std::byte>(address));
   }
   return found;
 }
@@ -163,9 +178,11 @@ std::vector<Four> shapes_of(const Plan& plan, const std::vector<Given>& inputs) 
 void bind_plan(py::module_& m) {
   py::class_<Convolution, std::shared_ptr<Convolution>>(
       m, "Convolution", "A convolution's folded weight and bias, packed for this machine.")
-      .def(py::init(&make_convolution), "weight"_a, "bias"_a, "k"_a, "c"_a, "groups"_a, "kernel"_a, "stride"_a,
-           "padding"_a, "dilation"_a,
-           "weight: address of [k, c / groups, r, s] float32, dense; bias: of [k]. Both are read once.")
+      .def(
+          py::init(&make_convolution), "weight"_a, "bias"_a, "k"_a, "c"_a, "groups"_a, "kernel"_a, "stride"_a,
+          "padding"_a, "dilation"_a, "dtype"_a = "float32",
+          "weight: address of [k, c / groups, r, s] float32, dense; bias: of [k]. Both are read once. dtype: of images "
+          "and outputs, float32 or bfloat16; weights are rounded to it.")
       .def("run", &run_convolution, "x"_a, "n"_a, "h"_a, "w"_a, "residual"_a, "out"_a, "relu"_a,
            "residual_after_relu"_a, "threads"_a, "algorithm"_a = "auto",
            "Compute act(conv(x) + bias + residual): x [n, h, w, c], residual (0 for none) and out [n, p, q, k], dense.")
@@ -184,7 +201,8 @@ void bind_plan(py::module_& m) {
       .def_property_readonly("bytes", &Convolution::bytes, "Of the packed weights, those made so far.");
 
   py::class_<Plan>(m, "Plan", "A network as one call. Values are numbered in the order in which they are made.")
-      .def(py::init([] { return std::make_unique<Plan>(this_machine()); }))
+      .def(py::init([](const std::string& dtype) { return std::make_unique<Plan>(machine_for(dtype)); }),
+           "dtype"_a = "float32")
       .def("input", &Plan::input, "channels"_a)
       .def(
           "convolution",
@@ -211,19 +229,19 @@ void bind_plan(py::module_& m) {
              int threads, Index piece) {
             check_threads(threads);
             const std::vector<Image> images = images_of(inputs);
-            const std::vector<float*> results = pointers_of(outputs);
+            const std::vector<std::byte*> results = pointers_of(outputs);
             py::gil_scoped_release without_gil;
             plan.run(images, results, threads, piece);
           },
           "inputs"_a, "outputs"_a, "threads"_a, "piece"_a = 0,
-          "Compute. inputs: (address, shape [n, c, h, w], strides) of float32; outputs: addresses of [n, h, w, c].")
+          "Compute. inputs: (address, shape [n, c, h, w], strides) of the dtype; outputs: addresses of [n, h, w, c].")
       .def(
           "profile",
           [](const Plan& plan, const std::vector<Given>& inputs, const std::vector<std::uintptr_t>& outputs,
              int threads) {
             check_threads(threads);
             const std::vector<Image> images = images_of(inputs);
-            const std::vector<float*> results = pointers_of(outputs);
+            const std::vector<std::byte*> results = pointers_of(outputs);
             py::gil_scoped_release without_gil;
             return plan.profile(images, results, threads);
           },

@@ -119,6 +119,9 @@ constexpr Isa kCompiled[] = {
 #ifdef RESNET_FAST_AVX512
     Isa::avx512,
 #endif
+#ifdef RESNET_FAST_AVX512_BF16
+    Isa::avx512_bf16,
+#endif
 };
 
 bool runs(Isa isa, const Features& f) {
@@ -129,6 +132,8 @@ bool runs(Isa isa, const Features& f) {
       return f.avx2 && f.fma;
     case Isa::avx512:
       return f.avx2 && f.fma && f.avx512;
+    case Isa::avx512_bf16:
+      return runs(Isa::avx512, f) && f.avx512_bf16;
   }
   return false;
 }
@@ -171,7 +176,8 @@ Isa choose(const Features& features, std::span<const Isa> among, std::string_vie
   const std::string was = "RESNET_FAST_ISA is '" + std::string(wanted) + "'";
   const auto* const named = std::find(kIsaNames.begin(), kIsaNames.end(), wanted);
   if (named == kIsaNames.end()) {
-    throw std::invalid_argument(was + "; it must be one of 'portable', 'avx2', 'avx512', or empty for the best");
+    throw std::invalid_argument(
+        was + "; it must be one of 'portable', 'avx2', 'avx512', 'avx512_bf16', or empty for the best");
   }
   const Isa isa = static_cast<Isa>(named - kIsaNames.begin());
   if (std::find(among.begin(), among.end(), isa) == among.end()) {
@@ -196,7 +202,10 @@ const Features& features() {
     if (isa() >= Isa::avx2) {
       f = machine;
       if (isa() < Isa::avx512) {
-        f.avx512 = f.avx512_bf16 = f.avx512_vnni = f.amx_bf16 = f.amx_int8 = false;
+        f.avx512 = f.avx512_vnni = f.amx_int8 = false;
+      }
+      if (isa() < Isa::avx512_bf16) {
+        f.avx512_bf16 = f.amx_bf16 = false;
       }
     }
     return f;

@@ -32,21 +32,20 @@ void execute(Team& team, const Kernels& kernels, const Pool& layer) {
   over(team, layer.items, 0, [&](Index item, float*) { kernels.max_pool(layer, item); });
 }
 
-void execute_average(Team& team, const Kernels& kernels, const float* x, const Map& in, float* out) {
+void execute_average(Team& team, const Kernels& kernels, const void* x, const Map& in, void* out) {
   over(team, in.n, 0, [&](Index item, float*) { kernels.average(x, in, out, item); });
 }
 
-void execute_add(Team& team, const Kernels& kernels, const float* a, const float* b, float* out, Index count,
-                 bool relu) {
+void execute_add(Team& team, const Kernels& kernels, const void* a, const void* b, void* out, Index count, bool relu) {
   constexpr Index each = 1 << 14;
   over(team, (count + each - 1) / each, 0, [&](Index item, float*) {
     const Index first = item * each;
-    kernels.add(a + first, b + first, out + first, std::min(each, count - first), relu);
+    kernels.add(a, b, out, first, std::min(first + each, count), relu);
   });
 }
 
-void execute(const Convolution& layer, Algorithm algorithm, const float* x, Index n, Index h, Index w,
-             Epilogue epilogue, float* out, int threads) {
+void execute(const Convolution& layer, Algorithm algorithm, const void* x, Index n, Index h, Index w, Epilogue epilogue,
+             void* out, int threads) {
   const Kernels& kernels = *layer.machine().kernels;
   const Map in{n, h, w, layer.channels(), layer.channels()};
   if (algorithm == Algorithm::automatic) {

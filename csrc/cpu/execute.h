@@ -9,12 +9,11 @@ namespace resnet_fast::cpu {
 void execute(Team& team, const Kernels& kernels, const Direct& layer, Index scratch);
 void execute(Team& team, const Kernels& kernels, const Winograd& layer, Index scratch);
 void execute(Team& team, const Kernels& kernels, const Pool& layer);
-void execute_average(Team& team, const Kernels& kernels, const float* x, const Map& in, float* out);
-void execute_add(Team& team, const Kernels& kernels, const float* a, const float* b, float* out, Index count,
-                 bool relu);
+void execute_average(Team& team, const Kernels& kernels, const void* x, const Map& in, void* out);
+void execute_add(Team& team, const Kernels& kernels, const void* a, const void* b, void* out, Index count, bool relu);
 
 // One convolution by itself: x [n, h, w, c] and the output dense, `epilogue` without the bias.
-void execute(const Convolution& layer, Algorithm algorithm, const float* x, Index n, Index h, Index w,
-             Epilogue epilogue, float* out, int threads);
+void execute(const Convolution& layer, Algorithm algorithm, const void* x, Index n, Index h, Index w, Epilogue epilogue,
+             void* out, int threads);
 
 }  // namespace resnet_fast::cpu

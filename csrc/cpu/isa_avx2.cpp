@@ -5,6 +5,6 @@
 
 namespace resnet_fast::cpu {
 
-const Kernels kernels_avx2 = made;
+const Kernels kernels_avx2[2] = {made<float>, made<Bfloat16>};
 
 }  // namespace resnet_fast::cpu

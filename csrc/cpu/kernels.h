@@ -1,4 +1,5 @@
-// What the sources of each instruction set implement: convolutions, pooling and sums on channels_last float32.
+// What the sources of each instruction set implement: convolutions, pooling and sums on channels_last float32 or
+// bfloat16. Sums are float32 for both, rounded once when they are stored.
 //
 // A layer is described once, with its blocking; its work is cut into items that threads take in any order. An item
 // gives the same bits whoever computes it, with which others, and in whatever batch: each output is one sum, taken in
@@ -12,8 +13,17 @@ namespace resnet_fast::cpu {
 
 using Index = std::ptrdiff_t;
 
-// Channels of a pixel that are copied next to each other before a product, and the distance from one pixel's to the
-// next one's: no multiple of a page, so that rows do not fall on the same lines of the cache.
+// What images and outputs hold.
+enum class Element { float32, bfloat16 };
+
+// The upper half of a float.
+struct Bfloat16 {
+  std::uint16_t bits;
+};
+
+// Words of a pixel that are copied next to each other before a product, and the distance from one pixel's to the next
+// one's: no multiple of a page, so that rows do not fall on the same lines of the cache. A word is 4 bytes: a float, or
+// two neighbouring bfloat16 if the instruction set multiplies such pairs.
 constexpr int chunk = 64;
 constexpr int chunk_stride = 80;
 
@@ -21,7 +31,7 @@ constexpr int chunk_stride = 80;
 // transform is to enlarge its rounding error.
 constexpr int winograd_partial_sum = 32;
 
-// An image batch [n, h, w, c] in memory: `pixel` floats from one pixel to the next, rows and images dense.
+// An image batch [n, h, w, c] in memory: `pixel` elements from one pixel to the next, rows and images dense.
 struct Map {
   Index n, h, w, c;
   Index pixel;
@@ -29,9 +39,9 @@ struct Map {
 
 // What happens to a sum before it is stored.
 struct Epilogue {
-  const float* bias;      // [k]
-  const float* residual;  // pixels of k floats like the output's, or null
-  Index residual_pixel;   // floats from one pixel of the residual to the next
+  const float* bias;     // [k]
+  const void* residual;  // pixels of k elements like the output's, or null
+  Index residual_pixel;  // elements from one pixel of the residual to the next
   bool relu;
   bool residual_after_relu;
 };
@@ -45,14 +55,14 @@ struct Window {
 
 // A convolution as products of gathered pixels and packed weights.
 struct Direct {
-  const float* x;
+  const void* x;
   Map in;
   Window window;
   Index groups;
   Index p, q, k;         // output height, width and channels
   const float* weights;  // pack_direct's
   Epilogue epilogue;
-  float* out;
+  void* out;
   Index out_pixel;
   bool narrow_groups;  // of 1, 2, 4 or 8 channels, fewer than a vector has: a vector holds several groups
   // blocking
@@ -78,17 +88,20 @@ struct Winograd {
 };
 
 struct Pool {
-  const float* x;
+  const void* x;
   Map in;
   Window window;
   Index p, q;
-  float* out;
+  void* out;
   Index out_pixel;
   Index items;  // rows of the output
 };
 
-// Functions of one instruction set. `scratch` is the calling thread's, of as many floats as the layer asked for.
+// Functions of one instruction set for one kind of element. `scratch` is the calling thread's, of as many floats as the
+// layer asked for.
 struct Kernels {
+  Element element;
+  int word_elements;  // of the gathered pixels and packed weights of `direct`: 2 if pairs of bfloat16 are multiplied
   int lanes;
   int tile_rows;
   int panel_width;  // 2 * lanes
@@ -97,15 +110,18 @@ struct Kernels {
   void (*winograd)(const Winograd&, Index item, float* scratch);
   void (*max_pool)(const Pool&, Index item);
   // [n, h, w, c] to the mean of each image's pixels, [n, c]; an item is an image.
-  void (*average)(const float* x, const Map& in, float* out, Index item);
-  // out = relu(a + b), or a + b; dense, `count` floats.
-  void (*add)(const float* a, const float* b, float* out, Index count, bool relu);
+  void (*average)(const void* x, const Map& in, void* out, Index item);
+  // out = relu(a + b), or a + b; dense, elements [first, last).
+  void (*add)(const void* a, const void* b, void* out, Index first, Index last, bool relu);
 };
 
-// Which of them there are, cpu.h's compiled() says.
-extern const Kernels kernels_portable;
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
+constexpr Index bytes_of(Element element) { return element == Element::float32 ? 4 : 2; }
+
+// By element. Which of them there are, cpu.h's compiled() says.
+extern const Kernels kernels_portable[2];
+extern const Kernels kernels_avx2[2];
+extern const Kernels kernels_avx512[2];
+extern const Kernels kernels_avx512_bf16;  // of bfloat16; its float32 is AVX-512's
 
 Index direct_scratch(const Direct& layer, const Kernels& kernels);
 Index winograd_scratch(const Winograd& layer, const Kernels& kernels);

@@ -17,15 +17,35 @@ inline Index quotient(Index a, Index b) { return (a + b - 1) / b; }
 
 // ---- products
 
-// Rows of pixels times a panel of weights: `runs` runs of `length` values each, a run cut into chunks.
+// What the elements of an image are in `direct`'s products: pairs of bfloat16 if they can be multiplied, else floats.
+template <typename Value>
+struct GatheredFrom {
+  using Type = float;
+};
+inline Vector multiply_words(const float*, Vector a, Vector b, Vector c) { return multiply_add(a, b, c); }
+#ifdef __AVX512BF16__
+template <>
+struct GatheredFrom<Bfloat16> {
+  using Type = Bfloat16;
+};
+inline Vector multiply_words(const Bfloat16*, Vector a, Vector b, Vector c) { return multiply_add_pairs(a, b, c); }
+#endif
+template <typename Value>
+using Gathered = typename GatheredFrom<Value>::Type;
+
+// Elements of a word.
+template <typename Value>
+constexpr Index word = sizeof(float) / sizeof(Gathered<Value>);
+
+// Rows of pixels times a panel of weights: `runs` runs of `length` words each, a run cut into chunks.
 struct Product {
   const float* pixels;
-  Index chunk_distance;  // floats from one chunk of a row to its next
+  Index chunk_distance;  // words from one chunk of a row to its next
   Index runs, length;
   const float* weights;  // [runs][length][panel_width]
 };
 
-template <int rows, int vectors>
+template <typename Words, int rows, int vectors>
 inline __attribute__((always_inline)) void multiply_chunk(Vector (&sums)[rows][vectors], const float* pixels,
                                                           const float* weights, Index length) {
   for (Index c = 0; c < length; ++c) {
@@ -40,18 +60,18 @@ inline __attribute__((always_inline)) void multiply_chunk(Vector (&sums)[rows][v
       const Vector value = broadcast(pixels[row * chunk_stride + c]);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
-        sums[row][v] = multiply_add(value, weight[v], sums[row][v]);
+        sums[row][v] = multiply_words(static_cast<const Words*>(nullptr), value, weight[v], sums[row][v]);
       }
     }
   }
 }
 
-// Values that are added up in registers before their sum is added to the total: a long sum loses the least if it is a
+// Words that are added up in registers before their sum is added to the total: a long sum loses the least if it is a
 // sum of short ones.
-constexpr Index partial_sum = 128;
+constexpr Index partial_sum = 128, unlimited = -1;
 
-// `part` values are added up by one call, and a chunk is a multiple of it.
-template <int rows, int vectors, Index part, Index most>
+// `part` words are added up by one call, and a chunk is a multiple of it.
+template <typename Words, int rows, int vectors, Index part, Index most>
 inline __attribute__((always_inline)) void multiply(Vector (&sums)[rows][vectors], const Product& product) {
   float totals[rows * vectors * lanes];
   asm("" : "=m"(totals));  // for the compiler, which does not see that they are written before they are read
@@ -68,7 +88,7 @@ inline __attribute__((always_inline)) void multiply(Vector (&sums)[rows][vectors
   bool parts = false;
   for (Index run = 0; run < product.runs; ++run) {
     for (Index at = 0; at < product.length; at += part) {
-      if (summed >= most) {
+      if (most != unlimited && summed >= most) {
 #pragma GCC unroll 16
         for (int row = 0; row < rows; ++row) {
 #pragma GCC unroll 4
@@ -84,9 +104,9 @@ inline __attribute__((always_inline)) void multiply(Vector (&sums)[rows][vectors
       const Index length = least(product.length - at, part);
       const float* from = pixels + at / chunk * product.chunk_distance + at % chunk;
       if (length == part) {
-        multiply_chunk<rows, vectors>(sums, from, weights, part);
+        multiply_chunk<Words, rows, vectors>(sums, from, weights, part);
       } else {
-        multiply_chunk<rows, vectors>(sums, from, weights, length);
+        multiply_chunk<Words, rows, vectors>(sums, from, weights, length);
       }
       weights += length * vectors * lanes;
       summed += length;
@@ -104,7 +124,8 @@ inline __attribute__((always_inline)) void multiply(Vector (&sums)[rows][vectors
   }
 }
 
-inline Vector finish(Vector sum, Vector bias, const float* residual, int count, const Epilogue& epilogue) {
+template <typename Value>
+inline Vector finish(Vector sum, Vector bias, const Value* residual, int count, const Epilogue& epilogue) {
   Vector value = add(sum, bias);
   if (residual == nullptr) {
     return epilogue.relu ? relu(value) : value;
@@ -117,18 +138,36 @@ inline Vector finish(Vector sum, Vector bias, const float* residual, int count, 
   return epilogue.relu ? relu(value) : value;
 }
 
+template <typename Value>
+inline const Value* residual_at(const Epilogue& epilogue, Index pixel, Index channel) {
+  const Value* residual = static_cast<const Value*>(epilogue.residual);
+  return residual == nullptr ? nullptr : residual + pixel * epilogue.residual_pixel + channel;
+}
+
 // Where the results of a product go: pixels `pixel` floats apart, `columns` channels from `channel` on.
+template <typename Value>
 struct Target {
-  float* out;
+  Value* out;
   Index pixel;
-  const float* residual;
+  const Value* residual;
   int columns;
 };
 
-template <int rows, int vectors>
-void product_finished(const Product& product, const Epilogue& epilogue, const float* bias, const Target& target) {
+template <typename Value, int rows, int vectors>
+void product_finished(const Product& product, const Epilogue& epilogue, const float* bias,
+                      const Target<Value>& target) {
   Vector sums[rows][vectors];
-  multiply<rows, vectors, chunk, partial_sum>(sums, product);
+  if (target.residual != nullptr) {  // it was written long ago
+    constexpr int line = 64 / sizeof(Value);
+    for (int row = 0; row < rows; ++row) {
+      for (int at = 0; at < vectors * lanes; at += line) {
+        __builtin_prefetch(target.residual + row * epilogue.residual_pixel + at);
+      }
+    }
+  }
+  // What float32 loses in a sum is nothing beside the rounding to a bfloat16.
+  constexpr Index most = sizeof(Value) == sizeof(float) ? partial_sum : unlimited;
+  multiply<Gathered<Value>, rows, vectors, chunk, most>(sums, product);
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) {
     const int count = target.columns - v * lanes < lanes ? target.columns - v * lanes : lanes;
@@ -138,10 +177,10 @@ void product_finished(const Product& product, const Epilogue& epilogue, const fl
     const Vector shift = count == lanes ? load(bias + v * lanes) : load(bias + v * lanes, count);
 #pragma GCC unroll 16
     for (int row = 0; row < rows; ++row) {
-      const float* residual =
+      const Value* residual =
           target.residual == nullptr ? nullptr : target.residual + row * epilogue.residual_pixel + v * lanes;
       const Vector value = finish(sums[row][v], shift, residual, count, epilogue);
-      float* to = target.out + row * target.pixel + v * lanes;
+      Value* to = target.out + row * target.pixel + v * lanes;
       if (count == lanes) {
         store(to, value);
       } else {
@@ -154,7 +193,7 @@ void product_finished(const Product& product, const Epilogue& epilogue, const fl
 template <int rows, int vectors>
 void product_stored(const Product& product, float* out) {
   Vector sums[rows][vectors];
-  multiply<rows, vectors, winograd_partial_sum, winograd_partial_sum>(sums, product);
+  multiply<float, rows, vectors, winograd_partial_sum, winograd_partial_sum>(sums, product);
 #pragma GCC unroll 16
   for (int row = 0; row < rows; ++row) {
 #pragma GCC unroll 4
@@ -164,7 +203,8 @@ void product_stored(const Product& product, float* out) {
   }
 }
 
-using Finished = void (*)(const Product&, const Epilogue&, const float*, const Target&);
+template <typename Value>
+using Finished = void (*)(const Product&, const Epilogue&, const float*, const Target<Value>&);
 using Stored = void (*)(const Product&, float*);
 
 template <int... rows>
@@ -176,10 +216,10 @@ struct Counted<0, rows...> {
   using Type = Rows<rows...>;
 };
 
-template <int vectors, int... rows>
+template <typename Value, int vectors, int... rows>
 inline void run_finished(Rows<rows...>, Index count, const Product& product, const Epilogue& epilogue,
-                         const float* bias, const Target& target) {
-  static constexpr Finished functions[] = {product_finished<rows, vectors>...};
+                         const float* bias, const Target<Value>& target) {
+  static constexpr Finished<Value> functions[] = {product_finished<Value, rows, vectors>...};
   functions[count - 1](product, epilogue, bias, target);
 }
 
@@ -193,13 +233,23 @@ using AllRows = Counted<tile_rows>::Type;
 
 // ---- direct
 
-inline void copy(float* to, const float* from, Index count) {
+template <typename Value>
+inline void copy(float* to, const Value* from, Index count) {
   Index i = 0;
   for (; i + lanes <= count; i += lanes) {
     store(to + i, load(from + i));
   }
   if (i < count) {
     store(to + i, load(from + i, static_cast<int>(count - i)), static_cast<int>(count - i));
+  }
+}
+
+// Pairs of elements as words, the last one filled up.
+inline void copy(Bfloat16* to, const Bfloat16* from, Index count) {
+  copy(reinterpret_cast<float*>(to), reinterpret_cast<const float*>(from), count / 2);
+  if (count % 2 != 0) {
+    to[count - 1] = from[count - 1];
+    to[count] = {0};
   }
 }
 
@@ -213,10 +263,12 @@ inline void clear(float* to, Index count) {
   }
 }
 
-// A run of values into the chunks of one row.
-inline void scatter(float* row, Index distance, const float* from, Index count) {
-  for (; count > 0; count -= chunk, from += chunk, row += distance) {
-    copy(row, from, least(count, chunk));
+// A run of elements into the chunks of one row.
+template <typename Value>
+inline void scatter(float* row, Index distance, const Value* from, Index count) {
+  constexpr Index each = chunk * word<Value>;
+  for (; count > 0; count -= each, from += each, row += distance) {
+    copy(reinterpret_cast<Gathered<Value>*>(row), from, least(count, each));
   }
 }
 
@@ -227,41 +279,44 @@ inline void scatter_zeros(float* row, Index distance, Index count) {
 }
 
 struct Runs {
-  Index count, length, chunks;  // chunks of one run
+  Index count, length, chunks;  // words and chunks of one run
 };
 
+template <typename Value>
 inline Runs runs_of(const Direct& d) {
   const Index c = d.in.c / d.groups;
-  const Runs runs = d.merged ? Runs{d.window.r, d.window.s * c, 0} : Runs{d.window.r * d.window.s, c, 0};
-  return {runs.count, runs.length, quotient(runs.length, chunk)};
+  const Index length = quotient(d.merged ? d.window.s * c : c, word<Value>);
+  return {d.merged ? d.window.r : d.window.r * d.window.s, length, quotient(length, chunk)};
 }
 
 // What the filter sees around one pixel of the output, into a row of chunks.
+template <typename Value>
 inline void gather(const Direct& d, Index group, Index pixel, float* row, Index distance) {
   const Window& window = d.window;
   const Index c = d.in.c / d.groups;
   const Index x = pixel % d.q;
   const Index y = pixel / d.q % d.p;
   const Index image = pixel / (d.q * d.p);
-  const float* from = d.x + image * d.in.h * d.in.w * d.in.pixel + group * c;
+  const Value* from = static_cast<const Value*>(d.x) + image * d.in.h * d.in.w * d.in.pixel + group * c;
   const Index top = y * window.stride_h - window.pad_h;
   const Index left = x * window.stride_w - window.pad_w;
-  const Runs runs = runs_of(d);
+  const Runs runs = runs_of<Value>(d);
   const Index run_distance = runs.chunks * distance;
   for (Index r = 0; r < window.r; ++r) {
     const Index in_y = top + r * window.dilation_h;
     const bool outside = in_y < 0 || in_y >= d.in.h;
-    const float* line = from + in_y * d.in.w * d.in.pixel;
+    const Value* line = from + in_y * d.in.w * d.in.pixel;
     if (d.merged) {
       const Index begin = most(0, -left);
       const Index end = least(window.s, d.in.w - left);
       if (outside || end <= begin) {
         scatter_zeros(row, distance, runs.length);
       } else if (begin == 0 && end == window.s) {
-        scatter(row, distance, line + left * d.in.pixel, runs.length);
+        scatter(row, distance, line + left * d.in.pixel, window.s * c);
       } else {  // at most one chunk long, by plan_direct
         clear(row, runs.length);
-        copy(row + begin * c, line + (left + begin) * d.in.pixel, (end - begin) * c);
+        copy(reinterpret_cast<Gathered<Value>*>(row) + begin * c, line + (left + begin) * d.in.pixel,
+             (end - begin) * c);
       }
       row += run_distance;
       continue;
@@ -269,7 +324,7 @@ inline void gather(const Direct& d, Index group, Index pixel, float* row, Index 
     for (Index s = 0; s < window.s; ++s) {
       const Index in_x = left + s * window.dilation_w;
       if (outside || in_x < 0 || in_x >= d.in.w) {
-        scatter_zeros(row, distance, c);
+        scatter_zeros(row, distance, runs.length);
       } else {
         scatter(row, distance, line + in_x * d.in.pixel, c);
       }
@@ -279,6 +334,7 @@ inline void gather(const Direct& d, Index group, Index pixel, float* row, Index 
 }
 
 // One panel of output channels for `rows` gathered pixels from `pixel` on.
+template <typename Value>
 inline void multiply_panel(const Direct& d, const Runs& runs, Index group, Index panel, Index pixel, Index rows,
                            const float* gathered, Index distance) {
   const Index k = d.k / d.groups;
@@ -293,15 +349,13 @@ inline void multiply_panel(const Direct& d, const Runs& runs, Index group, Index
                            depth;
   const Product product{gathered, distance, runs.count, runs.length,
                         d.weights + group * group_size + first_channel * depth};
-  const Target target{
-      d.out + pixel * d.out_pixel + channel, d.out_pixel,
-      d.epilogue.residual == nullptr ? nullptr : d.epilogue.residual + pixel * d.epilogue.residual_pixel + channel,
-      static_cast<int>(columns)};
+  const Target<Value> target{static_cast<Value*>(d.out) + pixel * d.out_pixel + channel, d.out_pixel,
+                             residual_at<Value>(d.epilogue, pixel, channel), static_cast<int>(columns)};
   const float* bias = d.epilogue.bias + channel;
   if (narrow) {
-    run_finished<1>(AllRows{}, rows, product, d.epilogue, bias, target);
+    run_finished<Value, 1>(AllRows{}, rows, product, d.epilogue, bias, target);
   } else {
-    run_finished<2>(AllRows{}, rows, product, d.epilogue, bias, target);
+    run_finished<Value, 2>(AllRows{}, rows, product, d.epilogue, bias, target);
   }
 }
 
@@ -317,19 +371,20 @@ inline Numbers of_group(int j) {
   return numbers(order);
 }
 
+template <typename Value>
 struct GroupedRow {
-  const float* from;     // the image's first pixel, at the vector's first channel
+  const Value* from;     // the image's first pixel, at the vector's first channel
   const float* weights;  // [r][s][group][lanes]
   const float* bias;
-  const float* residual;  // at the row's first pixel
-  float* out;
+  const Value* residual;  // at the row's first pixel
+  Value* out;
   Index top;  // the input row that the filter's first one meets
   int count;  // channels of the vector
 };
 
 // `rows` pixels of a row of the output from `x` on. If `whole`, no filter column is outside the image.
-template <int group, int rows, bool whole>
-inline void grouped_pixels(const Direct& d, const GroupedRow& row, const Numbers (&orders)[group], Index x) {
+template <int group, int rows, bool whole, typename Value>
+inline void grouped_pixels(const Direct& d, const GroupedRow<Value>& row, const Numbers (&orders)[group], Index x) {
   const Window& window = d.window;
   Vector sums[rows];
 #pragma GCC unroll 8
@@ -348,7 +403,7 @@ inline void grouped_pixels(const Direct& d, const GroupedRow& row, const Numbers
       if (!whole && (in_x < 0 || in_x >= d.in.w)) {
         continue;
       }
-      const float* from = row.from + (in_y * d.in.w + in_x) * d.in.pixel;
+      const Value* from = row.from + (in_y * d.in.w + in_x) * d.in.pixel;
       const float* weights = row.weights + (r * window.s + s) * group * lanes;
 #pragma GCC unroll 8
       for (int i = 0; i < rows; ++i) {
@@ -364,9 +419,9 @@ inline void grouped_pixels(const Direct& d, const GroupedRow& row, const Numbers
   const Vector bias = row.count == lanes ? load(row.bias) : load(row.bias, row.count);
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
-    const float* residual = row.residual == nullptr ? nullptr : row.residual + (x + i) * d.epilogue.residual_pixel;
+    const Value* residual = row.residual == nullptr ? nullptr : row.residual + (x + i) * d.epilogue.residual_pixel;
     const Vector value = finish(sums[i], bias, residual, row.count, d.epilogue);
-    float* to = row.out + (x + i) * d.out_pixel;
+    Value* to = row.out + (x + i) * d.out_pixel;
     if (row.count == lanes) {
       store(to, value);
     } else {
@@ -376,7 +431,7 @@ inline void grouped_pixels(const Direct& d, const GroupedRow& row, const Numbers
 }
 
 // A row of the output.
-template <int group>
+template <typename Value, int group>
 void grouped_row(const Direct& d, Index item) {
   constexpr int rows = group < 4 ? 8 : 4;
   const Window& window = d.window;
@@ -392,14 +447,13 @@ void grouped_row(const Direct& d, Index item) {
   const Index last = most(first, room < 0 ? 0 : least(d.q, room / window.stride_w + 1));
   for (Index channel = 0; channel < d.k; channel += lanes) {
     const Index pixel = item * d.q;
-    const GroupedRow row{
-        d.x + image * d.in.h * d.in.w * d.in.pixel + channel,
-        d.weights + channel * window.r * window.s * group,
-        d.epilogue.bias + channel,
-        d.epilogue.residual == nullptr ? nullptr : d.epilogue.residual + pixel * d.epilogue.residual_pixel + channel,
-        d.out + pixel * d.out_pixel + channel,
-        y * window.stride_h - window.pad_h,
-        static_cast<int>(least(lanes, d.k - channel))};
+    const GroupedRow<Value> row{static_cast<const Value*>(d.x) + image * d.in.h * d.in.w * d.in.pixel + channel,
+                                d.weights + channel * window.r * window.s * group,
+                                d.epilogue.bias + channel,
+                                residual_at<Value>(d.epilogue, pixel, channel),
+                                static_cast<Value*>(d.out) + pixel * d.out_pixel + channel,
+                                y * window.stride_h - window.pad_h,
+                                static_cast<int>(least(lanes, d.k - channel))};
     Index x = 0;
     for (; x < first; ++x) {
       grouped_pixels<group, 1, false>(d, row, orders, x);
@@ -413,27 +467,29 @@ void grouped_row(const Direct& d, Index item) {
   }
 }
 
+template <typename Value>
 void grouped(const Direct& d, Index item) {
   switch (d.k / d.groups) {
     case 1:
-      return grouped_row<1>(d, item);
+      return grouped_row<Value, 1>(d, item);
     case 2:
-      return grouped_row<2>(d, item);
+      return grouped_row<Value, 2>(d, item);
     case 4:
-      return grouped_row<4>(d, item);
+      return grouped_row<Value, 4>(d, item);
     default:
-      return grouped_row<8>(d, item);
+      return grouped_row<Value, 8>(d, item);
   }
 }
 
+template <typename Value>
 void direct(const Direct& d, Index item, float* scratch) {
   if (d.narrow_groups) {
-    return grouped(d, item);
+    return grouped<Value>(d, item);
   }
-  const Index split = item % d.splits;
-  const Index block = item / d.splits % d.blocks;
-  const Index group = item / d.splits / d.blocks;
-  const Runs runs = runs_of(d);
+  const Index block = item % d.blocks;  // next to each other: a thread keeps the panels of its splits
+  const Index split = item / d.blocks % d.splits;
+  const Index group = item / d.blocks / d.splits;
+  const Runs runs = runs_of<Value>(d);
   const Index pixels = d.in.n * d.p * d.q;
   const Index distance = tile_rows * chunk_stride;
   const Index tile_size = runs.count * runs.chunks * distance;
@@ -443,7 +499,7 @@ void direct(const Direct& d, Index item, float* scratch) {
     float* row = scratch + (tile - first_tile) * tile_size;
     const Index end = pixels * (tile + 1) / d.tiles;
     for (Index pixel = pixels * tile / d.tiles; pixel < end; ++pixel, row += chunk_stride) {
-      gather(d, group, pixel, row, distance);
+      gather<Value>(d, group, pixel, row, distance);
     }
   }
   const Index last_panel = least((split + 1) * d.panels_per_item, d.panels);
@@ -451,7 +507,7 @@ void direct(const Direct& d, Index item, float* scratch) {
     for (Index tile = first_tile; tile < last_tile; ++tile) {
       const Index pixel = pixels * tile / d.tiles;
       const Index rows = pixels * (tile + 1) / d.tiles - pixel;
-      multiply_panel(d, runs, group, panel, pixel, rows, scratch + (tile - first_tile) * tile_size, distance);
+      multiply_panel<Value>(d, runs, group, panel, pixel, rows, scratch + (tile - first_tile) * tile_size, distance);
     }
   }
 }
@@ -546,7 +602,7 @@ inline Tile tile_at(const Winograd& w, Index tile) {
 }
 
 // The transforms of one tile's channels [first, last), at `to` + position * position_distance + chunk * chunk_distance.
-template <int m>
+template <typename Value, int m>
 void transform_tile(const Winograd& w, Index tile, Index first, Index last, float* to, Index position_distance,
                     Index chunk_distance) {
   constexpr int n = m + 2;
@@ -554,7 +610,7 @@ void transform_tile(const Winograd& w, Index tile, Index first, Index last, floa
   const Tile at = tile_at(w, tile);
   const Index top = at.y - d.window.pad_h, left = at.x - d.window.pad_w;
   const Index row_distance = d.in.w * d.in.pixel;
-  const float* from = d.x + ((at.image * d.in.h + top) * d.in.w + left) * d.in.pixel;
+  const Value* from = static_cast<const Value*>(d.x) + ((at.image * d.in.h + top) * d.in.w + left) * d.in.pixel;
   const bool inside = top >= 0 && left >= 0 && top + n <= d.in.h && left + n <= d.in.w;
   for (Index c = first; c < last; c += lanes) {
     const int count = static_cast<int>(least(lanes, last - c));
@@ -570,7 +626,7 @@ void transform_tile(const Winograd& w, Index tile, Index first, Index last, floa
       for (int y = 0; y < n; ++y) {
         for (int x = 0; x < n; ++x) {
           const bool there = top + y >= 0 && top + y < d.in.h && left + x >= 0 && left + x < d.in.w;
-          const float* pixel = from + y * row_distance + x * d.in.pixel + c;
+          const Value* pixel = from + y * row_distance + x * d.in.pixel + c;
           values[y][x] = !there ? zero() : count == lanes ? load(pixel) : load(pixel, count);
         }
       }
@@ -587,7 +643,7 @@ void transform_tile(const Winograd& w, Index tile, Index first, Index last, floa
 }
 
 // The outputs of one tile's panel from its products, [position][tiles][panel_width]; whether all were numbers.
-template <int m>
+template <typename Value, int m>
 bool finish_tile(const Winograd& w, Index tile, Index panel, const float* products, Index position_distance) {
   constexpr int n = m + 2;
   const Direct& d = w.direct;
@@ -620,11 +676,9 @@ bool finish_tile(const Winograd& w, Index tile, Index panel, const float* produc
       for (int j = 0; j < m && at.x + j < d.q; ++j) {
         check = add(check, subtract(y[j], y[j]));
         const Index pixel = (at.image * d.p + at.y + i) * d.q + at.x + j;
-        const float* residual = d.epilogue.residual == nullptr
-                                    ? nullptr
-                                    : d.epilogue.residual + pixel * d.epilogue.residual_pixel + channel;
+        const Value* residual = residual_at<Value>(d.epilogue, pixel, channel);
         const Vector value = finish(y[j], bias, residual, count, d.epilogue);
-        float* to = d.out + pixel * d.out_pixel + channel;
+        Value* to = static_cast<Value*>(d.out) + pixel * d.out_pixel + channel;
         if (count == lanes) {
           store(to, value);
         } else {
@@ -638,23 +692,23 @@ bool finish_tile(const Winograd& w, Index tile, Index panel, const float* produc
 }
 
 // A tile's panel without Winograd, for what is no number or overflows on the way: an infinity would spread.
-template <int m>
+template <typename Value, int m>
 void compute_tile_directly(const Winograd& w, Index tile, Index panel, float* scratch) {
   const Direct& d = w.direct;
   const Tile at = tile_at(w, tile);
-  const Runs runs = runs_of(d);
+  const Runs runs = runs_of<Value>(d);
   for (Index i = 0; i < m && at.y + i < d.p; ++i) {
     for (Index j = 0; j < m && at.x + j < d.q; ++j) {
       const Index pixel = (at.image * d.p + at.y + i) * d.q + at.x + j;
-      gather(d, 0, pixel, scratch, chunk_stride);
-      multiply_panel(d, runs, 0, panel, pixel, 1, scratch, chunk_stride);
+      gather<Value>(d, 0, pixel, scratch, chunk_stride);
+      multiply_panel<Value>(d, runs, 0, panel, pixel, 1, scratch, chunk_stride);
     }
   }
 }
 
 inline Index chunks_of(const Winograd& w) { return quotient(w.direct.in.c, chunk); }
 
-template <int m>
+template <typename Value, int m>
 void winograd_transform_for(const Winograd& w, Index item) {
   constexpr int positions = (m + 2) * (m + 2);
   const Index chunks = chunks_of(w);
@@ -663,20 +717,21 @@ void winograd_transform_for(const Winograd& w, Index item) {
   float* to = w.transformed + block * positions * chunks * chunk_distance;
   const Index first = block * w.tiles_per_block, last = least(first + w.tiles_per_block, w.tiles);
   for (Index tile = first; tile < last; ++tile, to += chunk_stride) {
-    transform_tile<m>(w, tile, part * chunk, least((part + 1) * chunk, w.direct.in.c), to, chunks * chunk_distance,
-                      chunk_distance);
+    transform_tile<Value, m>(w, tile, part * chunk, least((part + 1) * chunk, w.direct.in.c), to,
+                             chunks * chunk_distance, chunk_distance);
   }
 }
 
+template <typename Value>
 void winograd_transform(const Winograd& w, Index item, float*) {
-  w.m == 4 ? winograd_transform_for<4>(w, item) : winograd_transform_for<2>(w, item);
+  w.m == 4 ? winograd_transform_for<Value, 4>(w, item) : winograd_transform_for<Value, 2>(w, item);
 }
 
-template <int m>
+template <typename Value, int m>
 void winograd_for(const Winograd& w, Index item, float* scratch) {
   constexpr int positions = (m + 2) * (m + 2);
   const Direct& d = w.direct;
-  const Index split = item % w.splits, block = item / w.splits;
+  const Index block = item % w.blocks, split = item / w.blocks;
   const Index chunks = chunks_of(w);
   const Index chunk_distance = w.tiles_per_block * chunk_stride;
   const Index position_distance = chunks * chunk_distance;
@@ -687,7 +742,7 @@ void winograd_for(const Winograd& w, Index item, float* scratch) {
     transformed = scratch;
     scratch += positions * position_distance;
     for (Index tile = first; tile < last; ++tile, to += chunk_stride) {
-      transform_tile<m>(w, tile, 0, d.in.c, to, position_distance, chunk_distance);
+      transform_tile<Value, m>(w, tile, 0, d.in.c, to, position_distance, chunk_distance);
     }
   }
   float* products = scratch;
@@ -714,26 +769,30 @@ void winograd_for(const Winograd& w, Index item, float* scratch) {
       }
     }
     for (Index tile = first; tile < last; ++tile) {
-      if (!finish_tile<m>(w, tile, panel, products + (tile - first) * panel_width, product_distance)) {
-        compute_tile_directly<m>(w, tile, panel, scratch);
+      if (!finish_tile<Value, m>(w, tile, panel, products + (tile - first) * panel_width, product_distance)) {
+        compute_tile_directly<Value, m>(w, tile, panel, scratch);
       }
     }
   }
 }
 
+template <typename Value>
 void winograd(const Winograd& w, Index item, float* scratch) {
-  w.m == 4 ? winograd_for<4>(w, item, scratch) : winograd_for<2>(w, item, scratch);
+  w.m == 4 ? winograd_for<Value, 4>(w, item, scratch) : winograd_for<Value, 2>(w, item, scratch);
 }
 
 // ---- the rest
 
+inline void store_exact(float* to, Vector a, int count) { count == lanes ? store(to, a) : store(to, a, count); }
+
+template <typename Value>
 void max_pool(const Pool& pool, Index item) {
   const Window& window = pool.window;
   const Index image = item / pool.p, y = item % pool.p;
   const Index top = y * window.stride_h - window.pad_h;
   for (Index x = 0; x < pool.q; ++x) {
     const Index left = x * window.stride_w - window.pad_w;
-    float* to = pool.out + (item * pool.q + x) * pool.out_pixel;
+    Value* to = static_cast<Value*>(pool.out) + (item * pool.q + x) * pool.out_pixel;
     for (Index c = 0; c < pool.in.c; c += lanes) {
       const int count = static_cast<int>(least(lanes, pool.in.c - c));
       Vector best = broadcast(-__builtin_inff());
@@ -747,21 +806,19 @@ void max_pool(const Pool& pool, Index item) {
           if (in_x < 0 || in_x >= pool.in.w) {
             continue;
           }
-          const float* from = pool.x + ((image * pool.in.h + in_y) * pool.in.w + in_x) * pool.in.pixel + c;
+          const Value* from =
+              static_cast<const Value*>(pool.x) + ((image * pool.in.h + in_y) * pool.in.w + in_x) * pool.in.pixel + c;
           best = larger(best, count == lanes ? load(from) : load(from, count));
         }
       }
-      if (count == lanes) {
-        store(to + c, best);
-      } else {
-        store(to + c, best, count);
-      }
+      store_exact(to + c, best, count);
     }
   }
 }
 
 // The sum of pixels' channels, by halves: one sum after the other would lose with the number of pixels.
-Vector sum_of(const float* from, Index pixel, Index pixels, int count) {
+template <typename Value>
+Vector sum_of(const Value* from, Index pixel, Index pixels, int count) {
   if (pixels > 16) {
     const Index half = pixels / 2;
     return add(sum_of(from, pixel, half, count), sum_of(from + half * pixel, pixel, pixels - half, count));
@@ -773,30 +830,49 @@ Vector sum_of(const float* from, Index pixel, Index pixels, int count) {
   return sum;
 }
 
-void average(const float* x, const Map& in, float* out, Index item) {
+template <typename Value>
+void average(const void* x, const Map& in, void* out, Index item) {
   const Index pixels = in.h * in.w;
-  const float* image = x + item * pixels * in.pixel;
+  const Value* image = static_cast<const Value*>(x) + item * pixels * in.pixel;
+  Value* to = static_cast<Value*>(out) + item * in.c;
   const Vector divisor = broadcast(static_cast<float>(pixels));
   for (Index c = 0; c < in.c; c += lanes) {
     const int count = static_cast<int>(least(lanes, in.c - c));
-    store(out + item * in.c + c, sum_of(image + c, in.pixel, pixels, count) / divisor, count);
+    store(to + c, sum_of(image + c, in.pixel, pixels, count) / divisor, count);
   }
 }
 
-void add_maps(const float* a, const float* b, float* out, Index count, bool with_relu) {
-  for (Index i = 0; i < count; i += lanes) {
-    const int here = static_cast<int>(least(lanes, count - i));
-    const Vector sum = here == lanes ? add(load(a + i), load(b + i)) : add(load(a + i, here), load(b + i, here));
+template <typename Value>
+void add_maps(const void* a, const void* b, void* out, Index first, Index last, bool with_relu) {
+  const Value *one = static_cast<const Value*>(a), *other = static_cast<const Value*>(b);
+  Value* to = static_cast<Value*>(out);
+  for (Index i = first; i < last; i += lanes) {
+    const int here = static_cast<int>(least(lanes, last - i));
+    const Vector sum =
+        here == lanes ? add(load(one + i), load(other + i)) : add(load(one + i, here), load(other + i, here));
     const Vector value = with_relu ? relu(sum) : sum;
     if (here == lanes) {
-      store(out + i, value);
+      store(to + i, value);
     } else {
-      store(out + i, value, here);
+      store(to + i, value, here);
     }
   }
 }
 
-constexpr Kernels made{lanes,    tile_rows, panel_width, direct,  winograd_transform,
-                       winograd, max_pool,  average,     add_maps};
+constexpr Element kind_of(const float*) { return Element::float32; }
+constexpr Element kind_of(const Bfloat16*) { return Element::bfloat16; }
+
+template <typename Value>
+constexpr Kernels made{kind_of(static_cast<const Value*>(nullptr)),
+                       static_cast<int>(word<Value>),
+                       lanes,
+                       tile_rows,
+                       panel_width,
+                       direct<Value>,
+                       winograd_transform<Value>,
+                       winograd<Value>,
+                       max_pool<Value>,
+                       average<Value>,
+                       add_maps<Value>};
 
 }  // namespace

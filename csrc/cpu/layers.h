@@ -18,7 +18,7 @@ struct Machine {
 
 enum class Algorithm { automatic, direct, winograd2, winograd4 };
 
-// Memory for floats at an address that is a multiple of 64 bytes.
+// Memory for floats, or for as much else, at an address that is a multiple of 64 bytes.
 class Floats {
  public:
   Floats() = default;
@@ -40,7 +40,7 @@ Index windows(Index size, Index kernel, Index stride, Index pad, Index dilation)
 // A convolution's constants, packed for the machine; the Winograd filters are made when they are first asked for.
 class Convolution {
  public:
-  // weight [k, c / groups, r, s] dense, bias [k].
+  // weight [k, c / groups, r, s] dense, bias [k], float32 for images of bfloat16 too.
   Convolution(const Machine& machine, const float* weight, const float* bias, Index k, Index c, Index groups,
               const Window& window);
 
@@ -59,13 +59,18 @@ class Convolution {
   bool winograd_possible() const;
   // Whether a vector holds several groups: as many channels in as out, 1, 2, 4 or 8, and fewer than it has.
   bool narrow_groups() const;
-  // The layer with blocking, weights and bias, for the caller to fill in the data and the rest of the epilogue.
+  // The layer for images [n, h, w, c] that are dense, with blocking, weights and bias, for the caller to fill in the
+  // data and the rest of the epilogue.
   Direct direct(const Map& in, int threads) const;
   Winograd winograd(int m, const Map& in, int threads) const;
   Index bytes() const;
 
  private:
   bool winograd_worthwhile() const;
+  bool merged() const;  // Direct's
+  Index runs() const;   // pieces of a window that are contiguous in the image, of `length` elements and `words`
+  Index length() const;
+  Index words() const;
   const float* filters(int m) const;
 
   Machine machine_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -19,14 +20,17 @@ Index aligned(Index floats) { return (floats + 31) / 32 * 32; }
 
 struct Copy {
   Image image;
-  float* out;
+  std::byte* out;
 };
 
+// `Value` has the size of an element.
+template <typename Value>
 void copy_row(const void* context, Index item, float*) {
   const Copy& copy = *static_cast<const Copy*>(context);
   const Image& image = copy.image;
-  const float* from = image.data + item / image.h * image.stride_n + item % image.h * image.stride_h;
-  float* to = copy.out + item * image.w * image.c;
+  const Value* from =
+      reinterpret_cast<const Value*>(image.data) + item / image.h * image.stride_n + item % image.h * image.stride_h;
+  Value* to = reinterpret_cast<Value*>(copy.out) + item * image.w * image.c;
   for (Index x = 0; x < image.w; ++x) {
     for (Index c = 0; c < image.c; ++c) {
       *to++ = from[x * image.stride_w + c * image.stride_c];
@@ -52,11 +56,11 @@ Index pooled(Index size, Index kernel, Index stride, Index pad, Index dilation, 
 
 // Sizes with which no product below overflows; no machine has that memory.
 void check_size(const Shape& shape) {
-  double floats = 1;
+  double elements = 1;
   for (const Index size : {shape.n, shape.h, shape.w, shape.c}) {
-    floats *= static_cast<double>(size);
+    elements *= static_cast<double>(size);
   }
-  if (floats > 0x1p48) {
+  if (elements > 0x1p48) {
     throw std::invalid_argument("plan: a value of " + std::to_string(shape.n) + "x" + std::to_string(shape.c) + "x" +
                                 std::to_string(shape.h) + "x" + std::to_string(shape.w) + " is too large");
   }
@@ -71,12 +75,13 @@ class Schedule {
 
   bool fits(const std::vector<Image>& inputs, int threads) const;
   Index arena_floats() const { return arena_floats_; }
-  void run(const Plan& plan, const std::vector<Image>& inputs, const std::vector<float*>& outputs, float* arena,
+  void run(const Plan& plan, const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs, float* arena,
            std::vector<double>* seconds) const;
   std::vector<std::string> algorithms() const;
 
  private:
-  void check_addresses(const Plan& plan, const std::vector<Image>& inputs, const std::vector<float*>& outputs) const;
+  void check_addresses(const Plan& plan, const std::vector<Image>& inputs,
+                       const std::vector<std::byte*>& outputs) const;
 
   struct Step {
     Algorithm algorithm = Algorithm::direct;
@@ -132,6 +137,7 @@ Schedule::Schedule(const Plan& plan, const std::vector<Image>& inputs, int threa
     dense_.push_back(dense(image));
   }
   const Kernels& kernels = *plan.machine_.kernels;
+  const Index element = bytes_of(kernels.element);
   const auto count = static_cast<int>(plan.layers_.size());
   std::vector<int> last(plan.layers_.size(), -1);
   for (int i = 0; i < count; ++i) {
@@ -151,7 +157,8 @@ Schedule::Schedule(const Plan& plan, const std::vector<Image>& inputs, int threa
     const Plan::Layer& layer = plan.layers_[i];
     Step& step = steps_[i];
     const Shape shape = shapes_[i];
-    const Index floats = shape.n * shape.h * shape.w * shape.c;
+    const Index elements = shape.n * shape.h * shape.w * shape.c;
+    const Index floats = (elements * element + Index{sizeof(float)} - 1) / Index{sizeof(float)};
     if (layer.kind == Plan::Kind::input) {
       step.copies = !dense_[next_input++];
       if (step.copies && !is_output[i]) {
@@ -164,7 +171,7 @@ Schedule::Schedule(const Plan& plan, const std::vector<Image>& inputs, int threa
     }
     const Shape from = shapes_[layer.a];
     const Map in{from.n, from.h, from.w, from.c, from.c};
-    if (layer.kind == Plan::Kind::convolution && floats != 0) {
+    if (layer.kind == Plan::Kind::convolution && elements != 0) {
       step.algorithm =
           layer.algorithm == Algorithm::automatic ? layer.convolution->choose(in.h, in.w) : layer.algorithm;
       if (step.algorithm == Algorithm::direct) {
@@ -212,7 +219,7 @@ bool Schedule::fits(const std::vector<Image>& inputs, int threads) const {
 }
 
 void Schedule::check_addresses(const Plan& plan, const std::vector<Image>& inputs,
-                               const std::vector<float*>& outputs) const {
+                               const std::vector<std::byte*>& outputs) const {
   if (outputs.size() != plan.outputs_.size()) {
     throw std::invalid_argument("plan: " + std::to_string(outputs.size()) + " outputs are given, it makes " +
                                 std::to_string(plan.outputs_.size()));
@@ -229,15 +236,15 @@ void Schedule::check_addresses(const Plan& plan, const std::vector<Image>& input
   }
 }
 
-void Schedule::run(const Plan& plan, const std::vector<Image>& inputs, const std::vector<float*>& outputs, float* arena,
-                   std::vector<double>* seconds) const {
+void Schedule::run(const Plan& plan, const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs,
+                   float* arena, std::vector<double>* seconds) const {
   check_addresses(plan, inputs, outputs);
   const Kernels& kernels = *plan.machine_.kernels;
   const std::size_t count = plan.layers_.size();
-  std::vector<const float*> at(count, nullptr);
-  std::vector<float*> out(count, nullptr);
+  std::vector<const std::byte*> at(count, nullptr);
+  std::vector<std::byte*> out(count, nullptr);
   for (std::size_t i = 0; i < count; ++i) {
-    out[i] = steps_[i].offset >= 0 ? arena + steps_[i].offset : nullptr;
+    out[i] = steps_[i].offset >= 0 ? reinterpret_cast<std::byte*>(arena + steps_[i].offset) : nullptr;
   }
   for (std::size_t i = 0; i < plan.outputs_.size(); ++i) {
     out[plan.outputs_[i]] = outputs[i];
@@ -249,20 +256,21 @@ void Schedule::run(const Plan& plan, const std::vector<Image>& inputs, const std
     const Plan::Layer& layer = plan.layers_[i];
     const Step& step = steps_[i];
     const Shape shape = shapes_[i];
-    const Index floats = shape.n * shape.h * shape.w * shape.c;
+    const Index elements = shape.n * shape.h * shape.w * shape.c;
     at[i] = out[i];
     if (layer.kind == Plan::Kind::input) {
       const Image& image = inputs[next_input++];
       if (out[i] == nullptr) {
         at[i] = image.data;
-      } else if (floats != 0) {
+      } else if (elements != 0) {
         const Copy copy{image, out[i]};
-        team.run(shape.n * shape.h, 0, copy_row, &copy);
+        const bool wide = kernels.element == Element::float32;
+        team.run(shape.n * shape.h, 0, wide ? copy_row<std::uint32_t> : copy_row<std::uint16_t>, &copy);
       }
-    } else if (floats == 0) {
+    } else if (elements == 0) {
       // nothing
     } else if (layer.kind == Plan::Kind::convolution) {
-      const float* residual = layer.b < 0 ? nullptr : at[layer.b];
+      const std::byte* residual = layer.b < 0 ? nullptr : at[layer.b];
       if (step.algorithm == Algorithm::direct) {
         Direct direct = step.direct;
         direct.x = at[layer.a];
@@ -286,7 +294,7 @@ void Schedule::run(const Plan& plan, const std::vector<Image>& inputs, const std
       const Shape from = shapes_[layer.a];
       execute_average(team, kernels, at[layer.a], {from.n, from.h, from.w, from.c, from.c}, out[i]);
     } else {
-      execute_add(team, kernels, at[layer.a], at[layer.b], out[i], floats, layer.relu);
+      execute_add(team, kernels, at[layer.a], at[layer.b], out[i], elements, layer.relu);
     }
     if (seconds != nullptr) {
       const auto now = std::chrono::steady_clock::now();
@@ -343,6 +351,10 @@ int Plan::convolution(int x, std::shared_ptr<const Convolution> convolution, int
   if (layers_[x].channels != convolution->channels()) {
     throw std::invalid_argument("plan: a convolution of " + std::to_string(convolution->channels()) +
                                 " channels is given " + std::to_string(layers_[x].channels));
+  }
+  if (const Element element = convolution->machine().kernels->element; element != machine_.kernels->element) {
+    throw std::invalid_argument(element == Element::float32 ? "plan: a convolution of float32 and values of bfloat16"
+                                                            : "plan: a convolution of bfloat16 and values of float32");
   }
   if (residual != -1) {
     check(residual);
@@ -500,7 +512,8 @@ Floats borrow(std::vector<Floats>& arenas, std::mutex& mutex, Index floats) {
 
 }  // namespace
 
-void Plan::run(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads, Index piece) const {
+void Plan::run(const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs, int threads,
+               Index piece) const {
   const Index images = inputs.empty() ? 0 : inputs[0].n;
   const bool alike = std::all_of(inputs.begin(), inputs.end(), [&](const Image& image) { return image.n == images; });
   if (!alike || images < 2) {
@@ -518,21 +531,22 @@ void Plan::run(const std::vector<Image>& inputs, const std::vector<float*>& outp
   const std::vector<Shape> shapes = this->shapes(one);
   const Index pieces = (images + piece - 1) / piece;
   std::vector<Image> part = inputs;
-  std::vector<float*> results = outputs;
+  std::vector<std::byte*> results = outputs;
+  const Index element = bytes_of(machine_.kernels->element);
   for (Index i = 0; i < pieces; ++i) {
     const Index first = images * i / pieces;
     for (std::size_t j = 0; j < inputs.size(); ++j) {
       part[j].n = images * (i + 1) / pieces - first;
-      part[j].data = inputs[j].data + first * inputs[j].stride_n;
+      part[j].data = inputs[j].data + first * inputs[j].stride_n * element;
     }
     for (std::size_t j = 0; j < outputs.size(); ++j) {
-      results[j] = outputs[j] + first * shapes[j].h * shapes[j].w * shapes[j].c;
+      results[j] = outputs[j] + first * shapes[j].h * shapes[j].w * shapes[j].c * element;
     }
     run_together(part, results, threads);
   }
 }
 
-void Plan::run_together(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads) const {
+void Plan::run_together(const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs, int threads) const {
   const std::shared_ptr<const Schedule> made = schedule(inputs, threads);
   Floats arena = borrow(arenas_, mutex_, made->arena_floats());
   made->run(*this, inputs, outputs, arena.data(), nullptr);
@@ -542,7 +556,7 @@ void Plan::run_together(const std::vector<Image>& inputs, const std::vector<floa
   }
 }
 
-std::vector<double> Plan::profile(const std::vector<Image>& inputs, const std::vector<float*>& outputs,
+std::vector<double> Plan::profile(const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs,
                                   int threads) const {
   const std::shared_ptr<const Schedule> made = schedule(inputs, threads);
   Floats arena = borrow(arenas_, mutex_, made->arena_floats());

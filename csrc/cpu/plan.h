@@ -1,7 +1,7 @@
 // A network as one call: layers in order, their results in one piece of memory that is used again and again.
 #pragma once
 
-#include <cstdint>
+#include <cstddef>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -10,9 +10,9 @@
 
 namespace resnet_fast::cpu {
 
-// A batch [n, c, h, w] anywhere in memory; strides in floats. Without `data` it is a shape.
+// A batch [n, c, h, w] anywhere in memory; strides in elements. Without `data` it is a shape.
 struct Image {
-  const float* data;
+  const std::byte* data;
   Index n, c, h, w;
   Index stride_n, stride_c, stride_h, stride_w;
 };
@@ -44,10 +44,12 @@ class Plan {
 
   // Computes the outputs, each [n, h, w, c] dense, at most `piece` images at a time (0: as many as keep close to the
   // processor). Any number of threads may be in here at once.
-  void run(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads, Index piece = 0) const;
+  void run(const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs, int threads,
+           Index piece = 0) const;
 
   // Seconds of each layer in one run, by itself, in the order in which they were added.
-  std::vector<double> profile(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads) const;
+  std::vector<double> profile(const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs,
+                              int threads) const;
   // What each layer would run as: "direct", "winograd 4x4", ...
   std::vector<std::string> algorithms(const std::vector<Image>& inputs, int threads) const;
 
@@ -70,7 +72,7 @@ class Plan {
   void check(int value) const;
   void check_open() const;
   std::vector<Shape> infer(const std::vector<Image>& inputs) const;
-  void run_together(const std::vector<Image>& inputs, const std::vector<float*>& outputs, int threads) const;
+  void run_together(const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs, int threads) const;
   std::shared_ptr<const Schedule> schedule(const std::vector<Image>& inputs, int threads) const;
 
   Machine machine_;

@@ -3,7 +3,11 @@
 
 #include <immintrin.h>
 
+#include "kernels.h"
+
 namespace {
+
+using resnet_fast::cpu::Bfloat16;
 
 constexpr int lanes = 8;
 constexpr int tile_rows = 6;  // 12 sums, 2 weights and a broadcast value are 15 of 16 registers
@@ -18,6 +22,45 @@ inline __m256i first(int count) {
 }
 inline Vector load(const float* from, int count) { return _mm256_maskload_ps(from, first(count)); }
 inline void store(float* to, Vector a, int count) { _mm256_maskstore_ps(to, first(count), a); }
+inline Vector load(const Bfloat16* from) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+inline Vector load(const Bfloat16* from, int count) {
+  Bfloat16 all[lanes] = {};
+  for (int i = 0; i < count; ++i) {
+    all[i] = from[i];
+  }
+  return load(all);
+}
+inline __m128i upper_halves(__m256i a) {
+  const __m256i halves = _mm256_srli_epi32(a, 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+}
+// To the nearest one, to even if two are as near.
+inline __m128i rounded(Vector a) {
+  const __m256i bits = _mm256_castps_si256(a);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(1 << 22));
+  const __m256i unordered = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  return upper_halves(_mm256_blendv_epi8(up, quiet, unordered));
+}
+inline void store_halves(Bfloat16* to, __m128i halves) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves); }
+inline void store_halves(Bfloat16* to, __m128i halves, int count) {
+  Bfloat16 all[lanes];
+  store_halves(all, halves);
+  for (int i = 0; i < count; ++i) {
+    to[i] = all[i];
+  }
+}
+inline void store(Bfloat16* to, Vector a) { store_halves(to, rounded(a)); }
+inline void store(Bfloat16* to, Vector a, int count) { store_halves(to, rounded(a), count); }
+// What is bfloat16 already.
+inline void store_exact(Bfloat16* to, Vector a, int count) {
+  const __m128i halves = upper_halves(_mm256_castps_si256(a));
+  count == lanes ? store_halves(to, halves) : store_halves(to, halves, count);
+}
 inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 inline Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
 inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }

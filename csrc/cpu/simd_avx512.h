@@ -8,7 +8,11 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
+#include "kernels.h"
+
 namespace {
+
+using resnet_fast::cpu::Bfloat16;
 
 constexpr int lanes = 16;
 constexpr int tile_rows = 14;  // 28 sums, 2 weights and a broadcast value are 31 of 32 registers
@@ -21,10 +25,38 @@ inline void store(float* to, Vector a) { _mm512_storeu_ps(to, a); }
 inline __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 inline Vector load(const float* from, int count) { return _mm512_maskz_loadu_ps(first(count), from); }
 inline void store(float* to, Vector a, int count) { _mm512_mask_storeu_ps(to, first(count), a); }
+inline Vector widen(__m256i a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16)); }
+inline Vector load(const Bfloat16* from) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
+inline Vector load(const Bfloat16* from, int count) { return widen(_mm256_maskz_loadu_epi16(first(count), from)); }
+inline __m256i upper_halves(__m512i a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16)); }
+// To the nearest one, to even if two are as near.
+inline __m256i rounded(Vector a) {
+#ifdef __AVX512BF16__
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a));
+#else
+  const __m512i bits = _mm512_castps_si512(a);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(1 << 22));
+  return upper_halves(_mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet));
+#endif
+}
+inline void store(Bfloat16* to, Vector a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded(a)); }
+inline void store(Bfloat16* to, Vector a, int count) { _mm256_mask_storeu_epi16(to, first(count), rounded(a)); }
+// What is bfloat16 already, numbers that are subnormal too.
+inline void store_exact(Bfloat16* to, Vector a, int count) {
+  _mm256_mask_storeu_epi16(to, first(count), upper_halves(_mm512_castps_si512(a)));
+}
 inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 inline Vector subtract(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
 inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+#ifdef __AVX512BF16__
+// c + a * b of the elements' lower and upper halves.
+inline Vector multiply_add_pairs(Vector a, Vector b, Vector c) {
+  return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+#endif
 // max(0, a), and NaN for NaN: the instruction returns its second operand if one is NaN.
 inline Vector relu(Vector a) { return _mm512_max_ps(zero(), a); }
 // The larger one, and NaN if either is NaN.

@@ -1,7 +1,11 @@
 // 4 floats in a vector of the compiler's: SSE2, NEON, or plain code. For every other processor.
 #pragma once
 
+#include "kernels.h"
+
 namespace {
+
+using resnet_fast::cpu::Bfloat16;
 
 constexpr int lanes = 4;
 constexpr int tile_rows = 6;
@@ -28,6 +32,29 @@ inline void store(float* to, Vector a, int count) {
     to[i] = a[i];
   }
 }
+typedef unsigned Bits __attribute__((vector_size(16)));
+inline Vector load(const Bfloat16* from, int count) {
+  Bits bits{};
+  for (int i = 0; i < count; ++i) {
+    bits[i] = unsigned{from[i].bits} << 16;
+  }
+  return reinterpret_cast<Vector>(bits);
+}
+inline Vector load(const Bfloat16* from) { return load(from, lanes); }
+// What is bfloat16 already.
+inline void store_exact(Bfloat16* to, Vector a, int count) {
+  const Bits halves = reinterpret_cast<Bits>(a) >> 16;
+  for (int i = 0; i < count; ++i) {
+    to[i].bits = static_cast<unsigned short>(halves[i]);
+  }
+}
+// To the nearest one, to even if two are as near.
+inline void store(Bfloat16* to, Vector a, int count) {
+  const Bits bits = reinterpret_cast<Bits>(a), unordered = reinterpret_cast<Bits>(a != a);
+  const Bits up = bits + (bits >> 16 & 1) + 0x7fff;
+  store_exact(to, reinterpret_cast<Vector>((unordered & (bits | 1 << 22)) | (~unordered & up)), count);
+}
+inline void store(Bfloat16* to, Vector a) { store(to, a, lanes); }
 inline Vector add(Vector a, Vector b) { return a + b; }
 inline Vector subtract(Vector a, Vector b) { return a - b; }
 inline Vector multiply(Vector a, Vector b) { return a * b; }

@@ -52,10 +52,20 @@ class Scratch {
   Index size_ = 0;
 };
 
-// One job at a time. `ticket` is the job's number in its upper half and the next item in its lower one; an item is
-// taken by raising it, which fails if the job has changed meanwhile. So nobody waits for a thread that was late.
-struct Shared {
+// The next item of a range: the job's number in the upper half, the item in the lower one. An item is taken by raising
+// it, which fails if the job has changed meanwhile. So nobody waits for a thread that was late.
+struct alignas(64) Range {
   std::atomic<std::uint64_t> ticket{0};
+};
+
+constexpr Index most_ranges = 64;
+constexpr std::uint64_t none = 0xffffffffu;  // a ticket of no item
+
+// One job at a time. Each thread has a range of the items, and helps others when it has done them. A layer's items are
+// in the order of its pixels: so a thread finds in its own cache what it wrote for the layer before.
+struct Shared {
+  Range ranges[most_ranges];
+  std::atomic<Index> count{0};  // of ranges
   std::atomic<Index> done{0};
   std::atomic<Index> items{0};
   std::atomic<Work> work{nullptr};
@@ -89,36 +99,53 @@ Threads& the_threads() {
   return *everyone;
 }
 
-// Takes items of job `number` until none is left; whether the last of all was done here.
-bool take(Shared& shared, std::uint32_t number, float* (*reserve)(Scratch&, Index), Scratch& scratch) {
+enum class Taken { all, last, stopped };
+
+// Takes items of job `number` from a range until none is left: then all, or the last one of the job. Stops at another
+// job, and if there is no memory.
+Taken take(Shared& shared, std::uint32_t number, Index index, float* (*reserve)(Scratch&, Index), Scratch& scratch) {
+  std::atomic<std::uint64_t>& next = shared.ranges[index].ticket;
   for (;;) {
-    std::uint64_t ticket = shared.ticket.load(std::memory_order_acquire);
+    std::uint64_t ticket = next.load(std::memory_order_acquire);
     for (;;) {
       if (static_cast<std::uint32_t>(ticket >> 32) != number) {
-        return false;
+        return Taken::stopped;
       }
       const Index items = shared.items.load(std::memory_order_acquire);
-      if (static_cast<Index>(ticket & 0xffffffffu) >= items) {
-        return false;
+      const Index count = shared.count.load(std::memory_order_acquire);
+      if (static_cast<Index>(ticket & none) >= items * (index + 1) / std::max<Index>(count, 1)) {
+        return Taken::all;
       }
       const Work work = shared.work.load(std::memory_order_acquire);
       const void* context = shared.context.load(std::memory_order_acquire);
       const Index floats = shared.scratch_floats.load(std::memory_order_acquire);
       float* memory = reserve(scratch, floats);
       if (memory == nullptr && floats != 0) {
-        return false;  // the caller does it
+        return Taken::stopped;  // the caller does it
       }
-      if (!shared.ticket.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) {
+      if (!next.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) {
         continue;
       }
       // Only now it is sure that what was read belongs to this job.
-      work(context, static_cast<Index>(ticket & 0xffffffffu), memory);
+      work(context, static_cast<Index>(ticket & none), memory);
       if (shared.done.fetch_add(1, std::memory_order_acq_rel) + 1 == items) {
-        return true;
+        return Taken::last;
       }
       break;
     }
   }
+}
+
+// As thread `index`, takes items of its own range, then of the others; whether the last of all was done here.
+bool take_all(Shared& shared, std::uint32_t number, Index index, float* (*reserve)(Scratch&, Index), Scratch& scratch) {
+  const Index count = std::max<Index>(shared.count.load(std::memory_order_acquire), 1);  // if it is another job's, so
+  for (Index i = 0; i < count; ++i) {                                                    // are all tickets
+    const Taken taken = take(shared, number, (index + i) % count, reserve, scratch);
+    if (taken != Taken::all) {
+      return taken == Taken::last;
+    }
+  }
+  return false;
 }
 
 float* reserve_or_null(Scratch& scratch, Index floats) {
@@ -149,7 +176,8 @@ void serve(Threads* own, int index) {
       }
     }
     seen = number;
-    if (index < shared.threads.load(std::memory_order_relaxed) && take(shared, number, reserve_or_null, scratch)) {
+    if (index < shared.threads.load(std::memory_order_relaxed) &&
+        take_all(shared, number, index, reserve_or_null, scratch)) {
       shared.finished.store(number, std::memory_order_seq_cst);
       if (shared.caller_sleeps.load(std::memory_order_seq_cst)) {
         shared.finished.notify_all();
@@ -195,22 +223,29 @@ void Team::run(Index items, Index scratch_floats, Work work, const void* context
   Threads& own = the_threads();
   Shared& shared = own.shared;
   own.scratch.reserve(scratch_floats);
-  const std::uint32_t number = static_cast<std::uint32_t>(shared.ticket.load(std::memory_order_relaxed) >> 32) + 1;
+  const std::uint64_t number = ((shared.ranges[0].ticket.load(std::memory_order_relaxed) >> 32) + 1) & none;
+  const Index count = std::min<Index>({threads_, items, most_ranges});
   // Nobody takes items of the last job any more, so a thread that reads these values too early fails at the ticket:
   // released and acquired, none of them is seen before the ticket is.
-  shared.ticket.store(static_cast<std::uint64_t>(number) << 32 | 0xffffffffu, std::memory_order_seq_cst);
+  for (Index i = 0; i < std::max(count, shared.count.load(std::memory_order_relaxed)); ++i) {
+    shared.ranges[i].ticket.store(number << 32 | none, std::memory_order_seq_cst);
+  }
+  shared.count.store(count, std::memory_order_release);
   shared.items.store(items, std::memory_order_release);
   shared.work.store(work, std::memory_order_release);
   shared.context.store(context, std::memory_order_release);
   shared.scratch_floats.store(scratch_floats, std::memory_order_release);
   shared.threads.store(threads_, std::memory_order_relaxed);
   shared.done.store(0, std::memory_order_relaxed);
-  shared.ticket.store(static_cast<std::uint64_t>(number) << 32, std::memory_order_release);
-  shared.wake.store(number, std::memory_order_seq_cst);
+  for (Index i = 0; i < count; ++i) {
+    shared.ranges[i].ticket.store(number << 32 | static_cast<std::uint64_t>(items * i / count),
+                                  std::memory_order_release);
+  }
+  shared.wake.store(static_cast<std::uint32_t>(number), std::memory_order_seq_cst);
   if (shared.sleepers.load(std::memory_order_seq_cst) > 0) {
     shared.wake.notify_all();
   }
-  if (take(shared, number, reserve_or_null, own.scratch)) {
+  if (take_all(shared, static_cast<std::uint32_t>(number), 0, reserve_or_null, own.scratch)) {
     return;
   }
   for (int i = 0; i < spins; ++i) {

@@ -19,7 +19,7 @@ from .layouts import channels_last
 
 NAME = "cpu"
 
-_INTERFACE = 1  # of the module's functions, as in csrc/cpu/binding.cpp
+_INTERFACE = 2  # of the module's functions, as in csrc/cpu/binding.cpp
 
 
 @functools.cache
@@ -93,17 +93,23 @@ def described() -> dict[str, Any]:
     }
 
 
+#: What the engine computes, as it names them.
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
 def unsupported(dtype: torch.dtype) -> str:
     """Return why the engine cannot compute tensors of this dtype, "" if it can. Includes :func:`unavailable`."""
-    if dtype is not torch.float32:
-        return f"the CPU engine computes float32, not {str(dtype).removeprefix('torch.')}"
+    if dtype not in _DTYPES:
+        return f"the CPU engine computes {' and '.join(_DTYPES.values())}, not {str(dtype).removeprefix('torch.')}"
     return unavailable()
 
 
-def slower(weight_shape: Sequence[int], groups: int) -> str:
+def slower(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> str:
     """Return why oneDNN is left a convolution that the engine could compute, "" if the engine takes less time."""
     if module().isa() == "portable":
         return "the engine has no kernels for this processor's vector instructions"
+    if dtype is torch.bfloat16 and module().features()["amx_bf16"]:
+        return "oneDNN multiplies bfloat16 by AMX, the engine does not"
     made, read = weight_shape[0] // groups, weight_shape[1]
     if groups > 1 and made < 16 and not (made == read and made in (1, 2, 4, 8)):
         return "narrow groups of unequal or odd numbers of channels"
@@ -114,17 +120,19 @@ class Convolution:
     """A convolution's folded weight and bias, packed for this machine.
 
     Args:
-        weight: [K, C / groups, R, S] float32. bias: [K].
+        weight: [K, C / groups, R, S]. bias: [K]. Both are read as float32.
         geometry: stride, padding, dilation and groups.
+        dtype: of images and outputs, float32 or bfloat16; weights are rounded to it.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int]
-    ) -> None:
+        self, weight: Tensor, bias: Tensor, geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
         stride, padding, dilation, groups = geometry
         k, c, *kernel = weight.shape
-        self.channels = c * groups
-        weight, bias = weight.detach().contiguous(), bias.detach().contiguous()
+        self.channels, self.dtype = c * groups, dtype
+        weight, bias = (tensor.detach().to(torch.float32).contiguous() for tensor in (weight, bias))
         self.layer = module().Convolution(
             weight.data_ptr(),
             bias.data_ptr(),
@@ -135,30 +143,33 @@ class Convolution:
             list(stride),
             list(padding),
             list(dilation),
+            _DTYPES[dtype],
         )
 
     def run(self, x: Tensor, residual: Tensor | None, relu: bool, residual_after_relu: bool) -> Tensor:
-        """Return ``act(conv(x) + residual)`` of float32 ``x`` [N, C, H, W] in any strides, channels_last.
+        """Return ``act(conv(x) + residual)`` of ``x`` [N, C, H, W] in any strides, channels_last.
 
         Raises:
             RuntimeError: ``x`` or ``residual`` does not fit. ValueError: ``x`` is smaller than the window, or not 4-D.
         """
         n, c, h, w = x.shape
-        if c != self.channels or x.dtype is not torch.float32:
+        dtype = self.dtype
+        if c != self.channels or x.dtype is not dtype:
             raise RuntimeError(
-                f"the convolution takes float32 images of {self.channels} channels, got {x.dtype} of {list(x.shape)}"
+                f"the convolution takes {_DTYPES[dtype]} images of {self.channels} channels, "
+                f"got {x.dtype} of {list(x.shape)}"
             )
         if x.stride() != (h * w * c, 1, w * c, c):
             x = channels_last(x)
         _, k, p, q = shape = self.layer.shape(n, h, w)
         if residual is not None:
-            if residual.dtype is not torch.float32 or list(residual.shape) != shape:
+            if residual.dtype is not dtype or list(residual.shape) != shape:
                 raise RuntimeError(
-                    f"the residual must be float32 of {shape}, got {residual.dtype} of {list(residual.shape)}"
+                    f"the residual must be {_DTYPES[dtype]} of {shape}, got {residual.dtype} of {list(residual.shape)}"
                 )
             if residual.stride() != (p * q * k, 1, q * k, k):
                 residual = channels_last(residual)
-        out = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+        out = torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
         self.layer.run(
             x.data_ptr(), n, h, w, 0 if residual is None else residual.data_ptr(), out.data_ptr(), relu,
             residual_after_relu, torch.get_num_threads(),
@@ -167,10 +178,15 @@ class Convolution:
 
 
 class Network:
-    """Layers that run as one call. Values are numbered in the order in which they are made."""
+    """Layers that run as one call. Values are numbered in the order in which they are made.
 
-    def __init__(self) -> None:
-        self._plan = module().Plan()
+    Args:
+        dtype: of all values and of the convolutions, float32 or bfloat16.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._plan = module().Plan(_DTYPES[dtype])
         self._flat: list[bool] = []
 
     def input(self, channels: int) -> int:
@@ -206,7 +222,7 @@ class Network:
         self._flat.append(flat)
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Return the outputs for float32 images, in any strides, channels_last.
+        """Return the outputs for images of the dtype, in any strides, channels_last.
 
         Raises:
             ValueError: an image does not fit.
@@ -215,7 +231,7 @@ class Network:
         outputs = [
             torch.empty(
                 shape[:2] if flat else shape,
-                dtype=torch.float32,
+                dtype=self.dtype,
                 device="cpu",
                 memory_format=torch.contiguous_format if flat else torch.channels_last,
             )

@@ -148,6 +148,7 @@ class EngineConv:
 
     bias: Tensor
     geometry: Geometry
+    dtype: torch.dtype
     _layer: cpu.Convolution | None = None
 
     def run(
@@ -164,11 +165,11 @@ class EngineConv:
         layer = self._layer
         if layer is None:
             weight, keep = folded()
-            layer = cpu.Convolution(weight, self.bias, self.geometry)
+            layer = cpu.Convolution(weight, self.bias, self.geometry, self.dtype)
             if keep:
                 self._layer = layer
-        if x.dtype is not torch.float32:
-            x = x.to(torch.float32)
+        if x.dtype is not self.dtype:
+            x = x.to(self.dtype)
         return layer.run(x, residual, activation == "relu", residual_after_activation)
 
 
@@ -199,16 +200,16 @@ def unsupported(name: str, chosen: bool, dtype: torch.dtype, weight_shape: Seque
         chosen: somebody asked for that backend, be it slower or not.
     """
     if name == cpu.NAME:
-        return cpu.unsupported(dtype) or ("" if chosen else cpu.slower(weight_shape, groups))
+        return cpu.unsupported(dtype) or ("" if chosen else cpu.slower(dtype, weight_shape, groups))
     depthwise = weight_shape[1] == 1 and weight_shape[0] == groups
     if dtype is torch.bfloat16 and groups > 1 and weight_shape[1] % 2 and not depthwise:
         return f"oneDNN mixes pixels for bfloat16 groups of an odd number of channels ({weight_shape[1]})"
     return onednn.unsupported(dtype)
 
 
-def engine(weight: Tensor, scale: Tensor, shift: Tensor, geometry: Geometry) -> cpu.Convolution:
+def engine(weight: Tensor, scale: Tensor, shift: Tensor, geometry: Geometry, dtype: torch.dtype) -> cpu.Convolution:
     """Return a convolution of the CPU engine with ``scale`` folded in."""
-    return cpu.Convolution(fold(weight, scale, torch.float32), shift.to(torch.float32), geometry)
+    return cpu.Convolution(fold(weight, scale, dtype), shift, geometry, dtype)
 
 
 #: Which of ``backends.ON_CPU`` runs what, by the weight's shape, groups and dtype, and by what users may switch.
@@ -218,7 +219,7 @@ _runs: dict[tuple[object, ...], str] = {}
 def _pack(backend: str, shift: Tensor, dtype: torch.dtype, shape: torch.Size, geometry: Geometry) -> Packed:
     stride, padding, dilation, groups = geometry
     if backend == cpu.NAME:
-        return EngineConv(shift.to(dtype), geometry)
+        return EngineConv(shift.to(torch.float32), geometry, dtype)
     return PackedConv(shift.to(dtype), shape, (list(padding), list(stride), list(dilation), groups))
 
 

@@ -37,7 +37,7 @@ class Segment(nn.Module):
         self.network, self.single = network, single
 
     def forward(self, *inputs: Tensor) -> Any:
-        images = all(x.dim() == 4 and x.dtype is torch.float32 and x.numel() for x in inputs)
+        images = all(x.dim() == 4 and x.dtype is self.network.dtype and x.numel() for x in inputs)
         if not images or not readable(inputs) or not unmoded():
             raise NotPlanned
         try:
@@ -70,6 +70,10 @@ def planned(gm: fx.GraphModule) -> fx.GraphModule | None:
             calls[node] = max(calls[source] if source in calls else ready[source] for source in sources)
     if not calls:
         return None
+    dtypes = {module.dtype for module in gm.modules() if isinstance(module, Fused) and module.backend == cpu.NAME}
+    if len(dtypes) > 1:
+        return None  # of a graph that casts between its layers
+    dtype = dtypes.pop()
     graph, root = fx.Graph(), {}
     new: dict[fx.Node, fx.Node] = {}
     for call in range(max((*calls.values(), *ready.values())) + 1):
@@ -78,7 +82,7 @@ def planned(gm: fx.GraphModule) -> fx.GraphModule | None:
                 new[node] = graph.node_copy(node, new.__getitem__)
         layers = [node for node in nodes if calls.get(node) == call]
         if layers:
-            root[f"engine_{call}"] = _add_call(gm, graph, f"engine_{call}", layers, new, channels)
+            root[f"engine_{call}"] = _add_call(gm, graph, f"engine_{call}", layers, new, channels, dtype)
     for node in nodes:
         if node in ready and node.op in ("get_attr", "call_module"):
             root[str(node.target)] = operator.attrgetter(str(node.target))(gm)
@@ -120,10 +124,10 @@ def _pool_of(node: fx.Node) -> tuple[Any, ...] | None:
 
 def _add_call(
     gm: fx.GraphModule, graph: fx.Graph, name: str, layers: list[fx.Node], new: dict[fx.Node, fx.Node],
-    channels: dict[fx.Node, int],
+    channels: dict[fx.Node, int], dtype: torch.dtype,
 ) -> Segment:  # fmt: skip
     """Add a call of the module returned to the graph; what it reads is in ``new``, and what it gives is put there."""
-    network = cpu.Network()
+    network = cpu.Network(dtype)
     values: dict[fx.Node, int] = {}
     inputs: list[fx.Node] = []
     for node in layers:

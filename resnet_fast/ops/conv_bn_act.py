@@ -195,7 +195,7 @@ def limits(name: str, constants: dict[str, Any], dtype: torch.dtype, chosen: boo
 
 def plan(network: cpu.Network, bound: Bound[Arguments], values: Values) -> int:
     a, (x, residual) = bound.of(), values
-    layer = bound.keep(cpu.NAME, lambda: packing.engine(a.weight, a.scale, a.shift, a.geometry))
+    layer = bound.keep(cpu.NAME, lambda: packing.engine(a.weight, a.scale, a.shift, a.geometry, bound.dtype))
     return network.convolution(x, layer, residual, a.activation == "relu", a.residual_after_activation)
 
 

@@ -122,7 +122,7 @@ def plan(network: cpu.Network, bound: Bound[Arguments], values: Values) -> int:
     a, (x,) = bound.of(), values
     weight = a.weight[:, :, None, None]
     bias = a.weight.new_zeros(weight.shape[0]) if a.bias is None else a.bias
-    layer = bound.keep(cpu.NAME, lambda: cpu.Convolution(weight, bias, ((1, 1), (0, 0), (1, 1), 1)))
+    layer = bound.keep(cpu.NAME, lambda: cpu.Convolution(weight, bias, ((1, 1), (0, 0), (1, 1), 1), bound.dtype))
     return network.convolution(network.average(x), layer, None, relu=False)
 
 

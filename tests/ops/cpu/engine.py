@@ -6,7 +6,7 @@ Tests that import this are skipped in a checkout without the module. Nothing of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -16,25 +16,26 @@ from torch import Tensor
 _cpu = pytest.importorskip("resnet_fast._cpu", reason="the CPU engine is not built here (make engine)")
 
 ALGORITHMS = ("direct", "winograd2", "winograd4")
+DTYPES = (torch.float32, torch.bfloat16)
 GUARD = 0 if _cpu.build_info()["sanitizer"] else 97
-"""Floats around each buffer that nobody may write; NaN, so that a sum shows if they were read. A sanitizer has zones of
-its own. An odd number: nothing but float32's own alignment is asked of a caller."""
+"""Elements around each buffer that nobody may write; NaN, so that a sum shows if they were read. A sanitizer has zones
+of its own. An odd number: nothing but an element's own alignment is asked of a caller."""
 
 
 class Buffer:
     """A channels_last tensor [n, c, h, w] within guard zones, full of NaN or of a copy."""
 
-    def __init__(self, shape: Sequence[int], source: Tensor | None = None) -> None:
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, source: Tensor | None = None) -> None:
         n, c, h, w = shape
         count = n * c * h * w
-        self._all = torch.full((count + 2 * GUARD,), torch.nan)
+        self._all = torch.full((count + 2 * GUARD,), torch.nan, dtype=dtype)
         self.tensor = self._all[GUARD : GUARD + count].view(n, h, w, c).permute(0, 3, 1, 2)
         if source is not None:
             self.tensor.copy_(source)
 
     @property
     def address(self) -> int:
-        return self._all.data_ptr() + 4 * GUARD
+        return self._all.data_ptr() + self._all.itemsize * GUARD
 
     def intact(self) -> bool:
         """Return whether the guard zones are as they were."""
@@ -58,8 +59,14 @@ class Problem:
     residual_after_relu: bool = False
     name: str = field(default="", compare=False)
 
-    def reference(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Plain torch's result in ``dtype``."""
+    def to(self, dtype: torch.dtype) -> Problem:
+        """Return the problem in ``dtype``; weights are rounded to it, but float32 as the engine takes them."""
+        residual = None if self.residual is None else self.residual.to(dtype)
+        return replace(self, x=self.x.to(dtype), weight=self.weight.to(dtype).float(), residual=residual)
+
+    def reference(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Plain torch's result in ``dtype``, x's if there is none."""
+        dtype = dtype or self.x.dtype
         out = F.conv2d(
             self.x.to(dtype),
             self.weight.to(dtype),
@@ -86,16 +93,17 @@ class Problem:
 
     def layer(self) -> _cpu.Convolution:
         """Its weights, packed."""
-        return packed(self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return packed(self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.x.dtype)
 
     def run(self, algorithm: str = "auto", threads: int = 1, layer: _cpu.Convolution | None = None) -> Tensor:
         """Return the engine's result, after a look at what is around the buffers."""
         layer = layer or self.layer()
         n, _, h, w = self.x.shape
-        x = Buffer(self.x.shape, self.x)
+        dtype = self.x.dtype
+        x = Buffer(self.x.shape, dtype, self.x)
         shape = conv_shape(self)
-        residual = None if self.residual is None else Buffer(shape, self.residual)
-        out = Buffer(shape)
+        residual = None if self.residual is None else Buffer(shape, dtype, self.residual)
+        out = Buffer(shape, dtype)
         layer.run(
             x=x.address,
             n=n,
@@ -123,13 +131,19 @@ def packed(
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
+    dtype: torch.dtype = torch.float32,
 ) -> _cpu.Convolution:
-    """Return weight [k, c / groups, r, s] and bias [k] as the engine's layer."""
+    """Return weight [k, c / groups, r, s] and bias [k], both float32, as the engine's layer for images of ``dtype``."""
     weight, bias = weight.contiguous(), bias.contiguous()
     k, c, r, s = weight.shape
     return _cpu.Convolution(
-        weight.data_ptr(), bias.data_ptr(), k, c * groups, groups, (r, s), stride, padding, dilation
+        weight.data_ptr(), bias.data_ptr(), k, c * groups, groups, (r, s), stride, padding, dilation, name_of(dtype)
     )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return what the engine calls it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def conv_shape(problem: Problem) -> tuple[int, int, int, int]:
@@ -149,8 +163,11 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Return whether two float32 tensors have the same bits, that of the sign of zero and those of NaN included."""
-    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+    """Return whether two tensors have the same bits, that of the sign of zero and those of NaN included."""
+    bits = torch.int32 if a.itemsize == 4 else torch.int16
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(
+        a.contiguous().view(bits), b.contiguous().view(bits)
+    )
 
 
 def given(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
@@ -161,7 +178,7 @@ def given(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
 def run_plan(plan: _cpu.Plan, *inputs: Tensor, threads: int = 1) -> list[Tensor]:
     """Return a plan's outputs, after a look at what is around them."""
     images = [given(each) for each in inputs]
-    outputs = [Buffer(shape) for shape in plan.shapes(images)]
+    outputs = [Buffer(shape, inputs[0].dtype) for shape in plan.shapes(images)]
     plan.run(images, [each.address for each in outputs], threads)
     assert all(each.intact() for each in outputs), "written beside an output"
     return [each.tensor for each in outputs]

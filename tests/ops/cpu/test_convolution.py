@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.numerics import assert_obeys_error_rule
-from tests.ops.cpu.engine import ALGORITHMS, Problem, _cpu, packed, same_bits
+from tests.ops.cpu.engine import ALGORITHMS, DTYPES, Problem, _cpu, packed, same_bits
 from tests.ops.cpu.sweep import check, sweep, whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,8 +76,10 @@ SIZES = [
 ]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("problem", SIZES, ids=lambda problem: problem.name)
-def test_sizes(problem: Problem) -> None:
+def test_sizes(problem: Problem, dtype: torch.dtype) -> None:
+    problem = problem.to(dtype)
     for algorithm in problem.algorithms():
         check(problem, algorithm, threads=2)
     check(problem, "auto")
@@ -87,7 +89,7 @@ def test_random_problems() -> None:
     assert sweep(200, seed=0) > 250
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_other_instruction_sets(isa: str) -> None:
     """The tests of this folder that depend on it, in a process that has read RESNET_FAST_ISA."""
     if _cpu.build_info()["sanitizer"]:
@@ -120,11 +122,13 @@ def test_empty_batch() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["x", "weight", "bias", "residual"])
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_special_values_of_each_tensor(value: float, where: str, order: str) -> None:
-    for problem in (
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values_of_each_tensor(value: float, where: str, order: str, dtype: torch.dtype) -> None:
+    for plain in (
         _problem(2, 33, (11, 9), 35, (3, 3), padding=(1, 1), residual=order),
         _problem(1, 6, (9, 9), 10, (5, 3), (2, 1), (2, 1), groups=2, residual=order),
     ):
+        problem = plain.to(dtype)
         tensor = getattr(problem, where)
         for at in (0, tensor.numel() // 2 + 3, tensor.numel() - 1):
             before = tensor.view(-1)[at].item()
@@ -134,9 +138,10 @@ def test_special_values_of_each_tensor(value: float, where: str, order: str) -> 
             tensor.view(-1)[at] = before
 
 
-def test_relu_passes_nan_on() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_relu_passes_nan_on(dtype: torch.dtype) -> None:
     problem = Problem(torch.full((1, 3, 4, 4), torch.nan), torch.ones(2, 3, 1, 1), torch.zeros(2), relu=True)
-    assert problem.run().isnan().all()
+    assert problem.to(dtype).run().isnan().all()
 
 
 DATA: dict[str, Callable[[Tensor], Tensor]] = {
@@ -157,26 +162,31 @@ def normal_weight(k: int, c: int, r: int = 3, s: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("c", [17, 64, 256])
-def test_direct_obeys_the_error_rule(data: str, c: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_direct_obeys_the_error_rule(data: str, c: int, dtype: torch.dtype) -> None:
     for kernel, size in (((1, 1), 20), ((3, 3), 20), ((7, 7), 12)):
         x = DATA[data](torch.randn(1, c, size, size))
         weight = normal_weight(48, c, *kernel)
-        problem = Problem(x, weight, torch.randn(48) * x.std() / 9, padding=(kernel[0] // 2, kernel[1] // 2))
+        bias = torch.randn(48) * x.std() / 9
+        problem = Problem(x, weight, bias, padding=(kernel[0] // 2, kernel[1] // 2)).to(dtype)
         exact = problem.reference(torch.float64)
         assert_obeys_error_rule(problem.run("direct"), problem.reference(), exact, f"{kernel}, {data}")
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_an_image_has_the_same_bits_in_every_batch_and_on_every_number_of_threads(algorithm: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_image_has_the_same_bits_in_every_batch_and_on_every_number_of_threads(
+    algorithm: str, dtype: torch.dtype
+) -> None:
     # 14 pixels a side make a ragged last tile, 130 channels a ragged last panel; alone, an image is split finer.
     for c, k, size, kernel in ((64, 130, 14, 3), (3, 40, 30, 3), (100, 33, 6, 3)):
         x, weight, bias = torch.randn(7, c, size, size), normal_weight(k, c, kernel, kernel), torch.randn(k)
         residual = torch.randn(7, k, size, size)
-        layer = packed(weight, bias, padding=(1, 1))
+        layer = packed(weight, bias, padding=(1, 1), dtype=dtype)
 
         def run(at: slice | list[int], threads: int) -> Tensor:
             part = Problem(x[at], weight, bias, residual[at], padding=(1, 1), relu=True)  # noqa: B023
-            return part.run(algorithm, threads, layer)  # noqa: B023
+            return part.to(dtype).run(algorithm, threads, layer)  # noqa: B023
 
         alone = torch.cat([run(slice(i, i + 1), 1) for i in range(7)])
         for threads in (1, 2, 3):
@@ -239,6 +249,7 @@ def test_bad_arguments_have_words() -> None:
         ({"padding": (2**62, 0)}, "padding"),
         ({"weight": 0}, "weight has the address 0"),
         ({"bias": 0}, "bias has the address 0"),
+        ({"dtype": "float16"}, "dtype must be float32 or bfloat16, got 'float16'"),
     ):
         with pytest.raises(ValueError, match=words):
             make(**changed)

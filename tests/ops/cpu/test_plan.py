@@ -11,30 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.numerics import assert_obeys_error_rule
-from tests.ops.cpu.engine import Buffer, _cpu, given, packed, run_plan, same, same_bits
+from tests.ops.cpu.engine import DTYPES, Buffer, _cpu, given, name_of, packed, run_plan, same, same_bits
 from tests.ops.cpu.sweep import whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def conv(
-    plan: _cpu.Plan, x: int, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0, **more: object
-) -> int:
+    plan: _cpu.Plan, x: int, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0,
+    dtype: torch.dtype = torch.float32, **more: object,
+) -> int:  # fmt: skip
     """Add a square convolution; ``more``: residual, relu, residual_after_relu, algorithm."""
-    layer = packed(weight, bias, (stride, stride), (padding, padding))
+    layer = packed(weight, bias, (stride, stride), (padding, padding), dtype=dtype)
     return plan.convolution(x, layer, **{"residual": -1, "relu": False, "residual_after_relu": False, **more})
 
 
 class Network:
     """A small ResNet as a plan and in plain torch: every kind of layer, values used twice."""
 
-    def __init__(self, channels: int = 40) -> None:
+    def __init__(self, channels: int = 40, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
         generator = torch.Generator().manual_seed(3)
         c = channels
         shapes = {"stem": (c, 3, 7, 7), "a": (c, c, 1, 1), "b": (c, c, 3, 3), "c": (2 * c, c, 1, 1)}
         shapes |= {"down": (2 * c, c, 1, 1), "d": (2 * c, 2 * c, 3, 3), "fc": (10, 2 * c, 1, 1)}
         self.weights = {
-            name: torch.randn(shape, generator=generator) * (2 / shape[1:].numel()) ** 0.5
+            name: (torch.randn(shape, generator=generator) * (2 / shape[1:].numel()) ** 0.5).to(dtype).float()
             for name, shape in ((name, torch.Size(shape)) for name, shape in shapes.items())
         }
         self.biases = {name: torch.randn(weight.shape[0], generator=generator) for name, weight in self.weights.items()}
@@ -44,10 +46,10 @@ class Network:
             winograd = self.weights[name].shape[2] == 3
             return conv(
                 plan, x, self.weights[name], self.biases[name], stride, padding,
-                algorithm=algorithm if winograd else "auto", **more,
+                self.dtype, algorithm=algorithm if winograd else "auto", **more,
             )  # fmt: skip
 
-        plan = _cpu.Plan()
+        plan = _cpu.Plan(name_of(self.dtype))
         x = layer(plan.input(3), "stem", 2, 3, relu=True)
         x = plan.max_pool(x, (3, 3), (2, 2), (1, 1), (1, 1), False)
         y = layer(layer(x, "a", relu=True), "b", 1, 1, relu=True)
@@ -58,7 +60,9 @@ class Network:
         plan.output(layer(plan.average(y), "fc"))
         return plan
 
-    def torch(self, x: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    def torch(self, x: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+        dtype = dtype or self.dtype
+
         def layer(x: Tensor, name: str, stride: int = 1, padding: int = 0) -> Tensor:
             return F.conv2d(x, self.weights[name].to(dtype), self.biases[name].to(dtype), stride, padding)
 
@@ -71,8 +75,9 @@ class Network:
 
 @pytest.mark.parametrize("size", [(64, 64), (97, 131), (33, 8)])
 @pytest.mark.parametrize("algorithm", ["auto", "direct", "winograd2"])
-def test_a_network_obeys_the_error_rule(algorithm: str, size: tuple[int, int]) -> None:
-    network, x = Network(), torch.randn(2, 3, *size)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_network_obeys_the_error_rule(algorithm: str, size: tuple[int, int], dtype: torch.dtype) -> None:
+    network, x = Network(dtype=dtype), torch.randn(2, 3, *size).to(dtype)
     plan = network.plan(algorithm)
     assert [tuple(shape) for shape in plan.shapes([given(x)])] == [tuple(each.shape) for each in network.torch(x)]
     for ours, plain, exact in zip(
@@ -82,8 +87,11 @@ def test_a_network_obeys_the_error_rule(algorithm: str, size: tuple[int, int]) -
 
 
 @pytest.mark.parametrize("algorithm", ["auto", "direct", "winograd2", "winograd4"])
-def test_an_image_has_the_same_bits_in_every_batch_and_on_every_number_of_threads(algorithm: str) -> None:
-    plan, x = Network().plan(algorithm), torch.randn(5, 3, 61, 50)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_image_has_the_same_bits_in_every_batch_and_on_every_number_of_threads(
+    algorithm: str, dtype: torch.dtype
+) -> None:
+    plan, x = Network(dtype=dtype).plan(algorithm), torch.randn(5, 3, 61, 50).to(dtype)
     alone = [torch.cat(parts) for parts in zip(*(run_plan(plan, x[i : i + 1]) for i in range(5)), strict=True)]
     for threads in (1, 2, 3, 2):
         for order in ([0, 1, 2, 3, 4], [3], [4, 0, 3], [2] * 7):
@@ -105,8 +113,9 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("strides", STRIDES)
-def test_inputs_of_any_strides(strides: str) -> None:
-    plan, x = Network().plan(), torch.randn(2, 3, 20, 17)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_of_any_strides(strides: str, dtype: torch.dtype) -> None:
+    plan, x = Network(dtype=dtype).plan(), torch.randn(2, 3, 20, 17).to(dtype)
     other = STRIDES[strides](x)
     assert torch.equal(other, x)
     for ours, expected in zip(run_plan(plan, other), run_plan(plan, x), strict=True):
@@ -121,14 +130,16 @@ def test_expanded_inputs() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3, 17, 64, 100])
-def test_max_pool(channels: int) -> None:
-    x = torch.randn(2, channels, 13, 10)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_max_pool(channels: int, dtype: torch.dtype) -> None:
+    x = torch.randn(2, channels, 13, 10).to(dtype)
+    x[1, 0, :3, :3] = torch.finfo(dtype).tiny / 4 * torch.arange(-4, 5).view(3, 3)  # subnormal
     x[0, 0, 2, 3], x[1, -1, 12, 9], x[0, -1, 0, 0], x[1, 0, 5, 5] = torch.nan, torch.nan, torch.inf, -torch.inf
     x[1, 0, 6:, 6:] = -torch.inf
     for kernel, stride, dilation, ceil_mode in itertools.product((1, 2, 3), (1, 2, 3), (1, 2), (False, True)):
         for padding in range(kernel // 2 + 1):
             expected = F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
-            plan = _cpu.Plan()
+            plan = _cpu.Plan(name_of(dtype))
             pair = [(each, each) for each in (kernel, stride, padding, dilation)]
             plan.output(plan.max_pool(plan.input(channels), *pair, ceil_mode))
             assert same(run_plan(plan, x)[0], expected), (kernel, stride, padding, dilation, ceil_mode)
@@ -142,17 +153,20 @@ def test_max_pool_of_unlike_sides() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 3, 1, 1), (3, 17, 7, 7), (1, 64, 56, 56), (1, 5, 224, 224)])
 @pytest.mark.parametrize("mean", [0, 100])
-def test_average(shape: tuple[int, ...], mean: float) -> None:
-    x, plan = torch.randn(shape) + mean, _cpu.Plan()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_average(shape: tuple[int, ...], mean: float, dtype: torch.dtype) -> None:
+    x, plan = (torch.randn(shape) + mean).to(dtype), _cpu.Plan(name_of(dtype))
     plan.output(plan.average(plan.input(shape[1])))
     exact = x.double().mean((2, 3), keepdim=True)
     assert_obeys_error_rule(run_plan(plan, x)[0], F.adaptive_avg_pool2d(x, 1), exact)
-    ones = torch.ones(1, shape[1], 7, 7)
-    assert torch.equal(run_plan(plan, ones)[0], torch.ones(1, shape[1], 1, 1))
+    ones = torch.ones(1, shape[1], 7, 7, dtype=dtype)
+    assert torch.equal(run_plan(plan, ones)[0], torch.ones(1, shape[1], 1, 1, dtype=dtype))
 
 
-def test_special_values_of_average_and_add() -> None:
-    x, y, plan = torch.zeros(3, 5, 4, 4), torch.zeros(3, 5, 4, 4), _cpu.Plan()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values_of_average_and_add(dtype: torch.dtype) -> None:
+    x, y = torch.zeros(3, 5, 4, 4, dtype=dtype), torch.zeros(3, 5, 4, 4, dtype=dtype)
+    plan = _cpu.Plan(name_of(dtype))
     x[0, 0, 1, 1], x[0, 1, 0, 0], x[0, 2, 3, 3], x[1, 3, 0, 0] = torch.nan, torch.inf, -torch.inf, torch.inf
     y[1, 3, 0, 0], y[2, 4, 3, 3] = -torch.inf, torch.nan
     a, b = plan.input(5), plan.input(5)
@@ -209,7 +223,7 @@ def test_one_of_two_batches_is_empty() -> None:
         a, b = run_plan(plan, x, y)
         assert (len(a), len(b)) == (len(x), len(y))
         assert torch.allclose(torch.cat([a, b]), full.mean((2, 3), keepdim=True), atol=1e-6)
-    out = Buffer((2, 3, 1, 1))
+    out = Buffer((2, 3, 1, 1), full.dtype)
     with pytest.raises(ValueError, match="output has the address 0"):
         plan.run([given(empty), given(full)], [out.address, 0], 1)
 
@@ -229,7 +243,7 @@ def test_many_shapes_one_after_the_other() -> None:
 def test_profile_and_algorithms() -> None:
     network, x = Network(), torch.randn(1, 3, 64, 64)
     plan = network.plan("winograd2")
-    outputs = [Buffer(shape) for shape in plan.shapes([given(x)])]
+    outputs = [Buffer(shape, x.dtype) for shape in plan.shapes([given(x)])]
     seconds = plan.profile([given(x)], [each.address for each in outputs], 1)
     names = plan.algorithms([given(x)], 1)
     assert len(seconds) == len(names) == 11
@@ -257,6 +271,10 @@ def test_bad_arguments_have_words() -> None:
         plan.convolution(value, None, -1, False, False)
     with pytest.raises(ValueError, match="residual of 3 channels is added to 4"):
         plan.convolution(value, wide, value, False, False)
+    other = _cpu.Plan("bfloat16")
+    other.input(3)
+    with pytest.raises(ValueError, match="convolution of float32 and values of bfloat16"):
+        other.convolution(0, wide, -1, False, False)
     with pytest.raises(ValueError, match="stride 1 without groups"):
         plan.convolution(value, layer, -1, False, False, "winograd4")
     for given_, words in (
@@ -289,7 +307,7 @@ def test_bad_arguments_have_words() -> None:
         plan.shapes([given(x.expand(2**50, 3, 8, 8))])
     with pytest.raises(ValueError, match="a batch of -1 images"):
         plan.shapes([(0, (-1, 3, 8, 8), (0, 0, 0, 0))])
-    out = Buffer((1, 4, 3, 3))
+    out = Buffer((1, 4, 3, 3), x.dtype)
     with pytest.raises(ValueError, match="0 outputs are given, it makes 1"):
         plan.run([given(x)], [], 1)
     with pytest.raises(ValueError, match="output has the address 0"):

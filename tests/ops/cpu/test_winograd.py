@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.numerics import assert_obeys_error_rule
-from tests.ops.cpu.engine import Problem, same_bits
+from tests.ops.cpu.engine import DTYPES, Problem, _cpu, packed, same_bits
 from tests.ops.cpu.sweep import check, whole
 from tests.ops.cpu.test_convolution import DATA, normal_weight
 
@@ -21,22 +21,25 @@ WINOGRAD = ("winograd2", "winograd4")
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("c", [64, 256])
 @pytest.mark.parametrize("algorithm", WINOGRAD)
-def test_winograd_obeys_the_error_rule(algorithm: str, data: str, c: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_winograd_obeys_the_error_rule(algorithm: str, data: str, c: int, dtype: torch.dtype) -> None:
     """Beside torch's convolution of the same layout, which adds channel after channel as the engine does."""
     x = DATA[data](torch.randn(1, c, 20, 28)).to(memory_format=torch.channels_last)
     weight = normal_weight(64, c).to(memory_format=torch.channels_last)
-    problem = Problem(x, weight, torch.zeros(64), padding=(1, 1))
+    problem = Problem(x, weight, torch.zeros(64), padding=(1, 1)).to(dtype)
     exact = problem.reference(torch.float64)
     assert_obeys_error_rule(problem.run(algorithm), problem.reference(), exact, data)
 
 
 @pytest.mark.parametrize("algorithm", WINOGRAD)
-def test_special_values_at_each_position_of_a_tile(algorithm: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values_at_each_position_of_a_tile(algorithm: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = whole((1, 5, 10, 9), 4, generator), whole((35, 5, 3, 3), 3, generator)
     bias, residual = whole((35,), 9, generator), whole((1, 35, 10, 9), 9, generator)
     values = itertools.cycle((torch.nan, torch.inf, -torch.inf))
-    problem = Problem(x, weight, bias, residual, padding=(1, 1), relu=True, name="special")
+    problem = Problem(x, weight, bias, residual, padding=(1, 1), relu=True, name="special").to(dtype)
+    x = problem.x
     layer = problem.layer()
     clean = problem.run(algorithm, layer=layer)
     side = int(algorithm[-1])
@@ -136,3 +139,15 @@ def test_the_choice_of_the_tile_is_by_the_weights() -> None:
     assert few.algorithm(2, 2) == "direct"
     thin = Problem(torch.empty(0), normal_weight(31, 64), torch.zeros(31), padding=(1, 1)).layer()
     assert thin.algorithm(56, 56) == "direct"
+
+
+def test_the_choice_for_bfloat16_is_by_its_rate() -> None:
+    """F(4x4)'s rounding is nothing beside bfloat16's; pairs are multiplied at twice the rate of floats, if at all."""
+    pairs = _cpu.isa() == "avx512_bf16"
+
+    def chosen(c: int, make: Callable[[int, int], Tensor] = normal_weight) -> str:
+        layer = packed(make(c, c), torch.zeros(c), padding=(1, 1), dtype=torch.bfloat16)
+        return str(layer.algorithm(14, 14))
+
+    assert {chosen(64, FILTERS[name]) for name in FILTERS} == {"winograd4"}
+    assert chosen(512) == ("direct" if pairs else "winograd2")
