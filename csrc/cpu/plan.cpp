@@ -98,6 +98,7 @@ class Schedule {
   std::vector<Shape> given_;
   std::vector<bool> dense_;
   std::vector<Shape> shapes_;
+  std::vector<Index> pixels_;  // elements from one pixel to the next
   std::vector<Step> steps_;
   Index arena_floats_ = 0;
 };
@@ -151,6 +152,21 @@ Schedule::Schedule(const Plan& plan, const std::vector<Image>& inputs, int threa
   for (const int value : plan.outputs_) {
     is_output[value] = true;
   }
+  // Pixels of a distance that is a multiple of a page would fall on the same lines of the cache.
+  pixels_.resize(plan.layers_.size());
+  for (int i = 0; i < count; ++i) {
+    const Index c = shapes_[i].c;
+    const bool wide = c * element >= 512 && c * element % 512 == 0;
+    pixels_[i] = plan.layers_[i].kind == Plan::Kind::convolution && wide && !is_output[i] ? c + 64 / element : c;
+  }
+  for (int i = count - 1; i >= 0; --i) {
+    const Plan::Layer& layer = plan.layers_[i];
+    if (layer.kind == Plan::Kind::add) {  // takes and gives what is dense
+      pixels_[i] = shapes_[i].c;
+      pixels_[layer.a] = shapes_[layer.a].c;
+      pixels_[layer.b] = shapes_[layer.b].c;
+    }
+  }
   Space space;
   std::size_t next_input = 0;
   for (int i = 0; i < count; ++i) {
@@ -158,7 +174,8 @@ Schedule::Schedule(const Plan& plan, const std::vector<Image>& inputs, int threa
     Step& step = steps_[i];
     const Shape shape = shapes_[i];
     const Index elements = shape.n * shape.h * shape.w * shape.c;
-    const Index floats = (elements * element + Index{sizeof(float)} - 1) / Index{sizeof(float)};
+    const Index floats =
+        (shape.n * shape.h * shape.w * pixels_[i] * element + Index{sizeof(float)} - 1) / Index{sizeof(float)};
     if (layer.kind == Plan::Kind::input) {
       step.copies = !dense_[next_input++];
       if (step.copies && !is_output[i]) {
@@ -170,7 +187,7 @@ Schedule::Schedule(const Plan& plan, const std::vector<Image>& inputs, int threa
       step.offset = space.take(floats);
     }
     const Shape from = shapes_[layer.a];
-    const Map in{from.n, from.h, from.w, from.c, from.c};
+    const Map in{from.n, from.h, from.w, from.c, pixels_[layer.a]};
     if (layer.kind == Plan::Kind::convolution && elements != 0) {
       step.algorithm =
           layer.algorithm == Algorithm::automatic ? layer.convolution->choose(in.h, in.w) : layer.algorithm;
@@ -188,9 +205,10 @@ Schedule::Schedule(const Plan& plan, const std::vector<Image>& inputs, int threa
       Direct& direct = step.algorithm == Algorithm::direct ? step.direct : step.winograd.direct;
       direct.epilogue.relu = layer.relu;
       direct.epilogue.residual_after_relu = layer.residual_after_relu;
-      direct.epilogue.residual_pixel = shape.c;
+      direct.epilogue.residual_pixel = layer.b < 0 ? 0 : pixels_[layer.b];
+      direct.out_pixel = pixels_[i];
     } else if (layer.kind == Plan::Kind::max_pool) {
-      step.pool = Pool{nullptr, in, layer.window, shape.h, shape.w, nullptr, shape.c, shape.n * shape.h};
+      step.pool = Pool{nullptr, in, layer.window, shape.h, shape.w, nullptr, pixels_[i], shape.n * shape.h};
     }
     for (const int source : {layer.a, layer.b}) {
       if (source >= 0 && last[source] == i && steps_[source].offset >= 0) {
@@ -292,7 +310,7 @@ void Schedule::run(const Plan& plan, const std::vector<Image>& inputs, const std
       execute(team, kernels, pool);
     } else if (layer.kind == Plan::Kind::average) {
       const Shape from = shapes_[layer.a];
-      execute_average(team, kernels, at[layer.a], {from.n, from.h, from.w, from.c, from.c}, out[i]);
+      execute_average(team, kernels, at[layer.a], {from.n, from.h, from.w, from.c, pixels_[layer.a]}, out[i]);
     } else {
       execute_add(team, kernels, at[layer.a], at[layer.b], out[i], elements, layer.relu);
     }

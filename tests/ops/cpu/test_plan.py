@@ -86,6 +86,37 @@ def test_a_network_obeys_the_error_rule(algorithm: str, size: tuple[int, int], d
         assert_obeys_error_rule(ours, plain, exact, algorithm)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_of_many_channels(dtype: torch.dtype) -> None:
+    """Their pixels are not dense between layers: a page is no multiple of the distance."""
+    generator, c = torch.Generator().manual_seed(0), 256
+    plan = _cpu.Plan(name_of(dtype))
+    x, bias = whole((2, c, 9, 7), 1, generator), whole((c,), 9, generator)
+    weights = [whole((c, c, 1, 1), 1, generator) * (torch.rand(c, c, 1, 1, generator=generator) < 0.02) for _ in "ab"]
+    window = whole((c, c, 3, 3), 1, generator) * (torch.rand(c, c, 3, 3, generator=generator) < 0.005)
+    a = conv(plan, plan.input(c), weights[0], bias, dtype=dtype)
+    b = conv(plan, a, window, bias, padding=1, dtype=dtype, algorithm="winograd2", residual=a, relu=True)
+    for value in (
+        plan.max_pool(b, (3, 3), (2, 2), (1, 1), (1, 1), False),
+        conv(plan, b, weights[1], bias, dtype=dtype, residual=b),  # an output, which is dense
+        plan.average(conv(plan, a, weights[1], bias, dtype=dtype, residual=b)),
+        plan.add(a, conv(plan, b, weights[0], bias, dtype=dtype), True),  # dense, as what it takes
+    ):
+        plan.output(value)
+
+    def plain(x: Tensor, weight: Tensor, residual: Tensor | float = 0.0) -> Tensor:
+        return (F.conv2d(x.double(), weight.double(), bias.double(), padding=weight.shape[2] // 2) + residual).to(dtype)
+
+    first = plain(x, weights[0])
+    second = plain(first, window, first.double()).relu()
+    third = plain(first, weights[1], second.double()).double().mean((2, 3), keepdim=True)
+    ours = run_plan(plan, x.to(dtype), threads=2)
+    assert torch.equal(ours[0], F.max_pool2d(second, 3, 2, 1))
+    assert torch.equal(ours[1], plain(second, weights[1], second.double()))
+    assert torch.allclose(ours[2].double(), third, rtol=0.01)
+    assert torch.equal(ours[3], (first.double() + plain(second, weights[0]).double()).to(dtype).relu())
+
+
 @pytest.mark.parametrize("algorithm", ["auto", "direct", "winograd2", "winograd4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_image_has_the_same_bits_in_every_batch_and_on_every_number_of_threads(
