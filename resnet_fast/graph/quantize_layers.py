@@ -1,0 +1,287 @@
+"""The modules of a quantized graph: uint8 tensors between convolutions, and the way in and out of them.
+
+Between :class:`Quantize` and :class:`Dequantize` runs one of two things, told by the tensor's dtype: uint8 through
+oneDNN, or float32 that holds the same rounded values. The second, the definition, runs where the first cannot: on other
+devices, for who writes the ops down, on a CPU whose products of 8 bits saturate, and for what uint8 cannot hold, NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fast import backends
+from resnet_fast.backends import onednn_int8
+from resnet_fast.backends.onednn import Window
+from resnet_fast.backends.onednn_int8 import Affine
+from resnet_fast.nn.pristine import capturing
+
+from .guard import TooLarge, careful
+
+#: The largest stored value, and the largest if products of 8 bits saturate (see onednn_int8.saturates).
+LARGEST, LARGEST_REDUCED = 255, 127
+
+
+class Quantized(nn.Module):
+    """What the modules here share.
+
+    Attributes:
+        layer: the name of the author's layer that it computes, "" if it computes none.
+        exported: whether the definition runs, in ops that exporters know as quantization.
+    """
+
+    def __init__(self, layer: str = "") -> None:
+        super().__init__()
+        self.training = False
+        self.layer, self.exported = layer, False
+
+    def _store(self, name: str, affine: Affine | None) -> None:
+        """Keep an affine as two buffers, so that a state_dict has it."""
+        given = affine or Affine(1.0)
+        self.register_buffer(f"{name}_scale", torch.tensor(given.scale, dtype=torch.float32))
+        self.register_buffer(f"{name}_zero_point", torch.tensor(given.zero_point, dtype=torch.int64))
+
+    def _stored(self, name: str) -> Affine:
+        return Affine(float(getattr(self, f"{name}_scale")), int(getattr(self, f"{name}_zero_point")))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Quantized:
+        self._changed()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._changed()
+        super()._load_from_state_dict(*args)
+
+    def _changed(self) -> None:
+        """Other constants: what was made of them is void."""
+
+
+class _Converter(Quantized):
+    def __init__(self, affine: Affine, largest: int) -> None:
+        super().__init__()
+        self.largest = largest
+        self._store("x", affine)
+        self._affine: Affine | None = affine
+
+    @property
+    def affine(self) -> Affine:
+        if self._affine is None:
+            self._affine = self._stored("x")
+        return self._affine
+
+    def _changed(self) -> None:
+        self._affine = None
+
+    def extra_repr(self) -> str:
+        return f"scale={self.affine.scale:.6g}, zero_point={self.affine.zero_point}, largest={self.largest}"
+
+
+class Quantize(_Converter):
+    """From float32 to uint8 ``clamp(round(x / scale) + zero_point, 0, largest)``, channels_last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.exported or capturing() or torch.compiler.is_compiling() or careful() or not _runs(x, self.largest):
+            return fake(x, self.affine, self.largest, self.exported)
+        if x.numel() and not bool(x.sum().isfinite()):
+            raise TooLarge  # uint8 has no NaN: the batch runs again by the definition, which lets it through
+        return stored(x, self.affine, self.largest)
+
+    def plain(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
+        """For shapes."""
+        return x.to(torch.uint8)
+
+
+class Dequantize(_Converter):
+    """From uint8 to float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return real(x, self.affine)
+
+    def plain(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
+        """For shapes."""
+        return x.float()
+
+
+class MaxPool(Quantized):
+    """``torch.max_pool2d`` of stored values, whose order is that of the real ones."""
+
+    def __init__(self, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool, layer: str = "") -> None:
+        super().__init__(layer)
+        self.window = kernel, stride, padding, dilation, ceil
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            return torch.max_pool2d(x, *self.window)
+        return onednn_int8.max_pool(x, *self.window)
+
+    def plain(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
+        """For shapes."""
+        return torch.max_pool2d(x.float(), *self.window).to(torch.uint8)
+
+
+class Convolution(Quantized):
+    """A convolution of uint8 with an int8 weight, its bias, residual and ReLU, and one rounding at the end.
+
+    Args:
+        weight: float [K, C/groups, R, S], the batch norm folded in. bias: float [K].
+        window: padding, stride, dilation, groups.
+        x: how the input is stored. out: how the output is, None for float32.
+        residual: how what is added is stored, None for float32.
+        relu: "" for none, "last" behind the addition, "first" in front of it, which takes float32 on both sides.
+        overwrites: whether the residual's memory may be written over.
+        input_size: NCHW, what the weight is packed for.
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        weight: Tensor,
+        bias: Tensor,
+        window: Window,
+        x: Affine,
+        out: Affine | None,
+        residual: Affine | None,
+        relu: str,
+        largest: int,
+        input_size: Sequence[int],
+    ) -> None:
+        super().__init__(layer)
+        scale = per_channel(weight)
+        self.register_buffer("weight", (weight / scale.double().view(-1, 1, 1, 1)).round().clamp(-127, 127).char())
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", bias.float())
+        self._store("x", x)
+        self._store("out", out)
+        self._store("residual", residual)
+        self.window, self.relu, self.largest = window, relu, largest
+        self.float_output, self.float_residual = out is None, residual is None
+        self.input_size = tuple(input_size)
+        self.overwrites = False
+        self._packed: tuple[onednn_int8.Packed, Affine | None, Affine | None] | None = None
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+
+    def prepare(self) -> tuple[onednn_int8.Packed, Affine | None, Affine | None]:
+        """Return the packed constants and how output and residual are stored, made at the first use."""
+        if self._packed is None:
+            packed = onednn_int8.pack(
+                self.weight, self.weight_scale, self.bias, self._stored("x"), self.window, self.input_size
+            )
+            self._packed = packed, self.affine("out"), self.affine("residual")
+        return self._packed
+
+    def affine(self, name: str) -> Affine | None:
+        """Return how "x", "out" or "residual" is stored, None for float32."""
+        plain = {"out": self.float_output, "residual": self.float_residual}.get(name, False)
+        return None if plain else self._stored(name)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.is_floating_point():
+            return self.defined(x, residual)
+        packed, out, added = self.prepare()
+        if residual is None:
+            return onednn_int8.conv(x, packed, out, relu=bool(self.relu))
+        if self.relu == "first":
+            y = onednn_int8.conv(x, packed, None, relu=True)
+            return y.add_(residual)
+        # What is not owned is copied; NCHW images of a layer that is not ours become channels_last.
+        dense = residual.is_contiguous(memory_format=torch.channels_last)
+        own = residual if self.overwrites and dense else residual.clone(memory_format=torch.channels_last)
+        return onednn_int8.conv_sum_(own, added, x, packed, out, relu=bool(self.relu))
+
+    def defined(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Compute the same of float32 tensors that hold rounded values."""
+        padding, stride, dilation, groups = self.window
+        if self.exported:
+            zero = torch.zeros_like(self.weight_scale, dtype=torch.int32)
+            weight = self.weight.float() * self.weight_scale.view(-1, 1, 1, 1)
+            weight = torch.fake_quantize_per_channel_affine(weight, self.weight_scale, zero, 0, -128, 127)
+        else:
+            weight = self.weight.to(x.dtype) * self.weight_scale.view(-1, 1, 1, 1)
+        y = torch.conv2d(x, weight, self.bias, stride, padding, dilation, groups)
+        if self.relu and (residual is None or self.relu == "first"):
+            y = torch.relu(y)
+        if residual is not None:
+            y = y + residual
+            y = torch.relu(y) if self.relu == "last" else y
+        return y if self.float_output else fake(y, self._stored("out"), self.largest, self.exported)
+
+    def plain(self, state: dict[str, Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """For shapes."""
+        padding, stride, dilation, groups = self.window
+        y = torch.conv2d(x.float(), state["weight"].float(), None, stride, padding, dilation, groups)
+        return y if self.float_output else y.to(torch.uint8)
+
+    def _changed(self) -> None:
+        self._packed = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+    def extra_repr(self) -> str:
+        padding, stride, dilation, groups = self.window
+        shape = "x".join(map(str, self.weight.shape))
+        kinds = "int8 -> float32" if self.float_output else "int8"
+        parts = f"stride={stride}, padding={padding}, dilation={dilation}, groups={groups}, relu={self.relu!r}"
+        return f"{shape}, {kinds}, {parts}"
+
+
+def per_channel(weight: Tensor) -> Tensor:
+    """Return float32 scales [K] so that each channel's largest magnitude is stored as 127; 1 for channels of zeros."""
+    largest = weight.detach().double().abs().flatten(1).amax(1)
+    return torch.where(largest > 0, (largest / 127).clamp_min(_SMALLEST), torch.ones_like(largest)).float()
+
+
+#: Of a scale: its inverse and its products with others stay normal numbers of float32.
+_SMALLEST = 1e-18
+
+
+def affine_of(low: float, high: float, largest: int) -> Affine:
+    """Return how values from ``low`` to ``high`` are stored in 0 to ``largest``; 0 itself is always exact.
+
+    Padding is 0, and so is what a ReLU closes: neither may be rounded.
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = float(torch.tensor(max((high - low) / largest, _SMALLEST), dtype=torch.float32))
+    return Affine(scale, min(largest, max(0, round(-low / scale))))
+
+
+def stored(x: Tensor, affine: Affine, largest: int) -> Tensor:
+    """Return float32 as uint8, channels_last."""
+    zero = affine.zero_point
+    y = (x * (1.0 / affine.scale)).round_().clamp_(-zero, largest - zero).add_(zero).to(torch.uint8)
+    return y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 else y
+
+
+def real(x: Tensor, affine: Affine | None) -> Tensor:
+    """Return uint8 as float32; float32 is the real value already."""
+    if affine is None or x.is_floating_point():
+        return x
+    y = x.float()
+    return (y.sub_(affine.zero_point) if affine.zero_point else y).mul_(affine.scale)
+
+
+def fake(x: Tensor, affine: Affine, largest: int, exported: bool = False) -> Tensor:
+    """Return float32 rounded to what uint8 can hold; NaN stays NaN."""
+    zero = affine.zero_point
+    if exported:
+        return torch.fake_quantize_per_tensor_affine(x, affine.scale, zero, 0, largest)
+    return (x * (1.0 / affine.scale)).round().clamp(-zero, largest - zero) * affine.scale
+
+
+def _runs(x: Tensor, largest: int) -> bool:
+    """Return whether integers can be computed here, with a warning if only the processor is in the way."""
+    if x.device.type != "cpu" or x.dtype is not torch.float32 or backends.current() == "reference":
+        return False
+    reason = onednn_int8.unavailable()
+    if not reason and largest > LARGEST_REDUCED and onednn_int8.saturates():
+        reason = "this snapshot uses 8 bits of activations, and here sums of two products saturate: quantize again here"
+    if reason:
+        backends.fallback("quantize", f"int8 is computed in float32, slowly: {reason}")
+    return not reason
