@@ -142,7 +142,7 @@ def _unfused(fused: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, Quantized):
-            module.exported = True
+            module.export()
         if isinstance(module, Fused):
             gm.delete_submodule(str(node.target))
             with gm.graph.inserting_before(node):

@@ -237,7 +237,7 @@ def _mark_overwritten(gm: fx.GraphModule) -> None:
     order = ir.positions(gm.graph)
     for node in gm.graph.nodes:
         module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, Convolution) and len(node.args) > 1 and not module.float_residual:
+        if isinstance(module, Convolution) and len(node.args) > 1 and module.affine("residual") is not None:
             residual = node.args[1]
             readers = [user for user in residual.users if user is not node]
             module.overwrites = node.args[0] is not residual and all(order[user] < order[node] for user in readers)

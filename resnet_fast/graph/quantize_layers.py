@@ -37,15 +37,26 @@ class Quantized(nn.Module):
         super().__init__()
         self.training = False
         self.layer, self.exported = layer, False
+        self._affines: dict[str, Affine] = {}  # as Python's numbers
 
-    def _store(self, name: str, affine: Affine | None) -> None:
+    def _store(self, name: str, affine: Affine) -> None:
         """Keep an affine as two buffers, so that a state_dict has it."""
-        given = affine or Affine(1.0)
-        self.register_buffer(f"{name}_scale", torch.tensor(given.scale, dtype=torch.float32))
-        self.register_buffer(f"{name}_zero_point", torch.tensor(given.zero_point, dtype=torch.int64))
+        self.register_buffer(f"{name}_scale", torch.tensor(affine.scale, dtype=torch.float32))
+        self.register_buffer(f"{name}_zero_point", torch.tensor(affine.zero_point, dtype=torch.int64))
 
-    def _stored(self, name: str) -> Affine:
-        return Affine(float(getattr(self, f"{name}_scale")), int(getattr(self, f"{name}_zero_point")))
+    def affine(self, name: str) -> Affine | None:
+        """Return how "x", "out" or "residual" is stored, None for float32."""
+        if name not in self._affines and f"{name}_scale" in self._buffers:
+            scale, zero_point = self._buffers[f"{name}_scale"], self._buffers[f"{name}_zero_point"]
+            assert scale is not None and zero_point is not None
+            self._affines[name] = Affine(float(scale), int(zero_point))
+        return self._affines.get(name)
+
+    def export(self) -> None:
+        """Compute by the definition from now on, in ops that exporters know as quantization."""
+        for name in ("x", "out", "residual"):
+            self.affine(name)
+        self.exported = True
 
     def _apply(self, fn: Any, recurse: bool = True) -> Quantized:
         self._changed()
@@ -58,6 +69,7 @@ class Quantized(nn.Module):
 
     def _changed(self) -> None:
         """Other constants: what was made of them is void."""
+        self._affines.clear()
 
 
 class _Converter(Quantized):
@@ -65,19 +77,16 @@ class _Converter(Quantized):
         super().__init__()
         self.largest = largest
         self._store("x", affine)
-        self._affine: Affine | None = affine
 
     @property
-    def affine(self) -> Affine:
-        if self._affine is None:
-            self._affine = self._stored("x")
-        return self._affine
-
-    def _changed(self) -> None:
-        self._affine = None
+    def stored_as(self) -> Affine:
+        found = self.affine("x")
+        assert found is not None
+        return found
 
     def extra_repr(self) -> str:
-        return f"scale={self.affine.scale:.6g}, zero_point={self.affine.zero_point}, largest={self.largest}"
+        scale, zero_point = self.stored_as
+        return f"scale={scale:.6g}, zero_point={zero_point}, largest={self.largest}"
 
 
 class Quantize(_Converter):
@@ -85,10 +94,10 @@ class Quantize(_Converter):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.exported or capturing() or torch.compiler.is_compiling() or careful() or not _runs(x, self.largest):
-            return fake(x, self.affine, self.largest, self.exported)
+            return fake(x, self.stored_as, self.largest, self.exported)
         if x.numel() and not bool(x.sum().isfinite()):
             raise TooLarge  # uint8 has no NaN: the batch runs again by the definition, which lets it through
-        return stored(x, self.affine, self.largest)
+        return stored(x, self.stored_as, self.largest)
 
     def plain(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
         """For shapes."""
@@ -99,7 +108,7 @@ class Dequantize(_Converter):
     """From uint8 to float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return real(x, self.affine)
+        return real(x, self.stored_as)
 
     def plain(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
         """For shapes."""
@@ -154,11 +163,10 @@ class Convolution(Quantized):
         self.register_buffer("weight", (weight / scale.double().view(-1, 1, 1, 1)).round().clamp(-127, 127).char())
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", bias.float())
-        self._store("x", x)
-        self._store("out", out)
-        self._store("residual", residual)
+        for name, way in (("x", x), ("out", out), ("residual", residual)):
+            if way is not None:
+                self._store(name, way)
         self.window, self.relu, self.largest = window, relu, largest
-        self.float_output, self.float_residual = out is None, residual is None
         self.input_size = tuple(input_size)
         self.overwrites = False
         self._packed: tuple[onednn_int8.Packed, Affine | None, Affine | None] | None = None
@@ -170,16 +178,11 @@ class Convolution(Quantized):
     def prepare(self) -> tuple[onednn_int8.Packed, Affine | None, Affine | None]:
         """Return the packed constants and how output and residual are stored, made at the first use."""
         if self._packed is None:
-            packed = onednn_int8.pack(
-                self.weight, self.weight_scale, self.bias, self._stored("x"), self.window, self.input_size
-            )
+            x = self.affine("x")
+            assert x is not None
+            packed = onednn_int8.pack(self.weight, self.weight_scale, self.bias, x, self.window, self.input_size)
             self._packed = packed, self.affine("out"), self.affine("residual")
         return self._packed
-
-    def affine(self, name: str) -> Affine | None:
-        """Return how "x", "out" or "residual" is stored, None for float32."""
-        plain = {"out": self.float_output, "residual": self.float_residual}.get(name, False)
-        return None if plain else self._stored(name)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if x.is_floating_point():
@@ -210,15 +213,17 @@ class Convolution(Quantized):
         if residual is not None:
             y = y + residual
             y = torch.relu(y) if self.relu == "last" else y
-        return y if self.float_output else fake(y, self._stored("out"), self.largest, self.exported)
+        out = self.affine("out")
+        return y if out is None else fake(y, out, self.largest, self.exported)
 
     def plain(self, state: dict[str, Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """For shapes."""
         padding, stride, dilation, groups = self.window
         y = torch.conv2d(x.float(), state["weight"].float(), None, stride, padding, dilation, groups)
-        return y if self.float_output else y.to(torch.uint8)
+        return y.to(torch.uint8) if "out_scale" in self._buffers else y
 
     def _changed(self) -> None:
+        super()._changed()
         self._packed = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -227,7 +232,7 @@ class Convolution(Quantized):
     def extra_repr(self) -> str:
         padding, stride, dilation, groups = self.window
         shape = "x".join(map(str, self.weight.shape))
-        kinds = "int8 -> float32" if self.float_output else "int8"
+        kinds = "int8" if "out_scale" in self._buffers else "int8 -> float32"
         parts = f"stride={stride}, padding={padding}, dilation={dilation}, groups={groups}, relu={self.relu!r}"
         return f"{shape}, {kinds}, {parts}"
 
@@ -268,11 +273,12 @@ def real(x: Tensor, affine: Affine | None) -> Tensor:
 
 
 def fake(x: Tensor, affine: Affine, largest: int, exported: bool = False) -> Tensor:
-    """Return float32 rounded to what uint8 can hold; NaN stays NaN."""
+    """Return float32 rounded to what uint8 can hold; NaN and infinity stay what they are, except in exports."""
     zero = affine.zero_point
     if exported:
         return torch.fake_quantize_per_tensor_affine(x, affine.scale, zero, 0, largest)
-    return (x * (1.0 / affine.scale)).round().clamp(-zero, largest - zero) * affine.scale
+    y = (x * (1.0 / affine.scale)).round().clamp(-zero, largest - zero) * affine.scale
+    return torch.where(x.isfinite(), y, x)
 
 
 def _runs(x: Tensor, largest: int) -> bool:

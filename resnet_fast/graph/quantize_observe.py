@@ -110,7 +110,7 @@ class Observer(nn.Module):
 
 def _best(ends: Tensor, other: float, counts: Tensor, centers: Tensor, largest: int) -> float:
     """Return the upper end of the range from ``other`` that has the least squared error."""
-    beyond = (centers - ends.view(-1, 1)).clamp_min(0).square_() @ counts
-    inside = (centers <= ends.view(-1, 1)).double() @ counts
-    step = (ends - min(other, 0.0)) / largest
-    return float(ends[int(torch.argmin(beyond + inside * step.square() / 12))])
+    ends, step = ends.view(-1, 1), (ends.view(-1, 1) - min(other, 0.0)) / largest
+    clipped = (centers - ends).clamp_min(0).square_()
+    rounded = torch.where(centers.abs() < step / 2, centers.square(), step.square() / 12)  # to 0 below half a step
+    return float(ends[int(torch.argmin(torch.where(centers > ends, clipped, rounded) @ counts))])
