@@ -761,6 +761,25 @@ def test_exports() -> None:
     assert len([node for node in program.graph.nodes if "fake_quantize_per_channel" in str(node.target)]) == 5
 
 
+@pytest.mark.parametrize("largest", [255, 127])
+def test_onnx_runtime_runs_the_export_in_int8(tmp_path: Path, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onednn_int8, "saturates", lambda: largest == 127)
+    fast, x = rf.quantize(made(), images()), images(3)[2]
+    file, optimized = str(tmp_path / "qdq.onnx"), str(tmp_path / "optimized.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(rf.exportable(fast), (x,), file, dynamo=False, input_names=["x"], output_names=["y"])
+    kinds = [node.op_type for node in onnx.load(file).graph.node]
+    assert kinds.count("QuantizeLinear") == kinds.count("DequantizeLinear") == 10  # 5 weights, 5 activations
+    options = runtime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = optimized, 3
+    session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+    assert sqnr(fast(x), found) > 35
+    assert "QLinearConv" in [node.op_type for node in onnx.load(optimized).graph.node]
+
+
 def test_torch_compile_of_the_snapshot() -> None:
     fast = rf.quantize(made(), images())
     x = images()[0]
