@@ -35,6 +35,8 @@ from .snapshot import OptimizedModule, PartlyOptimizedModule
 _LARGEST_CALIBRATION = 2 << 30
 #: How many images are measured at a time: float and int8 results of every layer are kept that long.
 _MEASURED_AT_ONCE = 4
+#: On how many images each layer is measured; the outputs are on all.
+_LAYERS_MEASURED = 32
 #: Outputs below this are hardly the network's any more: 20 dB is an error of a tenth.
 _POOR = 10.0
 
@@ -389,12 +391,16 @@ def _tried(graph: Graph) -> bool:
 
 def _measure(fast: OptimizedModule, graphs: list[Graph], calls: list[Call]) -> _Measured:
     """Run the calibration images through both networks."""
-    measured, images = _Measured(Noise(), {}, Top1(), 0), 0
+    measured, images = _Measured(Noise(extremes=True), {}, Top1(), 0), 0
     for call in itertools.chain.from_iterable(_pieces(graphs, call) for call in calls):
-        taps = [{node: _Tap() for node in graph.layers} for graph in graphs]
+        watched = [graph.layers if images < _LAYERS_MEASURED else {} for graph in graphs]
+        taps = [{node: _Tap() for node in layers} for layers in watched]
         with _Watching(graphs, taps):
             exact = _tensors(fast(*call.args, **call.kwargs))
-        found_taps = [{graph.where.get(node, (node, None))[0]: _Tap() for node in graph.layers} for graph in graphs]
+        found_taps = [
+            {graph.where.get(node, (node, None))[0]: _Tap() for node in layers}
+            for graph, layers in zip(graphs, watched, strict=True)
+        ]
         with _Watching(graphs, found_taps, quantized=True):
             found = _tensors(fast(*call.args, **call.kwargs))
         images += _images(next(leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)))

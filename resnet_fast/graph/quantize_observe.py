@@ -28,15 +28,15 @@ class Observer(nn.Module):
     """Reads a value of a graph while calibration images run: a histogram, and one image of it as a sample.
 
     Attributes:
-        counts: int64 [2 * _BINS] over -limit to limit. zeros: how many values are 0, which is always exact.
-        low, high: the extremes. finite: False once a value was not. sample: of the first image; None before.
+        counts: int64 [2 * _BINS] over -limit to limit. low, high: the extremes. finite: False once a value was not.
+        sample: of the first image; None before.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.training = False
         self.counts = torch.zeros(2 * _BINS, dtype=torch.int64)
-        self.limit, self.zeros = 0.0, 0
+        self.limit = 0.0
         self.low, self.high, self.finite = 0.0, 0.0, True
         self.sample: Tensor | None = None
 
@@ -53,7 +53,6 @@ class Observer(nn.Module):
         self._widen(max(-low, high))
         if self.limit:
             self.counts += torch.histc(x.float(), 2 * _BINS, -self.limit, self.limit).to(torch.int64)
-        self.zeros += int(x.numel() - torch.count_nonzero(x))
 
     def _widen(self, largest: float) -> None:
         """Let the histogram reach to ``largest``: two bins become one as often as needed."""
@@ -87,7 +86,7 @@ class Observer(nn.Module):
         copy._widen(found.limit)
         found.counts += copy.counts
         found.low, found.high = min(self.low, other.low), max(self.high, other.high)
-        found.zeros, found.finite = self.zeros + other.zeros, self.finite and other.finite
+        found.finite = self.finite and other.finite
         found.sample = self.sample
         return found
 
@@ -99,7 +98,6 @@ class Observer(nn.Module):
         width = self.limit / _BINS
         centers = (torch.arange(2 * _BINS, dtype=torch.float64) - _BINS + 0.5) * width
         counts = self.counts.double()
-        counts[_BINS] = max(0.0, float(counts[_BINS]) - self.zeros)  # of [0, width)
         for _ in range(2 if low < 0 < high else 1):  # each end with the other as it is, then both once more
             if high > 0:
                 high = _best(self.high * _FRACTIONS, low, counts, centers, largest)
