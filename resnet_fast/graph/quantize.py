@@ -180,6 +180,12 @@ def _call(model: nn.Module, batch: Any, where: str) -> Call:
     raise TypeError(f"quantize: {where} is a {type(batch).__name__}; it must be a tensor, a tuple, a list or a mapping")
 
 
+def _run(fast: nn.Module, call: Call) -> Any:
+    """Run a batch, on a copy: a model may write into what it is given."""
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, tuple(call))
+    return fast(*args, **kwargs)
+
+
 def _is_positional(parameter: inspect.Parameter) -> bool:
     return parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
 
@@ -255,7 +261,7 @@ def _calibrate(fast: OptimizedModule, graphs: list[Graph], calls: list[Call]) ->
         graph.observers = {node: Observer() for node in read}
     with _Watching(graphs, [graph.observers for graph in graphs]):
         for index, call in enumerate(calls):
-            fast(*call.args, **call.kwargs)
+            _run(fast, call)
             for graph in graphs:
                 broken = next((node for node, each in graph.observers.items() if not each.finite), None)
                 if broken is not None:
@@ -396,13 +402,13 @@ def _measure(fast: OptimizedModule, graphs: list[Graph], calls: list[Call]) -> _
         watched = [graph.layers if images < _LAYERS_MEASURED else {} for graph in graphs]
         taps = [{node: _Tap() for node in layers} for layers in watched]
         with _Watching(graphs, taps):
-            exact = _tensors(fast(*call.args, **call.kwargs))
+            exact = _tensors(_run(fast, call))
         found_taps = [
             {graph.where.get(node, (node, None))[0]: _Tap() for node in layers}
             for graph, layers in zip(graphs, watched, strict=True)
         ]
         with _Watching(graphs, found_taps, quantized=True):
-            found = _tensors(fast(*call.args, **call.kwargs))
+            found = _tensors(_run(fast, call))
         images += _images(next(leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)))
         if len(exact) == len(found):
             for one, other in zip(exact, found, strict=True):

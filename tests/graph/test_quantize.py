@@ -690,6 +690,19 @@ def test_mappings_and_several_arguments() -> None:
         rf.quantize(made(_Two()), [(x[0],)])
 
 
+def test_a_model_that_writes_into_its_images() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x.mul_(2).add_(0.5)
+        return self.inner(x)
+
+    model, batches = made(Lambda(forward, inner=Residual())), images()
+    fast = rf.quantize(model, batches)
+    assert all(torch.equal(a, b) for a, b in zip(batches, images(), strict=True))
+    assert fast.quantization is not None and fast.quantization.sqnr is not None
+    exact, found = (torch.cat([each(x.clone()) for x in batches]) for each in (rf.optimize(model), fast))
+    assert sqnr(exact, found) == pytest.approx(fast.quantization.sqnr, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("batches", "kind", "message"),
     [
