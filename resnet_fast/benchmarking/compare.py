@@ -77,10 +77,14 @@ class Setting:
         known = ("fp32", "bf16", "int8") if self.device.kind == "cpu" else tuple(DTYPES)
         if self.precision not in known:
             raise ValueError(f"precision is {self.precision!r}, it must be one of {', '.join(known)}")
-        those = serving(self.device.kind)
+        those = self._serving
         unknown = [name for name in self.peers if name not in those]
         if unknown:
             raise ValueError(f"unknown peer {unknown[0]!r}; there are {', '.join(those)}")
+
+    @property
+    def _serving(self) -> tuple[str, ...]:
+        return tuple(INT8_PEERS) if self.precision == "int8" else serving(self.device.kind)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,7 +100,7 @@ class Setting:
     @property
     def contestants(self) -> tuple[str, ...]:
         """The names asked for, in the order of ``PEERS``, with "optimize"."""
-        those = tuple(INT8_PEERS) if self.precision == "int8" else serving(self.device.kind)
+        those = self._serving
         return tuple(name for name in those if name == "optimize" or name in (self.peers or those))
 
     def as_dict(self) -> dict[str, Any]:

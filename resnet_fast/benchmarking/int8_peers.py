@@ -38,35 +38,34 @@ def calibration(image_size: tuple[int, ...]) -> list[Tensor]:
 
 
 def simulated(model: nn.Module, batch: Tensor) -> Tensor:
-    """Return what plain torch layers answer if every convolution but the first is rounded to 8 bits.
+    """Return what plain torch layers answer if each convolution, each linear layer and the scores are rounded to 8 bits.
 
-    By the simplest recipe: the input by its extremes over the calibration images, the weight by the largest magnitude
-    of each output channel. It is what answers in int8 are judged by.
+    By the simplest recipe: inputs and scores by their extremes over the calibration images, weights by the largest
+    magnitude of each output channel. It is what answers in int8 are judged by.
     """
     layers = copy.deepcopy(plain(model)).float().eval()
-    convolutions = [module for module in layers.modules() if isinstance(module, nn.Conv2d)][1:]
+    rounded = [module for module in layers.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     extremes: dict[nn.Module, tuple[float, float]] = {}
 
-    def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def see(module: nn.Module, value: Tensor) -> None:
         low, high = extremes.get(module, (0.0, 0.0))
-        extremes[module] = min(low, float(args[0].min())), max(high, float(args[0].max()))
+        extremes[module] = min(low, float(value.min())), max(high, float(value.max()))
 
-    def rounded(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def to_8_bits(module: nn.Module, value: Tensor) -> Tensor:
         low, high = extremes[module]
         scale = max((high - low) / 255, 1e-18)
-        return (torch.fake_quantize_per_tensor_affine(args[0], scale, round(-low / scale), 0, 255),)
+        return torch.fake_quantize_per_tensor_affine(value, scale, round(-low / scale), 0, 255)
 
-    handles = [module.register_forward_pre_hook(watch) for module in convolutions]
+    watching = [module.register_forward_pre_hook(lambda module, args: see(module, args[0])) for module in rounded]
     for image in calibration(tuple(batch.shape[1:])):
-        layers(image)
-    for handle, module in zip(handles, convolutions, strict=True):
+        see(layers, layers(image))
+    for handle, module in zip(watching, rounded, strict=True):
         handle.remove()
         scale = module.weight.abs().flatten(1).amax(1).clamp_min(1e-18) / 127
         zero = torch.zeros(len(scale), dtype=torch.int32)
         module.weight.copy_(torch.fake_quantize_per_channel_affine(module.weight, scale, zero, 0, -127, 127))
-        module.register_forward_pre_hook(rounded)
-    answer: Tensor = layers(batch.float())
-    return answer
+        module.register_forward_pre_hook(lambda module, args: (to_8_bits(module, args[0]),))
+    return to_8_bits(layers, layers(batch.float()))
 
 
 def _build_quantized(task: Task) -> Contestant:

@@ -260,7 +260,8 @@ def affine_of(low: float, high: float, largest: int) -> Affine:
 def stored(x: Tensor, affine: Affine, largest: int) -> Tensor:
     """Return float32 as uint8, channels_last."""
     zero = affine.zero_point
-    y = (x * (1.0 / affine.scale)).round_().clamp_(-zero, largest - zero).add_(zero).to(torch.uint8)
+    y = (x * (1.0 / affine.scale)).round_().clamp_(-zero, largest - zero)
+    y = (y.add_(zero) if zero else y).to(torch.uint8)
     return y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 else y
 
 
