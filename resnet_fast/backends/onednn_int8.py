@@ -29,10 +29,9 @@ class Affine(NamedTuple):
     zero_point: int = 0
 
 
-class Packed(NamedTuple):
-    """A convolution's constants as oneDNN wants them; made by :func:`pack`."""
+class Constants(NamedTuple):
+    """What belongs to a convolution beside its packed weight; made by :func:`constants`."""
 
-    weight: Tensor
     scale: Tensor
     zero: Tensor
     bias: Tensor | None
@@ -83,12 +82,13 @@ def _verify() -> None:
     window: Window = ([1, 1], [1, 1], [1, 1], 1)
     real = F.conv2d((x.double() - 3) * 0.25, weight.double() * scale.double().view(-1, 1, 1, 1), bias.double(), 1, 1)
     total = (real + 16.0 * (residual.double() - 5)).relu()
-    packed = pack(weight, scale, bias, own, window, list(x.shape))
+    of = constants(scale, bias, own, window)
+    packed = pack(weight, of, x.shape)
     found = {
-        "convolution": (conv(x, packed, out, relu=False), (real / 512.0).round() + 60),
-        "convolution in float": (conv(x, packed, None, relu=True), real.relu()),
-        "sum": (conv_sum_(residual.clone(), other, x, packed, out, relu=True), (total / 512.0).round() + 60),
-        "sum in float": (conv_sum_(residual.float(), None, x, packed, None, relu=False), real + residual.double()),
+        "convolution": (conv(x, packed, of, out, relu=False), (real / 512.0).round() + 60),
+        "convolution in float": (conv(x, packed, of, None, relu=True), real.relu()),
+        "sum": (conv_sum_(residual.clone(), other, x, packed, of, out, relu=True), (total / 512.0).round() + 60),
+        "sum in float": (conv_sum_(residual.float(), None, x, packed, of, None, relu=False), real + residual.double()),
     }
     for name, (actual, wanted) in found.items():
         exact = wanted.clamp(0, 255) if actual.dtype is torch.uint8 else wanted
@@ -109,55 +109,59 @@ def saturates() -> bool:
             x = _last(torch.full((1, 64, 8, 8), 255, dtype=torch.uint8, device="cpu"))
             weight = torch.full((64, 64, kernel, kernel), 127, dtype=torch.int8, device="cpu")
             window: Window = ([0, 0], [1, 1], [1, 1], 1)
-            packed = pack(weight, torch.ones(64, device="cpu"), None, Affine(1.0), window, list(x.shape))
+            of = constants(torch.ones(64, device="cpu"), None, Affine(1.0), window)
+            packed = pack(weight, of, x.shape)
             exact = 255.0 * 127.0 * 64 * kernel**2
-            if not torch.allclose(conv(x, packed, None, relu=False), torch.tensor(exact, device="cpu"), rtol=1e-5):
+            if not torch.allclose(conv(x, packed, of, None, relu=False), torch.tensor(exact, device="cpu"), rtol=1e-5):
                 return True
     return False
 
 
-def pack(
-    weight: Tensor, scale: Tensor, bias: Tensor | None, x: Affine, window: Window, input_size: Sequence[int]
-) -> Packed:
-    """Return a convolution's constants packed for inputs of ``input_size`` (NCHW), and right for every other size.
+def constants(scale: Tensor, bias: Tensor | None, x: Affine, window: Window) -> Constants:
+    """Return a convolution's constants.
 
     Args:
-        weight: int8 [K, C/groups, R, S]. scale: float32 [K]. bias: float32 [K] or None.
+        scale: of the weight, float32 [K]. bias: float32 [K] or None.
         x: how the input is stored. window: padding, stride, dilation, groups.
     """
-    padding, stride, dilation, groups = window
-    zero = torch.zeros(len(scale), dtype=torch.int64, device="cpu")
-    packed = _functions()["pack"](
-        weight, scale, x.scale, x.zero_point, stride, padding, dilation, groups, list(input_size)
-    )
-    return Packed(packed, scale, zero, bias, x, window)
+    return Constants(scale, torch.zeros(len(scale), dtype=torch.int64, device="cpu"), bias, x, window)
 
 
-def conv(x: Tensor, packed: Packed, out: Affine | None, *, relu: bool) -> Tensor:
+def pack(weight: Tensor, of: Constants, input_size: Sequence[int]) -> Tensor:
+    """Return ``weight``, int8 [K, C/groups, R, S], in the blocked layout that oneDNN prefers for inputs of this size.
+
+    For others it gives the same numbers, up to 20 times as slowly: oneDNN then packs it again at each call.
+    """
+    padding, stride, dilation, groups = of.window
+    packed: Tensor = _functions()["pack"](weight, of.scale, *of.x, stride, padding, dilation, groups, list(input_size))
+    return packed
+
+
+def conv(x: Tensor, packed: Tensor, of: Constants, out: Affine | None, *, relu: bool) -> Tensor:
     """``conv(x, w) + bias``, with ReLU if ``relu``: uint8 stored as ``out`` says, float32 if that is None.
 
     ``x`` is uint8, channels_last, and so is the result.
     """
-    padding, stride, dilation, groups = packed.window
+    padding, stride, dilation, groups = of.window
     scale, zero, dtype = (1.0, 0, torch.float32) if out is None else (*out, torch.uint8)
     y: Tensor = _functions()["conv"](
-        x, *packed.x, packed.weight, packed.scale, packed.zero, packed.bias, stride, padding, dilation, groups,
+        x, *of.x, packed, of.scale, of.zero, of.bias, stride, padding, dilation, groups,
         scale, zero, dtype, "relu" if relu else "none", [], "",
     )  # fmt: skip
     return y
 
 
 def conv_sum_(
-    residual: Tensor, stored: Affine | None, x: Tensor, packed: Packed, out: Affine | None, *, relu: bool
+    residual: Tensor, stored: Affine | None, x: Tensor, packed: Tensor, of: Constants, out: Affine | None, *, relu: bool
 ) -> Tensor:
     """``conv(x, w) + bias + residual``, then ReLU if ``relu``; the residual's memory is written over.
 
     ``residual`` has the result's shape and dtype: uint8 as ``stored`` says, float32 if ``stored`` and ``out`` are None.
     """
-    padding, stride, dilation, groups = packed.window
+    padding, stride, dilation, groups = of.window
     scale, zero, dtype = (1.0, 0, torch.float32) if out is None else (*out, torch.uint8)
     y: Tensor = _functions()["conv_sum"](
-        x, *packed.x, packed.weight, packed.scale, packed.zero, residual, packed.bias, stride, padding, dilation,
+        x, *of.x, packed, of.scale, of.zero, residual, of.bias, stride, padding, dilation,
         groups, scale, zero, dtype, *(stored or (1.0, 0)), "sum", 1.0, "relu" if relu else None, [], "",
     )  # fmt: skip
     return y

@@ -38,7 +38,7 @@ def calibration(image_size: tuple[int, ...]) -> list[Tensor]:
 
 
 def simulated(model: nn.Module, batch: Tensor) -> Tensor:
-    """Return what plain torch layers answer if each convolution, each linear layer and the scores are rounded to 8 bits.
+    """Return what plain torch layers answer if convolutions, linear layers and the scores are rounded to 8 bits.
 
     By the simplest recipe: inputs and scores by their extremes over the calibration images, weights by the largest
     magnitude of each output channel. It is what answers in int8 are judged by.

@@ -217,9 +217,7 @@ class Builder:
                 inputs.append(value)
         weight = fold(a.weight.double(), a.scale.double(), torch.float64)
         window = list(a.padding), list(a.stride), list(a.dilation), a.groups
-        module = Convolution(
-            layer, weight, a.shift, window, stored_x, out, residual, relu, graph.largest, graph.sample(source).shape
-        )
+        module = Convolution(layer, weight, a.shift, window, stored_x, out, residual, relu, graph.largest)
         if rest and out is None:
             module.overwrites = fused.overwrites
         made = self._call(str(node.target), module, *inputs)

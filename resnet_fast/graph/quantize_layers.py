@@ -7,7 +7,6 @@ devices, for who writes the ops down, on a CPU whose products of 8 bits saturate
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from resnet_fast import backends
 from resnet_fast.backends import onednn_int8
 from resnet_fast.backends.onednn import Window
 from resnet_fast.backends.onednn_int8 import Affine
+from resnet_fast.backends.packing import Layouts
 from resnet_fast.nn.pristine import capturing
 
 from .guard import TooLarge, careful
@@ -142,7 +142,6 @@ class Convolution(Quantized):
         residual: how what is added is stored, None for float32.
         relu: "" for none, "last" behind the addition, "first" in front of it, which takes float32 on both sides.
         overwrites: whether the residual's memory may be written over.
-        input_size: NCHW, what the weight is packed for.
     """
 
     def __init__(
@@ -156,7 +155,6 @@ class Convolution(Quantized):
         residual: Affine | None,
         relu: str,
         largest: int,
-        input_size: Sequence[int],
     ) -> None:
         super().__init__(layer)
         scale = per_channel(weight)
@@ -167,36 +165,37 @@ class Convolution(Quantized):
             if way is not None:
                 self._store(name, way)
         self.window, self.relu, self.largest = window, relu, largest
-        self.input_size = tuple(input_size)
         self.overwrites = False
-        self._packed: tuple[onednn_int8.Packed, Affine | None, Affine | None] | None = None
+        self._packed: tuple[onednn_int8.Constants, Layouts] | None = None
 
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor
 
-    def prepare(self) -> tuple[onednn_int8.Packed, Affine | None, Affine | None]:
-        """Return the packed constants and how output and residual are stored, made at the first use."""
+    def prepare(self, shape: tuple[int, ...]) -> tuple[Tensor, onednn_int8.Constants]:
+        """Return the weight packed for inputs of this shape, and what belongs to it; made at the first use."""
         if self._packed is None:
             x = self.affine("x")
             assert x is not None
-            packed = onednn_int8.pack(self.weight, self.weight_scale, self.bias, x, self.window, self.input_size)
-            self._packed = packed, self.affine("out"), self.affine("residual")
-        return self._packed
+            self._packed = onednn_int8.constants(self.weight_scale, self.bias, x, self.window), Layouts()
+        constants, layouts = self._packed
+        weight = layouts.by_shape.get(shape)
+        if weight is None:
+            weight = layouts.add(shape, onednn_int8.pack(self.weight, constants, shape))
+        return weight, constants
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if x.is_floating_point():
             return self.defined(x, residual)
-        packed, out, added = self.prepare()
+        packed, out, relu = self.prepare(tuple(x.shape)), self.affine("out"), bool(self.relu)
         if residual is None:
-            return onednn_int8.conv(x, packed, out, relu=bool(self.relu))
+            return onednn_int8.conv(x, *packed, out, relu=relu)
         if self.relu == "first":
-            y = onednn_int8.conv(x, packed, None, relu=True)
-            return y.add_(residual)
+            return onednn_int8.conv(x, *packed, None, relu=True).add_(residual)
         # What is not owned is copied; NCHW images of a layer that is not ours become channels_last.
         dense = residual.is_contiguous(memory_format=torch.channels_last)
         own = residual if self.overwrites and dense else residual.clone(memory_format=torch.channels_last)
-        return onednn_int8.conv_sum_(own, added, x, packed, out, relu=bool(self.relu))
+        return onednn_int8.conv_sum_(own, self.affine("residual"), x, *packed, out, relu=relu)
 
     def defined(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute the same of float32 tensors that hold rounded values."""

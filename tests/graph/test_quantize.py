@@ -132,7 +132,7 @@ def test_a_layer_is_exact(case: tuple[Any, ...], relu: str, floating: bool) -> N
     exact = exact.relu() if relu else exact
     window = [padding] * 2, [stride] * 2, [dilation] * 2, groups
     ways = (None, None) if floating else (y_way, residual_way)
-    layer = Convolution("layer", weight, bias, window, x_way, *ways, relu, largest, x.shape)
+    layer = Convolution("layer", weight, bias, window, x_way, *ways, relu, largest)
     assert torch.equal(layer.weight.double(), integers)
     before = [tensor.clone() for tensor in given]
     found = layer(*given)
@@ -323,6 +323,23 @@ def test_other_sizes(shape: tuple[int, ...]) -> None:
         x.double(),
     ):
         torch.testing.assert_close(fast(same), found, rtol=0, atol=0.05 * float(exact.abs().max()) if len(x) else 0)
+
+
+def test_each_size_has_its_packed_weights() -> None:
+    """oneDNN would pack them at each call, which takes several times as long as the convolution."""
+    fast = rf.quantize(made(), images())
+    layers = [module for module in fast.graph_module.modules() if isinstance(module, Convolution)]
+    for size in (24, 40, 24):
+        fast(torch.randn(3, 3, size, size))
+    for layer in layers:
+        assert layer._packed is not None
+        shapes = layer._packed[1].by_shape
+        assert {shape[0] for shape in shapes} >= {3} and 3 <= len(shapes) <= 4
+        assert len({id(weight) for weight in shapes.values()}) <= 2
+    for size in range(8, 300):
+        layers[0].prepare((1, 16, size, size))
+    packed = layers[0]._packed
+    assert packed is not None and len(packed[1].by_shape) <= 256
 
 
 def test_a_batch_gives_each_image_its_own_answer() -> None:
@@ -581,8 +598,8 @@ def test_wrong_arithmetic_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A convolution that is off by two steps, as on a processor that nobody has tried."""
     right = onednn_int8.conv
 
-    def wrong(x: Tensor, packed: Any, out: Any, *, relu: bool) -> Tensor:
-        y = right(x, packed, out, relu=relu)
+    def wrong(x: Tensor, packed: Any, of: Any, out: Any, *, relu: bool) -> Tensor:
+        y = right(x, packed, of, out, relu=relu)
         return y.clamp(2) if y.dtype is torch.uint8 and x.shape[1] == 16 and y.shape[1] == 16 else y
 
     monkeypatch.setattr(onednn_int8, "conv", wrong)
