@@ -117,7 +117,7 @@ _INT8: dict[str, Any] = {"devices": ("cpu",), "dtypes": (torch.int8,)}
 INT8_PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer("optimize", "resnet_fast.quantize()", _build_quantized, **_INT8, ours=True),
+        Peer("optimize", "resnet_fast.quantize()", _build_quantized, **_INT8, ours=True, note="in int8 rf.quantize()"),
         Peer("onnxruntime", "ONNX Runtime, int8", _build_onnxruntime, _NEEDS, **_INT8),
         Peer("openvino", "OpenVINO, int8", _build_openvino, ("openvino", *_NEEDS), **_INT8),
     )
