@@ -105,7 +105,11 @@ def quantize(
     if min_sqnr is not None and not (isinstance(min_sqnr, int | float) and min_sqnr == min_sqnr):
         raise TypeError(f"quantize: min_sqnr is {min_sqnr!r}; it must be None or a number of decibels")
     calls = list(_calls(model, calibration_batches))
-    fast = optimize(model, example_inputs=_positional(model, calls[0]), check=check)
+    try:
+        fast = optimize(model, example_inputs=_positional(model, calls[0]), check=check)
+    except (TypeError, ValueError) as error:  # in the words of this function's arguments
+        said = str(error).replace("optimize: ", "quantize: ", 1).replace("example_inputs", "calibration_batches[0]")
+        raise type(error)(said) from error
     if isinstance(fast, PartlyOptimizedModule):
         holders = {name: module.__dict__.get("forward") for name, module in fast.model.named_modules()}
         parts = {f"{name}.": part for name, part in holders.items() if isinstance(part, OptimizedModule)}
@@ -261,7 +265,12 @@ def _calibrate(fast: OptimizedModule, graphs: list[Graph], calls: list[Call]) ->
         graph.observers = {node: Observer() for node in read}
     with _Watching(graphs, [graph.observers for graph in graphs]):
         for index, call in enumerate(calls):
-            _run(fast, call)
+            try:
+                _run(fast, call)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"quantize: the model does not accept calibration_batches[{index}]: {shapes.first_line(error)}"
+                ) from error
             for graph in graphs:
                 broken = next((node for node, each in graph.observers.items() if not each.finite), None)
                 if broken is not None:

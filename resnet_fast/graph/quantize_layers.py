@@ -18,6 +18,7 @@ from resnet_fast.backends.onednn import Window
 from resnet_fast.backends.onednn_int8 import Affine
 from resnet_fast.backends.packing import Layouts
 from resnet_fast.nn.pristine import capturing
+from resnet_fast.ops._op import readable, unmoded
 
 from .guard import TooLarge, careful
 
@@ -283,7 +284,7 @@ def fake(x: Tensor, affine: Affine, largest: int, exported: bool = False) -> Ten
 
 def _runs(x: Tensor, largest: int) -> bool:
     """Return whether integers can be computed here, with a warning if only the processor is in the way."""
-    if x.device.type != "cpu" or x.dtype is not torch.float32 or backends.current() == "reference":
+    if x.dtype is not torch.float32 or not readable((x,)) or not unmoded() or backends.current() == "reference":
         return False
     reason = onednn_int8.unavailable()
     if not reason and largest > LARGEST_REDUCED and onednn_int8.saturates():

@@ -731,6 +731,9 @@ def test_a_model_that_writes_into_its_images() -> None:
         (["cat.jpg"], TypeError, r"calibration_batches\[0\] is a str"),
         ([("cat.jpg", 1)], TypeError, r"calibration_batches\[0\] is a tuple that holds no tensor"),
         ([torch.zeros(1, 3, 24, 24), torch.full((1, 3, 24, 24), math.nan)], ValueError, r"\[1\] holds NaN or infinity"),
+        ([torch.zeros(1, 4, 24, 24)], ValueError, r"quantize: .* not accept calibration_batches\[0\] \[1x4x24"),
+        ([images()[0][0]], ValueError, r"quantize: .* not accept calibration_batches\[0\] \[3x24x24"),
+        ([images()[0], torch.zeros(1, 4, 24, 24)], ValueError, r"not accept calibration_batches\[1\]: expected"),
         ([torch.full((1, 3, 24, 24), 3e38)], ValueError, r"calibration_batches\[0\] makes NaN or infinity at"),
     ],
 )  # fmt: skip
@@ -753,7 +756,7 @@ def test_wrong_models() -> None:
         rf.quantize("resnet50", images())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"quantize: this module is a snapshot already"):
         rf.quantize(rf.optimize(made()), images())
-    with pytest.raises(ValueError, match="training mode"):
+    with pytest.raises(ValueError, match="quantize: the model is in training mode"):
         rf.quantize(made().train(), images())
 
 
@@ -838,9 +841,12 @@ def test_onnx_runtime_runs_the_export_in_int8(tmp_path: Path, largest: int, monk
     assert "QLinearConv" in [node.op_type for node in onnx.load(optimized).graph.node]
 
 
-def test_torch_compile_of_the_snapshot() -> None:
+def test_compilers_and_transforms_see_the_definition() -> None:
     fast = rf.quantize(made(), images())
     x = images()[0]
+    assert sqnr(fast(x), torch.func.vmap(lambda image: fast(image[None])[0])(x)) > 30
+    around = rf.optimize(nn.Sequential(fast, nn.ReLU()).eval())
+    assert sqnr(fast(x).relu(), around(x)) > 30
     compiled = torch.compile(fast, backend="eager")
     assert sqnr(fast(x), compiled(x)) > 30
     torch._dynamo.reset()
