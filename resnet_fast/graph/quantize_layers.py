@@ -190,13 +190,17 @@ class Convolution(Quantized):
             return self.defined(x, residual)
         packed, out, relu = self.prepare(tuple(x.shape)), self.affine("out"), bool(self.relu)
         if residual is None:
-            return onednn_int8.conv(x, *packed, out, relu=relu)
+            return self._limited(onednn_int8.conv(x, *packed, out, relu=relu))
         if self.relu == "first":
             return onednn_int8.conv(x, *packed, None, relu=True).add_(residual)
         # What is not owned is copied; NCHW images of a layer that is not ours become channels_last.
         dense = residual.is_contiguous(memory_format=torch.channels_last)
         own = residual if self.overwrites and dense else residual.clone(memory_format=torch.channels_last)
-        return onednn_int8.conv_sum_(own, self.affine("residual"), x, *packed, out, relu=relu)
+        return self._limited(onednn_int8.conv_sum_(own, self.affine("residual"), x, *packed, out, relu=relu))
+
+    def _limited(self, y: Tensor) -> Tensor:
+        """Clip to 7 bits what the next convolution reads, if that is the range: oneDNN itself clips to 8."""
+        return y.clamp_(max=self.largest) if self.largest < LARGEST and not y.is_floating_point() else y
 
     def defined(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute the same of float32 tensors that hold rounded values."""

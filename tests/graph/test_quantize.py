@@ -107,11 +107,13 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("relu", ["", "last"])
 @pytest.mark.parametrize("floating", [False, True])
-def test_a_layer_is_exact(case: tuple[Any, ...], relu: str, floating: bool) -> None:
+@pytest.mark.parametrize("largest", [255, 127])
+def test_a_layer_is_exact(case: tuple[Any, ...], relu: str, floating: bool, largest: int) -> None:
     """Sums are exact in int32; only where the real value lies on the border of two steps may float32 take the other."""
     channels, out, kernel, stride, padding, dilation, groups, x_zero, y_zero, size, added = case
     generator = torch.Generator().manual_seed(channels + size)
-    largest = 127 if onednn_int8.saturates() else 255
+    if largest == 255 and onednn_int8.saturates():
+        pytest.skip("this processor needs 7 bits")
     weight = torch.randn(out, channels // groups, kernel, kernel, generator=generator).double()
     bias = torch.randn(out, generator=generator)
     x_way, residual_way = Affine(0.0125, min(x_zero, largest)), Affine(0.5, 11)
@@ -143,7 +145,7 @@ def test_a_layer_is_exact(case: tuple[Any, ...], relu: str, floating: bool) -> N
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
         return
     steps = exact / y_way.scale
-    wanted = (steps.round() + y_way.zero_point).clamp(0, 255)  # oneDNN knows no smaller range
+    wanted = (steps.round() + y_way.zero_point).clamp(0, largest)
     border = ((steps - steps.floor()) - 0.5).abs() < 1e-3
     difference = (found.double() - wanted).abs()
     assert found.dtype is torch.uint8
@@ -152,17 +154,16 @@ def test_a_layer_is_exact(case: tuple[Any, ...], relu: str, floating: bool) -> N
     meant = layer.defined(
         *(quantize_layers.real(tensor, way) for tensor, way in zip(given, (x_way, residual_way), strict=False))
     )
-    if largest == 255:
-        assert float((quantize_layers.real(found, y_way) - meant).abs().max()) <= 1.001 * y_way.scale
+    assert float((quantize_layers.real(found, y_way) - meant).abs().max()) <= 1.001 * y_way.scale
 
 
 def test_quantize_and_back() -> None:
     way = Affine(0.5, 10)
     x = torch.tensor([-100.0, -5.1, -5.0, -0.25, 0.0, 0.25, 0.26, 0.75, 122.5, 1e9]).view(1, 10, 1, 1)
-    found = Quantize(way, 255)(x)
+    found = quantize_layers.stored(x, way, 255)
     assert found.flatten().tolist() == [0, 0, 0, 10, 10, 10, 11, 12, 255, 255]  # halves to even
     assert torch.equal(Dequantize(way, 255)(found), quantize_layers.fake(x, way, 255))
-    assert Quantize(way, 127)(x).max() == 127
+    assert Quantize(way, 127)(x).max() == 127 and Quantize(way, 127)(x).dtype is torch.uint8
 
 
 @pytest.mark.parametrize("window", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2)])
@@ -334,7 +335,7 @@ def test_each_size_has_its_packed_weights() -> None:
     for layer in layers:
         assert layer._packed is not None
         shapes = layer._packed[1].by_shape
-        assert {shape[0] for shape in shapes} >= {3} and 3 <= len(shapes) <= 4
+        assert {shape[0] for shape in shapes} >= {3} and len(shapes) <= 4  # fewer if each wants a layout
         assert len({id(weight) for weight in shapes.values()}) <= 2
     for size in range(8, 300):
         layers[0].prepare((1, 16, size, size))
@@ -518,7 +519,8 @@ def test_resnets(arch: str) -> None:
     assert kinds(fast)["Quantize"] == kinds(fast)["Dequantize"] == 1
     with torch.no_grad():
         exact = model(x[2])
-    assert sqnr(exact, fast(x[2])) > (25 if arch == "resnet18" else 18)
+    missing = 6 if onednn_int8.saturates() else 0  # dB of the eighth bit
+    assert sqnr(exact, fast(x[2])) > (25 if arch == "resnet18" else 18) - missing
 
 
 # --- what stays float on request
@@ -825,6 +827,8 @@ def test_exports() -> None:
 @pytest.mark.parametrize("largest", [255, 127])
 def test_onnx_runtime_runs_the_export_in_int8(tmp_path: Path, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    if largest == 255 and onednn_int8.saturates():
+        pytest.skip("this processor needs 7 bits")
     monkeypatch.setattr(onednn_int8, "saturates", lambda: largest == 127)
     fast, x = rf.quantize(made(), images()), images(3)[2]
     file, optimized = str(tmp_path / "qdq.onnx"), str(tmp_path / "optimized.onnx")
