@@ -712,13 +712,15 @@ def test_mappings_and_several_arguments() -> None:
 def test_a_model_that_writes_into_its_images() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         x.mul_(2).add_(0.5)
-        return self.inner(x)
+        return self.inner(x) if x.sum() < 1e9 else x  # its own code runs, since it decides by values
 
     model, batches = made(Lambda(forward, inner=Residual())), images()
-    fast = rf.quantize(model, batches)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast, plain = rf.quantize(model, batches), rf.optimize(model)
     assert all(torch.equal(a, b) for a, b in zip(batches, images(), strict=True))
-    assert fast.quantization is not None and fast.quantization.sqnr is not None
-    exact, found = (torch.cat([each(x.clone()) for x in batches]) for each in (rf.optimize(model), fast))
+    assert fast.quantization is not None and fast.quantization.sqnr is not None and fast.quantization.int8
+    exact, found = (torch.cat([each(x.clone()) for x in batches]) for each in (plain, fast))
     assert sqnr(exact, found) == pytest.approx(fast.quantization.sqnr, abs=0.01)
 
 
