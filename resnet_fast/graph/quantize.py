@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from resnet_fast.backends import onednn_int8
 
 from . import batching, calling, ir, memory, shapes
+from .guards import Refused
 from .optimize import optimize, row_bytes
 from .plan import Fused
 from .quantize_build import Builder, Graph
@@ -358,19 +359,16 @@ def _fit(
         measured = _measure(fast, graphs, calls)
         found = measured.outputs.sqnr
         if min_sqnr is None:
-            poor = found is not None and found < _POOR
-            note = f"the outputs have {found:.1f} dB only: min_sqnr and keep_float leave layers in float32"
-            return measured, (note,) if poor else ()
+            if found is None or found >= _POOR:
+                return measured, ()
+            return measured, (f"the outputs have {found:.1f} dB only: min_sqnr and keep_float leave layers in float32",)
         if found is None or found >= min_sqnr:
             return measured, ()
-        losing = sorted((graph.trials[node], name, graph, node) for graph, node, name in _chosen(graphs))
-        for alone, _, graph, node in losing[: max(1, len(losing) // 10)]:
-            graph.keep(node, f"float32 for min_sqnr={min_sqnr:g}: {alone:.1f} dB alone")
+        chosen = [(graph, node) for graph in graphs for node in graph.chosen]
+        losing = sorted(chosen, key=lambda each: each[0].trials[each[1]])
+        for graph, node in losing[: max(1, len(losing) // 10)]:
+            graph.keep(node, f"float32 for min_sqnr={min_sqnr:g}: {graph.trials[node]:.1f} dB alone")
     return None, ()
-
-
-def _chosen(graphs: list[Graph]) -> list[tuple[Graph, fx.Node, str]]:
-    return [(graph, node, graph.layers[node]) for graph in graphs for node in graph.chosen]
 
 
 def _tried(graph: Graph) -> bool:
@@ -445,8 +443,11 @@ def _pieces(graphs: list[Graph], call: Call) -> Iterator[Call]:
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    """Return the floating point tensors of a result."""
-    leaves = calling.flatten(result)[0]
+    """Return the floating point tensors of a result; none of an object that nobody knows."""
+    try:
+        leaves = calling.flatten(result)[0]
+    except Refused:
+        return []
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
