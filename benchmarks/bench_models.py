@@ -42,6 +42,8 @@ ON_CPU: tuple[Case, ...] = (
     *itertools.product(("resnet18", "resnet152"), ("fp32", "bf16"), (1, 16)),
 )
 """What the README's table is made of, the most important first."""
+IN_INT8: tuple[Case, ...] = tuple((arch, "int8", batch) for arch in ("resnet50", "resnet18") for batch in (1, 16))
+"""What ``--dtype int8`` measures."""
 SHARED: Case = ("resnet50", "fp32", 1)
 """What is measured beside a busy process too, and by one thread."""
 
@@ -196,7 +198,7 @@ def _warmed(case: Case) -> tuple[Case, str]:
 def main() -> int:
     parser = Options("bench_models", __doc__)
     parser.add_argument("--arch", choices=list_models(), help="only this network, at --dtype and --batch")
-    parser.add_argument("--dtype", help=f"of {','.join(DTYPES)}, comma-separated: only these; with --arch the first")
+    parser.add_argument("--dtype", help=f"of {','.join(DTYPES)} and int8 (CPU), comma-separated; with --arch the first")
     parser.add_argument("--batch", type=int, help="images in a batch, with --arch (default: 1) or --check")
     parser.add_argument("--cases", choices=tuple(SETS), default="all", help="on a GPU: ResNet-50 in fp16, the others")
     parser.add_argument("--peers", help="comma-separated contestants (default: all)")
@@ -209,8 +211,9 @@ def main() -> int:
     parser.add_argument("--busy", type=int, metavar="N", help=busy)
     given = parser.parse()
     place = devices.of(given.device)
-    known = tuple(DTYPES) if place is CUDA or given.check else ("fp32", "bf16")
-    precisions = parser.names("--dtype", given.dtype or ",".join(known), known)
+    usual = tuple(DTYPES) if place is CUDA or given.check else ("fp32", "bf16")
+    known = usual if place is CUDA or given.check else (*usual, "int8")
+    precisions = parser.names("--dtype", given.dtype or ",".join(usual), known)
     peers = parser.names("--peers", given.peers or "", serving(place.kind))
     if given.warm and place is CPU:
         parser.error("--warm is for a GPU, and torch sees none here")
@@ -222,7 +225,7 @@ def main() -> int:
     if given.warm:
         compiled = [*FIRST, *((*each, 128) for each in JUDGED if (*each, 128) not in FIRST)]
         return warm([case for case in compiled if case[1] in precisions])
-    cases = [case for case in (ON_CPU if place is CPU else SETS[given.cases]) if case[1] in precisions]
+    cases = [case for case in ((*ON_CPU, *IN_INT8) if place is CPU else SETS[given.cases]) if case[1] in precisions]
     if given.arch:
         cases = [(given.arch, precisions[0], given.batch or 1)]
     missing = [PEERS[name].missing(torch.float32) for name in peers if PEERS[name].missing(torch.float32)]

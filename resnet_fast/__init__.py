@@ -32,6 +32,7 @@ if TYPE_CHECKING or not _COMMAND_LINE:
     from ._info import Info, info
     from .graph.export import exportable
     from .graph.optimize import optimize  # not from .graph: mypy would take the module of the same name
+    from .graph.quantize import quantize
     from .integrations import from_timm, from_torchvision, from_transformers, register_models
     from .models import (
         list_models,
@@ -65,6 +66,7 @@ __all__ = [
     "ops",
     "optimize",
     "predict",
+    "quantize",
     "register_models",
     "residual_network",
     "resnet18",
@@ -83,7 +85,14 @@ if TYPE_CHECKING:
     from . import caffe, inference
     from .inference import predict
 else:
-    _HOMES = {"Info": "._info", "info": "._info", "exportable": ".graph", "optimize": ".graph", "predict": ".inference"}
+    _HOMES = {
+        "Info": "._info",
+        "info": "._info",
+        "exportable": ".graph",
+        "optimize": ".graph",
+        "quantize": ".graph",
+        "predict": ".inference",
+    }
     _HOMES |= dict.fromkeys(("from_timm", "from_torchvision", "from_transformers", "register_models"), ".integrations")
 
     def __getattr__(name: str) -> Any:

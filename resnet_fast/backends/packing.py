@@ -48,19 +48,43 @@ def fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(eq=False)
+class Layouts:
+    """Packed copies of a weight by the shapes of inputs: one for each layout that these ask for.
+
+    What is kept is bounded whatever sizes the inputs have: the oldest layouts are dropped.
+    """
+
+    by_shape: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    by_layout: dict[bytes, Tensor] = field(default_factory=dict)
+
+    def add(self, size: tuple[int, ...], packed: Tensor) -> Tensor:
+        """Keep a weight packed for inputs of ``size``, and return it, or one of the same layout that is there."""
+        # New dictionaries, so that other threads may read the old ones meanwhile.
+        layouts = dict(self.by_layout)
+        packed = layouts.setdefault(onednn.layout(packed), packed)
+        if len(layouts) > _LAYOUTS_KEPT:
+            del layouts[next(iter(layouts))]
+        kept = {id(each) for each in layouts.values()}
+        shapes = {size: each for size, each in self.by_shape.items() if id(each) in kept}
+        if len(shapes) >= _SHAPES_KEPT:
+            del shapes[next(iter(shapes))]
+        shapes[size] = packed
+        self.by_layout, self.by_shape = layouts, shapes
+        return packed
+
+
+@dataclass(eq=False)
 class PackedConv:
     """A convolution with its scale folded in, run by oneDNN; a packed copy for each layout that input shapes ask for.
 
     ``bias`` is the shift [K], in the inputs' dtype as oneDNN wants it. It holds no plain weight: whoever calls passes a
-    function that makes it, used when an input shape comes for the first time. What is kept is bounded whatever sizes
-    the inputs have: the oldest layouts are dropped.
+    function that makes it, used when an input shape comes for the first time.
     """
 
     bias: Tensor
     weight_shape: torch.Size
     window: onednn.Window
-    _by_shape: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-    _by_layout: dict[bytes, Tensor] = field(default_factory=dict)
+    layouts: Layouts = field(default_factory=Layouts)
 
     def __post_init__(self) -> None:
         channels = self.weight_shape[1]
@@ -85,20 +109,7 @@ class PackedConv:
         if self._pads:
             weight = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, 1))
         packed = onednn.pack_conv(weight, self.window, list(size))
-        if not keep:
-            return packed
-        # New dictionaries, so that other threads may read the old ones meanwhile.
-        layouts = dict(self._by_layout)
-        packed = layouts.setdefault(onednn.layout(packed), packed)
-        if len(layouts) > _LAYOUTS_KEPT:
-            del layouts[next(iter(layouts))]
-        kept = {id(each) for each in layouts.values()}
-        shapes = {size: each for size, each in self._by_shape.items() if id(each) in kept}
-        if len(shapes) >= _SHAPES_KEPT:
-            del shapes[next(iter(shapes))]
-        shapes[size] = packed
-        self._by_layout, self._by_shape = layouts, shapes
-        return packed
+        return self.layouts.add(size, packed) if keep else packed
 
     def run(
         self,
@@ -124,7 +135,7 @@ class PackedConv:
         late = residual if residual_after_activation else None
         early = None if residual_after_activation else residual
         post_op = relu and finite
-        packed = self._by_shape.get(shape)
+        packed = self.layouts.by_shape.get(shape)
         if packed is None:
             packed = self._packed(shape, folded)
         if early is None:

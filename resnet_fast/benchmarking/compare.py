@@ -22,6 +22,7 @@ from resnet_fast._dtypes import DTYPES
 from resnet_fast.benchmarking import contention, machine, results
 from resnet_fast.benchmarking.device import CPU, Device
 from resnet_fast.benchmarking.gate import Verdict, judge
+from resnet_fast.benchmarking.int8_peers import INT8_PEERS, simulated
 from resnet_fast.benchmarking.network import randomize, seeded_batches
 from resnet_fast.benchmarking.peers import PEERS, Contestant, Peer, Task, name_of, plain, serving
 from resnet_fast.benchmarking.timing import (
@@ -73,18 +74,22 @@ class Setting:
             raise ValueError(f"threads is {self.threads}, it must be at least 1")
         if self.busy < 0 or (self.busy and self.device.kind != "cpu"):
             raise ValueError(f"busy is {self.busy}, it must be at least 0, and 0 on a GPU")
-        known = ("fp32", "bf16") if self.device.kind == "cpu" else tuple(DTYPES)
+        known = ("fp32", "bf16", "int8") if self.device.kind == "cpu" else tuple(DTYPES)
         if self.precision not in known:
             raise ValueError(f"precision is {self.precision!r}, it must be one of {', '.join(known)}")
-        those = serving(self.device.kind)
+        those = self._serving
         unknown = [name for name in self.peers if name not in those]
         if unknown:
             raise ValueError(f"unknown peer {unknown[0]!r}; there are {', '.join(those)}")
 
     @property
+    def _serving(self) -> tuple[str, ...]:
+        return tuple(INT8_PEERS) if self.precision == "int8" else serving(self.device.kind)
+
+    @property
     def dtype(self) -> torch.dtype:
         """What values are stored in."""
-        return DTYPES[self.precision]
+        return torch.int8 if self.precision == "int8" else DTYPES[self.precision]
 
     @property
     def name(self) -> str:
@@ -95,7 +100,7 @@ class Setting:
     @property
     def contestants(self) -> tuple[str, ...]:
         """The names asked for, in the order of ``PEERS``, with "optimize"."""
-        those = serving(self.device.kind)
+        those = self._serving
         return tuple(name for name in those if name == "optimize" or name in (self.peers or those))
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,7 +122,7 @@ def compare(
     model: nn.Module,
     *,
     progress: Progress = lambda stage, fraction: None,
-    peers: Mapping[str, Peer] = PEERS,
+    peers: Mapping[str, Peer] | None = None,
 ) -> dict[str, Any]:
     """Build, judge and time every contestant and return the result dictionary (``results.SCHEMA``).
 
@@ -129,6 +134,7 @@ def compare(
     """
     from resnet_fast import info
 
+    peers = peers or (INT8_PEERS if setting.precision == "int8" else PEERS)
     place, names = setting.device, setting.contestants
     shape = (setting.batch, 3, setting.image_size, setting.image_size)
     ways: dict[str, dict[str, dict[str, Any]]] = {}
@@ -266,7 +272,7 @@ def fresh_model(arch: str, *, image_size: int = 224, seed: int = 0) -> nn.Module
 def _input(batch: Tensor, setting: Setting) -> Tensor:
     """A batch as contestants get it, holding only values that the dtype can represent, so that all start from equal
     inputs: float32 on a CPU, whose runtimes want that, and what is stored on a GPU."""
-    rounded = batch.to(setting.device.name, setting.dtype)
+    rounded = batch.to(setting.device.name, setting.dtype) if setting.dtype.is_floating_point else batch
     if setting.device.kind == "cpu":
         return rounded.float()
     return rounded.contiguous(memory_format=torch.channels_last)
@@ -277,6 +283,9 @@ def _judge(model: nn.Module, batch: Tensor, dtype: torch.dtype) -> Callable[[Ten
     picked = sorted({0, len(batch) - 1})
     layers = plain(model).to(batch.device)
     exact = copy.deepcopy(layers).double()(batch[picked].double()).cpu()
+    if dtype is torch.int8:
+        same = simulated(model, batch[picked])
+        return lambda answer: judge(answer[picked].float(), same, exact, torch.float32)
     same = layers.to(dtype).to(memory_format=torch.channels_last)(batch.to(dtype))[picked].cpu()  # type: ignore[call-overload]
     return lambda answer: judge(answer[picked].float(), same, exact, dtype)
 

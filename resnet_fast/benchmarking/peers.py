@@ -113,7 +113,7 @@ def plain(model: nn.Module) -> torch.fx.GraphModule:
     return traced
 
 
-def _torch_contestant(module: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Contestant:
+def torch_contestant(module: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Contestant:
     def prepare(batch: Tensor) -> Tensor:
         return batch.to(dtype).contiguous(memory_format=torch.channels_last)
 
@@ -139,7 +139,7 @@ def _build_optimized(task: Task, cuda_graphs: bool | str = False) -> Contestant:
     model = copy.deepcopy(task.model).eval().to(device)
     fast = optimize(model, dtype=task.dtype, **how)  # type: ignore[arg-type]
     layers = Counter(row.backend for row in fast.report().rows if row.backend)
-    return replace(_torch_contestant(fast, task.dtype), details={"layers_by_backend": dict(layers)})
+    return replace(torch_contestant(fast, task.dtype), details={"layers_by_backend": dict(layers)})
 
 
 def _build_recorded(task: Task) -> Contestant:
@@ -148,18 +148,18 @@ def _build_recorded(task: Task) -> Contestant:
 
 
 def _build_live(task: Task) -> Contestant:
-    return _torch_contestant(_channels_last(task.model, task), task.dtype)
+    return torch_contestant(_channels_last(task.model, task), task.dtype)
 
 
 def _build_eager(task: Task) -> Contestant:
-    return _torch_contestant(_channels_last(plain(task.model), task), task.dtype)
+    return torch_contestant(_channels_last(plain(task.model), task), task.dtype)
 
 
 def _build_inductor(task: Task) -> Contestant:
     from torch._inductor import config
 
     compiled = torch.compile(_channels_last(plain(task.model), task), dynamic=False)
-    contestant = _torch_contestant(compiled, task.dtype)
+    contestant = torch_contestant(compiled, task.dtype)
     with config.patch(freezing=True), torch.no_grad():
         compiled(contestant.prepare(task.example))
     return contestant
@@ -170,7 +170,7 @@ def _build_compile(task: Task) -> Contestant:
     torch._dynamo.reset()
     layers = _channels_last(plain(task.model), task)
     compiled = torch.compile(layers, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)
-    return _torch_contestant(compiled, task.dtype)
+    return torch_contestant(compiled, task.dtype)
 
 
 def _build_jax(task: Task) -> Contestant:
@@ -203,7 +203,7 @@ def export_onnx(task: Task, batch: int | None = None) -> Path:
     failures = []
     for dynamo in (False, True):
         try:
-            with _quiet():
+            with quiet():
                 torch.onnx.export(layers, (example,), str(path), dynamo=dynamo,
                                   input_names=["image"], output_names=["score"])  # fmt: skip
             return path
@@ -214,6 +214,11 @@ def export_onnx(task: Task, batch: int | None = None) -> Path:
 
 
 def _build_onnxruntime(task: Task) -> Contestant:
+    return run_onnxruntime(export_onnx(task), task)
+
+
+def run_onnxruntime(file: Path, task: Task) -> Contestant:
+    """Return ONNX Runtime with a file."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -221,7 +226,7 @@ def _build_onnxruntime(task: Task) -> Contestant:
     options.inter_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(export_onnx(task)), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return Contestant(
         prepare=lambda batch: {name: batch.float().contiguous().numpy()},
@@ -231,12 +236,16 @@ def _build_onnxruntime(task: Task) -> Contestant:
 
 
 def _build_openvino(task: Task) -> Contestant:
+    return run_openvino(export_onnx(task), task, {torch.float32: "f32", torch.bfloat16: "bf16"}[task.dtype])
+
+
+def run_openvino(file: Path, task: Task, precision: str) -> Contestant:
+    """Return OpenVINO with a file, computing in ``precision`` what is not quantized."""
     import openvino
 
     core = openvino.Core()
-    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[task.dtype]
     compiled = core.compile_model(
-        str(export_onnx(task)),
+        str(file),
         "CPU",
         {
             "PERFORMANCE_HINT": "LATENCY",
@@ -362,7 +371,7 @@ def serving(kind: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences the exporters' chatter."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -5,7 +5,9 @@ The passes work on function calls with constant tensors only, so every front end
 
 from .export import exportable
 from .optimize import optimize
+from .quantize import quantize
+from .quantize_report import LayerQuality, Quantization
 from .report import Report, Row
 from .snapshot import OptimizedModule
 
-__all__ = ["OptimizedModule", "Report", "Row", "exportable", "optimize"]
+__all__ = ["LayerQuality", "OptimizedModule", "Quantization", "Report", "Row", "exportable", "optimize", "quantize"]

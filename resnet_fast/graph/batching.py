@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from . import guards, ir, shapes
 from .guard import Guard
 from .plan import Fused
+from .quantize_layers import Quantized
 
 _MMAP_THRESHOLD_MAX = 32 << 20
 #: The largest intermediate tensor a piece may have; the rest is room for alignment and malloc's header.
@@ -109,9 +110,13 @@ def _kind(gm: fx.GraphModule, node: fx.Node, kinds: dict[fx.Node, _Kind]) -> _Ki
         return None
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        known = isinstance(module, Fused | Guard) or type(module) in _MODULES
+        known = isinstance(module, Fused | Guard | Quantized) or type(module) in _MODULES
         known |= type(module) is nn.Softmax and module.dim is not None and module.dim > 0
-        return _Kind.BATCH if known and rest <= {_Kind.BATCH} and (not rest or isinstance(module, Fused)) else None
+        return (
+            _Kind.BATCH
+            if known and rest <= {_Kind.BATCH} and (not rest or isinstance(module, Fused | Quantized))
+            else None
+        )
     if node.op == "call_method":
         return _method(node, kinds, rest)
     target = node.target

@@ -18,6 +18,7 @@ from resnet_fast.ops._op import readable, unmoded
 from . import memory
 from .guard import Guard
 from .plan import Fused
+from .quantize_layers import Quantized
 
 
 class NotPlanned(Exception):
@@ -55,6 +56,8 @@ def planned(gm: fx.GraphModule) -> fx.GraphModule | None:
     nodes = [node for node in gm.graph.nodes if not _is_guard(gm, node)]
     if any(memory.written(gm, node) for node in nodes):
         return None  # the order of what writes and reads would have to be kept
+    if any(isinstance(module, Quantized) for module in gm.modules()):
+        return None  # with separate ReLUs these run by their definition
     calls: dict[fx.Node, int] = {}  # which call a layer is part of, counted from 0
     ready: dict[fx.Node, int] = {}  # before which call another node runs; these keep their order
     latest = 0

@@ -25,6 +25,7 @@ from . import calling, copies
 from .guard import Guard
 from .ir import free_name
 from .plan import Fused
+from .quantize_layers import Quantized
 from .snapshot import OptimizedModule, PartlyOptimizedModule
 
 __all__ = ["exportable"]
@@ -140,6 +141,8 @@ def _unfused(fused: fx.GraphModule) -> fx.GraphModule:
     gm = copy.deepcopy(fused, constants)  # which are read, and not kept
     for node in list(gm.graph.nodes):
         module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, Quantized):
+            module.export()
         if isinstance(module, Fused):
             gm.delete_submodule(str(node.target))
             with gm.graph.inserting_before(node):

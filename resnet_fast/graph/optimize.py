@@ -371,7 +371,7 @@ def _annotate(gm: fx.GraphModule) -> list[ir.Layer]:
     layers: dict[ir.Layer, None] = {}
     for node in gm.graph.nodes:
         for layer in ir.layers_of(node):
-            moved = _bytes_moved(gm, node, values)
+            moved = row_bytes(gm, node, values)
             layer.shape = ir.shape_of(node)
             layer.bytes_before = moved if layer not in layers else _total(layer.bytes_before, moved)
             layers[layer] = None
@@ -382,8 +382,8 @@ def _total(a: int | None, b: int | None) -> int | None:
     return None if a is None or b is None else a + b
 
 
-def _bytes_moved(gm: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> int | None:
-    """Inputs + constants read and output written by one node; 0 for a view, None if a shape is unknown."""
+def row_bytes(gm: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> int | None:
+    """Return inputs + constants read and output written by one node; 0 for a view, None if a shape is unknown."""
     result = values.get(node)
     if result is None or isinstance(result, shapes.Unknown):
         return None
@@ -485,7 +485,7 @@ def _report(
     rows: dict[ir.Layer, Row] = {}
     for node in gm.graph.nodes:
         members = ir.layers_of(node)
-        after = _bytes_moved(gm, node, values)
+        after = row_bytes(gm, node, values)
         op, runs = "", "torch"
         if node.op == "call_module" and isinstance(module := gm.get_submodule(str(node.target)), plan.Fused):
             given = [value for source in node.args if isinstance(value := values.get(cast(fx.Node, source)), Tensor)]

@@ -27,6 +27,7 @@ class Fused(nn.Module):
         overwrites: whether the result may be written into the residual, which nobody reads afterwards.
         no_nan: whether no NaN can reach the ReLU; set by finite.certify.
         image_size: height and width that images must have, None if any will do.
+        layer: the name of the first of the author's layers that it computes.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Fused(nn.Module):
         self.training = False
         self.overwrites, self.image_size = overwrites, image_size
         self.no_nan = False
+        self.layer = ""
         self._bound: Bound[Any] | None = None
 
     @property
@@ -157,6 +159,7 @@ def lower(gm: fx.GraphModule, dtype: torch.dtype, backend: str) -> fx.GraphModul
     names = _names(gm, made)
     for node, module in made.items():
         a = ir.arguments_of(node)
+        module.layer = ir.name_of(node)
         inputs = tuple(value for name in module.declared.data if (value := getattr(a, name)) is not None)
         with gm.graph.inserting_before(node):
             new = gm.graph.create_node("call_module", names[node], inputs)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .quantize_report import Quantization
+
 
 @dataclass(frozen=True)
 class Row:
@@ -41,6 +43,7 @@ class Report:
         notes: remarks on the whole model.
         batch: number of images in the example inputs; None if unknown.
         dtype_before: the original model's dtype, in which ``bytes_before`` is counted.
+        quantization: what ``quantize`` did, and what it costs in accuracy; None for a result of ``optimize``.
     """
 
     model: str
@@ -50,6 +53,7 @@ class Report:
     notes: tuple[str, ...] = field(default=())
     batch: int | None = None
     dtype_before: str = ""
+    quantization: Quantization | None = None
 
     @property
     def fused(self) -> tuple[Row, ...]:
@@ -90,6 +94,7 @@ class Report:
         data = asdict(self)
         for row in data["rows"]:
             row["shape"] = None if row["shape"] is None else list(row["shape"])
+        data["quantization"] = None if self.quantization is None else self.quantization.as_dict()
         return {**data, "rows": list(data["rows"]), "example": list(self.example), "notes": list(self.notes), **totals}
 
     def __repr__(self) -> str:
@@ -108,6 +113,8 @@ class Report:
         text = [f"{self.model} in {self.dtype}, example input {', '.join(self.example) or 'unknown'}", ""]
         text += [line(header), "  ".join("-" * width for width in widths), *(line(cells) for cells in lines[1:])]
         text += ["", self._counts(), self._traffic(), *(f"note: {note}" for note in self.notes)]
+        if self.quantization is not None:
+            text += ["", str(self.quantization)]
         return "\n".join(text)
 
     def _counts(self) -> str:

@@ -19,7 +19,8 @@ from . import batching, calling, capture, engine, finite, plan
 from . import cuda_graphs as cuda_graphs_
 from .guard import TooLarge, with_separate_relus
 from .guards import OutsideGuards
-from .report import Report
+from .quantize_report import Quantization
+from .report import Report, Row
 
 
 class ImageInput(NamedTuple):
@@ -229,6 +230,22 @@ class OptimizedModule(nn.Module):
     def remark(self, note: str) -> None:
         """Add a note to the report, unless it is empty."""
         self._report = dataclasses.replace(self._report, notes=(*self._report.notes, *([note] if note else [])))
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """What ``quantize`` did, and what it costs in accuracy; None for a result of ``optimize``."""
+        return self._report.quantization
+
+    def become(self, graph_module: fx.GraphModule) -> None:
+        """Compute another graph of the same inputs and outputs from now on."""
+        self.graph_module = graph_module
+        self._separable = not batching.why_not_separable(graph_module)
+        self._pieces, self._planned, self._recorder = {}, None, None
+
+    def quantized_as(self, quantization: Quantization, row: Callable[[Row], Row]) -> None:
+        """Put into the report what became of the layers; ``row`` gives the new row for an old one."""
+        rows = tuple(row(each) for each in self._report.rows)
+        self._report = dataclasses.replace(self._report, rows=rows, quantization=quantization)
 
     @property
     def code(self) -> str:

@@ -411,9 +411,11 @@ class TestPackedWeightsFollowTheParameters:
         for i in range(400):
             x = torch.randn(1 + i % 3, 64, 1 + i % 34, 3 + i % 29).contiguous(memory_format=torch.channels_last)
             conv.run(x, folded)
-        assert len(conv._by_layout) <= 2
-        assert len(conv._by_shape) <= 256
-        assert all(packed in [*map(id, conv._by_layout.values())] for packed in map(id, conv._by_shape.values()))
+        assert len(conv.layouts.by_layout) <= 2
+        assert len(conv.layouts.by_shape) <= 256
+        assert all(
+            packed in [*map(id, conv.layouts.by_layout.values())] for packed in map(id, conv.layouts.by_shape.values())
+        )
 
     @pytest.mark.parametrize("layouts", [1, 2])
     def test_a_dropped_layout_is_packed_again(self, layouts: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,7 +431,7 @@ class TestPackedWeightsFollowTheParameters:
             with backends.use("onednn"):
                 assert torch.allclose(rf.ops.conv_bn_act(**a), want, rtol=1e-5, atol=1e-5)
         ((_, conv),) = packing._cache[a["weight"].untyped_storage()].values()
-        assert len(conv._by_layout) == len(conv._by_shape) == layouts
+        assert len(conv.layouts.by_layout) == len(conv.layouts.by_shape) == layouts
 
 
 def test_threads() -> None:

@@ -372,7 +372,7 @@ def test_compare_fails_if_the_optimized_network_is_wrong(model: nn.Module) -> No
     [
         ({"batch": 0}, "batch is 0"),
         ({"image_size": 8}, "image size is 8"),
-        ({"precision": "int8"}, "precision is 'int8', it must be one of fp32, bf16"),
+        ({"precision": "int4"}, "precision is 'int4', it must be one of fp32, bf16, int8"),
         ({"precision": "fp16"}, "precision is 'fp16'"),
         ({"peers": ("tensorflow",)}, "unknown peer 'tensorflow'; there are optimize, live"),
         ({"peers": ("jax",)}, "unknown peer 'jax'"),

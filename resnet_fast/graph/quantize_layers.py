@@ -1,0 +1,298 @@
+"""The modules of a quantized graph: uint8 tensors between convolutions, and the way in and out of them.
+
+Between :class:`Quantize` and :class:`Dequantize` runs one of two things, told by the tensor's dtype: uint8 through
+oneDNN, or float32 that holds the same rounded values. The second, the definition, runs where the first cannot: on other
+devices, for who writes the ops down, on a CPU whose products of 8 bits saturate, and for what uint8 cannot hold, NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fast import backends
+from resnet_fast.backends import onednn_int8
+from resnet_fast.backends.onednn import Window
+from resnet_fast.backends.onednn_int8 import Affine
+from resnet_fast.backends.packing import Layouts
+from resnet_fast.nn.pristine import capturing
+from resnet_fast.ops._op import readable, unmoded
+
+from .guard import TooLarge, careful
+
+#: The largest stored value, and the largest if products of 8 bits saturate (see onednn_int8.saturates).
+LARGEST, LARGEST_REDUCED = 255, 127
+
+
+class Quantized(nn.Module):
+    """What the modules here share.
+
+    Attributes:
+        layer: the name of the author's layer that it computes, "" if it computes none.
+        exported: whether the definition runs, in ops that exporters know as quantization.
+    """
+
+    def __init__(self, layer: str = "") -> None:
+        super().__init__()
+        self.training = False
+        self.layer, self.exported = layer, False
+        self._affines: dict[str, Affine] = {}  # as Python's numbers
+
+    def _store(self, name: str, affine: Affine) -> None:
+        """Keep an affine as two buffers, so that a state_dict has it."""
+        self.register_buffer(f"{name}_scale", torch.tensor(affine.scale, dtype=torch.float32))
+        self.register_buffer(f"{name}_zero_point", torch.tensor(affine.zero_point, dtype=torch.int64))
+
+    def affine(self, name: str) -> Affine | None:
+        """Return how "x", "out" or "residual" is stored, None for float32."""
+        if name not in self._affines and f"{name}_scale" in self._buffers:
+            scale, zero_point = self._buffers[f"{name}_scale"], self._buffers[f"{name}_zero_point"]
+            assert scale is not None and zero_point is not None
+            self._affines[name] = Affine(float(scale), int(zero_point))
+        return self._affines.get(name)
+
+    def export(self) -> None:
+        """Compute by the definition from now on, in ops that exporters know as quantization."""
+        for name in ("x", "out", "residual"):
+            self.affine(name)
+        self.exported = True
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Quantized:
+        self._changed()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._changed()
+        super()._load_from_state_dict(*args)
+
+    def _changed(self) -> None:
+        """Other constants: what was made of them is void."""
+        self._affines.clear()
+
+
+class _Converter(Quantized):
+    def __init__(self, affine: Affine, largest: int) -> None:
+        super().__init__()
+        self.largest = largest
+        self._store("x", affine)
+
+    @property
+    def stored_as(self) -> Affine:
+        found = self.affine("x")
+        assert found is not None
+        return found
+
+    def extra_repr(self) -> str:
+        scale, zero_point = self.stored_as
+        return f"scale={scale:.6g}, zero_point={zero_point}, largest={self.largest}"
+
+
+class Quantize(_Converter):
+    """From float32 to uint8 ``clamp(round(x / scale) + zero_point, 0, largest)``, channels_last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.exported or capturing() or torch.compiler.is_compiling() or careful() or not _runs(x, self.largest):
+            return fake(x, self.stored_as, self.largest, self.exported)
+        if x.numel() and not bool(x.sum().isfinite()):
+            raise TooLarge  # uint8 has no NaN: the batch runs again by the definition, which lets it through
+        return stored(x, self.stored_as, self.largest)
+
+    def plain(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
+        """For shapes."""
+        return x.to(torch.uint8)
+
+
+class Dequantize(_Converter):
+    """From uint8 to float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return real(x, self.stored_as)
+
+    def plain(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
+        """For shapes."""
+        return x.float()
+
+
+class MaxPool(Quantized):
+    """``torch.max_pool2d`` of stored values, whose order is that of the real ones."""
+
+    def __init__(self, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool, layer: str = "") -> None:
+        super().__init__(layer)
+        self.window = kernel, stride, padding, dilation, ceil
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            return torch.max_pool2d(x, *self.window)
+        return onednn_int8.max_pool(x, *self.window)
+
+    def plain(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
+        """For shapes."""
+        return torch.max_pool2d(x.float(), *self.window).to(torch.uint8)
+
+
+class Convolution(Quantized):
+    """A convolution of uint8 with an int8 weight, its bias, residual and ReLU, and one rounding at the end.
+
+    Args:
+        weight: float [K, C/groups, R, S], the batch norm folded in. bias: float [K].
+        window: padding, stride, dilation, groups.
+        x: how the input is stored. out: how the output is, None for float32.
+        residual: how what is added is stored, None for float32.
+        relu: "" for none, "last" behind the addition, "first" in front of it, which takes float32 on both sides.
+        overwrites: whether the residual's memory may be written over.
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        weight: Tensor,
+        bias: Tensor,
+        window: Window,
+        x: Affine,
+        out: Affine | None,
+        residual: Affine | None,
+        relu: str,
+        largest: int,
+    ) -> None:
+        super().__init__(layer)
+        scale = per_channel(weight)
+        self.register_buffer("weight", (weight / scale.double().view(-1, 1, 1, 1)).round().clamp(-127, 127).char())
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", bias.float())
+        for name, way in (("x", x), ("out", out), ("residual", residual)):
+            if way is not None:
+                self._store(name, way)
+        self.window, self.relu, self.largest = window, relu, largest
+        self.overwrites = False
+        self._packed: tuple[onednn_int8.Constants, Layouts] | None = None
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+
+    def prepare(self, shape: tuple[int, ...]) -> tuple[Tensor, onednn_int8.Constants]:
+        """Return the weight packed for inputs of this shape, and what belongs to it; made at the first use."""
+        if self._packed is None:
+            x = self.affine("x")
+            assert x is not None
+            self._packed = onednn_int8.constants(self.weight_scale, self.bias, x, self.window), Layouts()
+        constants, layouts = self._packed
+        weight = layouts.by_shape.get(shape)
+        if weight is None:
+            weight = layouts.add(shape, onednn_int8.pack(self.weight, constants, shape))
+        return weight, constants
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.is_floating_point():
+            return self.defined(x, residual)
+        packed, out, relu = self.prepare(tuple(x.shape)), self.affine("out"), bool(self.relu)
+        if residual is None:
+            return self._limited(onednn_int8.conv(x, *packed, out, relu=relu))
+        if self.relu == "first":
+            return onednn_int8.conv(x, *packed, None, relu=True).add_(residual)
+        # What is not owned is copied; NCHW images of a layer that is not ours become channels_last.
+        dense = residual.is_contiguous(memory_format=torch.channels_last)
+        own = residual if self.overwrites and dense else residual.clone(memory_format=torch.channels_last)
+        return self._limited(onednn_int8.conv_sum_(own, self.affine("residual"), x, *packed, out, relu=relu))
+
+    def _limited(self, y: Tensor) -> Tensor:
+        """Clip to 7 bits what the next convolution reads, if that is the range: oneDNN itself clips to 8."""
+        return y.clamp_(max=self.largest) if self.largest < LARGEST and not y.is_floating_point() else y
+
+    def defined(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Compute the same of float32 tensors that hold rounded values."""
+        padding, stride, dilation, groups = self.window
+        if self.exported:
+            zero = torch.zeros_like(self.weight_scale, dtype=torch.int32)
+            weight = self.weight.float() * self.weight_scale.view(-1, 1, 1, 1)
+            weight = torch.fake_quantize_per_channel_affine(weight, self.weight_scale, zero, 0, -128, 127)
+        else:
+            weight = self.weight.to(x.dtype) * self.weight_scale.view(-1, 1, 1, 1)
+        y = torch.conv2d(x, weight, self.bias, stride, padding, dilation, groups)
+        if self.relu and (residual is None or self.relu == "first"):
+            y = torch.relu(y)
+        if residual is not None:
+            y = y + residual
+            y = torch.relu(y) if self.relu == "last" else y
+        out = self.affine("out")
+        return y if out is None else fake(y, out, self.largest, self.exported)
+
+    def plain(self, state: dict[str, Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """For shapes."""
+        padding, stride, dilation, groups = self.window
+        y = torch.conv2d(x.float(), state["weight"].float(), None, stride, padding, dilation, groups)
+        return y.to(torch.uint8) if "out_scale" in self._buffers else y
+
+    def _changed(self) -> None:
+        super()._changed()
+        self._packed = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+    def extra_repr(self) -> str:
+        padding, stride, dilation, groups = self.window
+        shape = "x".join(map(str, self.weight.shape))
+        kinds = "int8" if "out_scale" in self._buffers else "int8 -> float32"
+        parts = f"stride={stride}, padding={padding}, dilation={dilation}, groups={groups}, relu={self.relu!r}"
+        return f"{shape}, {kinds}, {parts}"
+
+
+def per_channel(weight: Tensor) -> Tensor:
+    """Return float32 scales [K] so that each channel's largest magnitude is stored as 127; 1 for channels of zeros."""
+    largest = weight.detach().double().abs().flatten(1).amax(1)
+    return torch.where(largest > 0, (largest / 127).clamp_min(_SMALLEST), torch.ones_like(largest)).float()
+
+
+#: Of a scale: its inverse and its products with others stay normal numbers of float32.
+_SMALLEST = 1e-18
+
+
+def affine_of(low: float, high: float, largest: int) -> Affine:
+    """Return how values from ``low`` to ``high`` are stored in 0 to ``largest``; 0 itself is always exact.
+
+    Padding is 0, and so is what a ReLU closes: neither may be rounded.
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = float(torch.tensor(max((high - low) / largest, _SMALLEST), dtype=torch.float32))
+    return Affine(scale, min(largest, max(0, round(-low / scale))))
+
+
+def stored(x: Tensor, affine: Affine, largest: int) -> Tensor:
+    """Return float32 as uint8, channels_last."""
+    zero = affine.zero_point
+    y = (x * (1.0 / affine.scale)).round_().clamp_(-zero, largest - zero)
+    y = (y.add_(zero) if zero else y).to(torch.uint8)
+    return y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 else y
+
+
+def real(x: Tensor, affine: Affine | None) -> Tensor:
+    """Return uint8 as float32; float32 is the real value already."""
+    if affine is None or x.is_floating_point():
+        return x
+    y = x.float()
+    return (y.sub_(affine.zero_point) if affine.zero_point else y).mul_(affine.scale)
+
+
+def fake(x: Tensor, affine: Affine, largest: int, exported: bool = False) -> Tensor:
+    """Return float32 rounded to what uint8 can hold; NaN and infinity stay what they are, except in exports."""
+    zero = affine.zero_point
+    if exported:
+        return torch.fake_quantize_per_tensor_affine(x, affine.scale, zero, 0, largest)
+    y = (x * (1.0 / affine.scale)).round().clamp(-zero, largest - zero) * affine.scale
+    return torch.where(x.isfinite(), y, x)
+
+
+def _runs(x: Tensor, largest: int) -> bool:
+    """Return whether integers can be computed here, with a warning if only the processor is in the way."""
+    if x.dtype is not torch.float32 or not readable((x,)) or not unmoded() or backends.current() == "reference":
+        return False
+    reason = onednn_int8.unavailable()
+    if not reason and largest > LARGEST_REDUCED and onednn_int8.saturates():
+        reason = "this snapshot uses 8 bits of activations, and here sums of two products saturate: quantize again here"
+    if reason:
+        backends.fallback("quantize", f"int8 is computed in float32, slowly: {reason}")
+    return not reason
