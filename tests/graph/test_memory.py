@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from resnet_fast.backends import cpu
+
 SIZES = 60
 
 #: In a process of its own: what other tests have allocated and freed would be counted, too.
@@ -47,8 +49,9 @@ with torch.no_grad():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("kind", "dtype"), [("live", "float32"), ("snapshot", "float32"), ("live", "bfloat16")])
 def test_memory_is_bounded_over_image_sizes_and_given_back(kind: str, dtype: str) -> None:
-    """Sixty sizes may take twice the weights, where a packed copy for each size would be sixty times. In bfloat16
-    oneDNN keeps 1024 primitives, of a fixed size in all, after the model as well, and torch does not let one drop them.
+    """Sixty sizes may take twice the weights, where a packed copy for each size would be sixty times. What
+    oneDNN runs leaves up to 1024 primitives, of a fixed size in all, after the model as well: torch lets nobody drop
+    them.
     """
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, kind, dtype, str(SIZES)],
@@ -57,6 +60,7 @@ def test_memory_is_bounded_over_image_sizes_and_given_back(kind: str, dtype: str
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     weights = 11_200_000 * (4 if dtype == "float32" else 2)
-    primitives = 0 if dtype == "float32" else 80 * 2**20
+    engine = dtype == "float32" and not cpu.unavailable() and cpu.module().isa() != "portable"
+    primitives = 0 if engine else 80 * 2**20
     assert found["grown"] <= 2 * weights + primitives, found
     assert found["left"] <= 20 * 2**20 + primitives, found
