@@ -66,6 +66,8 @@ def models() -> Iterator[Foreign]:
                 options |= {"weights_backbone": None} if "." in source else {}
             if any(part in name for part in ("rcnn", "retinanet", "fcos")):
                 options |= {"min_size": 160, "max_size": 200}  # images are scaled to it: 800 pixels otherwise
+            if "keypoint" in name:
+                options["box_detections_per_img"] = 8  # 4 GFLOP of keypoints each, of up to 100 otherwise
             if name in ("googlenet", "inception_v3"):
                 options["init_weights"] = False
             yield Foreign(source, name, lambda name=name, options=options: get_model(name, **options), shape)
