@@ -428,9 +428,12 @@ def test_commands_have_one_vocabulary() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", ["classify", "serve", "train residual"])
-def test_a_gpu_that_is_not_there_is_named(command: str, folder: Path, tmp_path: Path) -> None:
+def test_a_gpu_that_is_not_there_is_named(
+    command: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if command == "serve":
         pytest.importorskip("uvicorn", reason="the server is the extra 'serve'")
+        monkeypatch.setattr("resnet_fast.inference.serve.serve", lambda *arguments, **options: None)
     image = [folder / "photo.jpg"] if command == "classify" else []
     other = ["--out", tmp_path] if command == "train residual" else ["-w", folder / "ten.safetensors", "-a", "resnet18"]
     outcome = run(*command.split(), *image, *other, "--device", "cuda")
