@@ -3,8 +3,8 @@
     python -m benchmarks.foreign_models --out foreign_models.csv [--source timm] [--only PATTERN] [--speed]
 
 timm and transformers are asked if they are installed (``pip install timm transformers``); weights are random. An error
-is relative to the largest value. Where it is above 1e-5, "rounding" is how far the original's own answers are apart for
-an image that is rounded otherwise: boxes of an untrained detector have nearly equal ranks.
+is relative to the largest value. If it is above 1e-5, "rounding" is how far the original's own answers are apart for an
+image, or results of the parts, that are rounded otherwise: boxes of an untrained detector have nearly equal ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import resnet_fast as rf
 from resnet_fast.graph.calling import flatten
 from resnet_fast.graph.plan import Fused
-from resnet_fast.graph.selfcheck import rounded
+from resnet_fast.graph.selfcheck import rounded, rounded_parts
 from resnet_fast.graph.snapshot import OptimizedModule, PartlyOptimizedModule
 
 #: Errors above it are explained.
@@ -66,6 +66,8 @@ def models() -> Iterator[Foreign]:
                 options |= {"weights_backbone": None} if "." in source else {}
             if any(part in name for part in ("rcnn", "retinanet", "fcos")):
                 options |= {"min_size": 160, "max_size": 200}  # images are scaled to it: 800 pixels otherwise
+            if "keypoint" in name:
+                options["box_detections_per_img"] = 8  # 4 GFLOP of keypoints each, of up to 100 otherwise
             if name in ("googlenet", "inception_v3"):
                 options["init_weights"] = False
             yield Foreign(source, name, lambda name=name, options=options: get_model(name, **options), shape)
@@ -214,6 +216,12 @@ def fused_convolutions(fast: nn.Module) -> int:
     return count
 
 
+def parts_of(fast: nn.Module) -> list[str]:
+    """Return the names of the modules that a snapshot in parts computes; none if it is one graph."""
+    modules = fast.model.named_modules() if isinstance(fast, PartlyOptimizedModule) else ()
+    return [name for name, module in modules if isinstance(vars(module).get("forward"), OptimizedModule)]
+
+
 def distance(found: Any, expected: Any) -> float:
     """Return how far apart two results are, relative to the largest value."""
     worst = 0.0
@@ -259,6 +267,8 @@ def examine(entry: Foreign, speed: bool) -> dict[str, Any]:
         if furthest > TOLERANCE:
             with torch.no_grad():
                 varied = [distance(model(other.clone()), expected) for other in rounded(image, torch.float32)]
+                with rounded_parts(model, parts_of(fast), torch.float32):
+                    varied += [distance(model(image.clone()), expected) for _ in range(6)]
             own = max(own, *varied)
     if own:
         row["rounding"] = f"{own:.1e}"

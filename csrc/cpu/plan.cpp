@@ -15,6 +15,7 @@ namespace {
 constexpr Index piece_bytes = 128 << 20;
 constexpr std::size_t schedules_kept = 16;
 constexpr std::size_t arenas_kept = 8;
+constexpr Index arena_bytes_kept = 256 << 20;  // together; mapping a larger one takes a few per cent of its run
 
 Index aligned(Index floats) { return (floats + 31) / 32 * 32; }
 
@@ -568,8 +569,16 @@ void Plan::run_together(const std::vector<Image>& inputs, const std::vector<std:
   const std::shared_ptr<const Schedule> made = schedule(inputs, threads);
   Floats arena = borrow(arenas_, mutex_, made->arena_floats());
   made->run(*this, inputs, outputs, arena.data(), nullptr);
+  keep(std::move(arena));
+}
+
+void Plan::keep(Floats arena) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (arenas_.size() < arenas_kept) {
+  Index floats = arena.size();
+  for (const Floats& each : arenas_) {
+    floats += each.size();
+  }
+  if (arenas_.size() < arenas_kept && floats * Index{sizeof(float)} <= arena_bytes_kept) {
     arenas_.push_back(std::move(arena));
   }
 }
@@ -580,10 +589,7 @@ std::vector<double> Plan::profile(const std::vector<Image>& inputs, const std::v
   Floats arena = borrow(arenas_, mutex_, made->arena_floats());
   std::vector<double> seconds;
   made->run(*this, inputs, outputs, arena.data(), &seconds);
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (arenas_.size() < arenas_kept) {
-    arenas_.push_back(std::move(arena));
-  }
+  keep(std::move(arena));
   return seconds;
 }
 

@@ -74,6 +74,7 @@ class Plan {
   std::vector<Shape> infer(const std::vector<Image>& inputs) const;
   void run_together(const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs, int threads) const;
   std::shared_ptr<const Schedule> schedule(const std::vector<Image>& inputs, int threads) const;
+  void keep(Floats arena) const;
 
   Machine machine_;
   std::vector<Layer> layers_;

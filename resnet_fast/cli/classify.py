@@ -12,6 +12,8 @@ from rich.table import Table
 from resnet_fast.cli.common import (
     AnyArch,
     Caffemodel,
+    Device,
+    DeviceName,
     Dtype,
     ImageSize,
     JsonTarget,
@@ -68,6 +70,7 @@ def classify(
     resize_size: ResizeSize = None,
     topk: TopK = 5,
     dtype: Dtype = Precision.float32,
+    device: DeviceName = Device.auto,
     threads: Threads = None,
     json_target: JsonTarget = None,
 ) -> int:
@@ -100,7 +103,7 @@ def classify(
     with as_user_errors(inference.ClassifierError):
         network = inference.load(
             arch, weights, prototxt=prototxt, caffemodel=caffemodel, mean=mean, scale=scale, labels=labels,
-            image_size=image_size, resize_size=resize_size, dtype=dtype.dtype,
+            image_size=image_size, resize_size=resize_size, dtype=dtype.dtype, device=device.found,
         )  # fmt: skip
         for note in network.notes:
             typer.echo(f"resnet-fast: note: {note}", err=True)

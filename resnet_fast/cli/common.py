@@ -153,6 +153,7 @@ class Precision(str, enum.Enum):
 
 
 Arch = Annotated[str, typer.Option("--arch", "-a", metavar="NAME", help="Model name, e.g. resnet50.")]
+DeviceName = Annotated[Device, typer.Option("--device", help="auto: a CUDA GPU if there is one.")]
 Dtype = Annotated[Precision, typer.Option("--dtype", help="Precision of the computation.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, max=1024, help="Number of CPU threads (default: torch's choice).")

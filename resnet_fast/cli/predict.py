@@ -19,6 +19,7 @@ from resnet_fast.cli.common import (
     AnyArch,
     Caffemodel,
     Device,
+    DeviceName,
     Dtype,
     ImageSize,
     Labels,
@@ -88,7 +89,7 @@ def predict(
     topk: TopK = 5,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per forward.")] = 32,
     dtype: Dtype = Precision.float32,
-    device: Annotated[Device, typer.Option("--device", help="auto: a CUDA GPU if there is one.")] = Device.auto,
+    device: DeviceName = Device.auto,
     engine: Annotated[
         EngineName, typer.Option("--engine", help="ray: workers of Ray Data, on this machine or a cluster.")
     ] = EngineName.local,

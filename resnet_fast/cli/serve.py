@@ -8,10 +8,21 @@ from typing import Annotated
 import typer
 
 from resnet_fast.cli.common import (
+    AnyArch,
+    Caffemodel,
+    Device,
+    DeviceName,
     Dtype,
+    ImageSize,
+    Labels,
+    Mean,
     Precision,
+    Prototxt,
+    ResizeSize,
+    Scale,
     Threads,
     UserError,
+    Weights,
     as_user_errors,
     err_console,
     if_stopped,
@@ -23,29 +34,26 @@ _PACKAGES = ("starlette", "uvicorn", "h11", "python_multipart", "prometheus_clie
 
 
 def serve(
-    arch: Annotated[
-        str | None,
-        typer.Option(
-            "--arch", "-a", metavar="NAME", help="Model name (default: the one that the weights name, or resnet50)."
-        ),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            "--weights",
-            "-w",
-            metavar="NAME|PATH",
-            help="Published weights by name, or a .pth or .safetensors file (default: the best published ones).",
-        ),
-    ] = None,
+    arch: AnyArch = None,
+    weights: Weights = None,
+    prototxt: Prototxt = None,
+    caffemodel: Caffemodel = None,
+    mean: Mean = None,
+    scale: Scale = None,
+    labels: Labels = None,
+    image_size: ImageSize = None,
+    resize_size: ResizeSize = None,
     dtype: Dtype = Precision.float32,
+    device: DeviceName = Device.auto,
     host: Annotated[
         str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for every interface of this machine.")
     ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", "-p", min=0, max=65535, help="Port; 0 for a free one, which is printed.")
     ] = 8000,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=1024, help="Most images of one forward.")] = 4,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", min=1, max=1024, help="Most images of one forward.")
+    ] = 4,
     batch_timeout_ms: Annotated[
         float,
         typer.Option("--batch-timeout-ms", min=0, max=10_000, help="How long an image may wait for others to join it."),
@@ -91,7 +99,12 @@ def serve(
         with as_user_errors(inference.ClassifierError):
             with progress_bar(None) as progress:
                 progress("loading the network", 0)
-                classifier = inference.load(arch, weights, dtype=dtype.dtype)
+                classifier = inference.load(
+                    arch, weights, prototxt=prototxt, caffemodel=caffemodel, mean=mean, scale=scale, labels=labels,
+                    image_size=image_size, resize_size=resize_size, dtype=dtype.dtype, device=device.found,
+                )  # fmt: skip
+            for note in classifier.notes:
+                typer.echo(f"resnet-fast: note: {note}", err=True)
 
             def ready(url: str) -> None:
                 typer.echo(f"serving {one_line(classifier.name)}, {one_line(classifier.source)}, {dtype.value}: {url}")

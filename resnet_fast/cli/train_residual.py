@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from resnet_fast.cli.common import (
+    Device,
+    DeviceName,
     Threads,
     UserError,
     as_user_errors,
@@ -43,7 +45,7 @@ def residual(
     epochs: Annotated[
         int, typer.Option("--epochs", min=1, help="Number of epochs, those before --resume included.")
     ] = EPOCHS,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per step.")] = 50,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per step.")] = 50,
     lr: Annotated[float, typer.Option("--lr", help="Adam's learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed (initial values, order, split).")] = 0,
     out: Annotated[
@@ -51,7 +53,7 @@ def residual(
         typer.Option("--out", "-o", metavar="FOLDER", help=f"Folder for {CHECKPOINT}, {MODEL}, {METRICS}, {PLOT}."),
     ] = Path("residual_network"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in FOLDER.")] = False,
-    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where to train.")] = "cpu",
+    device: DeviceName = Device.auto,
     threads: Threads = None,
 ) -> int:
     """Train the small TensorFlow-style residual network on digits, and check that fused predictions are the same.
@@ -63,7 +65,7 @@ def residual(
     from resnet_fast.training import checkpoint, digits
     from resnet_fast.training.residual import Settings
 
-    check_device(device)
+    where = device.found
     path = out / CHECKPOINT
     if resume and not path.is_file():
         raise UserError(f"{path}: no checkpoint to continue from; leave --resume out to start")
@@ -76,18 +78,8 @@ def residual(
         settings = Settings(batch_size, lr, seed)
         found = digits.load(data, seed)
         checkpoint.check_folder(out)
-        run = train(console, found, settings, epochs, device=device, out=out, resume=resume)
+        run = train(console, found, settings, epochs, device=where, out=out, resume=resume)
     return 0 if show_agreement(console, run) else 1
-
-
-def check_device(device: str) -> None:
-    """Raise UserError unless it is cpu, or cuda on a machine with a GPU."""
-    import torch
-
-    if device not in ("cpu", "cuda"):
-        raise UserError(f"--device is {device!r}; it must be cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, and torch sees no CUDA GPU here; use cpu")
 
 
 def train(

@@ -12,6 +12,7 @@ from rich.markup import escape
 from resnet_fast.cli.common import (
     AnyArch,
     Device,
+    DeviceName,
     Dtype,
     ImageSize,
     JsonTarget,
@@ -49,7 +50,7 @@ def validate(
         typer.Option("--on-error", help="skip: leave damaged images out and count them; stop: end at the first one."),
     ] = OnError.skip,
     dtype: Dtype = Precision.float32,
-    device: Annotated[Device, typer.Option("--device", help="auto: a CUDA GPU if there is one.")] = Device.auto,
+    device: DeviceName = Device.auto,
     threads: Threads = None,
     json_target: JsonTarget = None,
 ) -> None:

@@ -257,7 +257,7 @@ def _in_parts(own: nn.Module, args: tuple[Any, ...], options: _Options, why: str
     if options.runs and options.check:
         try:
             answers = selfcheck.Answers(copies.copied(own), call, options.device, compared=True)
-            result.remark(answers.compare(copy.deepcopy(result), options.written, options.target))
+            result.remark(answers.compare(copy.deepcopy(result), options.written, options.target, list(found)))
         except Refused as error:
             why = f"{why}; with its parts fused, {error}"
             result = parts.assemble(own, {}, reasons, why, options.target, options.original)
@@ -343,6 +343,10 @@ def _examples(model: nn.Module, given: Any, batch: int, dtype: torch.dtype) -> I
             yield as_dtype(declared(model, size), None, dtype)
     first = next((module for module in model.modules() if isinstance(module, _FIRST_LAYERS)), None)
     count = calling.required(model)
+    taken = {each.in_channels for each in model.modules() if isinstance(each, nn.Conv2d) and each.in_channels <= 4}
+    if 1 < count <= 3 and len(taken) > 1:  # several images, such as colours and depth
+        for mixed in itertools.product(sorted(taken, reverse=True), repeat=count):
+            yield tuple(torch.empty((batch, channels, 224, 224), dtype=dtype, device="meta") for channels in mixed)
     for kind, channels in ((type(first), getattr(first, "in_channels", getattr(first, "in_features", 3))), (None, 3)):
         for images, size in itertools.product(dict.fromkeys((batch, 2)), shapes.SIZES):
             shapes_of: dict[Any, tuple[int, ...]] = {

@@ -47,7 +47,8 @@ _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 def must_be_plain(x: object, *others: Tensor | None) -> bool:
     """Whether the plain layers must run on ``x``: symbolic and jit tracing, ONNX export and torch.func understand them
-    all, and tensor subclasses and modes of somebody's see every call."""
+    all, and tensor subclasses and modes of somebody's see every call. So does torch.export, if the reference is asked
+    for."""
     if (
         transformed()
         or not isinstance(x, Tensor)
@@ -55,6 +56,7 @@ def must_be_plain(x: object, *others: Tensor | None) -> bool:
         or x.dim() != 4
         or torch._C._get_tracing_state() is not None
         or torch.onnx.is_in_onnx_export()
+        or (backends.selected == "reference" and torch.compiler.is_exporting())
     ):
         return True
     if not ordinary(x, *others):

@@ -67,6 +67,24 @@ def test_flags_and_defaults(quiet: None) -> None:
         fast(torch.rand(3, 32, 32))
 
 
+def test_two_images_of_unequal_channels_need_no_example() -> None:
+    """As colours and depth: which of the two has how many channels is found by trying."""
+
+    class WithDepth(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = conv_bn(3), conv_bn(1, 3)
+
+        def forward(self, depth: Tensor, image: Tensor) -> Tensor:
+            return self.a(image) + self.b(depth)
+
+    model = randomise(WithDepth())
+    fast, given = optimize(model), (torch.rand(2, 1, 9, 8), torch.rand(2, 3, 9, 8))
+    assert fused_ops(fast) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(fast(*given), model(*given))
+
+
 @pytest.mark.parametrize(
     "forward",
     [
@@ -516,6 +534,20 @@ def test_networks_that_amplify_rounding_are_compared_as_their_own_answers_vary()
     assert fused_ops(fast) == 42
     assert any("compared loosely: a few roundings of the image" in note for note in fast.report().notes)
     assert not any("compared loosely" in note for note in optimize(randomise(block())).report().notes)
+
+
+def test_parts_whose_roundings_decide_are_compared_as_those_vary() -> None:
+    """As boxes by their rank: roundings of the image do not reach the answer, those within a part do."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.a(torch.round(x * 16) / 16)
+        return torch.frac((y if y.mean() < 1e9 else -y) * 1e6)
+
+    model = randomise(Lambda(forward, a=block()))
+    with pytest.warns(UserWarning, match="1 parts of it are fused"):
+        fast = optimize(model, example_inputs=torch.empty(1, 3, 8, 8))
+    assert fused_ops(fast) == 2
+    assert any("compared loosely: a few roundings of what its parts give" in note for note in fast.report().notes)
 
 
 def test_standardised_weights_are_computed_once() -> None:

@@ -97,6 +97,15 @@ def test_a_live_copy_keeps_names_and_parameters(small: Any) -> None:
     assert ours(torch.export.export(small, (X,)))  # as ever
 
 
+def test_within_the_reference_live_models_export_as_torchs_operators(small: Any) -> None:
+    with rf.backends.use("reference"):
+        program = torch.export.export(small, (X,), dynamic_shapes={"x": ANY})
+        assert not ours(program)
+        obeys(program.module()(ODD).detach(), small, ODD)
+    with rf.backends.use("onednn"):
+        assert ours(torch.export.export(small, (X,)))
+
+
 def test_strict_mode_exports_too() -> None:
     model = randomise(conv_bn_models())
     for each in (model, rf.optimize(model)):

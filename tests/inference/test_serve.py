@@ -93,14 +93,14 @@ def huge_png(width: int, height: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with started(
-        tmp_path_factory.mktemp("serve"), "--max-bytes", "1000000", "--max-pixels", "1000000", "--access-log"
-    ) as running:
+    limits = ["--max-bytes", "1000000", "--max-pixels", "1000000", "--access-log"]
+    options = ["--image-size", "56", "--resize-size", "60", "--device", "cpu"]
+    with started(tmp_path_factory.mktemp("serve"), *limits, *options) as running:
         yield running
 
 
 def test_answers_are_the_classifiers(server: Server) -> None:
-    classifier = inference.load(weights=str(server.weights), optimize=False)
+    classifier = inference.load(weights=str(server.weights), image_size=56, resize_size=60, optimize=False)
     images = [png(seed, (60 + 9 * seed, 50 + 20 * seed)) for seed in range(12)]
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -223,7 +223,7 @@ def test_state(server: Server) -> None:
     assert float(lines["process_resident_memory_bytes"]) > 2**20
     assert re.search(r'^2.* - "GET /made-up-1 HTTP/1.1" 404$', server.log.read_text(), re.MULTILINE)
     info = ask(server.port, method="GET", path="/info").data
-    assert (info["model"], info["classes"], info["image_size"]) == ("resnet18", 10, 64)
+    assert (info["model"], info["classes"], info["image_size"]) == ("resnet18", 10, 56)
     assert info["limits"]["max_bytes"] == 1_000_000 and str(server.weights.parent) not in json.dumps(info)
 
 

@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import nn
+from typer.main import get_command
 
 import resnet_fast as rf
 from resnet_fast import models
-from resnet_fast.cli import classify, common, demo, images
+from resnet_fast.cli import app, classify, common, demo, images
 from resnet_fast.graph import optimize as real_optimize
 from resnet_fast.inference.labels import labels_for
 from resnet_fast.models import weights as registry
@@ -401,6 +402,42 @@ def test_version_and_help() -> None:
     nothing = run()
     assert nothing.code == 2
     assert "classify" in nothing.out
+
+
+def test_commands_have_one_vocabulary() -> None:
+    """An option has the same short form everywhere, and what loads a network takes the same options."""
+    forms: dict[str, set[tuple[str, ...]]] = {}
+    options: dict[str, set[str]] = {}
+
+    def collect(name: str, command: Any) -> None:
+        for inner, below in getattr(command, "commands", {}).items():
+            collect(f"{name} {inner}".strip(), below)
+        for parameter in command.params:
+            for option in (each for each in parameter.opts if each.startswith("--")):
+                forms.setdefault(option, set()).add(tuple(sorted(parameter.opts)))
+                options.setdefault(name, set()).add(option)
+
+    collect("", get_command(app))
+    assert {option for option, found in forms.items() if len(found) > 1} == {"--prototxt"}  # -p is a port elsewhere
+    network = {"--arch", "--weights", "--labels", "--image-size", "--resize-size", "--dtype", "--device", "--threads"}
+    caffe = {"--prototxt", "--caffemodel", "--mean", "--scale"}
+    assert {name for name, found in options.items() if network <= found} == {"classify", "predict", "serve", "validate"}
+    assert {name for name, found in options.items() if caffe <= found} == {"classify", "predict", "serve"}
+    assert options["train residual"] >= {"--batch-size", "--device", "--threads"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["classify", "serve", "train residual"])
+def test_a_gpu_that_is_not_there_is_named(
+    command: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if command == "serve":
+        pytest.importorskip("uvicorn", reason="the server is the extra 'serve'")
+        monkeypatch.setattr("resnet_fast.inference.serve.serve", lambda *arguments, **options: None)
+    image = [folder / "photo.jpg"] if command == "classify" else []
+    other = ["--out", tmp_path] if command == "train residual" else ["-w", folder / "ten.safetensors", "-a", "resnet18"]
+    outcome = run(*command.split(), *image, *other, "--device", "cuda")
+    outcome.failed("--device is cuda, and torch sees no CUDA GPU here; use cpu")
 
 
 def test_unexpected_errors_are_one_line_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,6 +271,21 @@ def test_many_shapes_one_after_the_other() -> None:
     assert all(same_bits(a, b) for a, b in zip(run_plan(fresh.plan(), images[7]), first[7], strict=True))
 
 
+def test_the_memory_of_a_huge_image_is_not_kept() -> None:
+    plan = _cpu.Plan()
+    x = plan.input(16)
+    for _ in range(3):
+        x = plan.add(x, x, True)
+    plan.output(plan.average(x))
+    run_plan(plan, torch.zeros(1, 16, 100, 100))
+    kept = plan.arena_bytes
+    assert kept >= 2 * 16 * 100 * 100 * 4
+    run_plan(plan, torch.zeros(1, 16, 1500, 1500))  # 144 MB for each value, of which two live at a time
+    assert plan.arena_bytes == 0  # the small one was too small to be used, the large one too large to be kept
+    run_plan(plan, torch.zeros(1, 16, 100, 100))
+    assert plan.arena_bytes == kept
+
+
 def test_profile_and_algorithms() -> None:
     network, x = Network(), torch.randn(1, 3, 64, 64)
     plan = network.plan("winograd2")
