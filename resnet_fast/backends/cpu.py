@@ -113,6 +113,8 @@ def slower(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> str:
     made, read = weight_shape[0] // groups, weight_shape[1]
     if groups > 1 and made < 16 and not (made == read and made in (1, 2, 4, 8)):
         return "narrow groups of unequal or odd numbers of channels"
+    if groups > 1 and made == read == 1 and weight_shape[2] * weight_shape[3] > 25:
+        return "depthwise, by a window larger than 5x5"
     return ""
 
 

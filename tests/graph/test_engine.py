@@ -45,6 +45,19 @@ def assert_right(model: nn.Module, fast: nn.Module, *images: Tensor, dtype: torc
         assert_obeys_error_rule(mine.to(dtype), plain, wanted)  # its outputs have the images' dtype
 
 
+def test_onednn_is_left_what_it_computes_faster() -> None:
+    wide = {"kernel_size": 7, "groups": 32}
+    model = nn.Sequential(conv_bn(3, 32), conv_bn(32, **wide), conv_bn(32, **{**wide, "kernel_size": 5})).eval()
+    x = torch.randn(2, 3, 20, 20)
+    fast = optimize(model)
+    assert [row.backend for row in fast.report().fused if row.kind == "Conv2d"] == ["cpu", "onednn", "cpu"]
+    assert_right(model, fast, x)
+    with backends.use("cpu"):
+        chosen = optimize(model)
+    assert {row.backend for row in chosen.report().fused} == {"cpu"} and calls(chosen) == 1
+    assert_right(model, chosen, x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "resnet50_caffe"])
 def test_a_resnet_is_one_call(name: str, dtype: torch.dtype) -> None:
