@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from resnet_fast.kernels import _tables
 
@@ -24,8 +23,7 @@ Choice = tuple[int, int, str]
 """Height and width of the images, and the algorithm."""
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """What a choice is for, but for the image size: ``padding`` of a 3x3 window of stride 1, without groups."""
 
     isa: str
@@ -41,16 +39,15 @@ class Layer:
         return f"{settings} {h}x{w} c{self.c} k{self.k} p{self.padding[0]}x{self.padding[1]}"
 
 
-_KEY = re.compile(r"(\w+) (\w+) threads(\d{1,4}) (\d{1,7})x(\d{1,7}) c(\d{1,9}) k(\d{1,9}) p(\d{1,7})x(\d{1,7})")
+_KEY = r"(\w+) (\w+) threads(\d{1,4}) (\d{1,7})x(\d{1,7}) c(\d{1,9}) k(\d{1,9}) p(\d{1,7})x(\d{1,7})"
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table as it was read: its file, why there is none or it is not used ("" if it is), and what it says."""
 
     path: Path | None = None
     reason: str = ""
-    choices: dict[Layer, list[Choice]] = field(default_factory=dict)
+    choices: Mapping[Layer, Sequence[Choice]] = {}
 
 
 def machine(processor: str, l2: int, l3: int) -> str:
@@ -76,7 +73,7 @@ def read(path: Path, of: str) -> dict[str, dict[str, Any]]:
     """
     found = _tables.read(path, cpu=of).get(OP, {})
     for key, fields in found.items():
-        if not _KEY.fullmatch(key) or fields.get("algorithm") not in ALGORITHMS:
+        if not re.fullmatch(_KEY, key) or fields.get("algorithm") not in ALGORITHMS:
             raise ValueError(f"{path}: {key!r} is no convolution with an algorithm of {', '.join(ALGORITHMS)}")
     return found
 
@@ -97,7 +94,7 @@ def _load(of: str) -> Table:
         return Table(None, str(error))
     choices: dict[Layer, list[Choice]] = {}
     for key, fields in table.items():
-        match = _KEY.fullmatch(key)
+        match = re.fullmatch(_KEY, key)
         assert match is not None
         isa, dtype, *numbers = match.groups()
         threads, h, w, c, k, *padding = map(int, numbers)

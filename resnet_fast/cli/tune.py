@@ -293,12 +293,19 @@ def _measure_cpu(waiting: list[Any], path: Path, batch: int, seconds: float, jso
 
     if_stopped(lambda: f"stopped; {path} keeps what was measured, and the same command goes on")
     disturbance = machine.Disturbance()
+    outcomes: list[tuner.Outcome] = []
+    stopped: KeyboardInterrupt | None = None
     with progress_bar() as show, as_user_errors(ValueError, OSError):
 
         def progress(done: int, total: int, problem: tuner.Problem, elapsed: float) -> None:
             show(f"{done}/{total} {problem}", min(1.0, max(done / total, elapsed / seconds)))
 
-        outcomes = tuner.sweep(waiting, path, batch=batch, seconds=seconds, again=True, progress=progress)
+        try:
+            tuner.sweep(
+                waiting, path, batch=batch, seconds=seconds, again=True, progress=progress, finished=outcomes.append
+            )
+        except KeyboardInterrupt as error:
+            stopped = error
     busy = disturbance.cores()
     if json_target is not None:
         rows = [
@@ -328,3 +335,5 @@ def _measure_cpu(waiting: list[Any], path: Path, batch: int, seconds: float, jso
     warn_if_disturbed(err_console(), busy)
     measured = sum(outcome.finished and outcome.algorithm != "" for outcome in outcomes)
     err_console().print(f"{measured} of {len(waiting)} problems written to {escape(str(path))}", soft_wrap=True)
+    if stopped is not None:
+        raise stopped

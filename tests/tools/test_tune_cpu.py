@@ -263,6 +263,26 @@ def test_a_problem_that_the_time_cut_off_is_not_written(folder: Path, quick: Non
     assert not outcome.finished and outcome.algorithm == "" and not folder.exists()
 
 
+def test_a_stopped_command_shows_and_keeps_what_was_measured(
+    folder: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, done = tuner._measure, []
+
+    def interrupted(problem: tuner.Problem, *rest: Any) -> tuner.Outcome:
+        if done:
+            raise KeyboardInterrupt
+        done.append(problem.key(torch.float32))
+        return measure(problem, *rest)
+
+    monkeypatch.setattr(tuner, "_measure", interrupted)
+    result = invoke(*SMALL)
+    path = folder / f"{cpu.machine()}.json"
+    assert result.exit_code == 130 and done[0] in result.output, result.output
+    last = f"resnet-fast: stopped; {path} keeps what was measured, and the same command goes on"
+    assert result.output.splitlines()[-1] == last
+    assert [*cpu_choices.read(path, cpu.machine())] == done
+
+
 def test_a_wrong_answer_is_refused(folder: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     run = cpu.Convolution.run
 
