@@ -1,4 +1,4 @@
-"""Measured launch choices: tables in JSON, one per GPU, looked up before any heuristic.
+"""Measured launch choices: tables in JSON, one per GPU or kind of CPU, looked up before any heuristic.
 
 The user's table (written by ``resnet-fast tune``) comes first, then the one in ``tuned/`` of this package.
 """
@@ -35,8 +35,11 @@ def checked_in_folder() -> Path:
     return _CHECKED_IN
 
 
-def read(path: Path) -> dict[str, dict[str, Any]]:
+def read(path: Path, cpu: str = "") -> dict[str, dict[str, Any]]:
     """Return a table's choices, ``op -> problem -> fields``.
+
+    Args:
+        cpu: the processor that the table must be of; "" for a GPU's, whose file alone says what it is for.
 
     Raises:
         ValueError: the file is not such a table.
@@ -55,12 +58,20 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     if not sound:
         raise ValueError(f"{path} is no table of launch choices in format {FORMAT}")
     assert isinstance(choices, dict)
+    if cpu and data.get("cpu") != cpu:
+        raise ValueError(f"{path} is a table of {data.get('cpu')!r}, not of {cpu!r}")
     return choices
 
 
-def write(path: Path, gpu: str, measured_with: Mapping[str, str], choices: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replace the table at ``path`` in one step, so that no reader sees half of it."""
-    data = {"format": FORMAT, "gpu": gpu, "measured_with": dict(measured_with), "choices": choices}
+def write(
+    path: Path, name: str, measured_with: Mapping[str, str], choices: Mapping[str, Mapping[str, Any]], kind: str = "gpu"
+) -> None:
+    """Replace the table at ``path`` in one step, so that no reader sees half of it.
+
+    Args:
+        name: of the device. kind: of device, "gpu" or "cpu".
+    """
+    data = {"format": FORMAT, kind: name, "measured_with": dict(measured_with), "choices": choices}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

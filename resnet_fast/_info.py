@@ -73,7 +73,9 @@ def _engine(found: dict[str, Any]) -> str:
     sanitizer = f", with sanitizers ({found['sanitizer']})" if found["sanitizer"] else ""
     count = f"{found['threads']} threads" if found["threads"] != 1 else "1 thread"
     isas = ", ".join(found["isas"])
-    return f"resnet_fast._cpu, {found['isa']}{lowered} (built for {isas} with {found['compiler']}{sanitizer}), {count}"
+    table = f"choices of {found['table']}" if found["table"] else f"no measured choices: {found['table_reason']}"
+    built = f"built for {isas} with {found['compiler']}{sanitizer}"
+    return f"resnet_fast._cpu, {found['isa']}{lowered} ({built}), {count}; {table}"
 
 
 def _native(found: dict[str, Any]) -> str:

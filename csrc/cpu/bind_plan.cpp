@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "cpu.h"
 #include "execute.h"
@@ -109,7 +111,8 @@ Window pooling_window_of(Pair kernel, Pair stride, Pair padding, Pair dilation) 
 
 std::shared_ptr<Convolution> make_convolution(std::uintptr_t weight, std::uintptr_t bias, Index k, Index c,
                                               Index groups, Pair kernel, Pair stride, Pair padding, Pair dilation,
-                                              const std::string& dtype) {
+                                              const std::string& dtype,
+                                              const std::vector<std::tuple<Index, Index, std::string>>& choices) {
   if (k <= 0 || c <= 0 || groups <= 0 || k % groups != 0 || c % groups != 0) {
     throw std::invalid_argument("a convolution of " + std::to_string(c) + " to " + std::to_string(k) +
                                 " channels cannot have " + std::to_string(groups) + " groups");
@@ -118,9 +121,16 @@ std::shared_ptr<Convolution> make_convolution(std::uintptr_t weight, std::uintpt
   check_address(weight, "weight");
   check_address(bias, "bias");
   const Machine machine = machine_for(dtype);
+  Choices measured;
+  for (const auto& [h, w, name] : choices) {
+    const Algorithm algorithm = algorithm_of(name);
+    if (algorithm != Algorithm::automatic) {
+      measured[{h, w}] = algorithm;
+    }
+  }
   py::gil_scoped_release without_gil;
   return std::make_shared<Convolution>(machine, pointer<const float>(weight), pointer<const float>(bias), k, c, groups,
-                                       window);
+                                       window, std::move(measured));
 }
 
 void run_convolution(const Convolution& layer, std::uintptr_t x, Index n, Index h, Index w, std::uintptr_t residual,
@@ -180,9 +190,10 @@ void bind_plan(py::module_& m) {
       m, "Convolution", "A convolution's folded weight and bias, packed for this machine.")
       .def(
           py::init(&make_convolution), "weight"_a, "bias"_a, "k"_a, "c"_a, "groups"_a, "kernel"_a, "stride"_a,
-          "padding"_a, "dilation"_a, "dtype"_a = "float32",
+          "padding"_a, "dilation"_a, "dtype"_a = "float32", "choices"_a = py::tuple(),
           "weight: address of [k, c / groups, r, s] float32, dense; bias: of [k]. Both are read once. dtype: of images "
-          "and outputs, float32 or bfloat16; weights are rounded to it.")
+          "and outputs, float32 or bfloat16; weights are rounded to it. choices: (h, w, algorithm), what computes "
+          "images of this size; those that cannot compute this layer, or not exactly enough, count for nothing.")
       .def("run", &run_convolution, "x"_a, "n"_a, "h"_a, "w"_a, "residual"_a, "out"_a, "relu"_a,
            "residual_after_relu"_a, "threads"_a, "algorithm"_a = "auto",
            "Compute act(conv(x) + bias + residual): x [n, h, w, c], residual (0 for none) and out [n, p, q, k], dense.")

@@ -17,7 +17,7 @@ namespace {
 
 // Raised with every change to what the functions take or mean, as in resnet_fast/backends/cpu.py: the module in a
 // checkout may be older than the Python files beside it.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 py::list names_of(std::span<const cpu::Isa> isas) {
   py::list names;
@@ -83,5 +83,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("choose_isa", &choose_isa, "features"_a, "wanted"_a = "",
         "The instruction set that would run on a machine with these features and this RESNET_FAST_ISA.");
   m.def("caches", &caches, "Bytes of the caches of a core: l1d, l2, l3; l3_threads share the last. 0 for none.");
+  m.def("processor", &cpu::processor, "What the processor calls itself, '' if it does not say.");
   cpu::bind_plan(m);
 }

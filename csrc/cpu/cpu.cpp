@@ -91,7 +91,21 @@ Caches measure() {
   return found;
 }
 
+std::string brand() {
+  if (cpuid(0x80000000U).a < 0x80000004U) return "";
+  std::string name;
+  for (unsigned leaf = 0x80000002U; leaf <= 0x80000004U; ++leaf) {
+    const Registers r = cpuid(leaf);
+    for (const unsigned word : {r.a, r.b, r.c, r.d}) {
+      for (int shift = 0; shift < 32; shift += 8) name += static_cast<char>(word >> shift & 0x7f);
+    }
+  }
+  return name.substr(0, name.find('\0'));
+}
+
 #else
+
+std::string brand() { return ""; }
 
 Features detect() { return {}; }
 
@@ -155,6 +169,8 @@ const Features& machine_features() {
   static const Features found = detect();
   return found;
 }
+
+std::string processor() { return brand(); }
 
 const Caches& caches() {
   static const Caches found = measure();

@@ -48,6 +48,9 @@ const Features& features();
 
 const Caches& caches();
 
+// What the processor calls itself, "" if it does not say.
+std::string processor();
+
 // The instruction sets in this build, lowest first.
 std::span<const Isa> compiled();
 

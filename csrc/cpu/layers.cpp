@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 #include "memory.h"
 
@@ -147,7 +148,7 @@ Floats::Floats(Index count)
     : memory_(static_cast<float*>(allocate(static_cast<std::size_t>(count) * sizeof(float)))), size_(count) {}
 
 Convolution::Convolution(const Machine& machine, const float* weight, const float* bias, Index k, Index c, Index groups,
-                         const Window& window)
+                         const Window& window, Choices choices)
     : machine_(machine), window_(window), k_(k), c_(c), groups_(groups), bias_(k) {
   const Kernels& kernels = *machine_.kernels;
   const Element element = kernels.element;
@@ -182,9 +183,17 @@ Convolution::Convolution(const Machine& machine, const float* weight, const floa
     });
   }
   std::memcpy(bias_.data(), bias, static_cast<std::size_t>(k) * sizeof(float));
+  const auto is_winograd4 = [](const auto& choice) { return choice.second == Algorithm::winograd4; };
+  const bool worthwhile = winograd_worthwhile() && c * k < winograd4_limit;
+  const bool measured = winograd_possible() && std::any_of(choices.begin(), choices.end(), is_winograd4);
   // Next to the rounding of a bfloat16, that of float32's transforms is nothing.
-  winograd4_chosen_ = winograd_worthwhile() && c * k < winograd4_limit &&
-                      (element == Element::bfloat16 || winograd4_obeys_error_rule(weight, k, c));
+  const bool allowed =
+      (worthwhile || measured) && (element == Element::bfloat16 || winograd4_obeys_error_rule(weight, k, c));
+  winograd4_chosen_ = worthwhile && allowed;
+  std::erase_if(choices, [&](const auto& choice) {
+    return (choice.second != Algorithm::direct && !winograd_possible()) || (is_winograd4(choice) && !allowed);
+  });
+  choices_ = std::move(choices);
 }
 
 Index windows(Index size, Index kernel, Index stride, Index pad, Index dilation) {
@@ -222,13 +231,17 @@ Index Convolution::words() const { return quotient(length(), machine_.kernels->w
 bool Convolution::winograd_worthwhile() const { return winograd_possible() && c_ >= 32 && k_ >= 32; }
 
 Algorithm Convolution::choose(Index h, Index w) const {
+  const auto measured = choices_.find({h, w});
+  if (measured != choices_.end()) {
+    return measured->second;
+  }
   // Pairs of bfloat16 are multiplied at twice the rate of the floats that F(2x2) saves 5/9 of.
   if (!winograd_worthwhile() || (machine_.kernels->word_elements == 2 && !winograd4_chosen_)) {
     return Algorithm::direct;
   }
-  // Not by the batch, so that an image gives the same bits in any batch; and a layer has one kind of filters, whatever
-  // the size of its images: those of 4x4 are four times the weights, and large ones are not in the cache when they are
-  // read.
+  // Not by the batch, so that an image gives the same bits in any batch; and, if nothing was measured, a layer has one
+  // kind of filters, whatever the size of its images: those of 4x4 are four times the weights, and large ones are not
+  // in the cache when they are read.
   const int m = winograd4_chosen_ ? 4 : 2;
   const Index p = out_height(h), q = out_width(w), tiles = quotient(p, m) * quotient(q, m);
   const bool full = 2 * p * q >= tiles * m * m;  // or most of a tile lies outside the image

@@ -1,9 +1,11 @@
 // Layers: packed weights, which algorithm computes a problem, and in what blocks.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -17,6 +19,9 @@ struct Machine {
 };
 
 enum class Algorithm { automatic, direct, winograd2, winograd4 };
+
+// What was measured as the fastest, by the height and width of the images.
+using Choices = std::map<std::pair<Index, Index>, Algorithm>;
 
 // Memory for floats, or for as much else, at an address that is a multiple of 64 bytes.
 class Floats {
@@ -40,9 +45,10 @@ Index windows(Index size, Index kernel, Index stride, Index pad, Index dilation)
 // A convolution's constants, packed for the machine; the Winograd filters are made when they are first asked for.
 class Convolution {
  public:
-  // weight [k, c / groups, r, s] dense, bias [k], float32 for images of bfloat16 too.
+  // weight [k, c / groups, r, s] dense, bias [k], float32 for images of bfloat16 too. The choices are fixed here, so
+  // that no plan computes one layer in two ways.
   Convolution(const Machine& machine, const float* weight, const float* bias, Index k, Index c, Index groups,
-              const Window& window);
+              const Window& window, Choices choices = {});
 
   const Machine& machine() const { return machine_; }
   Index channels() const { return c_; }
@@ -54,7 +60,8 @@ class Convolution {
   Index out_height(Index h) const;
   Index out_width(Index w) const;
 
-  // By the size and, for F(4x4), what its rounding errors are with these weights.
+  // As the choices say, if this layer may be computed so; else by the size. F(4x4) is for weights only with which its
+  // rounding errors are small enough, whatever the choices say.
   Algorithm choose(Index h, Index w) const;
   bool winograd_possible() const;
   // Whether a vector holds several groups: as many channels in as out, 1, 2, 4 or 8, and fewer than it has.
@@ -77,7 +84,8 @@ class Convolution {
   Window window_;
   Index k_, c_, groups_;
   Floats weights_, bias_;
-  bool winograd4_chosen_ = false;  // over F(2x2)
+  Choices choices_;
+  bool winograd4_chosen_ = false;  // over F(2x2), if nothing was measured
   mutable std::mutex mutex_;
   mutable Floats filters2_, filters4_;
 };

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import cpu_choices
 from .cuda import record
 from .layouts import channels_last
 
 NAME = "cpu"
 
-_INTERFACE = 2  # of the module's functions, as in csrc/cpu/binding.cpp
+_INTERFACE = 3  # of the module's functions, as in csrc/cpu/binding.cpp
 
 
 @functools.cache
@@ -70,26 +71,43 @@ def module() -> Any:
     return found
 
 
+@functools.cache
+def machine() -> str:
+    """Return how tables of measured choices name this machine."""
+    found = caches()
+    return cpu_choices.machine(module().processor(), found["l2"], found["l3"])
+
+
+def caches() -> dict[str, int]:
+    """Return the bytes of a core's caches, ``l1d``, ``l2`` and ``l3``, and how many threads share the last."""
+    found: dict[str, int] = module().caches()
+    return found
+
+
 def described() -> dict[str, Any]:
     """Return the engine as ``resnet_fast.info()`` shows it.
 
     ``built``: whether there is a module that loads; ``reason``: why not, in full. If built: ``isa``, the instruction
     set that runs; ``best_isa``, the highest that this machine runs, which ``RESNET_FAST_ISA`` may have ruled out;
-    ``isas`` in the build; ``compiler``; ``sanitizer``, "" for none; ``threads``, which are torch's.
+    ``isas`` in the build; ``compiler``; ``sanitizer``, "" for none; ``threads``, which are torch's; ``table``, the file
+    of measured choices in use, or "" and ``table_reason``, why there is none.
     """
     found, reason = _loaded()
     if found is None:
         return {"built": False, "reason": reason}
-    info = found.build_info()
+    info, isa, threads = found.build_info(), found.isa(), torch.get_num_threads()
+    table, reason = cpu_choices.described(isa, threads, machine())
     return {
         "built": True,
         "reason": "",
-        "isa": found.isa(),
+        "isa": isa,
         "best_isa": found.choose_isa(found.features(of_machine=True)),
         "isas": list(info["isas"]),
         "compiler": info["compiler"],
         "sanitizer": info["sanitizer"],
-        "threads": torch.get_num_threads(),
+        "threads": threads,
+        "table": table,
+        "table_reason": reason,
     }
 
 
@@ -118,6 +136,17 @@ def slower(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> str:
     return ""
 
 
+def problem(dtype: torch.dtype, c: int, k: int, padding: Sequence[int]) -> cpu_choices.Layer:
+    """Return a 3x3 convolution of stride 1 as the tables name it, here and with torch's number of threads."""
+    isa, threads = module().isa(), torch.get_num_threads()
+    return cpu_choices.Layer(isa, _DTYPES[dtype], threads, c, k, (padding[0], padding[1]))
+
+
+def measured(dtype: torch.dtype, c: int, k: int, padding: Sequence[int]) -> Sequence[cpu_choices.Choice]:
+    """Return what the table of this machine, if there is one, says of such a convolution."""
+    return cpu_choices.choices(problem(dtype, c, k, padding), machine())
+
+
 class Convolution:
     """A convolution's folded weight and bias, packed for this machine.
 
@@ -125,15 +154,20 @@ class Convolution:
         weight: [K, C / groups, R, S]. bias: [K]. Both are read as float32.
         geometry: stride, padding, dilation and groups.
         dtype: of images and outputs, float32 or bfloat16; weights are rounded to it.
+        choices: (height, width, algorithm) of images, what computes them if it may; None: what was measured with as
+            many threads as torch has now. They hold for as long as the layer does.
     """
 
     def __init__(
         self, weight: Tensor, bias: Tensor, geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
-        dtype: torch.dtype,
+        dtype: torch.dtype, choices: Sequence[cpu_choices.Choice] | None = None,
     ) -> None:  # fmt: skip
         stride, padding, dilation, groups = geometry
         k, c, *kernel = weight.shape
         self.channels, self.dtype = c * groups, dtype
+        if choices is None:
+            spatial = (*kernel, *stride, *dilation, groups) == (3, 3, 1, 1, 1, 1, 1)
+            choices = measured(dtype, c, k, padding) if spatial else ()
         weight, bias = (tensor.detach().to(torch.float32).contiguous() for tensor in (weight, bias))
         self.layer = module().Convolution(
             weight.data_ptr(),
@@ -146,7 +180,12 @@ class Convolution:
             list(padding),
             list(dilation),
             _DTYPES[dtype],
+            choices,
         )
+
+    def algorithm(self, h: int, w: int) -> str:
+        """Return what computes images of this size: direct, winograd2 or winograd4."""
+        return str(self.layer.algorithm(h, w))
 
     def run(self, x: Tensor, residual: Tensor | None, relu: bool, residual_after_relu: bool) -> Tensor:
         """Return ``act(conv(x) + residual)`` of ``x`` [N, C, H, W] in any strides, channels_last.

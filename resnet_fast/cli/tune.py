@@ -1,4 +1,4 @@
-"""``resnet-fast tune``: measures launch choices on this machine's GPU and writes them to the user's table.
+"""``resnet-fast tune``: measures choices on this machine's GPU, or its CPU, and writes them to the user's table.
 
 Here are the options, the progress bar and what is printed; the work is ``resnet_fast.tuning``.
 """
@@ -7,21 +7,28 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from resnet_fast.cli.common import (
+    Device,
+    JsonTarget,
+    Threads,
     UserError,
     as_user_errors,
     check_arch,
+    check_results,
     err_console,
     if_stopped,
     one_line,
     out_console,
     progress_bar,
+    set_threads,
     table,
+    warn_if_disturbed,
+    write_json,
 )
 from resnet_fast.cli.roofline import DEFAULT_GPU, NAMES, Arithmetic, arithmetic
 from resnet_fast.kernels import problems
@@ -46,7 +53,9 @@ def tune(
     ] = None,
     batches: Annotated[
         list[int] | None,
-        typer.Option("--batch-size", "-b", min=1, help="Images in a batch, by default 128; repeatable."),
+        typer.Option(
+            "--batch-size", "-b", min=1, help="Images in a batch, by default 128, on the CPU 1; repeatable on a GPU."
+        ),
     ] = None,
     precisions: Annotated[
         list[Arithmetic] | None,
@@ -54,7 +63,7 @@ def tune(
             "--dtype",
             parser=arithmetic,
             metavar="|".join(NAMES),
-            help="How to multiply, by default float16; repeatable.",
+            help="How to multiply, by default float16, on the CPU float32; repeatable.",
         ),
     ] = None,
     chosen: Annotated[
@@ -63,7 +72,9 @@ def tune(
             "--op", help="Only this op; may be repeated. The last two run in training only, and are measured if named."
         ),
     ] = None,
+    device: Annotated[Device, typer.Option("--device", help="What to measure: its kernels.")] = Device.cuda,
     image_size: Annotated[int, typer.Option("--image-size", min=1, help="Height and width of the images.")] = 224,
+    threads: Threads = None,
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="Stop after about this long.")] = 300,
     again: Annotated[bool, typer.Option("--again", help="Measure also what a table has.")] = False,
     checked_in: Annotated[
@@ -71,14 +82,21 @@ def tune(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="List the problems and how many candidates each has; needs triton, no GPU."),
+        typer.Option(
+            "--dry-run", help="List the problems and, for a GPU, how many candidates each has; needs triton, no GPU."
+        ),
     ] = False,
     gpu_name: Annotated[
         str | None,
         typer.Option("--gpu", metavar="NAME", help=f"With --dry-run: for this GPU; by default {DEFAULT_GPU}."),
     ] = None,
+    json_target: JsonTarget = None,
 ) -> None:
     """Measure which launch of each kernel is fastest on this machine's GPU, and remember it for later runs.
+
+    With --device cpu: which algorithm of the CPU engine is fastest for each 3x3 convolution, with this processor,
+    precision and number of threads. No choice depends on the batch, and F(4x4) is never taken for weights with which
+    its rounding errors would be too large.
 
     Where resnet_fast._C is built its CUDA kernels are measured beside Triton's (as conv_bn_act.cuda), and run from then
     on where they take less time. Triton's come first, so that a CUDA kernel which breaks costs none of their times.
@@ -86,6 +104,18 @@ def tune(
     The most expensive layers come first, and the table is written after each, so that it can be stopped at any time.
     """
     names = tuple(check_arch(name) for name in (models or ["resnet50"]))
+    if device is not Device.cuda and device.found == "cpu":
+        for option, given in (("--op", chosen), ("--gpu", gpu_name), ("--checked-in", checked_in)):
+            if given:
+                raise UserError(f"{option} is for a GPU's kernels; --device is {device.value}, the CPU here")
+        check_results(json_target, None)
+        set_threads(threads)
+        return _tune_cpu(
+            names, batches or [1], precisions or [Arithmetic.float32], image_size, seconds, again, dry_run, json_target
+        )
+    for option, unfit in (("--threads", threads), ("--json", json_target)):
+        if unfit is not None:
+            raise UserError(f"{option} goes with --device cpu")
     if gpu_name is not None and not dry_run:
         raise UserError("--gpu goes with --dry-run; measured is this machine's own GPU")
     gpu = _dry_gpu(gpu_name) if dry_run else _this_gpu()
@@ -223,3 +253,87 @@ def _show(outcomes: list[Outcome], gpu: GPU) -> None:
     for outcome in outcomes:
         for config, reason in outcome.refused:
             err_console().print(f"refused: {escape(f'{outcome.case} {config}: {reason}')}", soft_wrap=True)
+
+
+def _tune_cpu(
+    models: tuple[str, ...], batches: list[int], precisions: list[Arithmetic], image_size: int, seconds: float,
+    again: bool, dry_run: bool, json_target: str | None,
+) -> None:  # fmt: skip
+    from resnet_fast.backends import cpu
+    from resnet_fast.kernels import _tables
+    from resnet_fast.tuning import cpu as tuner
+
+    if len(batches) > 1:
+        raise UserError("--batch-size may be given once with --device cpu: a choice holds for any batch")
+    for each in precisions:
+        if reason := cpu.unsupported(each.dtype) if each is not Arithmetic.tf32 else "the CPU engine has no tf32":
+            raise UserError(f"tune: nothing can be measured here: {reason}")
+    path = _tables.user_folder() / f"{cpu.machine()}.json"
+    with as_user_errors(ValueError, OSError):
+        found = tuner.problems(models, image_size)
+        wanted = [(problem, each.dtype) for each in precisions for problem in found]
+        waiting = tuner.pending(wanted, path, again)
+    if dry_run:
+        shown = table(f"to measure on {escape(cpu.machine())}", ("problem",), ())
+        for problem, dtype in waiting:
+            shown.add_row(problem.key(dtype))
+        console = out_console()
+        console.print(shown)
+        console.print(f"{len(waiting)} problems")
+        return
+    if not waiting and json_target is None:
+        out_console().print(f"nothing to measure: {escape(str(path))} has all of it (--again repeats it)")
+        return
+    _measure_cpu(waiting, path, batches[0], seconds, json_target)
+
+
+def _measure_cpu(waiting: list[Any], path: Path, batch: int, seconds: float, json_target: str | None) -> None:
+    from resnet_fast.benchmarking import machine
+    from resnet_fast.tuning import cpu as tuner
+
+    if_stopped(lambda: f"stopped; {path} keeps what was measured, and the same command goes on")
+    disturbance = machine.Disturbance()
+    outcomes: list[tuner.Outcome] = []
+    stopped: KeyboardInterrupt | None = None
+    with progress_bar() as show, as_user_errors(ValueError, OSError):
+
+        def progress(done: int, total: int, problem: tuner.Problem, elapsed: float) -> None:
+            show(f"{done}/{total} {problem}", min(1.0, max(done / total, elapsed / seconds)))
+
+        try:
+            tuner.sweep(
+                waiting, path, batch=batch, seconds=seconds, again=True, progress=progress, finished=outcomes.append
+            )
+        except KeyboardInterrupt as error:
+            stopped = error
+    busy = disturbance.cores()
+    if json_target is not None:
+        rows = [
+            {
+                "problem": outcome.problem.key(outcome.dtype),
+                "algorithm": outcome.algorithm if outcome.finished else None,
+                "without_table": outcome.usual,
+                "seconds": dict(outcome.seconds),
+                "refused": dict(outcome.refused),
+            }
+            for outcome in outcomes
+        ]
+        described = {"schema": 1, "machine": machine.describe().as_dict(), "batch": batch, "table": str(path)}
+        write_json({**described, "choices": rows}, json_target)
+    if json_target != "-":
+        names = ("direct", "winograd2", "winograd4")
+        shown = table("measured, ms", ("problem", "choice", "without"), names)
+        for outcome in outcomes:
+            choice = outcome.algorithm if outcome.finished else "the time was up"
+            times = (f"{1e3 * outcome.seconds[name]:.3f}" if name in outcome.seconds else "" for name in names)
+            shown.add_row(outcome.problem.key(outcome.dtype), choice or "none is right", outcome.usual, *times)
+        out_console().print(shown)
+    for outcome in outcomes:
+        for name, reason in outcome.refused:
+            line = f"refused: {outcome.problem.key(outcome.dtype)} {name}: {reason}"
+            err_console().print(escape(line), soft_wrap=True)
+    warn_if_disturbed(err_console(), busy)
+    measured = sum(outcome.finished and outcome.algorithm != "" for outcome in outcomes)
+    err_console().print(f"{measured} of {len(waiting)} problems written to {escape(str(path))}", soft_wrap=True)
+    if stopped is not None:
+        raise stopped

@@ -50,7 +50,7 @@ def problems(
     chosen = [name for name in ops.names() if name not in without]
     found: dict[Case, None] = {}
     for model in models:
-        layers = _layers(model, image_size)
+        layers = fused_ops(model, image_size)
         for batch in batches:
             for precision in precisions:
                 for layer in (layer.at(batch, precision) for layer in layers):
@@ -62,7 +62,7 @@ def problems(
 
 
 @cache
-def _layers(model: str, image_size: int) -> tuple[Layer | Block, ...]:
+def fused_ops(model: str, image_size: int) -> tuple[Layer | Block, ...]:
     """Return every fused op of the network's graph, then every block that one kernel might compute."""
     from resnet_fast import models as networks
     from resnet_fast.graph import inventory, optimize
