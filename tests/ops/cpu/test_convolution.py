@@ -144,6 +144,23 @@ def test_relu_passes_nan_on(dtype: torch.dtype) -> None:
     assert problem.to(dtype).run().isnan().all()
 
 
+def test_weights_and_results_are_rounded_to_the_nearest_bfloat16() -> None:
+    """Weights as torch rounds them, halfway cases too, and NaN of any bits stays NaN, which rounding up would carry to
+    zero."""
+    bits = torch.arange(0x3F800000, 0x3F800000 + 33 * 5 * 9 * 0x1001, 0x1001, dtype=torch.int32)  # from 1 on
+    weight = bits.view(torch.float32).view(33, 5, 3, 3)
+    x, bias = torch.randn(2, 5, 9, 9).bfloat16(), torch.zeros(33)
+    bias[7] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    given = Problem(x, weight, bias, padding=(1, 1), name="float32 weights")
+    rounded = given.to(torch.bfloat16)
+    for algorithm in given.algorithms():
+        ours = given.run(algorithm)
+        assert same_bits(ours, rounded.run(algorithm))
+        assert ours[:, 7].isnan().all()
+    halfway = Problem(torch.ones(1, 1, 1, 1).bfloat16(), torch.ones(3, 1, 1, 1), torch.tensor([2**-8, 3 * 2**-8, -2.0]))
+    assert halfway.run().flatten().tolist() == [1.0, 1 + 2**-6, -1.0]  # to the even one of two as near
+
+
 DATA: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda x: x,
     "after ReLU": torch.relu,
