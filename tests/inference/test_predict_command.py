@@ -494,7 +494,10 @@ def test_killed_and_stopped_processes(checkpoint: Path, photos: Path, tmp_path: 
     assert not out.exists()
     process = start(checkpoint, photos, out)
     process.send_signal(signal.SIGINT)
-    said, told = process.communicate()
+    try:
+        said, told = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130, told
     assert f"images; the same command continues from {out}.partial" in told and "Traceback" not in told
     assert "images were done before" in said and not out.exists()
