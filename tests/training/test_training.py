@@ -605,10 +605,10 @@ def test_the_command_resumes_to_the_same_files(bars: Path, tmp_path: Path) -> No
         (("--out", tmp_path / "new", "--data", "nonsense"), "data is"),
         (("--out", tmp_path / "new", "--lr", "-1"), "lr is -1"),
         (("--out", tmp_path / "new", "--batch-size", 45), "more than the 44"),
-        (("--out", tmp_path / "new", "--device", "tpu"), "must be cpu or cuda"),
     ):
         run_command(*options, "--epochs", 2, *changes).failed(mention)
     run_command(*options, "--seed", -1).failed("--seed", code=2)
+    run_command(*options, "--device", "tpu").failed("'tpu' is not one of 'auto', 'cuda', 'cpu'", code=2)
     (parts / "checkpoint.safetensors").write_bytes(b"cut")
     run_command(*options, "--out", parts, "--resume").failed("truncated")
 
