@@ -81,7 +81,7 @@ def descendants(pid: int) -> Iterator[int]:
 def finished(process: subprocess.Popen[str], began: float) -> tuple[float, float]:
     """Return seconds from start to end, and the images per second that the command says, without its start-up."""
     said, _ = process.communicate()
-    if process.returncode not in (0, 1):
+    if process.returncode not in (0, 1) or " images/s" not in said:
         raise SystemExit(f"predict failed: {said}")
     return time.monotonic() - began, float(said.rpartition(" images/s")[0].rpartition(" ")[2])
 
