@@ -21,8 +21,10 @@ def dumps(data: Any) -> str:
 
 
 def write(path: str | os.PathLike[str], data: Any) -> Path:
-    """Writes ``data`` as JSON to ``path``, atomically."""
-    return write_text(path, dumps(data))
+    """Writes ``data`` as JSON to ``path``, atomically; results are published, so the home folder is "~" in them."""
+    home = os.path.expanduser("~")
+    text = dumps(data)
+    return write_text(path, text.replace(f"{home}{os.sep}", f"~{os.sep}") if len(home) > 1 else text)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

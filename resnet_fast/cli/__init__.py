@@ -48,7 +48,8 @@ class _OneLineErrors(TyperGroup):
         except UserError as error:
             status = _report(str(error), 1, debug)
         except _CLICK_ERROR as error:
-            status = _report(error.format_message(), 2, debug)
+            said = error.format_message().replace(": Value error, ", ": ", 1)  # as some releases of typer begin
+            status = _report(said, 2, debug)
         except MemoryError as error:
             status = _report(f"out of memory: {one_line(error)}", 1, debug)
         except Exception as error:

@@ -483,6 +483,9 @@ def test_results_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     results.write(path, {"schema": 1, "nan": math.nan, "pair": (1, 2.5)})
     assert results.read(path) == {"schema": 1, "nan": None, "pair": [1, 2.5]}
     assert '"pair": [1, 2.5]' in path.read_text()
+    monkeypatch.setenv("HOME", "/home/ada")
+    results.write(path, {"schema": 1, "reason": "no table in /home/ada/.cache, nor in /home/adam"})
+    assert results.read(path)["reason"] == "no table in ~/.cache, nor in /home/adam"
 
     def fail(source: Any, target: Any) -> None:
         raise OSError("disk full")

@@ -608,7 +608,7 @@ def test_the_command_resumes_to_the_same_files(bars: Path, tmp_path: Path) -> No
     ):
         run_command(*options, "--epochs", 2, *changes).failed(mention)
     run_command(*options, "--seed", -1).failed("--seed", code=2)
-    run_command(*options, "--device", "tpu").failed("'tpu' is not one of 'auto', 'cuda', 'cpu'", code=2)
+    run_command(*options, "--device", "tpu").failed("for '--device': 'tpu' is not one of 'auto', 'cuda', 'cpu'", code=2)
     (parts / "checkpoint.safetensors").write_bytes(b"cut")
     run_command(*options, "--out", parts, "--resume").failed("truncated")
 
