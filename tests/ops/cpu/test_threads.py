@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from tests.ops.cpu.engine import Problem, _cpu, run_plan, same_bits
 from tests.ops.cpu.test_plan import Network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def _resident() -> int:
@@ -126,6 +130,26 @@ def test_a_fork_computes_too(busy: bool) -> None:
         stop.set()
         if busy:
             thread.join()
+
+
+@memory_is_its_own
+def test_the_caller_does_what_threads_that_cannot_be_started_would() -> None:
+    """In a process of its own, whose memory has no room for another thread's stack."""
+    code = (
+        "import resource, torch\n"
+        "from tests.ops.cpu.engine import run_plan, same_bits\n"
+        "from tests.ops.cpu.test_plan import Network\n"
+        "plan, x = Network().plan(), torch.randn(2, 3, 40, 40)\n"
+        "expected = run_plan(plan, x)\n"
+        "held = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (held + (4 << 20), -1))\n"
+        "ours = run_plan(plan, x, threads=6)\n"
+        "assert all(same_bits(a, b) for a, b in zip(ours, expected, strict=True))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @memory_is_its_own
