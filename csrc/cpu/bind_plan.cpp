@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -23,35 +24,22 @@ namespace {
 using Pair = std::array<Index, 2>;
 using Four = std::array<Index, 4>;
 
-// Kernels of the instruction set that isa() says.
-const Kernels& kernels_for(Element element) {
-  const auto which = static_cast<std::size_t>(element);
-#ifdef RESNET_FAST_AVX512_BF16
-  if (isa() >= Isa::avx512_bf16 && element == Element::bfloat16) {
-    return kernels_avx512_bf16;
+Element element_of(const std::string& dtype) {
+  for (const Element element : {Element::float32, Element::bfloat16, Element::uint8}) {
+    if (dtype == name_of(element)) {
+      return element;
+    }
   }
-#endif
-#ifdef RESNET_FAST_AVX512
-  if (isa() >= Isa::avx512) {
-    return kernels_avx512[which];
-  }
-#endif
-#ifdef RESNET_FAST_AVX2
-  if (isa() >= Isa::avx2) {
-    return kernels_avx2[which];
-  }
-#endif
-  return kernels_portable[which];
+  throw std::invalid_argument("dtype must be float32, bfloat16 or uint8, got '" + dtype + "'");
 }
 
-constexpr std::array<const char*, 2> element_names{"float32", "bfloat16"};
-
-Machine machine_for(const std::string& dtype) {
-  const auto* const named = std::find(element_names.begin(), element_names.end(), dtype);
-  if (named == element_names.end()) {
-    throw std::invalid_argument("dtype must be float32 or bfloat16, got '" + dtype + "'");
+Machine machine_for(const std::string& dtype, const std::string& out_dtype) {
+  const Kernels* kernels = kernels_for(element_of(dtype), element_of(out_dtype.empty() ? dtype : out_dtype));
+  if (kernels == nullptr) {
+    throw std::invalid_argument("this instruction set has no kernels from " + dtype + " to " +
+                                (out_dtype.empty() ? dtype : out_dtype));
   }
-  return {&kernels_for(static_cast<Element>(named - element_names.begin())), static_cast<Index>(caches().l2)};
+  return {kernels, static_cast<Index>(caches().l2)};
 }
 
 template <typename T>
@@ -109,10 +97,23 @@ Window pooling_window_of(Pair kernel, Pair stride, Pair padding, Pair dilation) 
   return window;
 }
 
+// (scale, zero point)
+using Stored = std::pair<double, int>;
+
+Affine affine_of(const Stored& stored) {
+  if (!(stored.first > 0) || stored.second < 0 || stored.second > 255) {
+    throw std::invalid_argument("scales must be positive and zero points from 0 to 255, got " +
+                                std::to_string(stored.first) + " and " + std::to_string(stored.second));
+  }
+  return {static_cast<float>(stored.first), stored.second};
+}
+
 std::shared_ptr<Convolution> make_convolution(std::uintptr_t weight, std::uintptr_t bias, Index k, Index c,
                                               Index groups, Pair kernel, Pair stride, Pair padding, Pair dilation,
                                               const std::string& dtype,
-                                              const std::vector<std::tuple<Index, Index, std::string>>& choices) {
+                                              const std::vector<std::tuple<Index, Index, std::string>>& choices,
+                                              const std::string& out_dtype, std::uintptr_t weight_scale, Stored x,
+                                              Stored out, std::optional<Stored> residual, int largest) {
   if (k <= 0 || c <= 0 || groups <= 0 || k % groups != 0 || c % groups != 0) {
     throw std::invalid_argument("a convolution of " + std::to_string(c) + " to " + std::to_string(k) +
                                 " channels cannot have " + std::to_string(groups) + " groups");
@@ -120,7 +121,21 @@ std::shared_ptr<Convolution> make_convolution(std::uintptr_t weight, std::uintpt
   const Window window = window_of("a convolution", kernel, stride, padding, dilation);
   check_address(weight, "weight");
   check_address(bias, "bias");
-  const Machine machine = machine_for(dtype);
+  const Machine machine = machine_for(dtype, out_dtype);
+  Quantization quantization{pointer<const float>(weight_scale), affine_of(x), affine_of(out), {}, false, largest};
+  if (residual) {
+    quantization.residual = affine_of(*residual);
+    quantization.residual_stored = true;
+  }
+  const bool reads = machine.kernels->element == Element::uint8,
+             writes = machine.kernels->out_element == Element::uint8;
+  if (reads) {
+    check_address(weight_scale, "weight_scale");
+    constexpr Index most = 0x7fffffff / (255 * 127);  // products that are added up in 32 bits
+    if (c / groups * window.r * window.s > most) {
+      throw std::invalid_argument("a convolution of uint8 must sum at most " + std::to_string(most) + " products");
+    }
+  }
   Choices measured;
   for (const auto& [h, w, name] : choices) {
     const Algorithm algorithm = algorithm_of(name);
@@ -130,12 +145,12 @@ std::shared_ptr<Convolution> make_convolution(std::uintptr_t weight, std::uintpt
   }
   py::gil_scoped_release without_gil;
   return std::make_shared<Convolution>(machine, pointer<const float>(weight), pointer<const float>(bias), k, c, groups,
-                                       window, std::move(measured));
+                                       window, std::move(measured), reads || writes ? &quantization : nullptr);
 }
 
-void run_convolution(const Convolution& layer, std::uintptr_t x, Index n, Index h, Index w, std::uintptr_t residual,
-                     std::uintptr_t out, bool relu, bool residual_after_relu, int threads,
-                     const std::string& algorithm) {
+bool run_convolution(const Convolution& layer, std::uintptr_t x, Index n, Index h, Index w, std::uintptr_t residual,
+                     std::uintptr_t out, bool relu, bool residual_after_relu, int threads, const std::string& algorithm,
+                     const std::string& residual_dtype) {
   const Algorithm asked = algorithm_of(algorithm);
   if (n < 0 || h <= 0 || w <= 0 || layer.out_height(h) <= 0 || layer.out_width(w) <= 0) {
     throw std::invalid_argument("an image of " + std::to_string(h) + "x" + std::to_string(w) +
@@ -145,14 +160,19 @@ void run_convolution(const Convolution& layer, std::uintptr_t x, Index n, Index 
     throw std::invalid_argument("Winograd's filtering is for 3x3 windows of stride 1 without groups");
   }
   check_threads(threads);
+  const Element out_element = layer.machine().kernels->out_element;
+  layer.check_residual(residual != 0, residual_dtype.empty() ? out_element : element_of(residual_dtype));
   if (n == 0) {
-    return;
+    return true;
   }
   check_address(x, "x");
   check_address(out, "out");
-  const Epilogue epilogue{nullptr, pointer<const void>(residual), 0, relu, residual_after_relu};
+  Epilogue epilogue{};
+  epilogue.residual = pointer<const void>(residual);
+  epilogue.relu = relu;
+  epilogue.residual_after_relu = residual_after_relu;
   py::gil_scoped_release without_gil;
-  execute(layer, asked, pointer<const void>(x), n, h, w, epilogue, pointer<void>(out), threads);
+  return execute(layer, asked, pointer<const void>(x), n, h, w, epilogue, pointer<void>(out), threads);
 }
 
 // (address, shape [n, c, h, w], strides)
@@ -190,13 +210,19 @@ void bind_plan(py::module_& m) {
       m, "Convolution", "A convolution's folded weight and bias, packed for this machine.")
       .def(
           py::init(&make_convolution), "weight"_a, "bias"_a, "k"_a, "c"_a, "groups"_a, "kernel"_a, "stride"_a,
-          "padding"_a, "dilation"_a, "dtype"_a = "float32", "choices"_a = py::tuple(),
+          "padding"_a, "dilation"_a, "dtype"_a = "float32", "choices"_a = py::tuple(), "out_dtype"_a = "",
+          "weight_scale"_a = 0, "x"_a = Stored{1, 0}, "out"_a = Stored{1, 0}, "residual"_a = py::none(),
+          "largest"_a = 255,
           "weight: address of [k, c / groups, r, s] float32, dense; bias: of [k]. Both are read once. dtype: of images "
-          "and outputs, float32 or bfloat16; weights are rounded to it. choices: (h, w, algorithm), what computes "
-          "images of this size; those that cannot compute this layer, or not exactly enough, count for nothing.")
+          "and outputs, float32, bfloat16 or uint8; weights are rounded to it. choices: (h, w, algorithm), what "
+          "computes images of this size; those that cannot compute this layer, or not exactly enough, count for "
+          "nothing. out_dtype: of outputs if another. For uint8: weights are integers from -127 to 127, weight_scale "
+          "the address of [k] float32; x, out and residual are (scale, zero point), residual None if there is none in "
+          "uint8; largest: of stored outputs.")
       .def("run", &run_convolution, "x"_a, "n"_a, "h"_a, "w"_a, "residual"_a, "out"_a, "relu"_a,
-           "residual_after_relu"_a, "threads"_a, "algorithm"_a = "auto",
-           "Compute act(conv(x) + bias + residual): x [n, h, w, c], residual (0 for none) and out [n, p, q, k], dense.")
+           "residual_after_relu"_a, "threads"_a, "algorithm"_a = "auto", "residual_dtype"_a = "",
+           "Compute act(conv(x) + bias + residual): x [n, h, w, c], residual (0 for none, of out's dtype or uint8) and "
+           "out [n, p, q, k], dense. False if there was NaN or infinity that uint8 should have held.")
       .def(
           "shape",
           [](const Convolution& layer, Index n, Index h, Index w) {
@@ -212,9 +238,11 @@ void bind_plan(py::module_& m) {
       .def_property_readonly("bytes", &Convolution::bytes, "Of the packed weights, those made so far.");
 
   py::class_<Plan>(m, "Plan", "A network as one call. Values are numbered in the order in which they are made.")
-      .def(py::init([](const std::string& dtype) { return std::make_unique<Plan>(machine_for(dtype)); }),
-           "dtype"_a = "float32")
-      .def("input", &Plan::input, "channels"_a)
+      .def(py::init<>())
+      .def(
+          "input",
+          [](Plan& plan, Index channels, const std::string& dtype) { return plan.input(channels, element_of(dtype)); },
+          "channels"_a, "dtype"_a = "float32")
       .def(
           "convolution",
           [](Plan& plan, int x, std::shared_ptr<Convolution> layer, int residual, bool relu, bool residual_after_relu,
@@ -231,6 +259,15 @@ void bind_plan(py::module_& m) {
           "x"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a, "ceil_mode"_a)
       .def("average", &Plan::average, "x"_a, "The mean of all pixels: [n, c, 1, 1].")
       .def("add", &Plan::add, "a"_a, "b"_a, "relu"_a)
+      .def(
+          "quantize",
+          [](Plan& plan, int x, const Stored& stored, int largest) {
+            return plan.quantize(x, affine_of(stored), largest);
+          },
+          "x"_a, "stored"_a, "largest"_a, "From float32 to uint8.")
+      .def(
+          "dequantize", [](Plan& plan, int x, const Stored& stored) { return plan.dequantize(x, affine_of(stored)); },
+          "x"_a, "stored"_a, "From uint8 to float32.")
       .def("output", &Plan::output, "value"_a)
       .def("shapes", &shapes_of, "inputs"_a,
            "Shapes [n, c, h, w] of the outputs for inputs (address, shape, strides); addresses are not used.")
@@ -242,10 +279,12 @@ void bind_plan(py::module_& m) {
             const std::vector<Image> images = images_of(inputs);
             const std::vector<std::byte*> results = pointers_of(outputs);
             py::gil_scoped_release without_gil;
-            plan.run(images, results, threads, piece);
+            return plan.run(images, results, threads, piece);
           },
           "inputs"_a, "outputs"_a, "threads"_a, "piece"_a = 0,
-          "Compute. inputs: (address, shape [n, c, h, w], strides) of the dtype; outputs: addresses of [n, h, w, c].")
+          "Compute. inputs: (address, shape [n, c, h, w], strides) of their dtypes; outputs: addresses of [n, h, w, "
+          "c]. "
+          "False, and the outputs mean nothing, if there was NaN or infinity that uint8 should have held.")
       .def(
           "profile",
           [](const Plan& plan, const std::vector<Given>& inputs, const std::vector<std::uintptr_t>& outputs,

@@ -17,7 +17,7 @@ namespace {
 
 // Raised with every change to what the functions take or mean, as in resnet_fast/backends/cpu.py: the module in a
 // checkout may be older than the Python files beside it.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 py::list names_of(std::span<const cpu::Isa> isas) {
   py::list names;
@@ -78,7 +78,7 @@ PYBIND11_MODULE(_cpu, m) {
       "Instructions that may be used here, as a dict of bool; of_machine: those that RESNET_FAST_ISA rules out, too.");
   m.def(
       "isa", [] { return std::string(cpu::name_of(cpu::isa())); },
-      "The instruction set that runs: 'portable', 'avx2' or 'avx512'. The environment variable RESNET_FAST_ISA, read "
+      "The instruction set that runs, one of build_info()'s isas. The environment variable RESNET_FAST_ISA, read "
       "once, may lower it; ValueError if it names one that is not there.");
   m.def("choose_isa", &choose_isa, "features"_a, "wanted"_a = "",
         "The instruction set that would run on a machine with these features and this RESNET_FAST_ISA.");

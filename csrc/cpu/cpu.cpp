@@ -133,6 +133,9 @@ constexpr Isa kCompiled[] = {
 #ifdef RESNET_FAST_AVX512
     Isa::avx512,
 #endif
+#ifdef RESNET_FAST_AVX512_VNNI
+    Isa::avx512_vnni,
+#endif
 #ifdef RESNET_FAST_AVX512_BF16
     Isa::avx512_bf16,
 #endif
@@ -146,8 +149,10 @@ bool runs(Isa isa, const Features& f) {
       return f.avx2 && f.fma;
     case Isa::avx512:
       return f.avx2 && f.fma && f.avx512;
+    case Isa::avx512_vnni:
+      return runs(Isa::avx512, f) && f.avx512_vnni;
     case Isa::avx512_bf16:
-      return runs(Isa::avx512, f) && f.avx512_bf16;
+      return runs(Isa::avx512_vnni, f) && f.avx512_bf16;
   }
   return false;
 }
@@ -193,7 +198,7 @@ Isa choose(const Features& features, std::span<const Isa> among, std::string_vie
   const auto* const named = std::find(kIsaNames.begin(), kIsaNames.end(), wanted);
   if (named == kIsaNames.end()) {
     throw std::invalid_argument(
-        was + "; it must be one of 'portable', 'avx2', 'avx512', 'avx512_bf16', or empty for the best");
+        was + "; it must be one of 'portable', 'avx2', 'avx512', 'avx512_vnni', 'avx512_bf16', or empty for the best");
   }
   const Isa isa = static_cast<Isa>(named - kIsaNames.begin());
   if (std::find(among.begin(), among.end(), isa) == among.end()) {
@@ -218,7 +223,10 @@ const Features& features() {
     if (isa() >= Isa::avx2) {
       f = machine;
       if (isa() < Isa::avx512) {
-        f.avx512 = f.avx512_vnni = f.amx_int8 = false;
+        f.avx512 = false;
+      }
+      if (isa() < Isa::avx512_vnni) {
+        f.avx512_vnni = f.amx_int8 = false;
       }
       if (isa() < Isa::avx512_bf16) {
         f.avx512_bf16 = f.amx_bf16 = false;

@@ -12,9 +12,9 @@ namespace resnet_fast::cpu {
 
 // The instruction sets that kernels are compiled for, each in a file of its own (isa_<name>.cpp). A later one includes
 // the earlier ones.
-enum class Isa { portable, avx2, avx512, avx512_bf16 };
+enum class Isa { portable, avx2, avx512, avx512_vnni, avx512_bf16 };
 
-inline constexpr std::array<std::string_view, 4> kIsaNames{"portable", "avx2", "avx512", "avx512_bf16"};
+inline constexpr std::array<std::string_view, 5> kIsaNames{"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
 
 constexpr std::string_view name_of(Isa isa) { return kIsaNames[static_cast<std::size_t>(isa)]; }
 

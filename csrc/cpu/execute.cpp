@@ -44,17 +44,31 @@ void execute_add(Team& team, const Kernels& kernels, const void* a, const void* 
   });
 }
 
-void execute(const Convolution& layer, Algorithm algorithm, const void* x, Index n, Index h, Index w, Epilogue epilogue,
+void execute(Team& team, const Kernels& kernels, const Conversion& conversion) {
+  over(team, conversion.in.n * conversion.in.h, 0, [&](Index item, float*) { kernels.convert(conversion, item); });
+}
+
+void limit(Epilogue& epilogue) {
+  if (epilogue.relu) {
+    epilogue.steps.low = 0;
+  }
+}
+
+bool execute(const Convolution& layer, Algorithm algorithm, const void* x, Index n, Index h, Index w, Epilogue epilogue,
              void* out, int threads) {
   const Kernels& kernels = *layer.machine().kernels;
   const Map in{n, h, w, layer.channels(), layer.channels()};
   if (algorithm == Algorithm::automatic) {
     algorithm = layer.choose(h, w);
   }
+  bool infinite = false;
   const auto fill = [&](Direct& direct) {
-    epilogue.bias = direct.epilogue.bias;
-    direct.epilogue = epilogue;
+    direct.epilogue.residual = epilogue.residual;
     direct.epilogue.residual_pixel = layer.out_channels();
+    direct.epilogue.relu = epilogue.relu;
+    direct.epilogue.residual_after_relu = epilogue.residual_after_relu;
+    direct.epilogue.steps.infinite = &infinite;
+    limit(direct.epilogue);
     direct.x = x;
     direct.out = out;
   };
@@ -63,7 +77,7 @@ void execute(const Convolution& layer, Algorithm algorithm, const void* x, Index
     Direct direct = layer.direct(in, threads);
     fill(direct);
     execute(team, kernels, direct, direct_scratch(direct, kernels));
-    return;
+    return !infinite;
   }
   Winograd winograd = layer.winograd(algorithm == Algorithm::winograd4 ? 4 : 2, in, threads);
   fill(winograd.direct);
@@ -76,6 +90,7 @@ void execute(const Convolution& layer, Algorithm algorithm, const void* x, Index
     winograd.transformed = transformed.data();
   }
   execute(team, kernels, winograd, winograd_scratch(winograd, kernels));
+  return true;
 }
 
 }  // namespace resnet_fast::cpu

@@ -5,6 +5,6 @@
 
 namespace resnet_fast::cpu {
 
-const Kernels kernels_avx512_bf16 = made<Bfloat16>;
+const Kernels kernels_avx512_bf16[2] = {made<Bfloat16>, made_in_steps<Form<float, Bfloat16, Uint8>>};
 
 }  // namespace resnet_fast::cpu

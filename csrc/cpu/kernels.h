@@ -1,5 +1,5 @@
-// What the sources of each instruction set implement: convolutions, pooling and sums on channels_last float32 or
-// bfloat16. Sums are float32 for both, rounded once when they are stored.
+// What the sources of each instruction set implement: convolutions, pooling and sums on channels_last float32, bfloat16
+// or uint8. Sums are float32 for the first two and int32 for uint8, exact there; they are rounded once when stored.
 //
 // A layer is described once, with its blocking; its work is cut into items that threads take in any order. An item
 // gives the same bits whoever computes it, with which others, and in whatever batch: each output is one sum, taken in
@@ -13,17 +13,21 @@ namespace resnet_fast::cpu {
 
 using Index = std::ptrdiff_t;
 
-// What images and outputs hold.
-enum class Element { float32, bfloat16 };
+// What images and outputs hold. uint8 stands for real numbers: scale * (stored - zero point).
+enum class Element { float32, bfloat16, uint8 };
 
 // The upper half of a float.
 struct Bfloat16 {
   std::uint16_t bits;
 };
 
+struct Uint8 {
+  std::uint8_t bits;
+};
+
 // Words of a pixel that are copied next to each other before a product, and the distance from one pixel's to the next
-// one's: no multiple of a page, so that rows do not fall on the same lines of the cache. A word is 4 bytes: a float, or
-// two neighbouring bfloat16 if the instruction set multiplies such pairs.
+// one's: no multiple of a page, so that rows do not fall on the same lines of the cache. A word is 4 bytes: a float,
+// two neighbouring bfloat16 if the instruction set multiplies such pairs, or four uint8.
 constexpr int chunk = 64;
 constexpr int chunk_stride = 80;
 
@@ -37,13 +41,27 @@ struct Map {
   Index pixel;
 };
 
+// From sums to what is stored, if images or outputs are uint8: sum * scale[k] + bias[k], with a residual of uint8 times
+// its scale, is the real value in steps of the output, where its zero point is not added yet. (The zero points of image
+// and residual are in the bias.)
+struct Steps {
+  const float* scale;     // [k]; null if neither is uint8
+  float residual_scale;   // of a residual in uint8
+  float low, high;        // that can be stored
+  int zero;               // the output's zero point
+  std::uint32_t padding;  // a word of what images have outside
+  bool* infinite;         // set if a float32 image gave what is not a number that can be stored
+};
+
 // What happens to a sum before it is stored.
 struct Epilogue {
-  const float* bias;     // [k]
-  const void* residual;  // pixels of k elements like the output's, or null
-  Index residual_pixel;  // elements from one pixel of the residual to the next
+  const float* bias;         // [k]
+  const void* residual;      // pixels of k elements, or null
+  Index residual_pixel;      // elements from one pixel of the residual to the next
+  Element residual_element;  // the output's, or uint8
   bool relu;
   bool residual_after_relu;
+  Steps steps;
 };
 
 struct Window {
@@ -97,10 +115,22 @@ struct Pool {
   Index items;  // rows of the output
 };
 
-// Functions of one instruction set for one kind of element. `scratch` is the calling thread's, of as many floats as the
-// layer asked for.
+// A value as another kind of element: real = scale * (stored - zero).
+struct Conversion {
+  const void* x;
+  Map in;
+  void* out;
+  Index out_pixel;
+  float scale;
+  int zero, largest;
+  bool* infinite;
+};
+
+// Functions of one instruction set for images of one kind of element and outputs of another; all but `direct` and
+// `convert` are there only if both are the same, and not for uint8 if null. `scratch` is the calling thread's, of as
+// many floats as the layer asked for.
 struct Kernels {
-  Element element;
+  Element element, out_element;
   int word_elements;  // of the gathered pixels and packed weights of `direct`: 2 if pairs of bfloat16 are multiplied
   int lanes;
   int tile_rows;
@@ -113,15 +143,28 @@ struct Kernels {
   void (*average)(const void* x, const Map& in, void* out, Index item);
   // out = relu(a + b), or a + b; dense, elements [first, last).
   void (*add)(const void* a, const void* b, void* out, Index first, Index last, bool relu);
+  // Between float32 and uint8: rows of pixels.
+  void (*convert)(const Conversion&, Index item);
 };
 
-constexpr Index bytes_of(Element element) { return element == Element::float32 ? 4 : 2; }
+constexpr Index bytes_of(Element element) {
+  return element == Element::float32 ? 4 : element == Element::bfloat16 ? 2 : 1;
+}
+
+inline constexpr const char* element_names[] = {"float32", "bfloat16", "uint8"};
+constexpr const char* name_of(Element element) { return element_names[static_cast<int>(element)]; }
 
 // By element. Which of them there are, cpu.h's compiled() says.
 extern const Kernels kernels_portable[2];
 extern const Kernels kernels_avx2[2];
 extern const Kernels kernels_avx512[2];
-extern const Kernels kernels_avx512_bf16;  // of bfloat16; its float32 is AVX-512's
+// Images of uint8, outputs of uint8 and of float32; images of float32, outputs of uint8.
+extern const Kernels kernels_avx512_vnni[3];
+// Images of bfloat16; images of float32, rounded to bfloat16, and outputs of uint8. The rest is as before.
+extern const Kernels kernels_avx512_bf16[2];
+
+// Those of the instruction set that isa() says; null if it has none for such images and outputs.
+const Kernels* kernels_for(Element in, Element out);
 
 Index direct_scratch(const Direct& layer, const Kernels& kernels);
 Index winograd_scratch(const Winograd& layer, const Kernels& kernels);

@@ -17,7 +17,8 @@ inline Index quotient(Index a, Index b) { return (a + b - 1) / b; }
 
 // ---- products
 
-// What the elements of an image are in `direct`'s products: pairs of bfloat16 if they can be multiplied, else floats.
+// What the elements of an image are in `direct`'s products: pairs of bfloat16 or quadruples of uint8 if they can be
+// multiplied, else floats.
 template <typename Value>
 struct GatheredFrom {
   using Type = float;
@@ -30,12 +31,31 @@ struct GatheredFrom<Bfloat16> {
 };
 inline Vector multiply_words(const Bfloat16*, Vector a, Vector b, Vector c) { return multiply_add_pairs(a, b, c); }
 #endif
-template <typename Value>
-using Gathered = typename GatheredFrom<Value>::Type;
+#ifdef __AVX512VNNI__
+template <>
+struct GatheredFrom<Uint8> {
+  using Type = Uint8;
+};
+inline Vector multiply_words(const Uint8*, Vector a, Vector b, Vector c) { return multiply_add_quads(a, b, c); }
+#endif
 
-// Elements of a word.
+template <typename One, typename Other>
+constexpr bool same = false;
+template <typename One>
+constexpr bool same<One, One> = true;
+
+// A convolution of images of one kind of element, gathered as another, to outputs of a third.
+template <typename From, typename In, typename To>
+struct Form {
+  using Image = From;
+  using Gathered = In;
+  using Result = To;
+  static constexpr Index word = sizeof(float) / sizeof(In);               // elements of one
+  static constexpr bool in_steps = same<From, Uint8> || same<To, Uint8>;  // Steps
+  static constexpr bool exact = same<In, Uint8>;                          // sums of integers
+};
 template <typename Value>
-constexpr Index word = sizeof(float) / sizeof(Gathered<Value>);
+using Plain = Form<Value, typename GatheredFrom<Value>::Type, Value>;
 
 // Rows of pixels times a panel of weights: `runs` runs of `length` words each, a run cut into chunks.
 struct Product {
@@ -144,48 +164,165 @@ inline const Value* residual_at(const Epilogue& epilogue, Index pixel, Index cha
   return residual == nullptr ? nullptr : residual + pixel * epilogue.residual_pixel + channel;
 }
 
-// Where the results of a product go: pixels `pixel` floats apart, `columns` channels from `channel` on.
+// The same if it may be of bytes.
+template <typename Value>
+inline const void* residual_of_any(const Epilogue& epilogue, Index pixel, Index channel) {
+  return epilogue.residual_element == Element::uint8
+             ? static_cast<const void*>(residual_at<Uint8>(epilogue, pixel, channel))
+             : static_cast<const void*>(residual_at<Value>(epilogue, pixel, channel));
+}
+
+// Where the results of a product go: pixels `pixel` elements apart, `columns` channels from channel 0 of `bias`,
+// `scale` and `out` on.
 template <typename Value>
 struct Target {
   Value* out;
   Index pixel;
-  const Value* residual;
+  const void* residual;
+  const float *bias, *scale;
   int columns;
 };
 
+inline Vector load_some(const float* from, int count) { return count == lanes ? load(from) : load(from, count); }
+
+// A vector of channels of each row.
 template <typename Value, int rows, int vectors>
-void product_finished(const Product& product, const Epilogue& epilogue, const float* bias,
-                      const Target<Value>& target) {
+inline __attribute__((always_inline)) void finish_rows(Vector (&sums)[rows][vectors], int v, int count,
+                                                       const Epilogue& epilogue, const Target<Value>& target,
+                                                       Vector bias) {
+  const Value* residual = static_cast<const Value*>(target.residual);
+#pragma GCC unroll 16
+  for (int row = 0; row < rows; ++row) {
+    const Value* from = residual == nullptr ? nullptr : residual + row * epilogue.residual_pixel + v * lanes;
+    const Vector value = finish(sums[row][v], bias, from, count, epilogue);
+    Value* to = target.out + row * target.pixel + v * lanes;
+    if (count == lanes) {
+      store(to, value);
+    } else {
+      store(to, value, count);
+    }
+  }
+}
+
+#ifdef __AVX512F__  // the least that has forms of uint8
+// A vector of channels of each row, in steps of the output (kernels.h, Steps).
+template <typename Form, int rows, int vectors>
+inline __attribute__((always_inline)) void finish_steps(Vector (&sums)[rows][vectors], int v, int count,
+                                                        const Epilogue& epilogue,
+                                                        const Target<typename Form::Result>& target, Vector bias,
+                                                        Vector scale, Index residual_row) {
+  using Value = typename Form::Result;
+  const Steps& steps = epilogue.steps;
+  const char* const residuals = static_cast<const char*>(target.residual);
+  const Vector residual_scale = broadcast(steps.residual_scale);
+  const Vector low = broadcast(steps.low), high = broadcast(steps.high);
+  Vector check = zero();
+#pragma GCC unroll 16
+  for (int row = 0; row < rows; ++row) {
+    Vector value = multiply_add(Form::exact ? from_integers(sums[row][v]) : sums[row][v], scale, bias);
+    if (residuals != nullptr) {
+      const char* residual = residuals + row * residual_row;
+      if (same<Value, Uint8> || epilogue.residual_element == Element::uint8) {
+        const Uint8* from = reinterpret_cast<const Uint8*>(residual) + v * lanes;
+        value = multiply_add(count == lanes ? load(from) : load(from, count), residual_scale, value);
+      } else {
+        if (epilogue.relu && epilogue.residual_after_relu) {
+          value = relu(value);
+        }
+        value = add(value, load_some(reinterpret_cast<const float*>(residual) + v * lanes, count));
+      }
+    }
+    Value* to = target.out + row * target.pixel + v * lanes;
+    if constexpr (same<Value, Uint8>) {
+      if constexpr (!Form::exact) {
+        value = epilogue.relu ? relu(value) : value;  // of minus infinity, a number
+        check = add(check, subtract(value, value));
+      }
+      value = limited(value, low, high);
+      count == lanes ? store_steps(to, value, steps.zero) : store_steps(to, value, steps.zero, count);
+    } else {
+      value = epilogue.relu && !epilogue.residual_after_relu ? relu(value) : value;
+      count == lanes ? store(to, value) : store(to, value, count);
+    }
+  }
+  if (!finite(check)) {
+    __atomic_store_n(steps.infinite, true, __ATOMIC_RELAXED);
+  }
+}
+
+// All 32 channels of each row, from integers to bytes.
+template <int rows>
+inline __attribute__((always_inline)) void finish_bytes(Vector (&sums)[rows][2], const Epilogue& epilogue,
+                                                        const Target<Uint8>& target) {
+  const Steps& steps = epilogue.steps;
+  const Uint8* residual = static_cast<const Uint8*>(target.residual);
+  const Vector scale[2] = {load(target.scale), load(target.scale + lanes)};
+  const Vector bias[2] = {load(target.bias), load(target.bias + lanes)};
+  const Vector residual_scale = broadcast(steps.residual_scale), high = broadcast(steps.high);
+  const Limits limits =
+      limits_of(steps.zero, steps.zero + static_cast<int>(steps.low), steps.zero + static_cast<int>(steps.high));
+#pragma GCC unroll 16
+  for (int row = 0; row < rows; row += 2) {
+    Vector values[2][2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const int at = row + i < rows ? row + i : row;
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        values[i][v] = multiply_add(from_integers(sums[at][v]), scale[v], bias[v]);
+        if (residual != nullptr) {
+          const Vector other = load(residual + at * epilogue.residual_pixel + v * lanes);
+          values[i][v] = multiply_add(other, residual_scale, values[i][v]);
+        }
+        values[i][v] = smaller(values[i][v], high);  // what is larger may not be an integer of 32 bits
+      }
+    }
+    Uint8* to = target.out + row * target.pixel;
+    store_steps(to, row + 1 < rows ? to + target.pixel : to, values[0], values[1], limits);
+  }
+}
+#endif
+
+template <typename Form, int rows, int vectors>
+void product_finished(const Product& product, const Epilogue& epilogue, const Target<typename Form::Result>& target) {
+  using Value = typename Form::Result;
   Vector sums[rows][vectors];
-  if (target.residual != nullptr) {  // it was written long ago
-    constexpr int line = 64 / sizeof(Value);
+  const bool bytes = Form::in_steps && epilogue.residual_element == Element::uint8;
+  const Index residual_row = epilogue.residual_pixel * (bytes ? 1 : Index{sizeof(Value)});
+  const char* const residuals = static_cast<const char*>(target.residual);
+  if (residuals != nullptr) {  // it was written long ago
+    const Index width = vectors * lanes * (bytes ? 1 : Index{sizeof(Value)});
     for (int row = 0; row < rows; ++row) {
-      for (int at = 0; at < vectors * lanes; at += line) {
-        __builtin_prefetch(target.residual + row * epilogue.residual_pixel + at);
+      for (Index at = 0; at < width; at += 64) {
+        __builtin_prefetch(residuals + row * residual_row + at);
       }
     }
   }
-  // What float32 loses in a sum is nothing beside the rounding to a bfloat16.
-  constexpr Index most = sizeof(Value) == sizeof(float) ? partial_sum : unlimited;
-  multiply<Gathered<Value>, rows, vectors, chunk, most>(sums, product);
+  // What float32 loses in a sum is nothing beside the rounding to fewer bits.
+  constexpr Index most = sizeof(Value) == sizeof(float) && !Form::exact ? partial_sum : unlimited;
+  multiply<typename Form::Gathered, rows, vectors, chunk, most>(sums, product);
+#ifdef __AVX512F__
+  if constexpr (Form::exact && same<Value, Uint8> && vectors == 2) {
+    if (target.columns == 2 * lanes) {
+      return finish_bytes<rows>(sums, epilogue, target);
+    }
+  }
+#endif
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) {
     const int count = target.columns - v * lanes < lanes ? target.columns - v * lanes : lanes;
     if (count <= 0) {
       break;
     }
-    const Vector shift = count == lanes ? load(bias + v * lanes) : load(bias + v * lanes, count);
-#pragma GCC unroll 16
-    for (int row = 0; row < rows; ++row) {
-      const Value* residual =
-          target.residual == nullptr ? nullptr : target.residual + row * epilogue.residual_pixel + v * lanes;
-      const Vector value = finish(sums[row][v], shift, residual, count, epilogue);
-      Value* to = target.out + row * target.pixel + v * lanes;
-      if (count == lanes) {
-        store(to, value);
-      } else {
-        store(to, value, count);
-      }
+    const Vector bias = load_some(target.bias + v * lanes, count);
+#ifdef __AVX512F__
+    if constexpr (Form::in_steps) {
+      const Vector scale = load_some(target.scale + v * lanes, count);
+      finish_steps<Form>(sums, v, count, epilogue, target, bias, scale, residual_row);
+    } else
+#endif
+    {
+      finish_rows<Value>(sums, v, count, epilogue, target, bias);
     }
   }
 }
@@ -204,7 +341,7 @@ void product_stored(const Product& product, float* out) {
 }
 
 template <typename Value>
-using Finished = void (*)(const Product&, const Epilogue&, const float*, const Target<Value>&);
+using Finished = void (*)(const Product&, const Epilogue&, const Target<Value>&);
 using Stored = void (*)(const Product&, float*);
 
 template <int... rows>
@@ -216,11 +353,11 @@ struct Counted<0, rows...> {
   using Type = Rows<rows...>;
 };
 
-template <typename Value, int vectors, int... rows>
+template <typename Form, int vectors, int... rows>
 inline void run_finished(Rows<rows...>, Index count, const Product& product, const Epilogue& epilogue,
-                         const float* bias, const Target<Value>& target) {
-  static constexpr Finished<Value> functions[] = {product_finished<Value, rows, vectors>...};
-  functions[count - 1](product, epilogue, bias, target);
+                         const Target<typename Form::Result>& target) {
+  static constexpr Finished<typename Form::Result> functions[] = {product_finished<Form, rows, vectors>...};
+  functions[count - 1](product, epilogue, target);
 }
 
 template <int vectors, int... rows>
@@ -244,37 +381,62 @@ inline void copy(float* to, const Value* from, Index count) {
   }
 }
 
-// Pairs of elements as words, the last one filled up.
-inline void copy(Bfloat16* to, const Bfloat16* from, Index count) {
-  copy(reinterpret_cast<float*>(to), reinterpret_cast<const float*>(from), count / 2);
-  if (count % 2 != 0) {
-    to[count - 1] = from[count - 1];
-    to[count] = {0};
+// Elements as words, the last one filled up.
+template <typename Value>
+inline void copy_words(Value* to, const Value* from, Index count) {
+  constexpr Index word = sizeof(float) / sizeof(Value);
+  copy(reinterpret_cast<float*>(to), reinterpret_cast<const float*>(from), count / word);
+  for (Index i = count / word * word; i < quotient(count, word) * word; ++i) {
+    to[i] = i < count ? from[i] : Value{0};
+  }
+}
+inline void copy(Bfloat16* to, const Bfloat16* from, Index count) { copy_words(to, from, count); }
+inline void copy(Uint8* to, const Uint8* from, Index count) { copy_words(to, from, count); }
+#ifdef __AVX512BF16__
+inline void copy(Bfloat16* to, const float* from, Index count) {
+  Index i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    store(to + i, load(from + i));
+  }
+  if (i < count) {
+    store(to + i, load(from + i, static_cast<int>(count - i)), static_cast<int>(count - i));
+    to[count] = {0};  // a row of chunks has room
+  }
+}
+#endif
+// Between words of padding: what follows the last element is 0, or stays what it is.
+template <typename Value, typename From>
+inline void copy_part(Value* to, const From* from, Index count) {
+  copy(to, from, count);
+}
+inline void copy_part(Uint8* to, const Uint8* from, Index count) {
+  for (Index i = 0; i < count; ++i) {
+    to[i] = from[i];
   }
 }
 
-inline void clear(float* to, Index count) {
+inline void fill(float* to, Vector with, Index count) {
   Index i = 0;
   for (; i + lanes <= count; i += lanes) {
-    store(to + i, zero());
+    store(to + i, with);
   }
   if (i < count) {
-    store(to + i, zero(), static_cast<int>(count - i));
+    store(to + i, with, static_cast<int>(count - i));
   }
 }
 
 // A run of elements into the chunks of one row.
-template <typename Value>
-inline void scatter(float* row, Index distance, const Value* from, Index count) {
-  constexpr Index each = chunk * word<Value>;
+template <typename Form>
+inline void scatter(float* row, Index distance, const typename Form::Image* from, Index count) {
+  constexpr Index each = chunk * Form::word;
   for (; count > 0; count -= each, from += each, row += distance) {
-    copy(reinterpret_cast<Gathered<Value>*>(row), from, least(count, each));
+    copy(reinterpret_cast<typename Form::Gathered*>(row), from, least(count, each));
   }
 }
 
-inline void scatter_zeros(float* row, Index distance, Index count) {
+inline void scatter_padding(float* row, Index distance, Vector padding, Index count) {
   for (; count > 0; count -= chunk, row += distance) {
-    clear(row, least(count, chunk));
+    fill(row, padding, least(count, chunk));
   }
 }
 
@@ -282,25 +444,36 @@ struct Runs {
   Index count, length, chunks;  // words and chunks of one run
 };
 
-template <typename Value>
+template <typename Form>
 inline Runs runs_of(const Direct& d) {
   const Index c = d.in.c / d.groups;
-  const Index length = quotient(d.merged ? d.window.s * c : c, word<Value>);
+  const Index length = quotient(d.merged ? d.window.s * c : c, Form::word);
   return {d.merged ? d.window.r : d.window.r * d.window.s, length, quotient(length, chunk)};
 }
 
+// A word of what lies outside the image, for each element of a vector.
+template <typename Form>
+inline Vector padding_of(const Direct& d) {
+  if constexpr (Form::exact) {
+    return broadcast(__builtin_bit_cast(float, d.epilogue.steps.padding));
+  }
+  return zero();
+}
+
 // What the filter sees around one pixel of the output, into a row of chunks.
-template <typename Value>
+template <typename Form>
 inline void gather(const Direct& d, Index group, Index pixel, float* row, Index distance) {
+  using Value = typename Form::Image;
   const Window& window = d.window;
   const Index c = d.in.c / d.groups;
+  const Vector padding = padding_of<Form>(d);
   const Index x = pixel % d.q;
   const Index y = pixel / d.q % d.p;
   const Index image = pixel / (d.q * d.p);
   const Value* from = static_cast<const Value*>(d.x) + image * d.in.h * d.in.w * d.in.pixel + group * c;
   const Index top = y * window.stride_h - window.pad_h;
   const Index left = x * window.stride_w - window.pad_w;
-  const Runs runs = runs_of<Value>(d);
+  const Runs runs = runs_of<Form>(d);
   const Index run_distance = runs.chunks * distance;
   for (Index r = 0; r < window.r; ++r) {
     const Index in_y = top + r * window.dilation_h;
@@ -310,13 +483,13 @@ inline void gather(const Direct& d, Index group, Index pixel, float* row, Index 
       const Index begin = most(0, -left);
       const Index end = least(window.s, d.in.w - left);
       if (outside || end <= begin) {
-        scatter_zeros(row, distance, runs.length);
+        scatter_padding(row, distance, padding, runs.length);
       } else if (begin == 0 && end == window.s) {
-        scatter(row, distance, line + left * d.in.pixel, window.s * c);
+        scatter<Form>(row, distance, line + left * d.in.pixel, window.s * c);
       } else {  // at most one chunk long, by plan_direct
-        clear(row, runs.length);
-        copy(reinterpret_cast<Gathered<Value>*>(row) + begin * c, line + (left + begin) * d.in.pixel,
-             (end - begin) * c);
+        fill(row, padding, runs.length);
+        copy_part(reinterpret_cast<typename Form::Gathered*>(row) + begin * c, line + (left + begin) * d.in.pixel,
+                  (end - begin) * c);
       }
       row += run_distance;
       continue;
@@ -324,9 +497,9 @@ inline void gather(const Direct& d, Index group, Index pixel, float* row, Index 
     for (Index s = 0; s < window.s; ++s) {
       const Index in_x = left + s * window.dilation_w;
       if (outside || in_x < 0 || in_x >= d.in.w) {
-        scatter_zeros(row, distance, runs.length);
+        scatter_padding(row, distance, padding, runs.length);
       } else {
-        scatter(row, distance, line + in_x * d.in.pixel, c);
+        scatter<Form>(row, distance, line + in_x * d.in.pixel, c);
       }
       row += run_distance;
     }
@@ -334,9 +507,10 @@ inline void gather(const Direct& d, Index group, Index pixel, float* row, Index 
 }
 
 // One panel of output channels for `rows` gathered pixels from `pixel` on.
-template <typename Value>
+template <typename Form>
 inline void multiply_panel(const Direct& d, const Runs& runs, Index group, Index panel, Index pixel, Index rows,
                            const float* gathered, Index distance) {
+  using Value = typename Form::Result;
   const Index k = d.k / d.groups;
   const Index first_channel = panel * panel_width;
   const Index columns = least(panel_width, k - first_channel);
@@ -349,13 +523,17 @@ inline void multiply_panel(const Direct& d, const Runs& runs, Index group, Index
                            depth;
   const Product product{gathered, distance, runs.count, runs.length,
                         d.weights + group * group_size + first_channel * depth};
-  const Target<Value> target{static_cast<Value*>(d.out) + pixel * d.out_pixel + channel, d.out_pixel,
-                             residual_at<Value>(d.epilogue, pixel, channel), static_cast<int>(columns)};
-  const float* bias = d.epilogue.bias + channel;
+  const float* scale = Form::in_steps ? d.epilogue.steps.scale + channel : nullptr;
+  const Target<Value> target{static_cast<Value*>(d.out) + pixel * d.out_pixel + channel,
+                             d.out_pixel,
+                             residual_of_any<Value>(d.epilogue, pixel, channel),
+                             d.epilogue.bias + channel,
+                             scale,
+                             static_cast<int>(columns)};
   if (narrow) {
-    run_finished<Value, 1>(AllRows{}, rows, product, d.epilogue, bias, target);
+    run_finished<Form, 1>(AllRows{}, rows, product, d.epilogue, target);
   } else {
-    run_finished<Value, 2>(AllRows{}, rows, product, d.epilogue, bias, target);
+    run_finished<Form, 2>(AllRows{}, rows, product, d.epilogue, target);
   }
 }
 
@@ -416,7 +594,7 @@ inline void grouped_pixels(const Direct& d, const GroupedRow<Value>& row, const 
       }
     }
   }
-  const Vector bias = row.count == lanes ? load(row.bias) : load(row.bias, row.count);
+  const Vector bias = load_some(row.bias, row.count);
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
     const Value* residual = row.residual == nullptr ? nullptr : row.residual + (x + i) * d.epilogue.residual_pixel;
@@ -481,15 +659,17 @@ void grouped(const Direct& d, Index item) {
   }
 }
 
-template <typename Value>
+template <typename Form>
 void direct(const Direct& d, Index item, float* scratch) {
-  if (d.narrow_groups) {
-    return grouped<Value>(d, item);
+  if constexpr (!Form::in_steps) {
+    if (d.narrow_groups) {
+      return grouped<typename Form::Result>(d, item);
+    }
   }
   const Index block = item % d.blocks;  // next to each other: a thread keeps the panels of its splits
   const Index split = item / d.blocks % d.splits;
   const Index group = item / d.blocks / d.splits;
-  const Runs runs = runs_of<Value>(d);
+  const Runs runs = runs_of<Form>(d);
   const Index pixels = d.in.n * d.p * d.q;
   const Index distance = tile_rows * chunk_stride;
   const Index tile_size = runs.count * runs.chunks * distance;
@@ -499,7 +679,7 @@ void direct(const Direct& d, Index item, float* scratch) {
     float* row = scratch + (tile - first_tile) * tile_size;
     const Index end = pixels * (tile + 1) / d.tiles;
     for (Index pixel = pixels * tile / d.tiles; pixel < end; ++pixel, row += chunk_stride) {
-      gather<Value>(d, group, pixel, row, distance);
+      gather<Form>(d, group, pixel, row, distance);
     }
   }
   const Index last_panel = least((split + 1) * d.panels_per_item, d.panels);
@@ -507,7 +687,7 @@ void direct(const Direct& d, Index item, float* scratch) {
     for (Index tile = first_tile; tile < last_tile; ++tile) {
       const Index pixel = pixels * tile / d.tiles;
       const Index rows = pixels * (tile + 1) / d.tiles - pixel;
-      multiply_panel<Value>(d, runs, group, panel, pixel, rows, scratch + (tile - first_tile) * tile_size, distance);
+      multiply_panel<Form>(d, runs, group, panel, pixel, rows, scratch + (tile - first_tile) * tile_size, distance);
     }
   }
 }
@@ -668,7 +848,7 @@ bool finish_tile(const Winograd& w, Index tile, Index panel, const float* produc
         half[i][x] = y[i];
       }
     }
-    const Vector bias = count == lanes ? load(d.epilogue.bias + channel) : load(d.epilogue.bias + channel, count);
+    const Vector bias = load_some(d.epilogue.bias + channel, count);
     Vector check = zero();
     for (int i = 0; i < m && at.y + i < d.p; ++i) {
       Vector y[m];
@@ -696,12 +876,12 @@ template <typename Value, int m>
 void compute_tile_directly(const Winograd& w, Index tile, Index panel, float* scratch) {
   const Direct& d = w.direct;
   const Tile at = tile_at(w, tile);
-  const Runs runs = runs_of<Value>(d);
+  const Runs runs = runs_of<Plain<Value>>(d);
   for (Index i = 0; i < m && at.y + i < d.p; ++i) {
     for (Index j = 0; j < m && at.x + j < d.q; ++j) {
       const Index pixel = (at.image * d.p + at.y + i) * d.q + at.x + j;
-      gather<Value>(d, 0, pixel, scratch, chunk_stride);
-      multiply_panel<Value>(d, runs, 0, panel, pixel, 1, scratch, chunk_stride);
+      gather<Plain<Value>>(d, 0, pixel, scratch, chunk_stride);
+      multiply_panel<Plain<Value>>(d, runs, 0, panel, pixel, 1, scratch, chunk_stride);
     }
   }
 }
@@ -785,17 +965,35 @@ void winograd(const Winograd& w, Index item, float* scratch) {
 
 inline void store_exact(float* to, Vector a, int count) { count == lanes ? store(to, a) : store(to, a, count); }
 
+// How the channels of a pixel are compared: floats.
+template <typename Value>
+struct Compared {
+  static constexpr int width = lanes;
+  static Vector least() { return broadcast(-__builtin_inff()); }
+  static Vector load_first(const Value* from, int count) { return count == lanes ? load(from) : load(from, count); }
+};
+
+#ifdef __AVX512F__
+template <>
+struct Compared<Uint8> {
+  static constexpr int width = 64;
+  static __m512i least() { return _mm512_setzero_si512(); }
+  static __m512i load_first(const Uint8* from, int count) { return load_bytes(from, count); }
+};
+#endif
+
 template <typename Value>
 void max_pool(const Pool& pool, Index item) {
+  using Compare = Compared<Value>;
   const Window& window = pool.window;
   const Index image = item / pool.p, y = item % pool.p;
   const Index top = y * window.stride_h - window.pad_h;
   for (Index x = 0; x < pool.q; ++x) {
     const Index left = x * window.stride_w - window.pad_w;
     Value* to = static_cast<Value*>(pool.out) + (item * pool.q + x) * pool.out_pixel;
-    for (Index c = 0; c < pool.in.c; c += lanes) {
-      const int count = static_cast<int>(least(lanes, pool.in.c - c));
-      Vector best = broadcast(-__builtin_inff());
+    for (Index c = 0; c < pool.in.c; c += Compare::width) {
+      const int count = static_cast<int>(least(Compare::width, pool.in.c - c));
+      auto best = Compare::least();
       for (Index r = 0; r < window.r; ++r) {
         const Index in_y = top + r * window.dilation_h;
         if (in_y < 0 || in_y >= pool.in.h) {
@@ -808,7 +1006,7 @@ void max_pool(const Pool& pool, Index item) {
           }
           const Value* from =
               static_cast<const Value*>(pool.x) + ((image * pool.in.h + in_y) * pool.in.w + in_x) * pool.in.pixel + c;
-          best = larger(best, count == lanes ? load(from) : load(from, count));
+          best = larger(best, Compare::load_first(from, count));
         }
       }
       store_exact(to + c, best, count);
@@ -859,20 +1057,73 @@ void add_maps(const void* a, const void* b, void* out, Index first, Index last, 
   }
 }
 
-constexpr Element kind_of(const float*) { return Element::float32; }
-constexpr Element kind_of(const Bfloat16*) { return Element::bfloat16; }
+#ifdef __AVX512F__
+// A row of pixels.
+template <typename From, typename To>
+void convert(const Conversion& of, Index item) {
+  const Index first = item * of.in.w;
+  const Vector inverse = broadcast(1 / of.scale), scale = broadcast(of.scale);
+  const Vector offset = broadcast(static_cast<float>(of.zero));
+  const Vector low = broadcast(static_cast<float>(-of.zero)),
+               high = broadcast(static_cast<float>(of.largest - of.zero));
+  Vector check = zero();
+  for (Index pixel = first; pixel < first + of.in.w; ++pixel) {
+    const From* from = static_cast<const From*>(of.x) + pixel * of.in.pixel;
+    To* to = static_cast<To*>(of.out) + pixel * of.out_pixel;
+    for (Index c = 0; c < of.in.c; c += lanes) {
+      const int count = static_cast<int>(least(lanes, of.in.c - c));
+      const Vector value = count == lanes ? load(from + c) : load(from + c, count);
+      if constexpr (same<To, Uint8>) {
+        check = add(check, subtract(value, value));
+        store_steps(to + c, limited(multiply(value, inverse), low, high), of.zero, count);
+      } else {
+        store(to + c, multiply(subtract(value, offset), scale), count);
+      }
+    }
+  }
+  if (!finite(check)) {
+    __atomic_store_n(of.infinite, true, __ATOMIC_RELAXED);
+  }
+}
+#endif
 
 template <typename Value>
-constexpr Kernels made{kind_of(static_cast<const Value*>(nullptr)),
-                       static_cast<int>(word<Value>),
+constexpr Element kind = same<Value, float>      ? Element::float32
+                         : same<Value, Bfloat16> ? Element::bfloat16
+                                                 : Element::uint8;
+
+template <typename Value>
+constexpr Kernels made{kind<Value>,
+                       kind<Value>,
+                       static_cast<int>(Plain<Value>::word),
                        lanes,
                        tile_rows,
                        panel_width,
-                       direct<Value>,
+                       direct<Plain<Value>>,
                        winograd_transform<Value>,
                        winograd<Value>,
                        max_pool<Value>,
                        average<Value>,
-                       add_maps<Value>};
+                       add_maps<Value>,
+                       nullptr};
+
+#ifdef __AVX512F__
+// For images or outputs of uint8.
+template <typename Form>
+constexpr Kernels made_in_steps{
+    kind<typename Form::Image>,
+    kind<typename Form::Result>,
+    static_cast<int>(Form::word),
+    lanes,
+    tile_rows,
+    panel_width,
+    direct<Form>,
+    nullptr,
+    nullptr,
+    same<typename Form::Image, typename Form::Result> ? max_pool<Uint8> : nullptr,
+    nullptr,
+    nullptr,
+    same<typename Form::Image, typename Form::Result> ? nullptr : convert<typename Form::Image, typename Form::Result>};
+#endif
 
 }  // namespace

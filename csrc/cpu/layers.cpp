@@ -44,6 +44,17 @@ float pair(float first, float second) {
   return word;
 }
 
+// Four integers as the word that holds them.
+float quadruple(const float (&values)[4]) {
+  std::int8_t bytes[4];
+  for (int i = 0; i < 4; ++i) {
+    bytes[i] = static_cast<std::int8_t>(values[i]);
+  }
+  float word;
+  std::memcpy(&word, bytes, sizeof word);
+  return word;
+}
+
 float element_of(float word, const Kernels& kernels, Index which) {
   if (kernels.word_elements == 1) {
     return word;
@@ -148,7 +159,7 @@ Floats::Floats(Index count)
     : memory_(static_cast<float*>(allocate(static_cast<std::size_t>(count) * sizeof(float)))), size_(count) {}
 
 Convolution::Convolution(const Machine& machine, const float* weight, const float* bias, Index k, Index c, Index groups,
-                         const Window& window, Choices choices)
+                         const Window& window, Choices choices, const Quantization* quantization)
     : machine_(machine), window_(window), k_(k), c_(c), groups_(groups), bias_(k) {
   const Kernels& kernels = *machine_.kernels;
   const Element element = kernels.element;
@@ -178,11 +189,18 @@ Convolution::Convolution(const Machine& machine, const float* weight, const floa
     };
     pack(group_k, runs() * words(), kernels, weights_.data() + group * group_words, [&](Index channel, Index word) {
       const Index run = word / words(), i = word % words();
+      if (kernels.word_elements == 4) {
+        return quadruple({at(channel, run, 4 * i), at(channel, run, 4 * i + 1), at(channel, run, 4 * i + 2),
+                          at(channel, run, 4 * i + 3)});
+      }
       return kernels.word_elements == 2 ? pair(at(channel, run, 2 * i), at(channel, run, 2 * i + 1))
                                         : round_to(element, at(channel, run, i));
     });
   }
   std::memcpy(bias_.data(), bias, static_cast<std::size_t>(k) * sizeof(float));
+  if (quantization != nullptr) {
+    quantize(weight, *quantization);
+  }
   const auto is_winograd4 = [](const auto& choice) { return choice.second == Algorithm::winograd4; };
   const bool worthwhile = winograd_worthwhile() && c * k < winograd4_limit;
   const bool measured = winograd_possible() && std::any_of(choices.begin(), choices.end(), is_winograd4);
@@ -194,6 +212,49 @@ Convolution::Convolution(const Machine& machine, const float* weight, const floa
     return (choice.second != Algorithm::direct && !winograd_possible()) || (is_winograd4(choice) && !allowed);
   });
   choices_ = std::move(choices);
+}
+
+// Makes of the bias what Steps say it is, and the scales.
+void Convolution::quantize(const float* weight, const Quantization& of) {
+  const Kernels& kernels = *machine_.kernels;
+  const bool reads = kernels.element == Element::uint8, writes = kernels.out_element == Element::uint8;
+  const Index depth = window_.r * window_.s * (c_ / groups_);
+  const double step = writes ? static_cast<double>(of.out.scale) : 1;
+  residual_stored_ = of.residual_stored;
+  scale_ = Floats(k_);
+  for (Index k = 0; k < k_; ++k) {
+    const double unit = reads ? static_cast<double>(of.x.scale) * static_cast<double>(of.weight_scale[k]) : 1;
+    double real = static_cast<double>(bias_.data()[k]);
+    if (reads && of.x.zero != 0) {
+      double sum = 0;
+      for (Index i = 0; i < depth; ++i) {
+        sum += static_cast<double>(weight[k * depth + i]);
+      }
+      real -= unit * sum * of.x.zero;
+    }
+    if (residual_stored_) {
+      real -= static_cast<double>(of.residual.scale) * of.residual.zero;
+    }
+    scale_.data()[k] = static_cast<float>(unit / step);
+    bias_.data()[k] = static_cast<float>(real / step);
+  }
+  steps_.scale = scale_.data();
+  steps_.residual_scale = static_cast<float>(static_cast<double>(of.residual.scale) / step);
+  steps_.low = static_cast<float>(-of.out.zero);
+  steps_.high = static_cast<float>(of.largest - of.out.zero);
+  steps_.zero = of.out.zero;
+  steps_.padding = static_cast<std::uint32_t>(of.x.zero) * 0x01010101U;
+}
+
+void Convolution::check_residual(bool given, Element element) const {
+  const Element out = machine_.kernels->out_element;
+  if (given && element != (residual_stored_ ? Element::uint8 : out)) {
+    throw std::invalid_argument("a residual of another kind than the convolution adds");
+  }
+  if (residual_stored_ ? !given : given && out == Element::uint8) {
+    throw std::invalid_argument(given ? "the convolution was made without a residual in uint8"
+                                      : "the convolution was made for a residual in uint8");
+  }
 }
 
 Index windows(Index size, Index kernel, Index stride, Index pad, Index dilation) {
@@ -210,18 +271,19 @@ Index Convolution::out_width(Index w) const {
 }
 
 bool Convolution::winograd_possible() const {
-  return window_.r == 3 && window_.s == 3 && window_.stride_h == 1 && window_.stride_w == 1 &&
-         window_.dilation_h == 1 && window_.dilation_w == 1 && groups_ == 1;
+  return machine_.kernels->winograd != nullptr && window_.r == 3 && window_.s == 3 && window_.stride_h == 1 &&
+         window_.stride_w == 1 && window_.dilation_h == 1 && window_.dilation_w == 1 && groups_ == 1;
 }
 
 bool Convolution::narrow_groups() const {
   const Index channels = c_ / groups_;
-  return groups_ > 1 && channels == k_ / groups_ && channels < machine_.kernels->lanes &&
-         (channels == 1 || channels == 2 || channels == 4 || channels == 8);
+  return machine_.kernels->winograd != nullptr && groups_ > 1 && channels == k_ / groups_ &&
+         channels < machine_.kernels->lanes && (channels == 1 || channels == 2 || channels == 4 || channels == 8);
 }
 
 bool Convolution::merged() const {
-  return groups_ == 1 && window_.dilation_w == 1 && window_.s > 1 && window_.s * c_ <= chunk;
+  return groups_ == 1 && window_.dilation_w == 1 && window_.s > 1 &&
+         window_.s * c_ <= chunk * machine_.kernels->word_elements;
 }
 
 Index Convolution::runs() const { return merged() ? window_.r : window_.r * window_.s; }
@@ -299,6 +361,8 @@ Direct Convolution::direct(const Map& in, int threads) const {
   d.k = k_;
   d.weights = weights_.data();
   d.epilogue.bias = bias_.data();
+  d.epilogue.residual_element = residual_stored_ ? Element::uint8 : kernels.out_element;
+  d.epilogue.steps = steps_;
   d.out_pixel = k_;
   d.narrow_groups = narrow_groups();
   if (d.narrow_groups) {
@@ -390,7 +454,7 @@ Index winograd_scratch(const Winograd& w, const Kernels& kernels) {
 
 Index Convolution::bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return (weights_.size() + bias_.size() + filters2_.size() + filters4_.size()) * Index{sizeof(float)};
+  return (weights_.size() + bias_.size() + scale_.size() + filters2_.size() + filters4_.size()) * Index{sizeof(float)};
 }
 
 }  // namespace resnet_fast::cpu

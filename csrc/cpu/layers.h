@@ -18,6 +18,21 @@ struct Machine {
   Index l2;  // bytes of a core's second-level cache
 };
 
+// How uint8 stands for real numbers: scale * (stored - zero).
+struct Affine {
+  float scale = 1;
+  int zero = 0;
+};
+
+// What a convolution of images or outputs in uint8 has beside weights and bias.
+struct Quantization {
+  const float* weight_scale = nullptr;  // [k]: weights of images in uint8 are integers of at most 127, times these
+  Affine x, out;                        // what is not uint8 counts for nothing
+  Affine residual;
+  bool residual_stored = false;  // there is a residual, and it is uint8
+  int largest = 255;             // of the outputs
+};
+
 enum class Algorithm { automatic, direct, winograd2, winograd4 };
 
 // What was measured as the fastest, by the height and width of the images.
@@ -45,16 +60,18 @@ Index windows(Index size, Index kernel, Index stride, Index pad, Index dilation)
 // A convolution's constants, packed for the machine; the Winograd filters are made when they are first asked for.
 class Convolution {
  public:
-  // weight [k, c / groups, r, s] dense, bias [k], float32 for images of bfloat16 too. The choices are fixed here, so
+  // weight [k, c / groups, r, s] dense, bias [k], float32 whatever images are. The choices are fixed here, so
   // that no plan computes one layer in two ways.
   Convolution(const Machine& machine, const float* weight, const float* bias, Index k, Index c, Index groups,
-              const Window& window, Choices choices = {});
+              const Window& window, Choices choices = {}, const Quantization* quantization = nullptr);
 
   const Machine& machine() const { return machine_; }
   Index channels() const { return c_; }
   Index out_channels() const { return k_; }
   const Window& window() const { return window_; }
   Index groups() const { return groups_; }
+  // Throws std::invalid_argument if this layer cannot be run with such a residual, or without one.
+  void check_residual(bool given, Element element) const;
 
   // Output height or width; 0 if the window does not fit.
   Index out_height(Index h) const;
@@ -79,11 +96,15 @@ class Convolution {
   Index length() const;
   Index words() const;
   const float* filters(int m) const;
+  void quantize(const float* weight, const Quantization& quantization);
 
   Machine machine_;
   Window window_;
   Index k_, c_, groups_;
   Floats weights_, bias_;
+  Floats scale_;  // Steps of what is or becomes uint8
+  Steps steps_{};
+  bool residual_stored_ = false;
   Choices choices_;
   bool winograd4_chosen_ = false;  // over F(2x2), if nothing was measured
   mutable std::mutex mutex_;

@@ -76,7 +76,7 @@ class Schedule {
 
   bool fits(const std::vector<Image>& inputs, int threads) const;
   Index arena_floats() const { return arena_floats_; }
-  void run(const Plan& plan, const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs, float* arena,
+  bool run(const Plan& plan, const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs, float* arena,
            std::vector<double>* seconds) const;
   std::vector<std::string> algorithms() const;
 
@@ -89,6 +89,7 @@ class Schedule {
     Direct direct{};
     Winograd winograd{};
     Pool pool{};
+    Conversion conversion{};
     Index scratch = 0;
     Index offset = -1;     // of the result
     Index temporary = -1;  // of transformed images
@@ -138,8 +139,6 @@ Schedule::Schedule(const Plan& plan, const std::vector<Image>& inputs, int threa
     given_.push_back({image.n, image.h, image.w, image.c});
     dense_.push_back(dense(image));
   }
-  const Kernels& kernels = *plan.machine_.kernels;
-  const Index element = bytes_of(kernels.element);
   const auto count = static_cast<int>(plan.layers_.size());
   std::vector<int> last(plan.layers_.size(), -1);
   for (int i = 0; i < count; ++i) {
@@ -156,7 +155,7 @@ Schedule::Schedule(const Plan& plan, const std::vector<Image>& inputs, int threa
   // Pixels of a distance that is a multiple of a page would fall on the same lines of the cache.
   pixels_.resize(plan.layers_.size());
   for (int i = 0; i < count; ++i) {
-    const Index c = shapes_[i].c;
+    const Index c = shapes_[i].c, element = bytes_of(plan.layers_[i].element);
     const bool wide = c * element >= 512 && c * element % 512 == 0;
     pixels_[i] = plan.layers_[i].kind == Plan::Kind::convolution && wide && !is_output[i] ? c + 64 / element : c;
   }
@@ -176,7 +175,8 @@ Schedule::Schedule(const Plan& plan, const std::vector<Image>& inputs, int threa
     const Shape shape = shapes_[i];
     const Index elements = shape.n * shape.h * shape.w * shape.c;
     const Index floats =
-        (shape.n * shape.h * shape.w * pixels_[i] * element + Index{sizeof(float)} - 1) / Index{sizeof(float)};
+        (shape.n * shape.h * shape.w * pixels_[i] * bytes_of(layer.element) + Index{sizeof(float)} - 1) /
+        Index{sizeof(float)};
     if (layer.kind == Plan::Kind::input) {
       step.copies = !dense_[next_input++];
       if (step.copies && !is_output[i]) {
@@ -190,6 +190,7 @@ Schedule::Schedule(const Plan& plan, const std::vector<Image>& inputs, int threa
     const Shape from = shapes_[layer.a];
     const Map in{from.n, from.h, from.w, from.c, pixels_[layer.a]};
     if (layer.kind == Plan::Kind::convolution && elements != 0) {
+      const Kernels& kernels = *layer.convolution->machine().kernels;
       step.algorithm =
           layer.algorithm == Algorithm::automatic ? layer.convolution->choose(in.h, in.w) : layer.algorithm;
       if (step.algorithm == Algorithm::direct) {
@@ -207,9 +208,13 @@ Schedule::Schedule(const Plan& plan, const std::vector<Image>& inputs, int threa
       direct.epilogue.relu = layer.relu;
       direct.epilogue.residual_after_relu = layer.residual_after_relu;
       direct.epilogue.residual_pixel = layer.b < 0 ? 0 : pixels_[layer.b];
+      limit(direct.epilogue);
       direct.out_pixel = pixels_[i];
     } else if (layer.kind == Plan::Kind::max_pool) {
       step.pool = Pool{nullptr, in, layer.window, shape.h, shape.w, nullptr, pixels_[i], shape.n * shape.h};
+    } else if (layer.kind == Plan::Kind::convert) {
+      step.conversion =
+          Conversion{nullptr, in, nullptr, pixels_[i], layer.stored.scale, layer.stored.zero, layer.largest, nullptr};
     }
     for (const int source : {layer.a, layer.b}) {
       if (source >= 0 && last[source] == i && steps_[source].offset >= 0) {
@@ -255,10 +260,12 @@ void Schedule::check_addresses(const Plan& plan, const std::vector<Image>& input
   }
 }
 
-void Schedule::run(const Plan& plan, const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs,
+bool Schedule::run(const Plan& plan, const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs,
                    float* arena, std::vector<double>* seconds) const {
+  const auto kernels_of = [](const Plan::Layer& layer) -> const Kernels& {
+    return *kernels_for(layer.element, layer.element);
+  };
   check_addresses(plan, inputs, outputs);
-  const Kernels& kernels = *plan.machine_.kernels;
   const std::size_t count = plan.layers_.size();
   std::vector<const std::byte*> at(count, nullptr);
   std::vector<std::byte*> out(count, nullptr);
@@ -270,6 +277,7 @@ void Schedule::run(const Plan& plan, const std::vector<Image>& inputs, const std
   }
   Team team(threads_);
   std::size_t next_input = 0;
+  bool infinite = false;
   auto began = std::chrono::steady_clock::now();
   for (std::size_t i = 0; i < count; ++i) {
     const Plan::Layer& layer = plan.layers_[i];
@@ -283,18 +291,22 @@ void Schedule::run(const Plan& plan, const std::vector<Image>& inputs, const std
         at[i] = image.data;
       } else if (elements != 0) {
         const Copy copy{image, out[i]};
-        const bool wide = kernels.element == Element::float32;
-        team.run(shape.n * shape.h, 0, wide ? copy_row<std::uint32_t> : copy_row<std::uint16_t>, &copy);
+        const auto copy_row_of = layer.element == Element::float32    ? copy_row<std::uint32_t>
+                                 : layer.element == Element::bfloat16 ? copy_row<std::uint16_t>
+                                                                      : copy_row<std::uint8_t>;
+        team.run(shape.n * shape.h, 0, copy_row_of, &copy);
       }
     } else if (elements == 0) {
       // nothing
     } else if (layer.kind == Plan::Kind::convolution) {
+      const Kernels& kernels = *layer.convolution->machine().kernels;
       const std::byte* residual = layer.b < 0 ? nullptr : at[layer.b];
       if (step.algorithm == Algorithm::direct) {
         Direct direct = step.direct;
         direct.x = at[layer.a];
         direct.out = out[i];
         direct.epilogue.residual = residual;
+        direct.epilogue.steps.infinite = &infinite;
         execute(team, kernels, direct, step.scratch);
       } else {
         Winograd winograd = step.winograd;
@@ -308,12 +320,18 @@ void Schedule::run(const Plan& plan, const std::vector<Image>& inputs, const std
       Pool pool = step.pool;
       pool.x = at[layer.a];
       pool.out = out[i];
-      execute(team, kernels, pool);
+      execute(team, kernels_of(layer), pool);
     } else if (layer.kind == Plan::Kind::average) {
       const Shape from = shapes_[layer.a];
-      execute_average(team, kernels, at[layer.a], {from.n, from.h, from.w, from.c, pixels_[layer.a]}, out[i]);
+      execute_average(team, kernels_of(layer), at[layer.a], {from.n, from.h, from.w, from.c, pixels_[layer.a]}, out[i]);
+    } else if (layer.kind == Plan::Kind::convert) {
+      Conversion conversion = step.conversion;
+      conversion.x = at[layer.a];
+      conversion.out = out[i];
+      conversion.infinite = &infinite;
+      execute(team, *kernels_for(plan.layers_[layer.a].element, layer.element), conversion);
     } else {
-      execute_add(team, kernels, at[layer.a], at[layer.b], out[i], elements, layer.relu);
+      execute_add(team, kernels_of(layer), at[layer.a], at[layer.b], out[i], elements, layer.relu);
     }
     if (seconds != nullptr) {
       const auto now = std::chrono::steady_clock::now();
@@ -321,6 +339,7 @@ void Schedule::run(const Plan& plan, const std::vector<Image>& inputs, const std
       began = now;
     }
   }
+  return !infinite;
 }
 
 std::vector<std::string> Schedule::algorithms() const {
@@ -354,12 +373,16 @@ int Plan::add_layer(Layer layer) {
   return static_cast<int>(layers_.size()) - 1;
 }
 
-int Plan::input(Index channels) {
+int Plan::input(Index channels, Element element) {
+  if (kernels_for(element, element) == nullptr) {
+    throw std::invalid_argument("plan: this instruction set has no kernels for such values");
+  }
   if (channels <= 0) {
     throw std::invalid_argument("plan: an input must have channels, got " + std::to_string(channels));
   }
   Layer layer{Kind::input};
   layer.channels = channels;
+  layer.element = element;
   inputs_.push_back(add_layer(std::move(layer)));
   return inputs_.back();
 }
@@ -371,9 +394,10 @@ int Plan::convolution(int x, std::shared_ptr<const Convolution> convolution, int
     throw std::invalid_argument("plan: a convolution of " + std::to_string(convolution->channels()) +
                                 " channels is given " + std::to_string(layers_[x].channels));
   }
-  if (const Element element = convolution->machine().kernels->element; element != machine_.kernels->element) {
-    throw std::invalid_argument(element == Element::float32 ? "plan: a convolution of float32 and values of bfloat16"
-                                                            : "plan: a convolution of bfloat16 and values of float32");
+  const Kernels& kernels = *convolution->machine().kernels;
+  if (kernels.element != layers_[x].element) {
+    throw std::invalid_argument(std::string("plan: a convolution of ") + name_of(kernels.element) + " and values of " +
+                                name_of(layers_[x].element));
   }
   if (residual != -1) {
     check(residual);
@@ -382,11 +406,13 @@ int Plan::convolution(int x, std::shared_ptr<const Convolution> convolution, int
                                   " channels is added to " + std::to_string(convolution->out_channels()));
     }
   }
+  convolution->check_residual(residual != -1, residual == -1 ? kernels.out_element : layers_[residual].element);
   if (algorithm != Algorithm::automatic && algorithm != Algorithm::direct && !convolution->winograd_possible()) {
     throw std::invalid_argument("plan: Winograd's filtering is for 3x3 windows of stride 1 without groups");
   }
   Layer layer{Kind::convolution, x, residual};
   layer.channels = convolution->out_channels();
+  layer.element = kernels.out_element;
   layer.convolution = std::move(convolution);
   layer.relu = relu;
   layer.residual_after_relu = residual_after_relu;
@@ -398,6 +424,7 @@ int Plan::max_pool(int x, const Window& window, bool ceil_mode) {
   check(x);
   Layer layer{Kind::max_pool, x};
   layer.channels = layers_[x].channels;
+  layer.element = layers_[x].element;
   layer.window = window;
   layer.ceil_mode = ceil_mode;
   return add_layer(std::move(layer));
@@ -405,8 +432,12 @@ int Plan::max_pool(int x, const Window& window, bool ceil_mode) {
 
 int Plan::average(int x) {
   check(x);
+  if (layers_[x].element == Element::uint8) {
+    throw std::invalid_argument("plan: the mean of values of uint8");
+  }
   Layer layer{Kind::average, x};
   layer.channels = layers_[x].channels;
+  layer.element = layers_[x].element;
   return add_layer(std::move(layer));
 }
 
@@ -417,9 +448,34 @@ int Plan::add(int a, int b, bool relu) {
     throw std::invalid_argument("plan: values of " + std::to_string(layers_[a].channels) + " and " +
                                 std::to_string(layers_[b].channels) + " channels are added");
   }
+  if (layers_[a].element != layers_[b].element || layers_[a].element == Element::uint8) {
+    throw std::invalid_argument(std::string("plan: values of ") + name_of(layers_[a].element) + " and " +
+                                name_of(layers_[b].element) + " are added");
+  }
   Layer layer{Kind::add, a, b};
   layer.channels = layers_[a].channels;
+  layer.element = layers_[a].element;
   layer.relu = relu;
+  return add_layer(std::move(layer));
+}
+
+int Plan::quantize(int x, Affine stored, int largest) {
+  return convert(x, Element::float32, Element::uint8, stored, largest);
+}
+
+int Plan::dequantize(int x, Affine stored) { return convert(x, Element::uint8, Element::float32, stored, 255); }
+
+int Plan::convert(int x, Element from, Element to, Affine stored, int largest) {
+  check(x);
+  if (layers_[x].element != from || kernels_for(from, to) == nullptr) {
+    throw std::invalid_argument(std::string("plan: values of ") + name_of(layers_[x].element) + " become " +
+                                name_of(to));
+  }
+  Layer layer{Kind::convert, x};
+  layer.channels = layers_[x].channels;
+  layer.element = to;
+  layer.stored = stored;
+  layer.largest = largest;
   return add_layer(std::move(layer));
 }
 
@@ -531,13 +587,12 @@ Floats borrow(std::vector<Floats>& arenas, std::mutex& mutex, Index floats) {
 
 }  // namespace
 
-void Plan::run(const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs, int threads,
+bool Plan::run(const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs, int threads,
                Index piece) const {
   const Index images = inputs.empty() ? 0 : inputs[0].n;
   const bool alike = std::all_of(inputs.begin(), inputs.end(), [&](const Image& image) { return image.n == images; });
   if (!alike || images < 2) {
-    run_together(inputs, outputs, threads);
-    return;
+    return run_together(inputs, outputs, threads);
   }
   std::vector<Image> one = inputs;
   for (Image& image : one) {
@@ -551,25 +606,28 @@ void Plan::run(const std::vector<Image>& inputs, const std::vector<std::byte*>& 
   const Index pieces = (images + piece - 1) / piece;
   std::vector<Image> part = inputs;
   std::vector<std::byte*> results = outputs;
-  const Index element = bytes_of(machine_.kernels->element);
-  for (Index i = 0; i < pieces; ++i) {
+  bool finite = true;
+  for (Index i = 0; finite && i < pieces; ++i) {
     const Index first = images * i / pieces;
     for (std::size_t j = 0; j < inputs.size(); ++j) {
       part[j].n = images * (i + 1) / pieces - first;
-      part[j].data = inputs[j].data + first * inputs[j].stride_n * element;
+      part[j].data = inputs[j].data + first * inputs[j].stride_n * bytes_of(layers_[inputs_[j]].element);
     }
     for (std::size_t j = 0; j < outputs.size(); ++j) {
-      results[j] = outputs[j] + first * shapes[j].h * shapes[j].w * shapes[j].c * element;
+      results[j] =
+          outputs[j] + first * shapes[j].h * shapes[j].w * shapes[j].c * bytes_of(layers_[outputs_[j]].element);
     }
-    run_together(part, results, threads);
+    finite = run_together(part, results, threads);
   }
+  return finite;
 }
 
-void Plan::run_together(const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs, int threads) const {
+bool Plan::run_together(const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs, int threads) const {
   const std::shared_ptr<const Schedule> made = schedule(inputs, threads);
   Floats arena = borrow(arenas_, mutex_, made->arena_floats());
-  made->run(*this, inputs, outputs, arena.data(), nullptr);
+  const bool finite = made->run(*this, inputs, outputs, arena.data(), nullptr);
   keep(std::move(arena));
+  return finite;
 }
 
 void Plan::keep(Floats arena) const {

@@ -26,25 +26,28 @@ class Schedule;
 
 class Plan {
  public:
-  explicit Plan(const Machine& machine) : machine_(machine) {}
+  Plan() = default;
   ~Plan();
 
   // Each adds a layer and returns the number of its result. Throws std::invalid_argument if channels do not fit, and
   // once the plan has run: its schedules would not know the layer.
-  int input(Index channels);
+  int input(Index channels, Element element);
   int convolution(int x, std::shared_ptr<const Convolution> layer, int residual, bool relu, bool residual_after_relu,
                   Algorithm algorithm);
   int max_pool(int x, const Window& window, bool ceil_mode);
   int average(int x);  // over all pixels: [n, 1, 1, c]
   int add(int a, int b, bool relu);
+  int quantize(int x, Affine stored, int largest);  // from float32 to uint8
+  int dequantize(int x, Affine stored);             // from uint8 to float32
   void output(int value);
 
   // Shapes of the outputs for images of these shapes. Throws std::invalid_argument if a window does not fit.
   std::vector<Shape> shapes(const std::vector<Image>& inputs) const;
 
   // Computes the outputs, each [n, h, w, c] dense, at most `piece` images at a time (0: as many as keep close to the
-  // processor). Any number of threads may be in here at once.
-  void run(const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs, int threads,
+  // processor). Any number of threads may be in here at once. False, and the outputs mean nothing, if there was NaN or
+  // infinity that uint8 should have held.
+  bool run(const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs, int threads,
            Index piece = 0) const;
 
   // Seconds of each layer in one run, by itself, in the order in which they were added.
@@ -57,26 +60,29 @@ class Plan {
 
  private:
   friend class Schedule;
-  enum class Kind { input, convolution, max_pool, average, add };
+  enum class Kind { input, convolution, max_pool, average, add, convert };
   struct Layer {
     Kind kind;
     int a = -1, b = -1;
     Index channels = 0;
+    Element element = Element::float32;  // of the result
     std::shared_ptr<const Convolution> convolution{};
     Algorithm algorithm = Algorithm::automatic;
     bool relu = false, residual_after_relu = false, ceil_mode = false;
     Window window{};
+    Affine stored{};  // of a conversion
+    int largest = 255;
   };
 
   int add_layer(Layer layer);
+  int convert(int x, Element from, Element to, Affine stored, int largest);
   void check(int value) const;
   void check_open() const;
   std::vector<Shape> infer(const std::vector<Image>& inputs) const;
-  void run_together(const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs, int threads) const;
+  bool run_together(const std::vector<Image>& inputs, const std::vector<std::byte*>& outputs, int threads) const;
   std::shared_ptr<const Schedule> schedule(const std::vector<Image>& inputs, int threads) const;
   void keep(Floats arena) const;
 
-  Machine machine_;
   std::vector<Layer> layers_;
   std::vector<int> inputs_, outputs_;
   mutable std::mutex mutex_;
