@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from resnet_fast.backends import onednn_int8
 
-from . import batching, calling, ir, memory, shapes
+from . import batching, calling, ir, memory, quantize_layers, shapes
 from .guards import Refused
 from .optimize import optimize, row_bytes
 from .plan import Fused
@@ -213,20 +213,24 @@ def _choose(fast: OptimizedModule, graphs: list[Graph], patterns: Sequence[str])
             raise ValueError(f"quantize: keep_float has {pattern!r}, which matches no layer, such as {min(names)!r}")
     first = True
     for graph in graphs:
-        everywhere = _why_no_graph(graph)
-        if not everywhere and onednn_int8.saturates():
-            graph.largest = LARGEST_REDUCED
+        everywhere, computed_by = _why_no_graph(graph), set()
         for node, name in graph.layers.items():
             module = graph.module(node)
             reason = everywhere or _why_float(module, first)
             if not reason and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
                 reason = "kept by keep_float"
+            if not reason:
+                backend = quantize_layers.computed_by(module.constants()["weight"].shape, module.options["groups"])
+                reason = quantize_layers.incapable(backend, LARGEST_REDUCED)
+                computed_by.add(backend)
             if module.op in ("conv_bn_act", "stem"):
                 first = False
             if reason:
                 graph.reasons[node] = reason
             else:
                 graph.chosen[node] = None
+        if onednn_int8.NAME in computed_by and graph.chosen and onednn_int8.saturates():
+            graph.largest = LARGEST_REDUCED
 
 
 def _why_no_graph(graph: Graph) -> str:
@@ -235,10 +239,9 @@ def _why_no_graph(graph: Graph) -> str:
         return f"the model computes in {str(snapshot.dtype).removeprefix('torch.')}, int8 stands beside float32"
     if snapshot._device.type != "cpu":
         return f"the model is on {snapshot._device}, int8 runs on the CPU"
-    reason = onednn_int8.unavailable()
-    if not reason and any(memory.written(graph.gm, node) for node in graph.gm.graph.nodes):
+    if any(memory.written(graph.gm, node) for node in graph.gm.graph.nodes):
         return "the graph writes into tensors that it has made"
-    return reason
+    return ""
 
 
 def _why_float(module: Fused, first: bool) -> str:
@@ -349,7 +352,7 @@ class _Measured(NamedTuple):
 def _fit(
     fast: OptimizedModule, graphs: list[Graph], calls: list[Call], min_sqnr: float | None
 ) -> tuple[_Measured | None, tuple[str, ...]]:
-    """Make the quantized graphs; leave layers float32 that oneDNN computes wrong, and as ``min_sqnr`` wants it."""
+    """Make the quantized graphs; leave layers float32 that come out wrong, and as ``min_sqnr`` wants it."""
     while any(graph.chosen for graph in graphs):
         for graph in graphs:
             graph.quantized = Builder(graph).build() if graph.chosen else graph.gm
@@ -371,6 +374,9 @@ def _fit(
     return None, ()
 
 
+_WHOSE = {quantize_layers.ENGINE: "the engine's", onednn_int8.NAME: "oneDNN's"}
+
+
 def _tried(graph: Graph) -> bool:
     """Run each int8 convolution that is new on its sample image, by itself, and return whether all are right.
 
@@ -387,12 +393,12 @@ def _tried(graph: Graph) -> bool:
             with torch.no_grad():
                 found = real(module(*(each.clone() for each in given)), out)
                 meant = module.defined(*(real(each, way) for each, (_, way) in zip(given, pairs, strict=True)))
-        except RuntimeError as error:
-            reason = f"oneDNN's int8 convolution fails: {shapes.first_line(error)}"
+        except (RuntimeError, ValueError) as error:
+            reason = f"{_WHOSE[module.backend]} int8 convolution fails: {shapes.first_line(error)}"
         else:
             step = 1.001 * out.scale if out else 1e-4 * float(meant.abs().max())
             if not float((found - meant).abs().max()) <= step:
-                reason = "oneDNN's int8 convolution gives other numbers than its definition"
+                reason = f"{_WHOSE[module.backend]} int8 convolution gives other numbers than its definition"
         if reason:
             graph.keep(node, reason)
             right = False
@@ -492,7 +498,11 @@ def _finished(
         )
     for note in notes:
         warnings.warn(f"quantize: {note}", stacklevel=3)
-    int8 = {layer.name for layer in quantization.int8}
+    int8 = {
+        graph.layers[node]: graph.quantized.get_submodule(str(graph.where[node][0].target)).backend
+        for graph in graphs
+        for node in graph.chosen
+    }
     fast.quantized_as(
         dataclasses.replace(quantization, notes=notes),
         lambda row: _row(row, int8, moved),
@@ -500,11 +510,11 @@ def _finished(
     return fast
 
 
-def _row(row: Any, int8: set[str], moved: Mapping[str, int | None]) -> Any:
-    """Return a row of the report as it is in the quantized graph."""
+def _row(row: Any, int8: Mapping[str, Any], moved: Mapping[str, int | None]) -> Any:
+    """Return a row of the report as it is in the quantized graph; ``int8``: what computes the layers that are int8."""
     first = row.fused.partition(" ")[2]
     if first in int8:
-        row = dataclasses.replace(row, backend=onednn_int8.NAME)
+        row = dataclasses.replace(row, backend=int8[first])
     if first == row.name and first in moved:
         row = dataclasses.replace(row, bytes_after=moved[first])
     return row
