@@ -289,6 +289,8 @@ def _calibrate(fast: OptimizedModule, graphs: list[Graph], calls: list[Call]) ->
 class _Watching:
     """While inside, modules are called on values of the graphs, which run layer by layer and whole batches at once.
 
+    A quantized graph of which nothing is watched runs as its snapshot will.
+
     Args:
         watched: for each graph, the module to call on a node's value, as it is right behind the node.
         quantized: whether these are nodes of the quantized graphs.
@@ -311,16 +313,20 @@ class _Watching:
                 gm.add_submodule(name, module)
                 with gm.graph.inserting_after(last[0] if node.op == "placeholder" else node):
                     self._added.append((gm, gm.graph.call_module(name, (node,))))
-            gm.recompile()
+            if watched:
+                gm.recompile()
             snapshot.graph_module, snapshot._separable = gm, False
-            snapshot._planned = (None,)
+            snapshot._planned = graph.planned if self._quantized and not watched else (None,)
 
     def __exit__(self, *_: object) -> None:
         for gm, node in self._added:
             gm.graph.erase_node(node)
             gm.delete_submodule(str(node.target))
-        for graph, (gm, separable) in zip(self._graphs, self._kept, strict=True):
-            (graph.quantized if self._quantized else graph.gm).recompile()
+        for graph, watched, (gm, separable) in zip(self._graphs, self._watched, self._kept, strict=True):
+            if self._quantized and not watched:
+                graph.planned = graph.snapshot._planned
+            if watched:
+                (graph.quantized if self._quantized else graph.gm).recompile()
             graph.snapshot.graph_module, graph.snapshot._separable = gm, separable
             graph.snapshot._planned = None
 
@@ -420,7 +426,10 @@ def _measure(fast: OptimizedModule, graphs: list[Graph], calls: list[Call]) -> _
             {graph.where.get(node, (node, None))[0]: _Tap() for node in layers}
             for graph, layers in zip(graphs, watched, strict=True)
         ]
-        with _Watching(graphs, found_taps, quantized=True):
+        if images < _LAYERS_MEASURED:
+            with _Watching(graphs, found_taps, quantized=True):
+                _run(fast, call)
+        with _Watching(graphs, [{} for _ in graphs], quantized=True):
             found = _tensors(_run(fast, call))
         images += _images(next(leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)))
         if len(exact) == len(found):
