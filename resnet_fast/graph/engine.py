@@ -224,28 +224,28 @@ def _add_call(
             continue
         module = _module(gm, node)
         sources = [source for source in node.args if isinstance(source, fx.Node)]
-        given: list[int | None] = [value(source, node) for source in sources if source is not adding.get(node)]
+        given = [value(source, node) for source in sources if source is not adding.get(node)]
         if module is None:
-            values[node] = network.max_pool(given[0] or 0, *(_pool_of(node) or ()))
+            values[node] = network.max_pool(given[0], *(_pool_of(node) or ()))
         elif isinstance(module, Convolution):
             residual = module.affine("residual") if len(given) > 1 else None
             if node in adding:
                 dequantize = adding[node]
                 residual = _module(gm, dequantize).stored_as
                 given.append(value(dequantize.all_input_nodes[0], dequantize))
-            x, other = [*given, None][:2]
+            other = given[1] if len(given) > 1 else None
             first = module.relu == "first" and other is not None
-            values[node] = network.convolution(x or 0, module.engine(residual), other, bool(module.relu), first)
+            values[node] = network.convolution(given[0], module.engine(residual), other, bool(module.relu), first)
         elif isinstance(module, MaxPool):
-            values[node] = network.max_pool(given[0] or 0, *(_usual_pool(module.window) or ()))
+            values[node] = network.max_pool(given[0], *(_usual_pool(module.window) or ()))
         elif isinstance(module, Quantize):
-            values[node] = network.quantize(given[0] or 0, module.stored_as, module.largest)
+            values[node] = network.quantize(given[0], module.stored_as, module.largest)
         elif isinstance(module, Dequantize):
-            values[node] = network.dequantize(given[0] or 0, module.stored_as)
+            values[node] = network.dequantize(given[0], module.stored_as)
         else:
-            given += [None] * (len(module.declared.data) - len(given))
+            rest = [None] * (len(module.declared.data) - len(given))
             stored = (_stored(_module(gm, rounding[node])),) if node in rounding else ()
-            values[node] = module.declared.plan(network, module.prepare(), given, *stored)
+            values[node] = module.declared.plan(network, module.prepare(), [*given, *rest], *stored)
     inside = set(layers)
     outputs = [node for node in layers if node in values and any(user not in inside for user in _readers(gm, node))]
     for node in outputs:

@@ -101,7 +101,7 @@ def test_other_instruction_sets(isa: str) -> None:
     folder = Path(__file__).parent
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not instruction_sets and not words",
-         *(str(folder / f"test_{name}.py") for name in ("convolution", "winograd", "plan"))],
+         *(str(folder / f"test_{name}.py") for name in ("convolution", "winograd", "plan", "uint8"))],
         env={**os.environ, "RESNET_FAST_ISA": isa, "PYTEST_ADDOPTS": ""},
         cwd=ROOT,
         capture_output=True,
