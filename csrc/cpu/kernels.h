@@ -52,9 +52,15 @@ struct Steps {
   float residual_scale;   // of a residual in uint8
   float low, high;        // that can be stored
   int zero;               // the output's zero point
+  bool short_sums;        // of integers below 2^22, which begin at steps_start
+  bool bounded;           // no real value is 2^31 steps or more
   std::uint32_t padding;  // a word of what images have outside
   bool* infinite;         // set if a float32 image gave what is not a number that can be stored
 };
+
+// 1.5 * 2^23: an integer below 2^22 in magnitude, added to its bits, makes the bits of a float that is as much larger,
+// so that no conversion is needed; the bias takes it away again.
+constexpr float steps_start = 12582912;
 
 // What happens to a sum before it is stored.
 struct Epilogue {

@@ -76,16 +76,21 @@ struct Product {
   const float* weights;  // [outer][inner][length][panel_width]
 };
 
-inline float word_at(const char* at, Index word) {
+inline float word_at(const char* at) {
   float value;
-  __builtin_memcpy(&value, at + word * Index{sizeof(float)}, sizeof value);
+  __builtin_memcpy(&value, at, sizeof value);
   return value;
 }
 
-template <typename Words, int rows, int vectors, typename Row>
-inline __attribute__((always_inline)) void multiply_words_of(Vector (&sums)[rows][vectors], const float* weights,
-                                                             Index length, const Row& word_of) {
-  for (Index c = 0; c < length; ++c) {
+inline const char* row_of(const Pointed& from, int row) { return from.rows[row]; }
+inline const char* row_of(const Strided& from, int row) {
+  return from.first + row * chunk_stride * Index{sizeof(float)};
+}
+
+template <typename Words, int rows, int vectors, typename Rows>
+inline __attribute__((always_inline)) void multiply_chunk(Vector (&sums)[rows][vectors], const Rows& from, Index offset,
+                                                          const float* weights, Index length) {
+  for (const Index end = offset + length * Index{sizeof(float)}; offset < end; offset += Index{sizeof(float)}) {
     Vector weight[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
@@ -94,7 +99,7 @@ inline __attribute__((always_inline)) void multiply_words_of(Vector (&sums)[rows
     weights += vectors * lanes;
 #pragma GCC unroll 16
     for (int row = 0; row < rows; ++row) {
-      const Vector value = broadcast(word_of(row, c));
+      const Vector value = broadcast(word_at(row_of(from, row) + offset));
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
         sums[row][v] = multiply_words(static_cast<const Words*>(nullptr), value, weight[v], sums[row][v]);
@@ -103,41 +108,21 @@ inline __attribute__((always_inline)) void multiply_words_of(Vector (&sums)[rows
   }
 }
 
-template <typename Words, int rows, int vectors>
-inline __attribute__((always_inline)) void multiply_chunk(Vector (&sums)[rows][vectors], const Strided& from,
-                                                          Index offset, const float* weights, Index length) {
-  const char* first = from.first + offset;
-  multiply_words_of<Words>(sums, weights, length, [&](int row, Index c) __attribute__((always_inline)) {
-    return word_at(first, row * chunk_stride + c);
-  });
-}
-
-template <typename Words, int rows, int vectors>
-inline __attribute__((always_inline)) void multiply_chunk(Vector (&sums)[rows][vectors], const Pointed& from,
-                                                          Index offset, const float* weights, Index length) {
-  const char* at[rows];
-#pragma GCC unroll 16
-  for (int row = 0; row < rows; ++row) {
-    at[row] = from.rows[row] + offset;
-  }
-  multiply_words_of<Words>(sums, weights, length,
-                           [&](int row, Index c) __attribute__((always_inline)) { return word_at(at[row], c); });
-}
-
 // Words that are added up in registers before their sum is added to the total: a long sum loses the least if it is a
 // sum of short ones.
 constexpr Index partial_sum = 128, unlimited = -1;
 
 // `part` words are added up by one call, and a chunk is a multiple of it.
 template <typename Words, int rows, int vectors, Index part, Index most, typename Rows>
-inline __attribute__((always_inline)) void multiply(Vector (&sums)[rows][vectors], const Product<Rows>& product) {
+inline __attribute__((always_inline)) void multiply(Vector (&sums)[rows][vectors], const Product<Rows>& product,
+                                                    Vector start = zero()) {
   float totals[rows * vectors * lanes];
   asm("" : "=m"(totals));  // for the compiler, which does not see that they are written before they are read
 #pragma GCC unroll 16
   for (int row = 0; row < rows; ++row) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      sums[row][v] = zero();
+      sums[row][v] = start;
     }
   }
   const float* weights = product.weights;
@@ -258,7 +243,8 @@ inline __attribute__((always_inline)) void finish_steps(Vector (&sums)[rows][vec
   Vector check = zero();
 #pragma GCC unroll 16
   for (int row = 0; row < rows; ++row) {
-    Vector value = multiply_add(Form::exact ? from_integers(sums[row][v]) : sums[row][v], scale, bias);
+    const Vector sum = Form::exact && !steps.short_sums ? from_integers(sums[row][v]) : sums[row][v];
+    Vector value = multiply_add(sum, scale, bias);
     if (residuals != nullptr) {
       const char* residual = residuals + row * residual_row;
       if (same<Value, Uint8> || epilogue.residual_element == Element::uint8) {
@@ -290,7 +276,7 @@ inline __attribute__((always_inline)) void finish_steps(Vector (&sums)[rows][vec
 }
 
 // All 32 channels of each row, from integers to bytes.
-template <int rows>
+template <bool short_sums, int rows>
 inline __attribute__((always_inline)) void finish_bytes(Vector (&sums)[rows][2], const Epilogue& epilogue,
                                                         const Target<Uint8>& target) {
   const Steps& steps = epilogue.steps;
@@ -298,6 +284,7 @@ inline __attribute__((always_inline)) void finish_bytes(Vector (&sums)[rows][2],
   const Vector scale[2] = {load(target.scale), load(target.scale + lanes)};
   const Vector bias[2] = {load(target.bias), load(target.bias + lanes)};
   const Vector residual_scale = broadcast(steps.residual_scale), high = broadcast(steps.high);
+  const bool bounded = steps.bounded;
   const Limits limits =
       limits_of(steps.zero, steps.zero + static_cast<int>(steps.low), steps.zero + static_cast<int>(steps.high));
 #pragma GCC unroll 16
@@ -308,12 +295,13 @@ inline __attribute__((always_inline)) void finish_bytes(Vector (&sums)[rows][2],
       const int at = row + i < rows ? row + i : row;
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
-        values[i][v] = multiply_add(from_integers(sums[at][v]), scale[v], bias[v]);
+        const Vector sum = short_sums ? sums[at][v] : from_integers(sums[at][v]);
+        values[i][v] = multiply_add(sum, scale[v], bias[v]);
         if (residual != nullptr) {
           const Vector other = load(residual + at * epilogue.residual_pixel + v * lanes);
           values[i][v] = multiply_add(other, residual_scale, values[i][v]);
         }
-        values[i][v] = smaller(values[i][v], high);  // what is larger may not be an integer of 32 bits
+        values[i][v] = bounded ? values[i][v] : smaller(values[i][v], high);
       }
     }
     Uint8* to = target.out + row * target.pixel;
@@ -340,11 +328,13 @@ void product_finished(const Product<Pointed>& product, const Epilogue& epilogue,
   }
   // What float32 loses in a sum is nothing beside the rounding to fewer bits.
   constexpr Index most = sizeof(Value) == sizeof(float) && !Form::exact ? partial_sum : unlimited;
-  multiply<typename Form::Gathered, rows, vectors, chunk, most>(sums, product);
+  const float start = Form::exact && epilogue.steps.short_sums ? steps_start : 0;
+  multiply<typename Form::Gathered, rows, vectors, chunk, most>(sums, product, broadcast(start));
 #ifdef __AVX512F__
   if constexpr (Form::exact && same<Value, Uint8> && vectors == 2) {
     if (target.columns == 2 * lanes) {
-      return finish_bytes<rows>(sums, epilogue, target);
+      return epilogue.steps.short_sums ? finish_bytes<true>(sums, epilogue, target)
+                                       : finish_bytes<false>(sums, epilogue, target);
     }
   }
 #endif

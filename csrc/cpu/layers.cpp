@@ -222,6 +222,12 @@ void Convolution::quantize(const float* weight, const Quantization& of) {
   const double step = writes ? static_cast<double>(of.out.scale) : 1;
   residual_stored_ = of.residual_stored;
   scale_ = Floats(k_);
+  constexpr double largest_product = 255.0 * 127;
+  const double largest_scale = reads ? of.x.scale * *std::max_element(of.weight_scale, of.weight_scale + k_) / step : 1;
+  // With larger scales the bias, which is rounded, would be off by more than 1/300 of a step.
+  steps_.short_sums =
+      reads && writes && static_cast<double>(depth) * largest_product < 0x1p22 && largest_scale <= 0x1p-9;
+  double most = 0;
   for (Index k = 0; k < k_; ++k) {
     const double unit = reads ? static_cast<double>(of.x.scale) * static_cast<double>(of.weight_scale[k]) : 1;
     double real = static_cast<double>(bias_.data()[k]);
@@ -235,11 +241,15 @@ void Convolution::quantize(const float* weight, const Quantization& of) {
     if (residual_stored_) {
       real -= static_cast<double>(of.residual.scale) * of.residual.zero;
     }
-    scale_.data()[k] = static_cast<float>(unit / step);
-    bias_.data()[k] = static_cast<float>(real / step);
+    const float scale = static_cast<float>(unit / step);
+    most = std::max(most, std::abs(real / step) + static_cast<double>(depth) * largest_product * unit / step);
+    scale_.data()[k] = scale;
+    bias_.data()[k] =
+        static_cast<float>(real / step - (steps_.short_sums ? static_cast<double>(steps_start) * scale : 0));
   }
   steps_.scale = scale_.data();
   steps_.residual_scale = static_cast<float>(static_cast<double>(of.residual.scale) / step);
+  steps_.bounded = reads && most + 255 * static_cast<double>(steps_.residual_scale) < 0x1p30;
   steps_.low = static_cast<float>(-of.out.zero);
   steps_.high = static_cast<float>(of.largest - of.out.zero);
   steps_.zero = of.out.zero;
