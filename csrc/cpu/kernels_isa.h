@@ -87,6 +87,31 @@ inline const char* row_of(const Strided& from, int row) {
   return from.first + row * chunk_stride * Index{sizeof(float)};
 }
 
+// The same rows from an offset on: their pointers are made once for many words.
+template <typename Rows, int rows>
+struct From {
+  From(const Strided& of, Index offset) : first(of.first + offset) {}
+  const char* first;
+};
+template <int rows>
+struct From<Pointed, rows> {
+  From(const Pointed& of, Index offset) {
+#pragma GCC unroll 16
+    for (int row = 0; row < rows; ++row) {
+      at[row] = of.rows[row] + offset;
+    }
+  }
+  const char* at[rows];
+};
+template <int rows>
+inline const char* row_of(const From<Pointed, rows>& from, int row) {
+  return from.at[row];
+}
+template <int rows>
+inline const char* row_of(const From<Strided, rows>& from, int row) {
+  return row_of(Strided{from.first}, row);
+}
+
 template <typename Words, int rows, int vectors, typename Rows>
 inline __attribute__((always_inline)) void multiply_chunk(Vector (&sums)[rows][vectors], const Rows& from, Index offset,
                                                           const float* weights, Index length) {
@@ -148,9 +173,9 @@ inline __attribute__((always_inline)) void multiply(Vector (&sums)[rows][vectors
         const Index length = least(product.length - at, part);
         const Index offset = begin + at / chunk * product.chunk_distance + at % chunk * Index{sizeof(float)};
         if (length == part) {
-          multiply_chunk<Words, rows, vectors>(sums, product.rows, offset, weights, part);
+          multiply_chunk<Words>(sums, From<Rows, rows>(product.rows, offset), 0, weights, part);
         } else {
-          multiply_chunk<Words, rows, vectors>(sums, product.rows, offset, weights, length);
+          multiply_chunk<Words>(sums, product.rows, offset, weights, length);
         }
         weights += length * vectors * lanes;
         summed += length;
