@@ -25,11 +25,14 @@ struct Uint8 {
   std::uint8_t bits;
 };
 
-// Words of a pixel that are copied next to each other before a product, and the distance from one pixel's to the next
-// one's: no multiple of a page, so that rows do not fall on the same lines of the cache. A word is 4 bytes: a float,
-// two neighbouring bfloat16 if the instruction set multiplies such pairs, or four uint8.
+// Words of a transformed tile that lie next to each other, and the distance from one tile's to the next one's: no
+// multiple of a page, so that rows do not fall on the same lines of the cache; also the words that are multiplied
+// between two looks at how many were. A word is 4 bytes: a float, two neighbouring bfloat16 if the instruction set
+// multiplies such pairs, or four uint8.
 constexpr int chunk = 64;
 constexpr int chunk_stride = 80;
+
+constexpr int largest_block = 16;  // tiles of an item
 
 // Channels whose products are added up in registers before their sum is added to the total, if Winograd's output
 // transform is to enlarge its rounding error.
@@ -49,9 +52,15 @@ struct Steps {
   float residual_scale;   // of a residual in uint8
   float low, high;        // that can be stored
   int zero;               // the output's zero point
+  bool short_sums;        // of integers below 2^22, which begin at steps_start
+  bool bounded;           // no real value is 2^31 steps or more
   std::uint32_t padding;  // a word of what images have outside
   bool* infinite;         // set if a float32 image gave what is not a number that can be stored
 };
+
+// 1.5 * 2^23: an integer below 2^22 in magnitude, added to its bits, makes the bits of a float that is as much larger,
+// so that no conversion is needed; the bias takes it away again.
+constexpr float steps_start = 12582912;
 
 // What happens to a sum before it is stored.
 struct Epilogue {
@@ -71,7 +80,12 @@ struct Window {
   Index dilation_h, dilation_w;
 };
 
-// A convolution as products of gathered pixels and packed weights.
+// Where products find the pixels under a filter's window: in the image, which is so for 1x1; in copies of its lines
+// with their padding; or in copies of each window, which is so if a run of elements does not end with a word and what
+// is behind it could be NaN.
+enum class Reading { image, lines, windows };
+
+// A convolution as products of pixels and packed weights.
 struct Direct {
   const void* x;
   Map in;
@@ -84,7 +98,11 @@ struct Direct {
   Index out_pixel;
   bool narrow_groups;  // of 1, 2, 4 or 8 channels, fewer than a vector has: a vector holds several groups
   // blocking
-  bool merged;  // a filter row's pixels lie next to each other and are copied at once
+  bool merged;  // a filter row's pixels are one run of words
+  Reading reading;
+  // In elements: of copied lines, from one pixel to the next and from one line to the next; of copied windows, words
+  // from one to the next.
+  Index line_pixel, line_distance;
   Index tiles;  // of tile_rows pixels each, the last ones evenly
   Index tiles_per_block, blocks;
   Index panels;  // of panel_width output channels in a group
@@ -165,6 +183,9 @@ extern const Kernels kernels_avx512_bf16[2];
 
 // Those of the instruction set that isa() says; null if it has none for such images and outputs.
 const Kernels* kernels_for(Element in, Element out);
+
+// Of scratch, for pointers to as many windows.
+constexpr Index window_floats(Index windows) { return (windows * Index{sizeof(char*) / sizeof(float)} + 15) / 16 * 16; }
 
 Index direct_scratch(const Direct& layer, const Kernels& kernels);
 Index winograd_scratch(const Winograd& layer, const Kernels& kernels);

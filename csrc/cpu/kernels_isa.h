@@ -57,18 +57,65 @@ struct Form {
 template <typename Value>
 using Plain = Form<Value, typename GatheredFrom<Value>::Type, Value>;
 
-// Rows of pixels times a panel of weights: `runs` runs of `length` words each, a run cut into chunks.
-struct Product {
-  const float* pixels;
-  Index chunk_distance;  // words from one chunk of a row to its next
-  Index runs, length;
-  const float* weights;  // [runs][length][panel_width]
+// Where the rows of a product are: at pointers, or chunk_stride words apart.
+struct Pointed {
+  const char* const* rows;
+};
+struct Strided {
+  const char* first;
 };
 
-template <typename Words, int rows, int vectors>
-inline __attribute__((always_inline)) void multiply_chunk(Vector (&sums)[rows][vectors], const float* pixels,
+// Rows of pixels times a panel of weights: `outer` times `inner` runs of `length` words each, cut into chunks.
+// Distances are bytes.
+template <typename Rows>
+struct Product {
+  Rows rows;
+  Index outer, outer_distance;
+  Index inner, inner_distance;
+  Index length, chunk_distance;
+  const float* weights;  // [outer][inner][length][panel_width]
+};
+
+inline float word_at(const char* at) {
+  float value;
+  __builtin_memcpy(&value, at, sizeof value);
+  return value;
+}
+
+inline const char* row_of(const Pointed& from, int row) { return from.rows[row]; }
+inline const char* row_of(const Strided& from, int row) {
+  return from.first + row * chunk_stride * Index{sizeof(float)};
+}
+
+// The same rows from an offset on: their pointers are made once for many words.
+template <typename Rows, int rows>
+struct From {
+  From(const Strided& of, Index offset) : first(of.first + offset) {}
+  const char* first;
+};
+template <int rows>
+struct From<Pointed, rows> {
+  From(const Pointed& of, Index offset) {
+#pragma GCC unroll 16
+    for (int row = 0; row < rows; ++row) {
+      at[row] = of.rows[row] + offset;
+    }
+  }
+  const char* at[rows];
+};
+template <int rows>
+inline const char* row_of(const From<Pointed, rows>& from, int row) {
+  return from.at[row];
+}
+template <int rows>
+inline const char* row_of(const From<Strided, rows>& from, int row) {
+  return row_of(Strided{from.first}, row);
+}
+
+template <typename Words, int rows, int vectors, typename Rows>
+inline __attribute__((always_inline)) void multiply_chunk(Vector (&sums)[rows][vectors], const Rows& from, Index offset,
                                                           const float* weights, Index length) {
-  for (Index c = 0; c < length; ++c) {
+  for (const Index end = offset + length * Index{sizeof(float)}; offset < end; offset += Index{sizeof(float)}) {
     Vector weight[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
@@ -77,7 +124,7 @@ inline __attribute__((always_inline)) void multiply_chunk(Vector (&sums)[rows][v
     weights += vectors * lanes;
 #pragma GCC unroll 16
     for (int row = 0; row < rows; ++row) {
-      const Vector value = broadcast(pixels[row * chunk_stride + c]);
+      const Vector value = broadcast(word_at(row_of(from, row) + offset));
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
         sums[row][v] = multiply_words(static_cast<const Words*>(nullptr), value, weight[v], sums[row][v]);
@@ -91,47 +138,49 @@ inline __attribute__((always_inline)) void multiply_chunk(Vector (&sums)[rows][v
 constexpr Index partial_sum = 128, unlimited = -1;
 
 // `part` words are added up by one call, and a chunk is a multiple of it.
-template <typename Words, int rows, int vectors, Index part, Index most>
-inline __attribute__((always_inline)) void multiply(Vector (&sums)[rows][vectors], const Product& product) {
+template <typename Words, int rows, int vectors, Index part, Index most, typename Rows>
+inline __attribute__((always_inline)) void multiply(Vector (&sums)[rows][vectors], const Product<Rows>& product,
+                                                    Vector start = zero()) {
   float totals[rows * vectors * lanes];
   asm("" : "=m"(totals));  // for the compiler, which does not see that they are written before they are read
 #pragma GCC unroll 16
   for (int row = 0; row < rows; ++row) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      sums[row][v] = zero();
+      sums[row][v] = start;
     }
   }
-  const float* pixels = product.pixels;
   const float* weights = product.weights;
   Index summed = 0;
   bool parts = false;
-  for (Index run = 0; run < product.runs; ++run) {
-    for (Index at = 0; at < product.length; at += part) {
-      if (most != unlimited && summed >= most) {
+  for (Index outer = 0; outer < product.outer; ++outer) {
+    for (Index inner = 0; inner < product.inner; ++inner) {
+      const Index begin = outer * product.outer_distance + inner * product.inner_distance;
+      for (Index at = 0; at < product.length; at += part) {
+        if (most != unlimited && summed >= most) {
 #pragma GCC unroll 16
-        for (int row = 0; row < rows; ++row) {
+          for (int row = 0; row < rows; ++row) {
 #pragma GCC unroll 4
-          for (int v = 0; v < vectors; ++v) {
-            float* total = totals + (row * vectors + v) * lanes;
-            store(total, parts ? add(load(total), sums[row][v]) : sums[row][v]);
-            sums[row][v] = zero();
+            for (int v = 0; v < vectors; ++v) {
+              float* total = totals + (row * vectors + v) * lanes;
+              store(total, parts ? add(load(total), sums[row][v]) : sums[row][v]);
+              sums[row][v] = zero();
+            }
           }
+          parts = true;
+          summed = 0;
         }
-        parts = true;
-        summed = 0;
+        const Index length = least(product.length - at, part);
+        const Index offset = begin + at / chunk * product.chunk_distance + at % chunk * Index{sizeof(float)};
+        if (length == part) {
+          multiply_chunk<Words>(sums, From<Rows, rows>(product.rows, offset), 0, weights, part);
+        } else {
+          multiply_chunk<Words>(sums, product.rows, offset, weights, length);
+        }
+        weights += length * vectors * lanes;
+        summed += length;
       }
-      const Index length = least(product.length - at, part);
-      const float* from = pixels + at / chunk * product.chunk_distance + at % chunk;
-      if (length == part) {
-        multiply_chunk<Words, rows, vectors>(sums, from, weights, part);
-      } else {
-        multiply_chunk<Words, rows, vectors>(sums, from, weights, length);
-      }
-      weights += length * vectors * lanes;
-      summed += length;
     }
-    pixels += quotient(product.length, chunk) * product.chunk_distance;
   }
   if (parts) {
 #pragma GCC unroll 16
@@ -219,7 +268,8 @@ inline __attribute__((always_inline)) void finish_steps(Vector (&sums)[rows][vec
   Vector check = zero();
 #pragma GCC unroll 16
   for (int row = 0; row < rows; ++row) {
-    Vector value = multiply_add(Form::exact ? from_integers(sums[row][v]) : sums[row][v], scale, bias);
+    const Vector sum = Form::exact && !steps.short_sums ? from_integers(sums[row][v]) : sums[row][v];
+    Vector value = multiply_add(sum, scale, bias);
     if (residuals != nullptr) {
       const char* residual = residuals + row * residual_row;
       if (same<Value, Uint8> || epilogue.residual_element == Element::uint8) {
@@ -251,7 +301,7 @@ inline __attribute__((always_inline)) void finish_steps(Vector (&sums)[rows][vec
 }
 
 // All 32 channels of each row, from integers to bytes.
-template <int rows>
+template <bool short_sums, int rows>
 inline __attribute__((always_inline)) void finish_bytes(Vector (&sums)[rows][2], const Epilogue& epilogue,
                                                         const Target<Uint8>& target) {
   const Steps& steps = epilogue.steps;
@@ -259,6 +309,7 @@ inline __attribute__((always_inline)) void finish_bytes(Vector (&sums)[rows][2],
   const Vector scale[2] = {load(target.scale), load(target.scale + lanes)};
   const Vector bias[2] = {load(target.bias), load(target.bias + lanes)};
   const Vector residual_scale = broadcast(steps.residual_scale), high = broadcast(steps.high);
+  const bool bounded = steps.bounded;
   const Limits limits =
       limits_of(steps.zero, steps.zero + static_cast<int>(steps.low), steps.zero + static_cast<int>(steps.high));
 #pragma GCC unroll 16
@@ -269,12 +320,13 @@ inline __attribute__((always_inline)) void finish_bytes(Vector (&sums)[rows][2],
       const int at = row + i < rows ? row + i : row;
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
-        values[i][v] = multiply_add(from_integers(sums[at][v]), scale[v], bias[v]);
+        const Vector sum = short_sums ? sums[at][v] : from_integers(sums[at][v]);
+        values[i][v] = multiply_add(sum, scale[v], bias[v]);
         if (residual != nullptr) {
           const Vector other = load(residual + at * epilogue.residual_pixel + v * lanes);
           values[i][v] = multiply_add(other, residual_scale, values[i][v]);
         }
-        values[i][v] = smaller(values[i][v], high);  // what is larger may not be an integer of 32 bits
+        values[i][v] = bounded ? values[i][v] : smaller(values[i][v], high);
       }
     }
     Uint8* to = target.out + row * target.pixel;
@@ -284,7 +336,8 @@ inline __attribute__((always_inline)) void finish_bytes(Vector (&sums)[rows][2],
 #endif
 
 template <typename Form, int rows, int vectors>
-void product_finished(const Product& product, const Epilogue& epilogue, const Target<typename Form::Result>& target) {
+void product_finished(const Product<Pointed>& product, const Epilogue& epilogue,
+                      const Target<typename Form::Result>& target) {
   using Value = typename Form::Result;
   Vector sums[rows][vectors];
   const bool bytes = Form::in_steps && epilogue.residual_element == Element::uint8;
@@ -300,11 +353,13 @@ void product_finished(const Product& product, const Epilogue& epilogue, const Ta
   }
   // What float32 loses in a sum is nothing beside the rounding to fewer bits.
   constexpr Index most = sizeof(Value) == sizeof(float) && !Form::exact ? partial_sum : unlimited;
-  multiply<typename Form::Gathered, rows, vectors, chunk, most>(sums, product);
+  const float start = Form::exact && epilogue.steps.short_sums ? steps_start : 0;
+  multiply<typename Form::Gathered, rows, vectors, chunk, most>(sums, product, broadcast(start));
 #ifdef __AVX512F__
   if constexpr (Form::exact && same<Value, Uint8> && vectors == 2) {
     if (target.columns == 2 * lanes) {
-      return finish_bytes<rows>(sums, epilogue, target);
+      return epilogue.steps.short_sums ? finish_bytes<true>(sums, epilogue, target)
+                                       : finish_bytes<false>(sums, epilogue, target);
     }
   }
 #endif
@@ -328,7 +383,7 @@ void product_finished(const Product& product, const Epilogue& epilogue, const Ta
 }
 
 template <int rows, int vectors>
-void product_stored(const Product& product, float* out) {
+void product_stored(const Product<Strided>& product, float* out) {
   Vector sums[rows][vectors];
   multiply<float, rows, vectors, winograd_partial_sum, winograd_partial_sum>(sums, product);
 #pragma GCC unroll 16
@@ -341,8 +396,8 @@ void product_stored(const Product& product, float* out) {
 }
 
 template <typename Value>
-using Finished = void (*)(const Product&, const Epilogue&, const Target<Value>&);
-using Stored = void (*)(const Product&, float*);
+using Finished = void (*)(const Product<Pointed>&, const Epilogue&, const Target<Value>&);
+using Stored = void (*)(const Product<Strided>&, float*);
 
 template <int... rows>
 struct Rows {};
@@ -354,14 +409,14 @@ struct Counted<0, rows...> {
 };
 
 template <typename Form, int vectors, int... rows>
-inline void run_finished(Rows<rows...>, Index count, const Product& product, const Epilogue& epilogue,
+inline void run_finished(Rows<rows...>, Index count, const Product<Pointed>& product, const Epilogue& epilogue,
                          const Target<typename Form::Result>& target) {
   static constexpr Finished<typename Form::Result> functions[] = {product_finished<Form, rows, vectors>...};
   functions[count - 1](product, epilogue, target);
 }
 
 template <int vectors, int... rows>
-inline void run_stored(Rows<rows...>, Index count, const Product& product, float* out) {
+inline void run_stored(Rows<rows...>, Index count, const Product<Strided>& product, float* out) {
   static constexpr Stored functions[] = {product_stored<rows, vectors>...};
   functions[count - 1](product, out);
 }
@@ -415,6 +470,18 @@ inline void copy_part(Uint8* to, const Uint8* from, Index count) {
   }
 }
 
+// Elements from any one on; `with` has one value, or 0, in all of them.
+template <typename Value>
+inline void fill_elements(Value* to, Vector with, Index count) {
+  float word[lanes];
+  store(word, with);
+  Value value;
+  __builtin_memcpy(&value, word, sizeof value);
+  for (Index i = 0; i < count; ++i) {
+    to[i] = value;
+  }
+}
+
 inline void fill(float* to, Vector with, Index count) {
   Index i = 0;
   for (; i + lanes <= count; i += lanes) {
@@ -425,30 +492,14 @@ inline void fill(float* to, Vector with, Index count) {
   }
 }
 
-// A run of elements into the chunks of one row.
-template <typename Form>
-inline void scatter(float* row, Index distance, const typename Form::Image* from, Index count) {
-  constexpr Index each = chunk * Form::word;
-  for (; count > 0; count -= each, from += each, row += distance) {
-    copy(reinterpret_cast<typename Form::Gathered*>(row), from, least(count, each));
-  }
-}
-
-inline void scatter_padding(float* row, Index distance, Vector padding, Index count) {
-  for (; count > 0; count -= chunk, row += distance) {
-    fill(row, padding, least(count, chunk));
-  }
-}
-
 struct Runs {
-  Index count, length, chunks;  // words and chunks of one run
+  Index count, length;  // words of one run
 };
 
 template <typename Form>
 inline Runs runs_of(const Direct& d) {
   const Index c = d.in.c / d.groups;
-  const Index length = quotient(d.merged ? d.window.s * c : c, Form::word);
-  return {d.merged ? d.window.r : d.window.r * d.window.s, length, quotient(length, chunk)};
+  return {d.merged ? d.window.r : d.window.r * d.window.s, quotient(d.merged ? d.window.s * c : c, Form::word)};
 }
 
 // A word of what lies outside the image, for each element of a vector.
@@ -460,10 +511,11 @@ inline Vector padding_of(const Direct& d) {
   return zero();
 }
 
-// What the filter sees around one pixel of the output, into a row of chunks.
+// What the filter sees around one pixel of the output, run by run.
 template <typename Form>
-inline void gather(const Direct& d, Index group, Index pixel, float* row, Index distance) {
+inline void gather(const Direct& d, Index group, Index pixel, float* row) {
   using Value = typename Form::Image;
+  using Gathered = typename Form::Gathered;
   const Window& window = d.window;
   const Index c = d.in.c / d.groups;
   const Vector padding = padding_of<Form>(d);
@@ -474,7 +526,6 @@ inline void gather(const Direct& d, Index group, Index pixel, float* row, Index 
   const Index top = y * window.stride_h - window.pad_h;
   const Index left = x * window.stride_w - window.pad_w;
   const Runs runs = runs_of<Form>(d);
-  const Index run_distance = runs.chunks * distance;
   for (Index r = 0; r < window.r; ++r) {
     const Index in_y = top + r * window.dilation_h;
     const bool outside = in_y < 0 || in_y >= d.in.h;
@@ -483,59 +534,149 @@ inline void gather(const Direct& d, Index group, Index pixel, float* row, Index 
       const Index begin = most(0, -left);
       const Index end = least(window.s, d.in.w - left);
       if (outside || end <= begin) {
-        scatter_padding(row, distance, padding, runs.length);
-      } else if (begin == 0 && end == window.s) {
-        scatter<Form>(row, distance, line + left * d.in.pixel, window.s * c);
-      } else {  // at most one chunk long, by plan_direct
         fill(row, padding, runs.length);
-        copy_part(reinterpret_cast<typename Form::Gathered*>(row) + begin * c, line + (left + begin) * d.in.pixel,
-                  (end - begin) * c);
+      } else if (begin == 0 && end == window.s) {
+        copy(reinterpret_cast<Gathered*>(row), line + left * d.in.pixel, window.s * c);
+      } else {
+        fill(row, padding, runs.length);
+        copy_part(reinterpret_cast<Gathered*>(row) + begin * c, line + (left + begin) * d.in.pixel, (end - begin) * c);
       }
-      row += run_distance;
+      row += runs.length;
       continue;
     }
     for (Index s = 0; s < window.s; ++s) {
       const Index in_x = left + s * window.dilation_w;
       if (outside || in_x < 0 || in_x >= d.in.w) {
-        scatter_padding(row, distance, padding, runs.length);
+        fill(row, padding, runs.length);
       } else {
-        scatter<Form>(row, distance, line + in_x * d.in.pixel, c);
+        copy(reinterpret_cast<Gathered*>(row), line + in_x * d.in.pixel, c);
       }
-      row += run_distance;
+      row += runs.length;
     }
   }
 }
 
-// One panel of output channels for `rows` gathered pixels from `pixel` on.
-template <typename Form>
-inline void multiply_panel(const Direct& d, const Runs& runs, Index group, Index panel, Index pixel, Index rows,
-                           const float* gathered, Index distance) {
-  using Value = typename Form::Result;
-  const Index k = d.k / d.groups;
-  const Index first_channel = panel * panel_width;
-  const Index columns = least(panel_width, k - first_channel);
-  const Index channel = group * k + first_channel;
-  const Index depth = runs.count * runs.length;
-  const bool narrow = columns <= lanes;
-  const Index group_size = (k / panel_width * panel_width + (k % panel_width == 0       ? 0
-                                                             : k % panel_width <= lanes ? lanes
-                                                                                        : panel_width)) *
-                           depth;
-  const Product product{gathered, distance, runs.count, runs.length,
-                        d.weights + group * group_size + first_channel * depth};
-  const float* scale = Form::in_steps ? d.epilogue.steps.scale + channel : nullptr;
-  const Target<Value> target{static_cast<Value*>(d.out) + pixel * d.out_pixel + channel,
-                             d.out_pixel,
-                             residual_of_any<Value>(d.epilogue, pixel, channel),
-                             d.epilogue.bias + channel,
-                             scale,
-                             static_cast<int>(columns)};
-  if (narrow) {
-    run_finished<Form, 1>(AllRows{}, rows, product, d.epilogue, target);
-  } else {
-    run_finished<Form, 2>(AllRows{}, rows, product, d.epilogue, target);
+// Where the image's pixels are that the output's pixels [first, last) of a 1x1 convolution read.
+template <typename Value>
+void point_at_pixels(const Direct& d, const Value* image, Index first, Index last, const char** windows) {
+  const Index step = d.window.stride_w * d.in.pixel;
+  Index x = first % d.q, row = first / d.q;
+  while (first < last) {
+    const Index y = row / d.p * d.in.h + row % d.p * d.window.stride_h;
+    const Value* from = image + y * d.in.w * d.in.pixel + x * step;
+    for (; x < d.q && first < last; ++x, ++first, from += step) {
+      *windows++ = reinterpret_cast<const char*>(from);
+    }
+    x = 0;
+    ++row;
   }
 }
+
+// The rows of the image around the output's pixels [first, last), with their padding, at `to`; and where each of these
+// pixels' windows begins there.
+template <typename Form>
+void copy_lines(const Direct& d, Index group, Index first, Index last, float* to, const char** windows) {
+  using Value = typename Form::Image;
+  using Gathered = typename Form::Gathered;
+  const Window& window = d.window;
+  const Index c = d.in.c / d.groups;
+  const Vector padding = padding_of<Form>(d);
+  const Index begin = first / d.q, end = (last - 1) / d.q + 1;  // rows of the outputs, of all images
+  const bool part = end == begin + 1;
+  const Index left = part ? first % d.q : 0, right = part ? (last - 1) % d.q + 1 : d.q;
+  const Index columns = (right - 1 - left) * window.stride_w + (window.s - 1) * window.dilation_w + 1;
+  const Index from_column = left * window.stride_w - window.pad_w;
+  const Index inside = most(0, -from_column), outside = most(inside, least(columns, d.in.w - from_column));
+  const Index line_words = d.line_distance / Form::word;
+  Index pixel = first;
+  for (Index row = begin; row < end;) {
+    const Index image = row / d.p, y = row % d.p, rows = least(d.p - y, end - row);
+    const Index top = y * window.stride_h - window.pad_h;
+    const Index lines = (rows - 1) * window.stride_h + (window.r - 1) * window.dilation_h + 1;
+    const Gathered* line = reinterpret_cast<const Gathered*>(to);
+    for (Index i = row; i < row + rows; ++i, line += window.stride_h * d.line_distance) {
+      for (; pixel < least(last, (i + 1) * d.q); ++pixel) {
+        const Index column = (pixel - i * d.q - left) * window.stride_w;
+        *windows++ = reinterpret_cast<const char*>(line + column * d.line_pixel);
+      }
+    }
+    for (Index i = 0; i < lines; ++i, to += line_words) {
+      const Index in_y = top + i;
+      if (in_y < 0 || in_y >= d.in.h || outside == inside) {
+        fill(to, padding, line_words);
+        continue;
+      }
+      const Value* from = static_cast<const Value*>(d.x) +
+                          ((image * d.in.h + in_y) * d.in.w + from_column + inside) * d.in.pixel + group * c;
+      Gathered* copied = reinterpret_cast<Gathered*>(to);
+      fill_elements(copied, padding, inside * d.line_pixel);
+      if (d.in.pixel == d.line_pixel && d.groups == 1) {
+        copy(copied + inside * d.line_pixel, from, (outside - inside) * d.line_pixel);
+      } else {
+        for (Index x = inside; x < outside; ++x, from += d.in.pixel) {
+          copy(copied + x * d.line_pixel, from, c);
+        }
+      }
+      // Behind the image, and what is read beyond the last window; copies may have ended with a whole word.
+      fill_elements(copied + outside * d.line_pixel, padding, (columns - outside) * d.line_pixel + Form::word);
+    }
+    row += rows;
+  }
+}
+
+// One panel of output channels for tiles of pixels.
+template <typename Form>
+struct Panel {
+  using Value = typename Form::Result;
+  using Gathered = typename Form::Gathered;
+
+  Panel(const Direct& d, Reading reading, Index group, Index panel) : epilogue(d.epilogue) {
+    const Index k = d.k / d.groups, rest = k % panel_width;
+    const Index first_channel = panel * panel_width;
+    const Index columns = least(panel_width, k - first_channel);
+    const Runs runs = runs_of<Form>(d);
+    const Index depth = runs.count * runs.length;
+    const Index padded = k - rest + (rest == 0 ? 0 : rest <= lanes ? lanes : panel_width);
+    constexpr Index word_bytes = sizeof(float);
+    channel = group * k + first_channel;
+    narrow = columns <= lanes;
+    product.outer = d.window.r;
+    product.inner = d.merged ? 1 : d.window.s;
+    product.length = runs.length;
+    product.chunk_distance = chunk * word_bytes;
+    product.weights = d.weights + (group * padded + first_channel) * depth;
+    product.inner_distance = runs.length * word_bytes;
+    product.outer_distance = product.inner * product.inner_distance;
+    if (reading == Reading::lines) {
+      product.outer_distance = d.window.dilation_h * d.line_distance * Index{sizeof(Gathered)};
+      product.inner_distance = d.window.dilation_w * d.line_pixel * Index{sizeof(Gathered)};
+    }
+    target.pixel = d.out_pixel;
+    target.bias = epilogue.bias + channel;
+    target.scale = Form::in_steps ? epilogue.steps.scale + channel : nullptr;
+    target.columns = static_cast<int>(columns);
+    out = static_cast<Value*>(d.out) + channel;
+  }
+
+  // For `rows` pixels from `pixel` on, whose windows begin at these places.
+  inline void multiply(Index pixel, Index rows, const char* const* windows) {
+    product.rows.rows = windows;
+    target.out = out + pixel * target.pixel;
+    target.residual = residual_of_any<Value>(epilogue, pixel, channel);
+    if (narrow) {
+      run_finished<Form, 1>(AllRows{}, rows, product, epilogue, target);
+    } else {
+      run_finished<Form, 2>(AllRows{}, rows, product, epilogue, target);
+    }
+  }
+
+  const Epilogue& epilogue;
+  Product<Pointed> product;
+  Target<Value> target;
+  Value* out;
+  Index channel;
+  bool narrow;
+};
 
 // ---- groups narrower than a vector
 
@@ -669,25 +810,38 @@ void direct(const Direct& d, Index item, float* scratch) {
   const Index block = item % d.blocks;  // next to each other: a thread keeps the panels of its splits
   const Index split = item / d.blocks % d.splits;
   const Index group = item / d.blocks / d.splits;
-  const Runs runs = runs_of<Form>(d);
   const Index pixels = d.in.n * d.p * d.q;
-  const Index distance = tile_rows * chunk_stride;
-  const Index tile_size = runs.count * runs.chunks * distance;
   const Index first_tile = block * d.tiles_per_block;
   const Index last_tile = least(first_tile + d.tiles_per_block, d.tiles);
+  const Index first = pixels * first_tile / d.tiles, last = pixels * last_tile / d.tiles;
+  const char** windows = reinterpret_cast<const char**>(scratch);
+  scratch += window_floats(d.tiles_per_block * tile_rows);
+  switch (d.reading) {
+    case Reading::image:
+      point_at_pixels(d, static_cast<const typename Form::Image*>(d.x) + group * (d.in.c / d.groups), first, last,
+                      windows);
+      break;
+    case Reading::lines:
+      copy_lines<Form>(d, group, first, last, scratch, windows);
+      break;
+    case Reading::windows:
+      for (Index pixel = first; pixel < last; ++pixel, scratch += d.line_distance) {
+        windows[pixel - first] = reinterpret_cast<const char*>(scratch);
+        gather<Form>(d, group, pixel, scratch);
+      }
+      break;
+  }
+  Index ends[largest_block];  // of tiles
   for (Index tile = first_tile; tile < last_tile; ++tile) {
-    float* row = scratch + (tile - first_tile) * tile_size;
-    const Index end = pixels * (tile + 1) / d.tiles;
-    for (Index pixel = pixels * tile / d.tiles; pixel < end; ++pixel, row += chunk_stride) {
-      gather<Form>(d, group, pixel, row, distance);
-    }
+    ends[tile - first_tile] = pixels * (tile + 1) / d.tiles;
   }
   const Index last_panel = least((split + 1) * d.panels_per_item, d.panels);
   for (Index panel = split * d.panels_per_item; panel < last_panel; ++panel) {
-    for (Index tile = first_tile; tile < last_tile; ++tile) {
-      const Index pixel = pixels * tile / d.tiles;
-      const Index rows = pixels * (tile + 1) / d.tiles - pixel;
-      multiply_panel<Form>(d, runs, group, panel, pixel, rows, scratch + (tile - first_tile) * tile_size, distance);
+    Panel<Form> of(d, d.reading, group, panel);
+    Index pixel = first;
+    for (Index tile = 0; tile < last_tile - first_tile; ++tile) {
+      of.multiply(pixel, ends[tile] - pixel, windows + (pixel - first));
+      pixel = ends[tile];
     }
   }
 }
@@ -876,12 +1030,13 @@ template <typename Value, int m>
 void compute_tile_directly(const Winograd& w, Index tile, Index panel, float* scratch) {
   const Direct& d = w.direct;
   const Tile at = tile_at(w, tile);
-  const Runs runs = runs_of<Plain<Value>>(d);
+  const char* const window = reinterpret_cast<const char*>(scratch);
+  Panel<Plain<Value>> of(d, Reading::windows, 0, panel);
   for (Index i = 0; i < m && at.y + i < d.p; ++i) {
     for (Index j = 0; j < m && at.x + j < d.q; ++j) {
       const Index pixel = (at.image * d.p + at.y + i) * d.q + at.x + j;
-      gather<Plain<Value>>(d, 0, pixel, scratch, chunk_stride);
-      multiply_panel<Plain<Value>>(d, runs, 0, panel, pixel, 1, scratch, chunk_stride);
+      gather<Plain<Value>>(d, 0, pixel, scratch);
+      of.multiply(pixel, 1, &window);
     }
   }
 }
@@ -938,8 +1093,9 @@ void winograd_for(const Winograd& w, Index item, float* scratch) {
       const float* filters = w.filters + (panel * positions * panel_width + position * width) * d.in.c;
       for (Index piece = 0; piece < pieces; ++piece) {
         const Index row = tiles * piece / pieces, rows = tiles * (piece + 1) / pieces - row;
-        const Product product{transformed + position * position_distance + row * chunk_stride, chunk_distance, 1,
-                              d.in.c, filters};
+        const float* rows_at = transformed + position * position_distance + row * chunk_stride;
+        const Product<Strided> product{{reinterpret_cast<const char*>(rows_at)}, 1,      0, 1, 0, d.in.c,
+                                       chunk_distance * Index{sizeof(float)},    filters};
         float* to = products + position * product_distance + row * panel_width;
         if (narrow) {
           run_stored<1>(AllRows{}, rows, product, to);

@@ -148,8 +148,8 @@ bool winograd4_obeys_error_rule(const float* weight, Index k, Index c) {
   return ours <= margin * (2 * rounding * std::sqrt(in_order / energy) + 1);
 }
 
-constexpr Index least_block = 4, largest_block = 16;  // tiles
-constexpr Index winograd4_limit = 512 * 256;          // input channels times output channels
+constexpr Index least_block = 4;              // tiles
+constexpr Index winograd4_limit = 512 * 256;  // input channels times output channels
 
 }  // namespace
 
@@ -222,6 +222,12 @@ void Convolution::quantize(const float* weight, const Quantization& of) {
   const double step = writes ? static_cast<double>(of.out.scale) : 1;
   residual_stored_ = of.residual_stored;
   scale_ = Floats(k_);
+  constexpr double largest_product = 255.0 * 127;
+  const double largest_scale = reads ? of.x.scale * *std::max_element(of.weight_scale, of.weight_scale + k_) / step : 1;
+  // With larger scales the bias, which is rounded, would be off by more than 1/300 of a step.
+  steps_.short_sums =
+      reads && writes && static_cast<double>(depth) * largest_product < 0x1p22 && largest_scale <= 0x1p-9;
+  double most = 0;
   for (Index k = 0; k < k_; ++k) {
     const double unit = reads ? static_cast<double>(of.x.scale) * static_cast<double>(of.weight_scale[k]) : 1;
     double real = static_cast<double>(bias_.data()[k]);
@@ -235,11 +241,15 @@ void Convolution::quantize(const float* weight, const Quantization& of) {
     if (residual_stored_) {
       real -= static_cast<double>(of.residual.scale) * of.residual.zero;
     }
-    scale_.data()[k] = static_cast<float>(unit / step);
-    bias_.data()[k] = static_cast<float>(real / step);
+    const float scale = static_cast<float>(unit / step);
+    most = std::max(most, std::abs(real / step) + static_cast<double>(depth) * largest_product * unit / step);
+    scale_.data()[k] = scale;
+    bias_.data()[k] =
+        static_cast<float>(real / step - (steps_.short_sums ? static_cast<double>(steps_start) * scale : 0));
   }
   steps_.scale = scale_.data();
   steps_.residual_scale = static_cast<float>(static_cast<double>(of.residual.scale) / step);
+  steps_.bounded = reads && most + 255 * static_cast<double>(steps_.residual_scale) < 0x1p30;
   steps_.low = static_cast<float>(-of.out.zero);
   steps_.high = static_cast<float>(of.largest - of.out.zero);
   steps_.zero = of.out.zero;
@@ -350,6 +360,48 @@ const float* Convolution::filters(int m) const {
   return filters.data();
 }
 
+void Convolution::set_reading(Direct& d) const {
+  const Kernels& kernels = *machine_.kernels;
+  const bool pointwise = window_.r == 1 && window_.s == 1 && window_.pad_h == 0 && window_.pad_w == 0;
+  const bool whole = length() % kernels.word_elements == 0;
+  const Index c = c_ / groups_;
+  const bool as_they_are = bytes_of(kernels.element) * kernels.word_elements == Index{sizeof(float)};
+  if (pointwise && whole && as_they_are) {
+    d.reading = Reading::image;
+    return;
+  }
+  if (!whole && kernels.element == Element::bfloat16) {
+    d.reading = Reading::windows;
+    d.line_distance = runs() * words() + 16;
+    return;
+  }
+  d.reading = Reading::lines;
+  const Index word_bytes = sizeof(float), element = word_bytes / kernels.word_elements;
+  d.line_pixel = c * element >= 512 && c * element % 512 == 0 ? c + 64 / element : c;
+  const Index columns = (d.q - 1) * window_.stride_w + (window_.s - 1) * window_.dilation_w + 1;
+  d.line_distance = quotient(columns * d.line_pixel * element + word_bytes, 64) * 64 / element;
+}
+
+namespace {
+
+// Bytes that a block of the layer reads.
+Index read_bytes(const Direct& d, const Kernels& kernels) {
+  const Index element = Index{sizeof(float)} / kernels.word_elements;
+  const Index pixels = d.tiles_per_block * kernels.tile_rows;
+  if (d.reading == Reading::image) {
+    return pixels * (d.in.c / d.groups) * element;
+  }
+  if (d.reading == Reading::windows) {
+    return pixels * d.line_distance * Index{sizeof(float)};
+  }
+  // Rows of outputs, and how many images' they may be.
+  const Index rows = std::min(d.in.n * d.p, quotient(pixels, d.q) + 1), images = quotient(rows, d.p) + 1;
+  const Index lines = rows * d.window.stride_h + images * ((d.window.r - 1) * d.window.dilation_h + 1);
+  return lines * d.line_distance * element;
+}
+
+}  // namespace
+
 Direct Convolution::direct(const Map& in, int threads) const {
   const Kernels& kernels = *machine_.kernels;
   Direct d{};
@@ -372,10 +424,13 @@ Direct Convolution::direct(const Map& in, int threads) const {
   d.merged = merged();
   const Index pixels = in.n * d.p * d.q;
   d.tiles = quotient(pixels, kernels.tile_rows);
-  const Index tile_bytes = runs() * quotient(words(), chunk) * kernels.tile_rows * chunk_stride * Index{sizeof(float)};
   d.panels = quotient(k_ / groups_, kernels.panel_width);
-  // A block's gathered pixels fill at most half of the cache; there are items enough for threads of unequal speed.
-  d.tiles_per_block = std::clamp<Index>(machine_.l2 / 2 / tile_bytes, 1, largest_block);
+  set_reading(d);
+  // What a block reads fills at most half of the cache; there are items enough for threads of unequal speed.
+  d.tiles_per_block = largest_block;
+  while (d.tiles_per_block > 1 && read_bytes(d, kernels) > machine_.l2 / 2) {
+    --d.tiles_per_block;
+  }
   const Index wanted = 4 * threads;
   // Smaller blocks first: each split gathers the same pixels again. But a block reads its panels once, for all tiles.
   d.tiles_per_block = std::min(d.tiles_per_block, std::max(quotient(d.tiles * groups_, wanted), least_block));
@@ -396,10 +451,8 @@ Index direct_scratch(const Direct& d, const Kernels& kernels) {
   if (d.narrow_groups) {
     return 0;
   }
-  const Index runs = d.merged ? d.window.r : d.window.r * d.window.s;
-  const Index length = d.merged ? d.window.s * d.in.c : d.in.c / d.groups;
-  const Index words = quotient(length, kernels.word_elements);
-  return d.tiles_per_block * runs * quotient(words, chunk) * kernels.tile_rows * chunk_stride;
+  return window_floats(d.tiles_per_block * kernels.tile_rows) +
+         (d.reading == Reading::image ? 0 : quotient(read_bytes(d, kernels), sizeof(float)));
 }
 
 Winograd Convolution::winograd(int m, const Map& in, int threads) const {
@@ -448,7 +501,7 @@ Index winograd_scratch(const Winograd& w, const Kernels& kernels) {
   const Index positions = (w.m + 2) * (w.m + 2);
   const Index transformed =
       w.shared ? 0 : positions * quotient(w.direct.in.c, chunk) * w.tiles_per_block * chunk_stride;
-  const Index fallback = 9 * quotient(w.direct.in.c, chunk) * chunk_stride;
+  const Index fallback = 9 * w.direct.in.c;
   return transformed + positions * w.tiles_per_block * kernels.panel_width + fallback;
 }
 
