@@ -133,15 +133,16 @@ struct Pool {
   Index items;  // rows of the output
 };
 
-// A value as another kind of element: real = scale * (stored - zero).
+// A value [n, h, w, c] in any strides as another kind of element, channels last: real = scale * (stored - zero).
 struct Conversion {
-  const void* x;
-  Map in;
-  void* out;
-  Index out_pixel;
-  float scale;
-  int zero, largest;
-  bool* infinite;
+  const void* x = nullptr;
+  Index n = 0, h = 0, w = 0, c = 0;
+  Index stride_n = 0, stride_h = 0, stride_w = 0, stride_c = 0;
+  void* out = nullptr;
+  Index out_pixel = 0;
+  float scale = 1;
+  int zero = 0, largest = 255;
+  bool* infinite = nullptr;
 };
 
 // Functions of one instruction set for images of one kind of element and outputs of another; all but `direct` and
@@ -161,7 +162,7 @@ struct Kernels {
   void (*average)(const void* x, const Map& in, void* out, Index item);
   // out = relu(a + b), or a + b; dense, elements [first, last).
   void (*add)(const void* a, const void* b, void* out, Index first, Index last, bool relu);
-  // Between float32 and uint8: rows of pixels.
+  // Between float32 and uint8; an item is a row of pixels.
   void (*convert)(const Conversion&, Index item);
 };
 

@@ -1214,26 +1214,53 @@ void add_maps(const void* a, const void* b, void* out, Index first, Index last, 
 }
 
 #ifdef __AVX512F__
-// A row of pixels.
+// As Conversion says, elements that lie next to each other. Adds to `check` what is not 0 if one is no number.
 template <typename From, typename To>
-void convert(const Conversion& of, Index item) {
-  const Index first = item * of.in.w;
-  const Vector inverse = broadcast(1 / of.scale), scale = broadcast(of.scale);
-  const Vector offset = broadcast(static_cast<float>(of.zero));
+inline void convert_run(const Conversion& of, const From* from, To* to, Index count, Vector& check) {
   const Vector low = broadcast(static_cast<float>(-of.zero)),
                high = broadcast(static_cast<float>(of.largest - of.zero));
+  for (Index i = 0; i < count; i += lanes) {
+    const int here = static_cast<int>(least(lanes, count - i));
+    const Vector value = here == lanes ? load(from + i) : load(from + i, here);
+    if constexpr (same<To, Uint8>) {
+      check = add(check, subtract(value, value));
+      const Vector steps = limited(multiply(value, broadcast(1 / of.scale)), low, high);
+      here == lanes ? store_steps(to + i, steps, of.zero) : store_steps(to + i, steps, of.zero, here);
+    } else {
+      store(to + i, multiply(add(value, low), broadcast(of.scale)), here);
+    }
+  }
+}
+
+template <typename From, typename To>
+void convert(const Conversion& of, Index item) {
+  const From* from = static_cast<const From*>(of.x) + item / of.h * of.stride_n + item % of.h * of.stride_h;
+  To* to = static_cast<To*>(of.out) + item * of.w * of.out_pixel;
   Vector check = zero();
-  for (Index pixel = first; pixel < first + of.in.w; ++pixel) {
-    const From* from = static_cast<const From*>(of.x) + pixel * of.in.pixel;
-    To* to = static_cast<To*>(of.out) + pixel * of.out_pixel;
-    for (Index c = 0; c < of.in.c; c += lanes) {
-      const int count = static_cast<int>(least(lanes, of.in.c - c));
-      const Vector value = count == lanes ? load(from + c) : load(from + c, count);
-      if constexpr (same<To, Uint8>) {
-        check = add(check, subtract(value, value));
-        store_steps(to + c, limited(multiply(value, inverse), low, high), of.zero, count);
-      } else {
-        store(to + c, multiply(subtract(value, offset), scale), count);
+  if (of.stride_c == 1 || of.c == 1) {
+    const bool dense = of.stride_w == of.c && of.out_pixel == of.c;
+    const Index pixels = dense ? 1 : of.w, each = dense ? of.w * of.c : of.c;
+    for (Index x = 0; x < pixels; ++x) {
+      convert_run(of, from + x * of.stride_w, to + x * of.out_pixel, each, check);
+    }
+  } else {
+    constexpr Index most = 64;
+    From taken[most];
+    To made[most];
+    for (Index first = 0; first < of.w; first += most) {
+      const Index count = least(most, of.w - first);
+      for (Index c = 0; c < of.c; ++c) {
+        const From* plane = from + first * of.stride_w + c * of.stride_c;
+        if (of.stride_w != 1) {
+          for (Index x = 0; x < count; ++x) {
+            taken[x] = plane[x * of.stride_w];
+          }
+          plane = taken;
+        }
+        convert_run(of, plane, made, count, check);
+        for (Index x = 0; x < count; ++x) {
+          to[(first + x) * of.out_pixel + c] = made[x];
+        }
       }
     }
   }
