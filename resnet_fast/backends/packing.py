@@ -218,9 +218,12 @@ def unsupported(name: str, chosen: bool, dtype: torch.dtype, weight_shape: Seque
     return onednn.unsupported(dtype)
 
 
-def engine(weight: Tensor, scale: Tensor, shift: Tensor, geometry: Geometry, dtype: torch.dtype) -> cpu.Convolution:
-    """Return a convolution of the CPU engine with ``scale`` folded in."""
-    return cpu.Convolution(fold(weight, scale, dtype), shift, geometry, dtype)
+def engine(
+    weight: Tensor, scale: Tensor, shift: Tensor, geometry: Geometry, dtype: torch.dtype,
+    stored: cpu.Stored | None = None,
+) -> cpu.Convolution:  # fmt: skip
+    """Return a convolution of the CPU engine with ``scale`` folded in; ``stored``: how, if its outputs are uint8."""
+    return cpu.Convolution(fold(weight, scale, dtype), shift, geometry, dtype, stored=stored)
 
 
 #: Which of ``backends.ON_CPU`` runs what, by the weight's shape, groups and dtype, and by what users may switch.

@@ -1,6 +1,7 @@
 """What watches a proof of finite.py at run time: modules that measure a tensor, and the way to do without the proof.
 
-The state is the thread's, so that one thread's unusual input does not slow another down.
+Likewise for uint8, which holds neither NaN nor infinity. The state is the thread's, so that one thread's unusual input
+does not slow another down.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _state = threading.local()
 
 
 class TooLarge(Exception):
-    """A guard met a value that its proof does not cover."""
+    """A guard met a value that its proof does not cover, or uint8 one that it cannot hold."""
 
 
 class Guard(nn.Module):
@@ -56,3 +57,18 @@ def with_separate_relus() -> Iterator[None]:
         yield
     finally:
         _state.careful = False
+
+
+def in_float() -> bool:
+    """Return whether this thread is in :func:`without_integers`."""
+    return getattr(_state, "in_float", False)
+
+
+@contextmanager
+def without_integers() -> Iterator[None]:
+    """What is rounded to uint8 stays float32 in this thread, so that NaN and infinity pass."""
+    _state.in_float = True
+    try:
+        yield
+    finally:
+        _state.in_float = False

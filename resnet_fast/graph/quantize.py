@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from resnet_fast.backends import onednn_int8
 
-from . import batching, calling, ir, memory, shapes
+from . import batching, calling, ir, memory, quantize_layers, shapes
 from .guards import Refused
 from .optimize import optimize, row_bytes
 from .plan import Fused
@@ -213,20 +213,24 @@ def _choose(fast: OptimizedModule, graphs: list[Graph], patterns: Sequence[str])
             raise ValueError(f"quantize: keep_float has {pattern!r}, which matches no layer, such as {min(names)!r}")
     first = True
     for graph in graphs:
-        everywhere = _why_no_graph(graph)
-        if not everywhere and onednn_int8.saturates():
-            graph.largest = LARGEST_REDUCED
+        everywhere, computed_by = _why_no_graph(graph), set()
         for node, name in graph.layers.items():
             module = graph.module(node)
             reason = everywhere or _why_float(module, first)
             if not reason and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
                 reason = "kept by keep_float"
+            if not reason:
+                backend = quantize_layers.computed_by(module.constants()["weight"].shape, module.options["groups"])
+                reason = quantize_layers.incapable(backend, LARGEST_REDUCED)
+                computed_by.add(backend)
             if module.op in ("conv_bn_act", "stem"):
                 first = False
             if reason:
                 graph.reasons[node] = reason
             else:
                 graph.chosen[node] = None
+        if onednn_int8.NAME in computed_by and graph.chosen and onednn_int8.saturates():
+            graph.largest = LARGEST_REDUCED
 
 
 def _why_no_graph(graph: Graph) -> str:
@@ -235,10 +239,9 @@ def _why_no_graph(graph: Graph) -> str:
         return f"the model computes in {str(snapshot.dtype).removeprefix('torch.')}, int8 stands beside float32"
     if snapshot._device.type != "cpu":
         return f"the model is on {snapshot._device}, int8 runs on the CPU"
-    reason = onednn_int8.unavailable()
-    if not reason and any(memory.written(graph.gm, node) for node in graph.gm.graph.nodes):
+    if any(memory.written(graph.gm, node) for node in graph.gm.graph.nodes):
         return "the graph writes into tensors that it has made"
-    return reason
+    return ""
 
 
 def _why_float(module: Fused, first: bool) -> str:
@@ -286,6 +289,8 @@ def _calibrate(fast: OptimizedModule, graphs: list[Graph], calls: list[Call]) ->
 class _Watching:
     """While inside, modules are called on values of the graphs, which run layer by layer and whole batches at once.
 
+    A quantized graph of which nothing is watched runs as its snapshot will.
+
     Args:
         watched: for each graph, the module to call on a node's value, as it is right behind the node.
         quantized: whether these are nodes of the quantized graphs.
@@ -308,16 +313,20 @@ class _Watching:
                 gm.add_submodule(name, module)
                 with gm.graph.inserting_after(last[0] if node.op == "placeholder" else node):
                     self._added.append((gm, gm.graph.call_module(name, (node,))))
-            gm.recompile()
+            if watched:
+                gm.recompile()
             snapshot.graph_module, snapshot._separable = gm, False
-            snapshot._planned = (None,)
+            snapshot._planned = graph.planned if self._quantized and not watched else (None,)
 
     def __exit__(self, *_: object) -> None:
         for gm, node in self._added:
             gm.graph.erase_node(node)
             gm.delete_submodule(str(node.target))
-        for graph, (gm, separable) in zip(self._graphs, self._kept, strict=True):
-            (graph.quantized if self._quantized else graph.gm).recompile()
+        for graph, watched, (gm, separable) in zip(self._graphs, self._watched, self._kept, strict=True):
+            if self._quantized and not watched:
+                graph.planned = graph.snapshot._planned
+            if watched:
+                (graph.quantized if self._quantized else graph.gm).recompile()
             graph.snapshot.graph_module, graph.snapshot._separable = gm, separable
             graph.snapshot._planned = None
 
@@ -349,7 +358,7 @@ class _Measured(NamedTuple):
 def _fit(
     fast: OptimizedModule, graphs: list[Graph], calls: list[Call], min_sqnr: float | None
 ) -> tuple[_Measured | None, tuple[str, ...]]:
-    """Make the quantized graphs; leave layers float32 that oneDNN computes wrong, and as ``min_sqnr`` wants it."""
+    """Make the quantized graphs; leave layers float32 that come out wrong, and as ``min_sqnr`` wants it."""
     while any(graph.chosen for graph in graphs):
         for graph in graphs:
             graph.quantized = Builder(graph).build() if graph.chosen else graph.gm
@@ -371,6 +380,9 @@ def _fit(
     return None, ()
 
 
+_WHOSE = {quantize_layers.ENGINE: "the engine's", onednn_int8.NAME: "oneDNN's"}
+
+
 def _tried(graph: Graph) -> bool:
     """Run each int8 convolution that is new on its sample image, by itself, and return whether all are right.
 
@@ -387,12 +399,12 @@ def _tried(graph: Graph) -> bool:
             with torch.no_grad():
                 found = real(module(*(each.clone() for each in given)), out)
                 meant = module.defined(*(real(each, way) for each, (_, way) in zip(given, pairs, strict=True)))
-        except RuntimeError as error:
-            reason = f"oneDNN's int8 convolution fails: {shapes.first_line(error)}"
+        except (RuntimeError, ValueError) as error:
+            reason = f"{_WHOSE[module.backend]} int8 convolution fails: {shapes.first_line(error)}"
         else:
             step = 1.001 * out.scale if out else 1e-4 * float(meant.abs().max())
             if not float((found - meant).abs().max()) <= step:
-                reason = "oneDNN's int8 convolution gives other numbers than its definition"
+                reason = f"{_WHOSE[module.backend]} int8 convolution gives other numbers than its definition"
         if reason:
             graph.keep(node, reason)
             right = False
@@ -414,7 +426,10 @@ def _measure(fast: OptimizedModule, graphs: list[Graph], calls: list[Call]) -> _
             {graph.where.get(node, (node, None))[0]: _Tap() for node in layers}
             for graph, layers in zip(graphs, watched, strict=True)
         ]
-        with _Watching(graphs, found_taps, quantized=True):
+        if images < _LAYERS_MEASURED:
+            with _Watching(graphs, found_taps, quantized=True):
+                _run(fast, call)
+        with _Watching(graphs, [{} for _ in graphs], quantized=True):
             found = _tensors(_run(fast, call))
         images += _images(next(leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)))
         if len(exact) == len(found):
@@ -492,7 +507,11 @@ def _finished(
         )
     for note in notes:
         warnings.warn(f"quantize: {note}", stacklevel=3)
-    int8 = {layer.name for layer in quantization.int8}
+    int8 = {
+        graph.layers[node]: graph.quantized.get_submodule(str(graph.where[node][0].target)).backend
+        for graph in graphs
+        for node in graph.chosen
+    }
     fast.quantized_as(
         dataclasses.replace(quantization, notes=notes),
         lambda row: _row(row, int8, moved),
@@ -500,11 +519,11 @@ def _finished(
     return fast
 
 
-def _row(row: Any, int8: set[str], moved: Mapping[str, int | None]) -> Any:
-    """Return a row of the report as it is in the quantized graph."""
+def _row(row: Any, int8: Mapping[str, Any], moved: Mapping[str, int | None]) -> Any:
+    """Return a row of the report as it is in the quantized graph; ``int8``: what computes the layers that are int8."""
     first = row.fused.partition(" ")[2]
     if first in int8:
-        row = dataclasses.replace(row, backend=onednn_int8.NAME)
+        row = dataclasses.replace(row, backend=int8[first])
     if first == row.name and first in moved:
         row = dataclasses.replace(row, bytes_after=moved[first])
     return row

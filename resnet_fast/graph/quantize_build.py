@@ -32,7 +32,8 @@ class Graph:
             full name.
         chosen: the convolutions that become int8. reasons: why other fused nodes do not. observers: by value.
         largest: of stored activations. trials: what each convolution loses alone, in dB.
-        quantized: the graph made last; where: of each layer, the node that holds its result there and how.
+        quantized: the graph made last; planned: the same as calls of the CPU engine, once it has run so; where: of each
+            layer, the node that holds its result there and how.
     """
 
     def __init__(self, prefix: str, snapshot: OptimizedModule) -> None:
@@ -49,6 +50,7 @@ class Graph:
         self.largest = LARGEST
         self.trials: dict[fx.Node, float] = {}
         self.quantized = self.gm
+        self.planned: tuple[fx.GraphModule | None] | None = None
         self.where: dict[fx.Node, tuple[fx.Node, Affine | None]] = {}
 
     def module(self, node: fx.Node) -> Any:
@@ -137,7 +139,7 @@ class Builder:
     def build(self) -> fx.GraphModule:
         """Return the quantized graph, and set ``where`` of the float one."""
         graph, gm = self._graph, self._graph.gm
-        graph.where = {}
+        graph.where, graph.planned = {}, None
         node: Any
         for node in gm.graph.nodes:
             layer = graph.layers.get(node, "")

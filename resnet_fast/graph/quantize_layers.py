@@ -1,27 +1,31 @@
 """The modules of a quantized graph: uint8 tensors between convolutions, and the way in and out of them.
 
-Between :class:`Quantize` and :class:`Dequantize` runs one of two things, told by the tensor's dtype: uint8 through
-oneDNN, or float32 that holds the same rounded values. The second, the definition, runs where the first cannot: on other
-devices, for who writes the ops down, on a CPU whose products of 8 bits saturate, and for what uint8 cannot hold, NaN.
+Between :class:`Quantize` and :class:`Dequantize` runs one of two things, told by the tensor's dtype: uint8 through the
+CPU engine or oneDNN, or float32 that holds the same rounded values. The second, the definition, runs where the first
+cannot: on other devices, for who writes the ops down, and for what uint8 cannot hold, NaN. A convolution that nothing
+here computes in int8 goes through its definition by itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from resnet_fast import backends
-from resnet_fast.backends import onednn_int8
+from resnet_fast.backends import cpu, onednn_int8
 from resnet_fast.backends.onednn import Window
 from resnet_fast.backends.onednn_int8 import Affine
 from resnet_fast.backends.packing import Layouts
 from resnet_fast.nn.pristine import capturing
 from resnet_fast.ops._op import readable, unmoded
 
-from .guard import TooLarge, careful
+from .guard import TooLarge, in_float
 
+#: The CPU engine as a report names it where it computes int8.
+ENGINE = "cpu int8"
 #: The largest stored value, and the largest if products of 8 bits saturate (see onednn_int8.saturates).
 LARGEST, LARGEST_REDUCED = 255, 127
 
@@ -94,7 +98,7 @@ class Quantize(_Converter):
     """From float32 to uint8 ``clamp(round(x / scale) + zero_point, 0, largest)``, channels_last."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.exported or capturing() or torch.compiler.is_compiling() or careful() or not _runs(x, self.largest):
+        if self.exported or capturing() or torch.compiler.is_compiling() or in_float() or not integers(x):
             return fake(x, self.stored_as, self.largest, self.exported)
         if x.numel() and not bool(x.sum().isfinite()):
             raise TooLarge  # uint8 has no NaN: the batch runs again by the definition, which lets it through
@@ -133,6 +137,25 @@ class MaxPool(Quantized):
         return torch.max_pool2d(x.float(), *self.window).to(torch.uint8)
 
 
+def computed_by(weight_shape: Sequence[int], groups: int) -> str:
+    """Return what is to compute a convolution of uint8 by such an int8 weight here: ``ENGINE`` or oneDNN's name."""
+    chosen = backends.current()
+    if chosen == "onednn" or cpu.unsupported_int8(weight_shape):
+        return onednn_int8.NAME
+    left = chosen != cpu.NAME and cpu.slower(torch.uint8, weight_shape, groups) and not onednn_int8.unavailable()
+    return onednn_int8.NAME if left else ENGINE
+
+
+def incapable(backend: str, largest: int) -> str:
+    """Return why that backend computes no int8 here with stored values up to ``largest``, "" if it does."""
+    if backend == ENGINE:
+        return cpu.without_uint8()
+    reason = onednn_int8.unavailable()
+    if not reason and largest > LARGEST_REDUCED and onednn_int8.saturates():
+        reason = "this snapshot uses 8 bits of activations, and here sums of two products saturate: quantize again here"
+    return reason
+
+
 class Convolution(Quantized):
     """A convolution of uint8 with an int8 weight, its bias, residual and ReLU, and one rounding at the end.
 
@@ -142,6 +165,8 @@ class Convolution(Quantized):
         x: how the input is stored. out: how the output is, None for float32.
         residual: how what is added is stored, None for float32.
         relu: "" for none, "last" behind the addition, "first" in front of it, which takes float32 on both sides.
+
+    Attributes:
         overwrites: whether the residual's memory may be written over.
     """
 
@@ -167,14 +192,39 @@ class Convolution(Quantized):
                 self._store(name, way)
         self.window, self.relu, self.largest = window, relu, largest
         self.overwrites = False
+        self._backend = ""
         self._packed: tuple[onednn_int8.Constants, Layouts] | None = None
+        self._layers: dict[Affine | None, cpu.Convolution] = {}
 
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor
 
+    @property
+    def backend(self) -> str:
+        """The name of what computes it in int8; decided at the first use."""
+        if not self._backend:
+            self._backend = computed_by(self.weight.shape, self.window[3])
+        return self._backend
+
+    def engine(self, residual: Affine | None) -> cpu.Convolution:
+        """Return the engine's layer, made at the first use.
+
+        Args:
+            residual: how what is added is stored; None if nothing is, or float32.
+        """
+        if residual not in self._layers:
+            padding, stride, dilation, groups = self.window
+            x, out = self.affine("x"), self.affine("out")
+            assert x is not None
+            dtype = torch.float32 if out is None else torch.uint8
+            stored = cpu.Stored(dtype, x, out or (1.0, 0), residual, self.weight_scale, self.largest)
+            geometry = stride, padding, dilation, groups
+            self._layers[residual] = cpu.Convolution(self.weight, self.bias, geometry, torch.uint8, (), stored)
+        return self._layers[residual]
+
     def prepare(self, shape: tuple[int, ...]) -> tuple[Tensor, onednn_int8.Constants]:
-        """Return the weight packed for inputs of this shape, and what belongs to it; made at the first use."""
+        """Return the weight packed by oneDNN for inputs of this shape, and the rest; made at the first use."""
         if self._packed is None:
             x = self.affine("x")
             assert x is not None
@@ -188,7 +238,17 @@ class Convolution(Quantized):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if x.is_floating_point():
             return self.defined(x, residual)
-        packed, out, relu = self.prepare(tuple(x.shape)), self.affine("out"), bool(self.relu)
+        out, relu = self.affine("out"), bool(self.relu)
+        reason = incapable(self.backend, self.largest)
+        if reason:
+            backends.fallback("quantize", f"int8 is computed in float32, slowly: {reason}")
+            added = None if residual is None else real(residual, self.affine("residual"))
+            y = self.defined(real(x, self.affine("x")), added)
+            return y if out is None else stored(y, out, self.largest)
+        if self.backend == ENGINE:
+            layer = self.engine(None if residual is None else self.affine("residual"))
+            return layer.run(x, residual, relu, self.relu == "first" and residual is not None)
+        packed = self.prepare(tuple(x.shape))
         if residual is None:
             return self._limited(onednn_int8.conv(x, *packed, out, relu=relu))
         if self.relu == "first":
@@ -228,10 +288,10 @@ class Convolution(Quantized):
 
     def _changed(self) -> None:
         super()._changed()
-        self._packed = None
+        self._backend, self._packed, self._layers = "", None, {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
+        return {**self.__dict__, "_backend": "", "_packed": None, "_layers": {}}
 
     def extra_repr(self) -> str:
         padding, stride, dilation, groups = self.window
@@ -286,13 +346,7 @@ def fake(x: Tensor, affine: Affine, largest: int, exported: bool = False) -> Ten
     return torch.where(x.isfinite(), y, x)
 
 
-def _runs(x: Tensor, largest: int) -> bool:
-    """Return whether integers can be computed here, with a warning if only the processor is in the way."""
-    if x.dtype is not torch.float32 or not readable((x,)) or not unmoded() or backends.current() == "reference":
-        return False
-    reason = onednn_int8.unavailable()
-    if not reason and largest > LARGEST_REDUCED and onednn_int8.saturates():
-        reason = "this snapshot uses 8 bits of activations, and here sums of two products saturate: quantize again here"
-    if reason:
-        backends.fallback("quantize", f"int8 is computed in float32, slowly: {reason}")
-    return not reason
+def integers(*tensors: Tensor) -> bool:
+    """Return whether what goes on from these tensors may be computed in integers."""
+    usual = all(x.dtype in (torch.float32, torch.uint8) for x in tensors) and readable(tensors) and unmoded()
+    return usual and backends.current() != "reference"

@@ -17,7 +17,7 @@ from resnet_fast.nn.pristine import capturing
 
 from . import batching, calling, capture, engine, finite, plan
 from . import cuda_graphs as cuda_graphs_
-from .guard import TooLarge, with_separate_relus
+from .guard import TooLarge, with_separate_relus, without_integers
 from .guards import OutsideGuards
 from .quantize_report import Quantization
 from .report import Report, Row
@@ -127,20 +127,21 @@ class OptimizedModule(nn.Module):
             ):  # this module's dtype was chosen when it was made
                 stack.enter_context(torch.autocast(device, enabled=False))
             planned = self._engine() if device == "cpu" else None
-            if planned is not None:
-                try:
-                    with with_separate_relus():
-                        result = planned(*given)
-                    return self._laid_out(as_dtype(result, self.dtype, self.output_dtype), given)
-                except engine.NotPlanned:
-                    pass  # the layers, one by one
             try:
-                result = self.graph_module(*given)
+                result = self._run_planned(planned, given) if planned is not None else self.graph_module(*given)
             except TooLarge:
                 backends.fallback("optimize", "NaN, infinity or huge activations: such a batch runs again, exactly")
                 stack.enter_context(with_separate_relus())
+                stack.enter_context(without_integers())
                 result = self.graph_module(*given)
         return self._laid_out(as_dtype(result, self.dtype, self.output_dtype), given)
+
+    def _run_planned(self, planned: fx.GraphModule, given: Any) -> Any:
+        try:
+            with with_separate_relus():
+                return planned(*given)
+        except engine.NotPlanned:
+            return self.graph_module(*given)  # the layers, one by one
 
     def _engine(self) -> fx.GraphModule | None:
         """Return the graph as calls of the CPU engine, made at the first run; None if it computes no layer."""

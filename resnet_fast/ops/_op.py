@@ -158,7 +158,7 @@ class Op(Generic[A]):
             ``backends.ON_CPU`` does not compute the op on such constants, "" if it does; whether somebody chose it by
             name. single: the result that callers of a bound op see.
         plan: adds the op on constants to a network of the CPU engine, with the network's values in place of data; None
-            if it has no place in one.
+            if it has no place in one. Those of convolutions take a ``cpu.Stored`` too, if outputs become uint8.
         kind: the op whose kernels, tables and fallbacks these are, if not its own.
         schema, returns: if the annotations do not say it: arguments that are written, several outputs.
     """
@@ -179,7 +179,7 @@ class Op(Generic[A]):
     sample: Callable[[Any, Random], A] | None = None
     freeze: Callable[[dict[str, Any], torch.dtype], dict[str, Any]] = freeze_constants
     limits: Callable[[str, dict[str, Any], torch.dtype, bool], str] = no_limits
-    plan: Callable[[cpu.Network, Bound[A], Values], int] | None = None
+    plan: Callable[..., int] | None = None
     single: Callable[[A, Any], Any] = lambda a, output: output
     kind: str = ""
     schema: str = ""

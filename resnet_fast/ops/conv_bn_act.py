@@ -193,9 +193,11 @@ def limits(name: str, constants: dict[str, Any], dtype: torch.dtype, chosen: boo
     return packing.unsupported(name, chosen, dtype, constants["weight"].shape, constants.get("groups", 1))
 
 
-def plan(network: cpu.Network, bound: Bound[Arguments], values: Values) -> int:
+def plan(network: cpu.Network, bound: Bound[Arguments], values: Values, stored: cpu.Stored | None = None) -> int:
     a, (x, residual) = bound.of(), values
-    layer = bound.keep(cpu.NAME, lambda: packing.engine(a.weight, a.scale, a.shift, a.geometry, bound.dtype))
+    layer = bound.keep(
+        (cpu.NAME, stored), lambda: packing.engine(a.weight, a.scale, a.shift, a.geometry, bound.dtype, stored)
+    )
     return network.convolution(x, layer, residual, a.activation == "relu", a.residual_after_activation)
 
 

@@ -186,9 +186,11 @@ def limits(name: str, constants: dict[str, Any], dtype: torch.dtype, chosen: boo
     return packing.unsupported(name, chosen, dtype, constants["weight"].shape, 1)
 
 
-def plan(network: cpu.Network, bound: Bound[Arguments], values: Values) -> int:
+def plan(network: cpu.Network, bound: Bound[Arguments], values: Values, stored: cpu.Stored | None = None) -> int:
     a, (x,) = bound.of(), values
-    layer = bound.keep(cpu.NAME, lambda: packing.engine(a.weight, a.scale, a.shift, _GEOMETRY, bound.dtype))
+    layer = bound.keep(
+        (cpu.NAME, stored), lambda: packing.engine(a.weight, a.scale, a.shift, _GEOMETRY, bound.dtype, stored)
+    )
     inner = network.convolution(x, layer, None, relu=True)
     padding = 0 if a.ceil_mode else 1
     return network.max_pool(inner, (3, 3), (2, 2), (padding, padding), (1, 1), a.ceil_mode)

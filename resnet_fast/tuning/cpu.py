@@ -165,8 +165,8 @@ class _Sum:
     """The sum of two images by the engine."""
 
     def __init__(self, channels: int, dtype: torch.dtype) -> None:
-        self._network = cpu.Network(dtype)
-        a, b = self._network.input(channels), self._network.input(channels)
+        self._network = cpu.Network()
+        a, b = (self._network.input(channels, dtype) for _ in range(2))
         self._network.output(self._network.add(a, b, relu=False), flat=False)
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import resnet_fast as rf
 from resnet_fast import backends
-from resnet_fast.backends import onednn_int8
+from resnet_fast.backends import cpu, onednn_int8
 from resnet_fast.backends.onednn_int8 import Affine
 from resnet_fast.graph import OptimizedModule, quantize_layers
 from resnet_fast.graph.quantize_layers import Convolution, Dequantize, MaxPool, Quantize
@@ -41,6 +41,28 @@ def probed() -> None:
     """What is found out once in a process is found out before a fault is planted."""
     assert not onednn_int8.unavailable()
     onednn_int8.saturates()
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN computes int8, as where the engine has no kernels for it."""
+    monkeypatch.setattr(quantize_layers, "computed_by", lambda shape, groups: onednn_int8.NAME)
+
+
+@pytest.fixture(params=["the engine", "oneDNN"])
+def either(request: pytest.FixtureRequest) -> str:
+    """Both of those that compute int8, one after the other; returns the name of the one that does."""
+    if request.param == "oneDNN":
+        request.getfixturevalue("onednn")
+        return onednn_int8.NAME
+    if cpu.without_uint8():
+        pytest.skip(cpu.without_uint8())
+    return quantize_layers.ENGINE
+
+
+def seven_bits() -> bool:
+    """Return whether activations have 7 bits, since oneDNN computes and saturates here."""
+    return quantize_layers.computed_by((16, 16, 3, 3), 1) == onednn_int8.NAME and onednn_int8.saturates()
 
 
 def block(channels: int, out: int, **kwargs: Any) -> nn.Sequential:
@@ -107,11 +129,12 @@ CASES = [
 @pytest.mark.parametrize("relu", ["", "last"])
 @pytest.mark.parametrize("floating", [False, True])
 @pytest.mark.parametrize("largest", [255, 127])
+@pytest.mark.usefixtures("either")
 def test_a_layer_is_exact(case: tuple[Any, ...], relu: str, floating: bool, largest: int) -> None:
     """Sums are exact in int32; only where the real value lies on the border of two steps may float32 take the other."""
     channels, out, kernel, stride, padding, dilation, groups, x_zero, y_zero, size, added = case
     generator = torch.Generator().manual_seed(channels + size)
-    if largest == 255 and onednn_int8.saturates():
+    if largest == 255 and seven_bits():
         pytest.skip("this processor needs 7 bits")
     weight = torch.randn(out, channels // groups, kernel, kernel, generator=generator).double()
     bias = torch.randn(out, generator=generator)
@@ -178,7 +201,7 @@ def test_the_max_pool_of_bytes(window: tuple[int, int, int]) -> None:
 # --- whole networks
 
 
-def test_a_network_stays_in_int8() -> None:
+def test_a_network_stays_in_int8(either: str) -> None:
     model = made()
     fast = rf.quantize(model, images())
     assert isinstance(fast, OptimizedModule) and not fast.training and fast.train() is fast
@@ -190,8 +213,8 @@ def test_a_network_stays_in_int8() -> None:
     }  # fmt: skip
     # In once behind the first convolution, out once for the last block's float result.
     assert kinds(fast) == {"Quantize": 1, "Dequantize": 1, "Convolution": 5, "MaxPool": 0}
-    assert {row.backend for row in fast.report().rows if row.fused.endswith("a.0.0")} == {onednn_int8.NAME}
-    assert report.images == 4 and report.bits == (7 if onednn_int8.saturates() else 8)
+    assert {row.backend for row in fast.report().rows if row.fused.endswith("a.0.0")} == {either}
+    assert report.images == 4 and report.bits == (7 if seven_bits() else 8)
     x = images(3)[2]
     with torch.no_grad():
         exact = model(x)
@@ -202,7 +225,7 @@ def test_a_network_stays_in_int8() -> None:
     assert all(layer.sqnr is not None and layer.sqnr > 28 for layer in report.layers[1:])
 
 
-def test_the_report_says_what_is_true() -> None:
+def test_the_report_says_what_is_true(either: str) -> None:
     model, calibration = made(), images(3)
     fast = rf.quantize(model, calibration)
     report, plain = fast.quantization, rf.optimize(model)
@@ -213,7 +236,7 @@ def test_the_report_says_what_is_true() -> None:
     assert report.largest_output == pytest.approx(float(exact.abs().max()), rel=1e-4)
     assert report.top1_agreement == pytest.approx(float((exact.argmax(1) == found.argmax(1)).double().mean()))
     text = str(fast.report())
-    assert "onednn int8" in text and "here, dB" in text and f"{report.sqnr:.1f} dB" in text
+    assert either in text and "here, dB" in text and f"{report.sqnr:.1f} dB" in text
     assert json.loads(json.dumps(fast.report().as_dict(), allow_nan=False))["quantization"]["bits"] == report.bits
     assert rf.optimize(model).quantization is None and "dB" not in str(rf.optimize(model).report())
     before, after = rf.optimize(model, example_inputs=calibration[0]).report().bytes_after, fast.report().bytes_after
@@ -221,6 +244,7 @@ def test_the_report_says_what_is_true() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 24, 24), (1, 3, 24, 24), (5, 3, 24, 24), (2, 3, 33, 97), (1, 3, 7, 5)])
+@pytest.mark.usefixtures("either")
 def test_other_sizes(shape: tuple[int, ...]) -> None:
     model = made()
     fast = rf.quantize(model, images())
@@ -239,6 +263,7 @@ def test_other_sizes(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(fast(same), found, rtol=0, atol=0.05 * float(exact.abs().max()) if len(x) else 0)
 
 
+@pytest.mark.usefixtures("onednn")
 def test_each_size_has_its_packed_weights() -> None:
     """oneDNN would pack them at each call, which takes several times as long as the convolution."""
     fast = rf.quantize(made(), images())
@@ -256,6 +281,7 @@ def test_each_size_has_its_packed_weights() -> None:
     assert packed is not None and len(packed[1].by_shape) <= 256
 
 
+@pytest.mark.usefixtures("either")
 def test_a_batch_gives_each_image_its_own_answer() -> None:
     fast = rf.quantize(made(), images())
     x = torch.randn(5, 3, 24, 24)
@@ -264,6 +290,7 @@ def test_a_batch_gives_each_image_its_own_answer() -> None:
         torch.testing.assert_close(fast(x[index : index + 1])[0], together[index], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("either")
 def test_nan_and_infinity_pass_as_in_float() -> None:
     fast = rf.quantize(made(), images())
     for value in (math.nan, math.inf):
@@ -275,6 +302,7 @@ def test_nan_and_infinity_pass_as_in_float() -> None:
         assert bool(found[0].isfinite().all()) and not bool(found[1].isfinite().any())
 
 
+@pytest.mark.usefixtures("either")
 def test_threads_share_a_snapshot() -> None:
     fast = rf.quantize(made(), images())
     inputs = [torch.randn(1 + index % 3, 3, 24 + index, 24) for index in range(8)]
@@ -296,6 +324,7 @@ def test_threads_share_a_snapshot() -> None:
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("either")
 def test_a_residual_that_is_read_later_is_not_written_over() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -320,6 +349,7 @@ def test_a_residual_that_is_read_later_is_not_written_over() -> None:
     assert writes == [True, False]
 
 
+@pytest.mark.usefixtures("either")
 def test_pools_and_concatenations_stay_uint8() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -336,6 +366,7 @@ def test_pools_and_concatenations_stay_uint8() -> None:
         assert sqnr(model(x), fast(x)) > 28
 
 
+@pytest.mark.usefixtures("either")
 def test_addition_behind_the_relu_keeps_its_stream_in_float() -> None:
     model = randomise(rf.residual_network(10, 1))
     fast = rf.quantize(model, images(1, 28, 1))
@@ -432,7 +463,7 @@ def test_resnets(arch: str) -> None:
     assert kinds(fast)["Quantize"] == kinds(fast)["Dequantize"] == 1
     with torch.no_grad():
         exact = model(x[2])
-    missing = 6 if onednn_int8.saturates() else 0  # dB of the eighth bit
+    missing = 6 if seven_bits() else 0  # dB of the eighth bit
     assert sqnr(exact, fast(x[2])) > (25 if arch == "resnet18" else 18) - missing
 
 
@@ -517,6 +548,7 @@ def test_a_model_without_convolutions() -> None:
     assert fast(torch.randn(5, 3, 2, 2)).shape == (5, 4)
 
 
+@pytest.mark.usefixtures("onednn")
 def test_without_the_functions_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone() -> Any:
         raise AttributeError("'_OpNamespace' 'onednn' object has no attribute 'qconv2d_pointwise'")
@@ -534,6 +566,7 @@ def test_without_the_functions_of_torch(monkeypatch: pytest.MonkeyPatch) -> None
 # --- planted faults
 
 
+@pytest.mark.usefixtures("onednn")
 def test_wrong_arithmetic_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A convolution that is off by two steps, as on a processor that nobody has tried."""
     right = onednn_int8.conv
@@ -552,6 +585,7 @@ def test_wrong_arithmetic_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(report.int8) == 4 and report.sqnr is not None and report.sqnr > 28
 
 
+@pytest.mark.usefixtures("onednn")
 def test_a_layer_that_fails_stays_float(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any, **kwargs: Any) -> Tensor:
         raise RuntimeError("could not create a primitive descriptor\nlong story")
@@ -765,9 +799,10 @@ def test_exports() -> None:
 
 
 @pytest.mark.parametrize("largest", [255, 127])
+@pytest.mark.usefixtures("onednn")
 def test_onnx_runtime_runs_the_export_in_int8(tmp_path: Path, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    if largest == 255 and onednn_int8.saturates():
+    if largest == 255 and seven_bits():
         pytest.skip("this processor needs 7 bits")
     monkeypatch.setattr(onednn_int8, "saturates", lambda: largest == 127)
     fast, x = rf.quantize(made(), images()), images(3)[2]
@@ -826,12 +861,15 @@ print(len(fast.quantization.int8), [str(each.message) for each in caught])
 
 @pytest.mark.skipif(not X86, reason="other processors add in 32 bits")
 def test_without_vnni(tmp_path: Path) -> None:
-    """oneDNN then adds pairs of products in 16 bits, so activations get 7 bits; a snapshot with 8 is not trusted."""
+    """oneDNN then adds pairs of products in 16 bits, so activations get 7 bits; a snapshot with 8 is not trusted.
+
+    The engine has no kernels for uint8 there.
+    """
     if onednn_int8.saturates():
-        pytest.skip("this processor has no VNNI itself: every test here is of that case")
+        pytest.skip("this processor has no VNNI itself: the tests of oneDNN are of that case")
     file = tmp_path / "snapshot"
     file.write_bytes(pickle.dumps(rf.quantize(made(), images())))
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "RESNET_FAST_ISA": "avx2", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", _ELSEWHERE, str(file)], env=environment, capture_output=True, text=True, timeout=120,
         cwd=Path(__file__).parents[2], check=False,

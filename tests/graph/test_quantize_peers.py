@@ -13,6 +13,7 @@ from resnet_fast.benchmarking.compare import Setting, _judge, compare
 from resnet_fast.benchmarking.int8_peers import INT8_PEERS, simulated
 from resnet_fast.benchmarking.peers import Contestant, Task, plain
 from resnet_fast.benchmarking.timing import Schedule
+from resnet_fast.graph import quantize_layers
 from tests.graph.test_quantize import made, sqnr
 
 BATCH = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(3))
@@ -53,7 +54,7 @@ def test_a_comparison_in_int8() -> None:
     result = compare(setting, fresh_model("resnet18", image_size=40))
     found = result["contestants"]["optimize"]
     assert found["status"] == "timed" and found["label"] == "resnet_fast.quantize()"
-    assert found["layers_by_backend"]["onednn int8"] == 62
+    assert found["layers_by_backend"][quantize_layers.computed_by((64, 64, 3, 3), 1)] == 62
 
     def wrong(task: Task) -> Contestant:
         right = INT8_PEERS["optimize"].build(task)

@@ -89,7 +89,7 @@ def test_random_problems() -> None:
     assert sweep(200, seed=0) > 250
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"])
 def test_other_instruction_sets(isa: str) -> None:
     """The tests of this folder that depend on it, in a process that has read RESNET_FAST_ISA."""
     if _cpu.build_info()["sanitizer"]:
@@ -101,7 +101,7 @@ def test_other_instruction_sets(isa: str) -> None:
     folder = Path(__file__).parent
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not instruction_sets and not words",
-         *(str(folder / f"test_{name}.py") for name in ("convolution", "winograd", "plan"))],
+         *(str(folder / f"test_{name}.py") for name in ("convolution", "winograd", "plan", "uint8"))],
         env={**os.environ, "RESNET_FAST_ISA": isa, "PYTEST_ADDOPTS": ""},
         cwd=ROOT,
         capture_output=True,
@@ -266,7 +266,7 @@ def test_bad_arguments_have_words() -> None:
         ({"padding": (2**62, 0)}, "padding"),
         ({"weight": 0}, "weight has the address 0"),
         ({"bias": 0}, "bias has the address 0"),
-        ({"dtype": "float16"}, "dtype must be float32 or bfloat16, got 'float16'"),
+        ({"dtype": "float16"}, "dtype must be float32, bfloat16 or uint8, got 'float16'"),
     ):
         with pytest.raises(ValueError, match=words):
             make(**changed)

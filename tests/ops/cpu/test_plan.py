@@ -49,8 +49,8 @@ class Network:
                 self.dtype, algorithm=algorithm if winograd else "auto", **more,
             )  # fmt: skip
 
-        plan = _cpu.Plan(name_of(self.dtype))
-        x = layer(plan.input(3), "stem", 2, 3, relu=True)
+        plan = _cpu.Plan()
+        x = layer(plan.input(3, name_of(self.dtype)), "stem", 2, 3, relu=True)
         x = plan.max_pool(x, (3, 3), (2, 2), (1, 1), (1, 1), False)
         y = layer(layer(x, "a", relu=True), "b", 1, 1, relu=True)
         features = layer(y, "c", residual=layer(x, "down"), relu=True)
@@ -90,11 +90,11 @@ def test_a_network_obeys_the_error_rule(algorithm: str, size: tuple[int, int], d
 def test_values_of_many_channels(dtype: torch.dtype) -> None:
     """Their pixels are not dense between layers: a page is no multiple of the distance."""
     generator, c = torch.Generator().manual_seed(0), 256
-    plan = _cpu.Plan(name_of(dtype))
+    plan = _cpu.Plan()
     x, bias = whole((2, c, 9, 7), 1, generator), whole((c,), 9, generator)
     weights = [whole((c, c, 1, 1), 1, generator) * (torch.rand(c, c, 1, 1, generator=generator) < 0.02) for _ in "ab"]
     window = whole((c, c, 3, 3), 1, generator) * (torch.rand(c, c, 3, 3, generator=generator) < 0.005)
-    a = conv(plan, plan.input(c), weights[0], bias, dtype=dtype)
+    a = conv(plan, plan.input(c, name_of(dtype)), weights[0], bias, dtype=dtype)
     b = conv(plan, a, window, bias, padding=1, dtype=dtype, algorithm="winograd2", residual=a, relu=True)
     for value in (
         plan.max_pool(b, (3, 3), (2, 2), (1, 1), (1, 1), False),
@@ -170,9 +170,9 @@ def test_max_pool(channels: int, dtype: torch.dtype) -> None:
     for kernel, stride, dilation, ceil_mode in itertools.product((1, 2, 3), (1, 2, 3), (1, 2), (False, True)):
         for padding in range(kernel // 2 + 1):
             expected = F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
-            plan = _cpu.Plan(name_of(dtype))
+            plan = _cpu.Plan()
             pair = [(each, each) for each in (kernel, stride, padding, dilation)]
-            plan.output(plan.max_pool(plan.input(channels), *pair, ceil_mode))
+            plan.output(plan.max_pool(plan.input(channels, name_of(dtype)), *pair, ceil_mode))
             assert same(run_plan(plan, x)[0], expected), (kernel, stride, padding, dilation, ceil_mode)
 
 
@@ -186,8 +186,8 @@ def test_max_pool_of_unlike_sides() -> None:
 @pytest.mark.parametrize("mean", [0, 100])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_average(shape: tuple[int, ...], mean: float, dtype: torch.dtype) -> None:
-    x, plan = (torch.randn(shape) + mean).to(dtype), _cpu.Plan(name_of(dtype))
-    plan.output(plan.average(plan.input(shape[1])))
+    x, plan = (torch.randn(shape) + mean).to(dtype), _cpu.Plan()
+    plan.output(plan.average(plan.input(shape[1], name_of(dtype))))
     exact = x.double().mean((2, 3), keepdim=True)
     assert_obeys_error_rule(run_plan(plan, x)[0], F.adaptive_avg_pool2d(x, 1), exact)
     ones = torch.ones(1, shape[1], 7, 7, dtype=dtype)
@@ -197,10 +197,10 @@ def test_average(shape: tuple[int, ...], mean: float, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_values_of_average_and_add(dtype: torch.dtype) -> None:
     x, y = torch.zeros(3, 5, 4, 4, dtype=dtype), torch.zeros(3, 5, 4, 4, dtype=dtype)
-    plan = _cpu.Plan(name_of(dtype))
+    plan = _cpu.Plan()
     x[0, 0, 1, 1], x[0, 1, 0, 0], x[0, 2, 3, 3], x[1, 3, 0, 0] = torch.nan, torch.inf, -torch.inf, torch.inf
     y[1, 3, 0, 0], y[2, 4, 3, 3] = -torch.inf, torch.nan
-    a, b = plan.input(5), plan.input(5)
+    a, b = (plan.input(5, name_of(dtype)) for _ in "ab")
     for value in (plan.average(a), plan.add(a, b, False), plan.add(a, b, True)):
         plan.output(value)
     mean, total, rectified = run_plan(plan, x, y)
@@ -317,8 +317,8 @@ def test_bad_arguments_have_words() -> None:
         plan.convolution(value, None, -1, False, False)
     with pytest.raises(ValueError, match="residual of 3 channels is added to 4"):
         plan.convolution(value, wide, value, False, False)
-    other = _cpu.Plan("bfloat16")
-    other.input(3)
+    other = _cpu.Plan()
+    other.input(3, "bfloat16")
     with pytest.raises(ValueError, match="convolution of float32 and values of bfloat16"):
         other.convolution(0, wide, -1, False, False)
     with pytest.raises(ValueError, match="stride 1 without groups"):
