@@ -73,8 +73,9 @@ def planned(gm: fx.GraphModule) -> fx.GraphModule | None:
     ready: dict[fx.Node, int] = {}  # before which call another node runs; these keep their order
     latest = 0
     known: dict[fx.Node, Images] = {}  # what the engine makes
+    converts = not cpu.without_uint8() and any(_is_engines(module) for module in gm.modules())
     for node in nodes:
-        made = _made(gm, node, known)
+        made = _made(gm, node, known, converts)
         sources = node.all_input_nodes
         if made is None:
             before = [calls[source] + 1 if source in calls else ready[source] for source in sources]
@@ -120,15 +121,19 @@ def _readers(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
 # --- which layers the engine computes
 
 
-def _made(gm: fx.GraphModule, node: fx.Node, known: Mapping[fx.Node, Images]) -> Images | None:
+def _is_engines(module: nn.Module | None) -> bool:
+    return isinstance(module, Convolution) and module.backend == ENGINE
+
+
+def _made(gm: fx.GraphModule, node: fx.Node, known: Mapping[fx.Node, Images], converts: bool) -> Images | None:
     """Return what the engine makes for this node; None if it does not compute it.
 
     Args:
-        known: the values that it makes.
+        known: the values that it makes. converts: whether it takes conversions to and from uint8, too, and its pools.
     """
     module = _module(gm, node)
     if isinstance(module, Quantized):
-        return _made_quantized(gm, node, module, known)
+        return _made_quantized(gm, node, module, known) if converts else None
     if module is None:
         source = node.args[0] if _pool_of(node) else None
         found = known.get(source) if isinstance(source, fx.Node) else None
@@ -148,11 +153,11 @@ def _made_quantized(
 ) -> Images | None:
     if isinstance(module, Convolution):
         made = Images(len(module.weight), torch.float32 if module.affine("out") is None else torch.uint8)
-        return made if module.backend == ENGINE and not cpu.without_uint8() else None
+        return made if _is_engines(module) else None
     (source,) = node.all_input_nodes
     channels = known[source].channels if source in known else _wanted(gm, node)
     strange = isinstance(module, MaxPool) and _usual_pool(module.window) is None
-    if cpu.without_uint8() or channels is None or strange:
+    if channels is None or strange:
         return None
     return Images(channels, torch.float32 if isinstance(module, Dequantize) else torch.uint8)
 
@@ -305,7 +310,7 @@ def _may_round(module: Any, node: fx.Node) -> bool:
     if not isinstance(module, Fused) or module.op not in ("conv_bn_act", "stem") or module.dtype is not torch.float32:
         return False
     weight, a = module.constants()["weight"], module.arguments()
-    if len(node.args) > 1 or cpu.without_uint8() or cpu.slower(torch.uint8, weight.shape, getattr(a, "groups", 1)):
+    if len(node.args) > 1 or cpu.slower(torch.uint8, weight.shape, getattr(a, "groups", 1)):
         return False
     # Winograd's filtering has no such form, and saves more than the conversion costs.
     window = (*weight.shape[2:], *getattr(a, "stride", (2, 2)), *getattr(a, "dilation", (1, 1)))
