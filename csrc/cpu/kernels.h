@@ -81,8 +81,7 @@ struct Window {
 };
 
 // Where products find the pixels under a filter's window: in the image, which is so for 1x1; in copies of its lines
-// with their padding; or in copies of each window, which is so if a run of elements does not end with a word and what
-// is behind it could be NaN.
+// with their padding; or, one by one, in a copy of the window.
 enum class Reading { image, lines, windows };
 
 // A convolution as products of pixels and packed weights.
@@ -100,9 +99,12 @@ struct Direct {
   // blocking
   bool merged;  // a filter row's pixels are one run of words
   Reading reading;
-  // In elements: of copied lines, from one pixel to the next and from one line to the next; of copied windows, words
-  // from one to the next.
-  Index line_pixel, line_distance;
+  Index line_pixel,
+      line_distance;   // of copied lines, elements from one pixel to the next and from one line to the next
+  Index lines_floats;  // that the lines of an item take
+  // Whether a run of bfloat16 ends within a word, so that infinity or NaN behind it, times a weight of 0, would be NaN:
+  // outputs that are no finite numbers are computed again, each from a copy of its window.
+  bool checked;
   Index tiles;  // of tile_rows pixels each, the last ones evenly
   Index tiles_per_block, blocks;
   Index panels;  // of panel_width output channels in a group

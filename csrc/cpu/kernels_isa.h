@@ -230,6 +230,7 @@ struct Target {
   const void* residual;
   const float *bias, *scale;
   int columns;
+  bool* infinite = nullptr;  // set, unless null, if a sum is no finite number
 };
 
 inline Vector load_some(const float* from, int count) { return count == lanes ? load(from) : load(from, count); }
@@ -335,6 +336,19 @@ inline __attribute__((always_inline)) void finish_bytes(Vector (&sums)[rows][2],
 }
 #endif
 
+template <int rows, int vectors>
+inline bool all_finite(const Vector (&sums)[rows][vectors]) {
+  Vector check = zero();
+#pragma GCC unroll 16
+  for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      check = add(check, subtract(sums[row][v], sums[row][v]));
+    }
+  }
+  return finite(check);
+}
+
 template <typename Form, int rows, int vectors>
 void product_finished(const Product<Pointed>& product, const Epilogue& epilogue,
                       const Target<typename Form::Result>& target) {
@@ -355,6 +369,11 @@ void product_finished(const Product<Pointed>& product, const Epilogue& epilogue,
   constexpr Index most = sizeof(Value) == sizeof(float) && !Form::exact ? partial_sum : unlimited;
   const float start = Form::exact && epilogue.steps.short_sums ? steps_start : 0;
   multiply<typename Form::Gathered, rows, vectors, chunk, most>(sums, product, broadcast(start));
+  if constexpr (same<typename Form::Gathered, Bfloat16> && !Form::in_steps) {
+    if (target.infinite != nullptr) {
+      *target.infinite = !all_finite(sums);
+    }
+  }
 #ifdef __AVX512F__
   if constexpr (Form::exact && same<Value, Uint8> && vectors == 2) {
     if (target.columns == 2 * lanes) {
@@ -800,6 +819,17 @@ void grouped(const Direct& d, Index item) {
   }
 }
 
+// One panel of output channels for the output's pixels [first, last), each window by itself.
+template <typename Form>
+void multiply_alone(const Direct& d, Index group, Index panel, Index first, Index last, float* scratch) {
+  const char* const window = reinterpret_cast<const char*>(scratch);
+  Panel<Form> of(d, Reading::windows, group, panel);
+  for (Index pixel = first; pixel < last; ++pixel) {
+    gather<Form>(d, group, pixel, scratch);
+    of.multiply(pixel, 1, &window);
+  }
+}
+
 template <typename Form>
 void direct(const Direct& d, Index item, float* scratch) {
   if constexpr (!Form::in_steps) {
@@ -816,20 +846,11 @@ void direct(const Direct& d, Index item, float* scratch) {
   const Index first = pixels * first_tile / d.tiles, last = pixels * last_tile / d.tiles;
   const char** windows = reinterpret_cast<const char**>(scratch);
   scratch += window_floats(d.tiles_per_block * tile_rows);
-  switch (d.reading) {
-    case Reading::image:
-      point_at_pixels(d, static_cast<const typename Form::Image*>(d.x) + group * (d.in.c / d.groups), first, last,
-                      windows);
-      break;
-    case Reading::lines:
-      copy_lines<Form>(d, group, first, last, scratch, windows);
-      break;
-    case Reading::windows:
-      for (Index pixel = first; pixel < last; ++pixel, scratch += d.line_distance) {
-        windows[pixel - first] = reinterpret_cast<const char*>(scratch);
-        gather<Form>(d, group, pixel, scratch);
-      }
-      break;
+  if (d.reading == Reading::image) {
+    const typename Form::Image* image = static_cast<const typename Form::Image*>(d.x);
+    point_at_pixels(d, image + group * (d.in.c / d.groups), first, last, windows);
+  } else {
+    copy_lines<Form>(d, group, first, last, scratch, windows);
   }
   Index ends[largest_block];  // of tiles
   for (Index tile = first_tile; tile < last_tile; ++tile) {
@@ -838,9 +859,17 @@ void direct(const Direct& d, Index item, float* scratch) {
   const Index last_panel = least((split + 1) * d.panels_per_item, d.panels);
   for (Index panel = split * d.panels_per_item; panel < last_panel; ++panel) {
     Panel<Form> of(d, d.reading, group, panel);
+    bool infinite = false;
+    if (d.checked) {
+      of.target.infinite = &infinite;
+    }
     Index pixel = first;
     for (Index tile = 0; tile < last_tile - first_tile; ++tile) {
       of.multiply(pixel, ends[tile] - pixel, windows + (pixel - first));
+      if (infinite) {
+        multiply_alone<Form>(d, group, panel, pixel, ends[tile], scratch + d.lines_floats);
+        infinite = false;
+      }
       pixel = ends[tile];
     }
   }
@@ -1030,14 +1059,9 @@ template <typename Value, int m>
 void compute_tile_directly(const Winograd& w, Index tile, Index panel, float* scratch) {
   const Direct& d = w.direct;
   const Tile at = tile_at(w, tile);
-  const char* const window = reinterpret_cast<const char*>(scratch);
-  Panel<Plain<Value>> of(d, Reading::windows, 0, panel);
   for (Index i = 0; i < m && at.y + i < d.p; ++i) {
-    for (Index j = 0; j < m && at.x + j < d.q; ++j) {
-      const Index pixel = (at.image * d.p + at.y + i) * d.q + at.x + j;
-      gather<Plain<Value>>(d, 0, pixel, scratch);
-      of.multiply(pixel, 1, &window);
-    }
+    const Index pixel = (at.image * d.p + at.y + i) * d.q + at.x;
+    multiply_alone<Plain<Value>>(d, 0, panel, pixel, pixel + least(m, d.q - at.x), scratch);
   }
 }
 
