@@ -7,6 +7,7 @@ import io
 import pickle
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -329,16 +330,17 @@ class Uncopyable(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("make", "message"),
     [
-        (len, "must be a torch.nn.Module, got builtin"),
-        (Uncopyable().eval(), "Uncopyable cannot be copied"),
-        (nn.DataParallel(nn.ReLU()).eval(), r"model\.module"),
-        (torch.jit.script(nn.ReLU()).eval(), "TorchScript"),
-        (torch.compile(nn.ReLU().eval()), "_orig_mod"),
+        (lambda: len, "must be a torch.nn.Module, got builtin"),
+        (lambda: Uncopyable().eval(), "Uncopyable cannot be copied"),
+        (lambda: nn.DataParallel(nn.ReLU()).eval(), r"model\.module"),
+        (lambda: torch.jit.script(nn.ReLU()).eval(), "TorchScript"),
+        (lambda: torch.compile(nn.ReLU().eval()), "_orig_mod"),
     ],
 )
-def test_models_that_cannot_be_traced(model: Any, message: str) -> None:
+def test_models_that_cannot_be_traced(make: Callable[[], Any], message: str) -> None:
+    model = make()
     with pytest.raises(TypeError, match=message) as caught:
         optimize(model)
     assert "\n" not in str(caught.value)
