@@ -301,7 +301,8 @@ def test_cuda_kernels_that_were_not_found_right_are_not_measured(
     )
     fake = Fake(monkeypatch, tmp_path, cuda=code or "", layers=show)
     least = 2.0 if code == "no time" else 0.0
-    cuda_stage = Stage("cuda", "", 0.05, 0.0) if not least else Stage("cuda", "", 0.0, least)
+    share = 0.05 if "out of time" in told else 0.4  # of half a minute, in which a Python starts also where others run
+    cuda_stage = Stage("cuda", "", share, 0.0) if not least else Stage("cuda", "", 0.0, least)
     status = fake.perform(*([] if code is None else [cuda_stage]), Stage("layers", "", 0.5, 0.0, timed=True))
     assert (tmp_path / "told").read_text() == told and fake.statuses()["layers"] == "done"
     assert status == int("failed" in told)
@@ -314,9 +315,12 @@ def test_a_process_out_of_time_ends_with_all_it_started(tmp_path: Path) -> None:
     child = "import time; open('began', 'w'); time.sleep(3); open('survived', 'w')"
     parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     started = process.Process([sys.executable, "-c", parent], tmp_path, os.environ)
-    assert started.wait(1.5) is None
+    end = time.monotonic() + 120
+    while not (tmp_path / "began").exists() and time.monotonic() < end:
+        time.sleep(0.05)
     assert (tmp_path / "began").exists()
-    time.sleep(2.5)
+    assert started.wait(0.1) is None
+    time.sleep(3.5)
     assert not (tmp_path / "survived").exists()
 
 
@@ -328,7 +332,7 @@ def test_a_failing_command_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tm
     given = Stage("accuracy", "", 0.5, 0.0, (fake.command("first"), slow, fake.command("second")))
     assert fake.perform(given) == 1 and (tmp_path / "second").exists()
     outcome = fake.run.outcomes["accuracy"]
-    assert (outcome.status, outcome.reason) == ("failed", "exit status 4") and outcome.seconds < 10
+    assert (outcome.status, outcome.reason) == ("failed", "exit status 4") and outcome.seconds < 50
     assert fake.perform(Stage("accuracy", "", 0.5, 0.0, (slow, fake.command("second")))) == 0
     assert fake.run.outcomes["accuracy"].status == "out of time"
 
