@@ -35,9 +35,13 @@ def succeed(function: Callable[[], Any]) -> Any:
 
 @pytest.mark.parametrize(
     "options",
-    ["--models resnet18 --batches 1", "--models resnet50 --batches 128 --precisions fp16 --inference"],
+    [
+        "--models resnet18 --batches 1 --precisions bf16 --inference",
+        "--models resnet50 --batches 128 --precisions fp16 --inference",
+    ],
 )
 def test_no_launch_of_a_network_is_refused(options: str) -> None:
+    """A part of ``make launches``, whose kernels may have to be compiled here."""
     ran = run("-m", "tests.emulator.launches", *options.split())
     assert ran.returncode == 0 and "no violation" in ran.stdout, ran.stdout + ran.stderr[-3000:]
     print(ran.stdout)
@@ -156,3 +160,46 @@ def test_each_limit_is_one_and_says_so() -> None:
     for name, words in SAID.items():
         pattern = re.escape(words).replace(r"0x\*", "0x[0-9a-f]+")
         assert re.search(pattern if words else "^$", said[name]), f"{name}: {said[name]}"
+
+
+def refused() -> dict[str, Any]:
+    """Return what becomes of launches that fail in the words of Triton itself, as ``auto`` would make them on a GPU."""
+    import warnings
+
+    import torch
+
+    from resnet_fast import backends
+    from resnet_fast.backends import triton
+    from resnet_fast.ops.conv_bn_act import OP, Arguments
+
+    fake, said = driver.Driver(), {}
+    for n, (name, code) in enumerate(
+        {"launched": 0, "invalid": 1, "resources": 701, "illegal address": 700}.items(), 1
+    ):
+        a = Arguments(
+            torch.randn(n, 64, 8, 8, dtype=torch.float16).contiguous(memory_format=torch.channels_last),
+            torch.randn(64, 64, 3, 3, dtype=torch.float16),
+            torch.ones(64),
+            torch.ones(64),
+        )
+        with fake.refusing("_boxes" if code else "", code), warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            before = fake.launches
+            try:
+                ways = [OP.by_kernel((triton,), a) is not None for _ in range(2)]
+            except RuntimeError as error:
+                ways = [str(error)]
+        said[name] = [ways, fake.launches - before, [str(each.message) for each in warned]]
+    said["recorded"] = list(backends.fallbacks().values())
+    return said
+
+
+def test_a_refused_launch_has_another_way_and_a_broken_context_has_none() -> None:
+    said = succeed(refused)
+    assert said["launched"] == [[True, True], 2, []]
+    for name, words in {"invalid": "invalid argument", "resources": "too many resources requested for launch"}.items():
+        ways, launches, (warning,) = said[name]
+        assert ways == [False, False] and launches == 0
+        assert f"cannot be launched ({words}); the plain torch reference runs instead" in warning
+    assert said["illegal address"] == [["Triton Error [CUDA]: an illegal memory access was encountered"], 0, []]
+    assert said["recorded"] == [2, 2]
