@@ -203,3 +203,121 @@ def test_a_refused_launch_has_another_way_and_a_broken_context_has_none() -> Non
         assert f"cannot be launched ({words}); the plain torch reference runs instead" in warning
     assert said["illegal address"] == [["Triton Error [CUDA]: an illegal memory access was encountered"], 0, []]
     assert said["recorded"] == [2, 2]
+
+
+def repeated() -> dict[str, list[bool]]:
+    """Return, for launches made again on other tensors: was the short way taken, and is it to the bit the long one?"""
+    import torch
+
+    from resnet_fast.backends import triton
+    from resnet_fast.kernels import add_act, conv_bn_act, gpus, head
+
+    fake, gpu, device = driver.Driver(), gpus.known("h100"), torch.device("cpu")
+    half, last = torch.float16, torch.channels_last
+
+    def image(*shape: int, dtype: torch.dtype = half) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, memory_format=last)
+
+    def conv(c: int, k: int, size: int, stride: int, residual: bool, **changes: Any) -> Any:
+        dtype = changes.pop("dtype", half)
+        pad = size // 2
+        precision = "fp16" if dtype is half else "fp32"
+        geometry = ((size, size), (stride, stride), (pad, pad), (1, 1), 1)
+        problem = conv_bn_act.Problem(2, 14, 14, c, k, *geometry, precision, residual)
+
+        def tensors() -> list[Any]:
+            out = image(2, k, *problem.output, dtype=dtype)
+            vectors = torch.empty(k), torch.empty(k)
+            rest = torch.empty_like(out) if residual else None
+            return [image(2, c, 14, 14, dtype=dtype), image(k, c, size, size, dtype=dtype), *vectors, rest, out]
+
+        return conv_bn_act, problem, tensors, "launch", {"activation": "relu", **changes}
+
+    def classifier(bias: bool) -> Any:
+        def tensors() -> list[Any]:
+            vector = torch.empty(24, dtype=half) if bias else None
+            return [image(2, 64, 7, 7), torch.empty(24, 64, dtype=half), vector, torch.empty(2, 24, dtype=half)]
+
+        return head, head.Problem(2, 7, 7, 64, 24, "fp16"), tensors, "launch", {}
+
+    def added(function: str, **form: Any) -> Any:
+        return (
+            add_act,
+            add_act.Problem(4096, "fp16"),
+            lambda: [torch.empty(4096, dtype=half) for _ in "xyz"],
+            function,
+            form,
+        )
+
+    cases = {
+        "boxes": conv(64, 64, 3, 1, False),
+        "residual": conv(64, 128, 1, 1, True),
+        "residual behind": conv(64, 128, 1, 1, True, residual_after_activation=True, activation="none"),
+        "stride 2": conv(64, 64, 3, 2, False),
+        "gather": conv(17, 24, 3, 1, True),
+        "float32": conv(64, 32, 1, 1, False, dtype=torch.float32),
+        "head": classifier(True),
+        "head without a bias": classifier(False),
+        "add_act": added("launch", activation="relu"),
+        "its backward": added("launch_backward"),
+    }
+    found = {}
+    with triton.assume(gpu):
+        for name, (kernel, problem, tensors, function, form) in cases.items():
+
+            def launch(
+                given: list[Any],
+                kernel: Any = kernel,
+                problem: Any = problem,
+                function: str = function,
+                form: Any = form,
+            ) -> None:
+                triton.launch(kernel.NAME, problem, device, *given, function=function, **form)
+
+            def compared(given: list[Any], short: bool, kernel: Any = kernel, problem: Any = problem,
+                         function: str = function, form: Any = form, launch: Any = launch) -> list[bool]:  # fmt: skip
+                long, calls = getattr(kernel, function), []
+                with fake.recorded() as expected:
+                    long(*given, problem, kernel.choose(problem, gpu), **form)()
+                with pytest.MonkeyPatch.context() as patch, fake.recorded() as ours:
+                    patch.setattr(kernel, function, lambda *a, **k: calls.append(1) or long(*a, **k))
+                    launch(given)
+                return [bool(calls) is not short, ours == expected and len(ours[0]) > 0]
+
+            launch(tensors())
+            found[name] = [*compared(tensors(), True), *compared(tensors(), True)]
+            fake.stream = 7
+            found[name + ", another stream"] = compared(given := tensors(), True)
+            fake.stream = 0
+            odd = torch.empty(given[0].numel() + 8, dtype=given[0].dtype)[1:][: given[0].numel()]
+            odd = odd.as_strided(given[0].shape, given[0].stride())
+            found[name + ", unaligned"] = [*compared([odd, *given[1:]], False), *compared(given, True)]
+        import triton as language
+
+        with pytest.MonkeyPatch.context() as patch:
+            watched: list[object] = []
+            hooks = language.knobs.runtime
+            patch.setattr(hooks.launch_enter_hook, "calls", [watched.append])
+            launch(given)
+        found["watched"] = [len(watched) == 1]
+        triton._ready.clear()
+        kernel, problem, tensors, function, form = cases["add_act"]
+        same = torch.empty(4096, dtype=half)
+        for _ in range(3):  # a tensor that is given twice says nothing of two
+            triton.launch(kernel.NAME, problem, device, same, same, torch.empty_like(same), **form)
+        found["twice"] = [not triton._ready]
+        import weakref
+
+        kernel, problem, tensors, function, form = cases["residual"]
+        given = tensors()
+        for each in (given, given):
+            triton.launch(kernel.NAME, problem, device, *each, **form)
+        kept = [weakref.ref(each) for each in given]
+        del given, each
+        found["nothing is kept"] = [bool(triton._ready), *(reference() is None for reference in kept)]
+    return found
+
+
+def test_a_launch_made_again_is_to_the_bit_the_launch_of_triton() -> None:
+    wrong = {name: seen for name, seen in succeed(repeated).items() if not all(seen)}
+    assert not wrong

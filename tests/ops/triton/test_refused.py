@@ -45,6 +45,7 @@ OTHERS = (
 def no_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_fallbacks", {})
     monkeypatch.setattr(triton, "_refused", {})
+    monkeypatch.setattr(triton, "_ready", {})
 
 
 class Refusing:
