@@ -62,9 +62,22 @@ if DEVICE == "cpu" and not triton.unavailable():
 FORMS = ["as found"] if DEVICE == "cuda" else ["h100", "a100"]
 
 
+class _Unready(dict[Any, Any]):
+    """No launch is made again but by its kernel's module."""
+
+    def get(self, key: Any, default: Any = None) -> bool:
+        return False
+
+
+def launch_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each launch is made by its kernel's module, which a test watches, not as one before it."""
+    monkeypatch.setattr(triton, "_ready", _Unready())
+
+
 def count_launches(monkeypatch: pytest.MonkeyPatch, *ops: str) -> Counter[str]:
     """How often each of these ops' kernels is launched from now on."""
     counts: Counter[str] = Counter()
+    launch_anew(monkeypatch)
     for op in ops:
         module = importlib.import_module(f"resnet_fast.kernels.{op}")
 
