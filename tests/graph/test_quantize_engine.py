@@ -146,6 +146,40 @@ def test_what_is_drawn_into_convolutions_changes_nothing(stem: str, monkeypatch:
     assert torch.equal(fast(x), wanted.contiguous())
 
 
+def test_a_stream_that_is_read_in_float_too() -> None:
+    """What is added as it is stored may also be read as real numbers, by whoever."""
+
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.b(self.a(self.first(x)))
+        y = F.relu(self.d(self.c(x)) + x)
+        return y.mean((2, 3)), F.gelu(x), self.e(x)
+
+    parts: dict[str, nn.Module] = {name: block(16, 16) for name in "abc"}
+    model = made(Lambda(forward, first=block(3, 16), d=conv_bn(16, 16), e=conv_bn(16, 8), **parts))
+    fast = rf.quantize(model, images(), keep_float=["e.*"])
+    x = images(3)[2]
+    with torch.no_grad():
+        for exact, layered, found in zip(model(x), fast.graph_module(x), fast(x), strict=True):
+            assert sqnr(exact, found) > 25 and sqnr(layered, found) > 35
+
+
+def test_a_window_that_lies_in_the_padding() -> None:
+    """It gives -inf, which bytes are not: a dilated pool stays float32."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.a(F.max_pool2d(self.first(x), 2, 1, 1, 3))
+
+    model = made(Lambda(forward, first=block(3, 16), a=block(16, 16)))
+    fast = rf.quantize(model, images())
+    assert fast.quantization is not None and len(fast.quantization.int8) == 1
+    for size in (24, 2):
+        x = torch.randn(1, 3, size, size)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", backends.FallbackWarning)
+            exact, found = model(x), fast(x)
+        assert torch.equal(found.isfinite(), exact.isfinite()) and bool(exact.isfinite().all()) == (size > 2)
+
+
 def test_the_same_bits_in_any_batch_by_any_number_of_threads() -> None:
     for model in (made(), made(Odd())):
         fast = rf.quantize(model, images())
