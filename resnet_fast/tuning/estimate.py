@@ -1,0 +1,240 @@
+"""The launches of a network with an estimate of the time of each: ``roofline.estimate`` of what would be launched.
+
+Launch choices are the kernels' own, registers and occupancy those of ``kernels/resources.csv``. What is not there, in
+an installed package say, is compiled. **No time here is measured** but what a committed result file may hold.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from resnet_fast.graph import fuse_tail, inventory, optimize, schedules
+from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct, Head, Stem
+from resnet_fast.roofline import Estimate, Seconds, estimate
+from resnet_fast.roofline.estimate import Code
+
+from . import compile as resources
+from . import compiler, ops
+from .ops import Case
+
+if TYPE_CHECKING:
+    from resnet_fast.graph.inventory import Layer
+    from resnet_fast.kernels.gpus import GPU
+
+PER_CONV, PLANNED = "per-conv", "planned"
+
+_PROGRAMS: Mapping[type, Callable[[Any, Any, int], Any]] = {
+    BottleneckTail: estimate.tail,
+    Stem: estimate.stem,
+    Head: estimate.head,
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of a schedule.
+
+    Attributes:
+        parts: the layers it computes, by name. case, config: what is launched. code: what it is compiled to.
+    """
+
+    parts: tuple[str, ...]
+    case: Case
+    config: Any
+    code: Code
+    estimate: Estimate
+
+    def as_dict(self, measured: Seconds | None) -> dict[str, Any]:
+        """Plain values, times in seconds."""
+        return {
+            "parts": list(self.parts),
+            "op": self.case.op,
+            "problem": self.case.problem.key(),
+            "config": asdict(self.config),
+            **{f"code_{name}": value for name, value in asdict(self.code).items()},
+            **{f"estimated_{name}": value for name, value in asdict(self.estimate).items()},
+            "measured_seconds": None if measured is None else measured.get(frozenset(self.parts)),
+        }
+
+
+@cache
+def _captured(arch: str, image_size: int) -> tuple[tuple[Layer, ...], Mapping[str, tuple[str, ...]]]:
+    """Return the fused ops of a network, one for each convolution, and the layers in each by the name of its node."""
+    from resnet_fast import models
+
+    with torch.device("meta"):
+        network = models.get_model(arch).eval()
+        image = torch.empty(1, 3, image_size, image_size)
+    fused = optimize(network, example_inputs=image, backend="reference")
+    inside = schedules.parts(fused)
+    named = {node.name: inside.get(str(node.target), (node.name,)) for node in fused.graph_module.graph.nodes}
+    return inventory.layers(fused.graph_module, (image,)), named
+
+
+def launched(
+    schedule: str, arch: str, batch: int, image_size: int, precision: str, gpu: GPU
+) -> tuple[tuple[tuple[str, ...], Case], ...]:
+    """Return the launches of a network in order: the layers in each, and its case.
+
+    Args:
+        schedule: ``per-conv``, a kernel for each convolution, or ``planned``, with bottleneck blocks fused as
+            ``optimize`` plans it for ``gpu``.
+
+    Raises:
+        ValueError: the network does not take such images, or there is no kernel for one of its ops.
+    """
+    layers, named = _captured(arch, image_size)
+    layers = tuple(layer.at(batch, precision) for layer in layers)
+    found: dict[str, tuple[tuple[str, ...], Case] | None] = {}
+    for layer in layers:
+        case = next(_cases(layer), None)
+        if case is None:
+            raise ValueError(f"{layer.name}: no estimate is known for {layer.op}")
+        found[layer.name] = named[layer.name], case
+    for block in inventory.blocks(layers) if schedule == PLANNED else ():
+        tail = fuse_tail.decide(block, gpu)[0].tail
+        if tail is None or tail.problem is None:
+            continue
+        names = [layer.name for layer in tail.layers]
+        parts = tuple(part for name in names for part in named[name])
+        found |= dict.fromkeys(names)
+        found[tail.expand.name] = parts, Case(tail.problem.op, tail.problem)
+    return tuple(each for each in found.values() if each is not None)
+
+
+def _cases(layer: Layer) -> Iterator[Case]:
+    return ops.get(layer.op).cases(layer) if layer.op in _ESTIMATED else iter(())
+
+
+_ESTIMATED = (ConvBNAct.op, Stem.op, Head.op)
+
+
+def estimates(
+    wanted: Sequence[tuple[tuple[str, ...], Case]], gpu: GPU, progress: Callable[[int, int], None] | None = None
+) -> tuple[Launch, ...]:
+    """Return the launches with their estimates. Those that are not in the table of resources are compiled.
+
+    Raises:
+        ValueError: the model is not of such a GPU, or a launch does not compile.
+    """
+    made = {case: _made(case, gpu) for _, case in wanted}
+    known = table(resources.table_path())
+    keys = {case: resources.key(task) for case, (task, _) in made.items()}
+    missing = {keys[case]: made[case][0] for case in made if keys[case] not in known}
+    known |= compiled(missing, gpu, progress)
+    found = {}
+    for case, (task, grid) in made.items():
+        code = known[keys[case]]
+        program = _program(case.problem, task.config, grid)
+        found[case] = task.config, code, estimate.estimate(case.problem, program, code, gpu)
+    return tuple(Launch(parts, case, *found[case]) for parts, case in wanted)
+
+
+def _made(case: Case, gpu: GPU) -> tuple[compiler.Task, int]:
+    config = ops.get(case.op).kernel.choose(case.problem, gpu)
+    if config is None:
+        raise ValueError(f"{case}: there is no launch for it on {gpu.name}")
+    made = compiler.launches(case, config)
+    return compiler.Task(gpu.capability, case, config, len(made) - 1), made[-1].grid[0]
+
+
+def _program(problem: Any, config: Any, grid: int) -> estimate.Program:
+    if isinstance(problem, ConvBNAct):
+        kernel = ops.get(problem.op).kernel
+        columns = -(-problem.k // problem.groups // config.block_n) * problem.groups
+        return estimate.conv(problem, config, kernel.tiles(problem, config, config.boxes) * columns, grid)
+    return _PROGRAMS[type(problem)](problem, config, grid)
+
+
+def table(path: Path) -> dict[resources.Key, Code]:
+    """Return what ``kernels/resources.csv`` says of the machine code of each kernel; nothing if there is no such file.
+
+    Columns are found by their names: those that a table has not are taken as the kernel's best.
+    """
+    if not path.is_file():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = csv.DictReader(line for line in lines if not line.startswith("#"))
+    found = {}
+    for row in rows:
+        key = resources.Key(row["arch"], row["kernel"], row["type"], row["constants"])
+        serialised = row.get("serialised", "").lower() in ("1", "true", "yes", "serialised")
+        code = Code(
+            int(row["registers"]), int(row["occupancy"]), _warps(row["constants"]), serialised, row.get("a") or ""
+        )
+        found[key] = code
+    return found
+
+
+def _warps(constants: str) -> int:
+    return next((int(word.partition("=")[2]) for word in constants.split() if word.startswith("num_warps=")), 4)
+
+
+def compiled(
+    tasks: Mapping[resources.Key, compiler.Task], gpu: GPU, progress: Callable[[int, int], None] | None = None
+) -> dict[resources.Key, Code]:
+    """Return the same of launches that are compiled now, without a GPU.
+
+    Raises:
+        ValueError: one does not compile.
+    """
+    found: dict[resources.Key, Code] = {}
+    if not tasks:
+        return found
+    keys = {task: key for key, task in tasks.items()}
+    with compiler.Compiler(min(len(tasks), 4)) as pool:
+        for done, each in enumerate(pool.run(keys), 1):
+            made = each.resources
+            if made is None:
+                raise ValueError(f"{each.task.case} does not compile: {each.error}")
+            serialised, a = getattr(made, "serialised", False), getattr(made, "a", "")
+            blocks, warps = made.occupancy(gpu), made.threads // 32
+            found[keys[each.task]] = Code(made.registers, blocks, warps, serialised, a)
+            if progress is not None:
+                progress(done, len(tasks))
+    return found
+
+
+# --- what was measured
+
+
+def results_folder(gpu: GPU) -> Path:
+    """Return where a checkout keeps what ``make gpu`` measured on such a GPU."""
+    return resources.table_path().parents[1] / "benchmarks" / "results" / gpu.name
+
+
+def measured(name: str, gpu: GPU, folder: Path | None = None) -> tuple[Seconds | None, float | None]:
+    """Return what result files say of a network: seconds of its launches by the layers in each, and of an image.
+
+    Args:
+        name: network, precision and batch as in result files: ``resnet50-fp16-b128``.
+        folder: of the result files; None: ``results_folder(gpu)``.
+
+    Returns:
+        None in place of either that was not run.
+    """
+    folder = results_folder(gpu) if folder is None else folder
+    launches = None
+    for schedule in _read(folder / f"layers-{name}.json").get("schedules", []):
+        if schedule["name"] == PLANNED:
+            rows = ((frozenset(row["parts"]), row["measured_seconds"]) for row in schedule["rows"])
+            launches = {parts: seconds for parts, seconds in rows if seconds is not None} or None
+    case = _read(folder / "models.json").get("cases", {}).get(name, {})
+    rate = case.get("contestants", {}).get("optimize", {}).get("images_per_second")
+    return launches, 1 / rate if rate else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return found if isinstance(found, dict) else {}
