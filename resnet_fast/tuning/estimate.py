@@ -138,6 +138,17 @@ def estimates(
     return tuple(Launch(parts, case, *found[case]) for parts, case in wanted)
 
 
+def tasks(wanted: Sequence[tuple[tuple[str, ...], Case]], gpu: GPU) -> dict[resources.Key, compiler.Task]:
+    """Return what is compiled for launches, each kernel once."""
+    made = (_made(case, gpu)[0] for case in dict.fromkeys(case for _, case in wanted))
+    return {resources.key(task): task for task in made}
+
+
+def kernel_name(case: Case, gpu: GPU) -> str:
+    """Return the name of the function that a case launches."""
+    return str(compiler.launch(_made(case, gpu)[0]).kernel.__name__)
+
+
 def _made(case: Case, gpu: GPU) -> tuple[compiler.Task, int]:
     config = ops.get(case.op).kernel.choose(case.problem, gpu)
     if config is None:
