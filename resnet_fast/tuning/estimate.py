@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from resnet_fast.graph import fuse_tail, inventory, optimize, schedules
+from resnet_fast.kernels._launch import cdiv
 from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct, Head, Stem
 from resnet_fast.roofline import Estimate, Seconds, estimate
 from resnet_fast.roofline.estimate import Code
@@ -159,10 +160,21 @@ def _made(case: Case, gpu: GPU) -> tuple[compiler.Task, int]:
 
 def _program(problem: Any, config: Any, grid: int) -> estimate.Program:
     if isinstance(problem, ConvBNAct):
-        kernel = ops.get(problem.op).kernel
-        columns = -(-problem.k // problem.groups // config.block_n) * problem.groups
-        return estimate.conv(problem, config, kernel.tiles(problem, config, config.boxes) * columns, grid)
+        return estimate.conv(problem, config, _tiles(problem, config), grid)
     return _PROGRAMS[type(problem)](problem, config, grid)
+
+
+def _tiles(problem: Any, config: Any) -> int:
+    """Return how many tiles a launch computes: its blocks, unless a block takes several or shares one."""
+    if isinstance(problem, BottleneckTail):
+        return cdiv(problem.pixels, config.block_m)
+    if isinstance(problem, Head):
+        return cdiv(problem.n, config.block_m) * cdiv(problem.k, config.block_n)
+    kernel = ops.get(problem.op).kernel
+    if isinstance(problem, Stem):
+        return int(kernel.programs(problem, config.block_m, config.block_n, config.rows))
+    columns = cdiv(problem.k // problem.groups, config.block_n) * problem.groups
+    return int(kernel.tiles(problem, config, config.boxes)) * columns
 
 
 def table(path: Path) -> dict[resources.Key, Code]:
@@ -212,6 +224,49 @@ def compiled(
             if progress is not None:
                 progress(done, len(tasks))
     return found
+
+
+# --- which choices are worth measuring
+
+
+def known(case: Case, gpu: GPU) -> bool:
+    """Return whether there is an estimate for the launches of a case on ``gpu``."""
+    try:
+        estimate.require(gpu)
+    except ValueError:
+        return False
+    return not ops.is_cuda(case) and case.op in (*_ESTIMATED, BottleneckTail.op)
+
+
+def ranked(case: Case, configs: Sequence[Any], gpu: GPU) -> tuple[Any, ...]:
+    """Return launch choices of a case by their estimates, the best first, before anything is compiled.
+
+    Registers are guessed from the sums that a thread holds. The choices stay as they are if there is no estimate: of
+    other GPUs, of CUDA's kernels, of ops whose choices are few.
+    """
+    if not known(case, gpu):
+        return tuple(configs)
+
+    def cost(config: Any) -> tuple[bool, float]:
+        """Masked gathers, which the model does not tell from boxes, come last where there are boxes."""
+        program = _program(case.problem, config, _tiles(case.problem, config))
+        code = Code(0, _blocks(case.problem, config, gpu), config.num_warps)
+        return not getattr(config, "boxes", True), estimate.estimate(case.problem, program, code, gpu).seconds
+
+    return tuple(sorted(configs, key=cost))
+
+
+_BESIDE_SUMS = 50
+"""Registers of a thread beside its sums, as the compiled kernels have them."""
+
+
+def _blocks(problem: Any, config: Any, gpu: GPU) -> int:
+    """Return how many blocks a multiprocessor can hold at once, as far as the choice tells; at least one."""
+    threads = 32 * config.num_warps
+    columns = problem.mid + problem.following if isinstance(problem, BottleneckTail) else config.block_n
+    registers = min(255, config.block_m * columns // threads + _BESIDE_SUMS)
+    by_shared = gpu.shared_memory_per_multiprocessor // (config.shared_memory(problem) + 1024)
+    return max(1, min(gpu.registers // (registers * threads), by_shared, 2048 // threads))
 
 
 # --- what was measured

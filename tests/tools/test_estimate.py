@@ -11,10 +11,11 @@ import pytest
 
 from resnet_fast.cli import roofline as command
 from resnet_fast.kernels import bottleneck_tail_choice, gpus
-from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct, Head, Stem
+from resnet_fast.kernels.problems import AddAct, BottleneckTail, ConvBNAct, Head, Stem
 from resnet_fast.roofline import estimate
 from resnet_fast.roofline.estimate import ASSUMED, Code, Estimate
 from resnet_fast.tuning import estimate as launches
+from resnet_fast.tuning import sweep
 from tests import command_line
 
 pytest.importorskip("triton")
@@ -215,3 +216,27 @@ def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resnet_fast.backends.triton.missing", lambda: "triton is not installed")
     run("--gpu", "h200").failed("--estimate needs the kernels' launch choices, and triton is not installed")
     run("--gpu", "a100").failed("no estimate for a100: the latencies assumed are Hopper's; known are h100 and h200")
+
+
+# --- which choices are worth measuring
+
+
+def test_tuning_measures_the_choices_that_the_estimate_prefers() -> None:
+    case = launches.Case("conv_bn_act", conv(128, 14, 256, 1024, 1, residual=True), "relu")
+    every = sweep.configs(case, H200)
+    few = sweep.configs(case, H200, 6)
+    assert len(every) > 20 and len(few) == 6 == len(set(few)) and set(few) < set(every)
+    assert few[0] == every[0]  # the heuristic's own comes first, whatever the estimate says
+    order = launches.ranked(case, every, H200)
+    assert [config for config in order if config in few[1:]] == list(few[1:])
+    worst = order[-1]
+    assert worst not in few and sorted(map(str, order)) == sorted(map(str, every))
+    # No estimate: all of them.
+    for unknown, gpu in ((case, gpus.known("a100")), (launches.Case("add_act", AddAct(10**6, "fp16")), H200)):
+        assert sweep.configs(unknown, gpu, 2) == sweep.configs(unknown, gpu)
+
+
+def test_every_op_of_the_plan_can_be_ranked() -> None:
+    for parts, case in dict.fromkeys(launches.launched(launches.PLANNED, "resnet50", 128, 224, "fp16", H200)):
+        few = sweep.configs(case, H200, 6)
+        assert 1 <= len(few) <= 6, parts
