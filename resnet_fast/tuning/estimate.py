@@ -7,6 +7,7 @@ an installed package say, is compiled. **No time here is measured** but what a c
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -180,20 +181,21 @@ def _tiles(problem: Any, config: Any) -> int:
 def table(path: Path) -> dict[resources.Key, Code]:
     """Return what ``kernels/resources.csv`` says of the machine code of each kernel; nothing if there is no such file.
 
-    Columns are found by their names: those that a table has not are taken as the kernel's best.
+    Columns are found by their names: those that a table has not are taken as the kernel's best. Of several versions of
+    Triton the one in use comes first, if the table tells them apart.
     """
     if not path.is_file():
         return {}
     lines = path.read_text(encoding="utf-8").splitlines()
     rows = csv.DictReader(line for line in lines if not line.startswith("#"))
-    found = {}
-    for row in rows:
+    version, found = importlib.metadata.version("triton"), {}
+    for row in sorted(rows, key=lambda row: row.get("triton", "") != version):
         key = resources.Key(row["arch"], row["kernel"], row["type"], row["constants"])
         serialised = row.get("serialised", "").lower() in ("1", "true", "yes", "serialised")
         code = Code(
             int(row["registers"]), int(row["occupancy"]), _warps(row["constants"]), serialised, row.get("a") or ""
         )
-        found[key] = code
+        found.setdefault(key, code)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,9 @@ def test_shared_sums_shorten_the_loop_and_persistent_blocks_hide_the_residual() 
     wide = conv(side=14, c=256, k=1024, taps=1, residual=True)
     each, persistent = of(wide, Code(90, 2, 4)), of(wide, Code(90, 2, 4), programs=264)
     assert persistent.programs == 264 and persistent.seconds < each.seconds
+    bare = dataclasses.replace(wide, residual=False)
+    assert persistent.chain == of(bare, Code(90, 2, 4), programs=264).chain
+    assert each.chain == pytest.approx(of(bare, Code(90, 2, 4)).chain + ASSUMED.memory)
 
 
 def test_other_ops() -> None:
@@ -137,6 +141,13 @@ def test_the_table_of_resources_is_read_by_names(tmp_path: Path) -> None:
         Code(134, 2, 8, True, "registers"), Code(90, 3, 4, False, "shared")
     ]  # fmt: skip
     assert launches.table(tmp_path / "none.csv") == {}
+    of_two = "# made by\ntriton,arch,kernel,type,constants,registers,occupancy,serialised,a\n" + "".join(
+        f"{version},sm_90,head._head,fp16,num_warps=4,{registers},2,yes,\n"
+        for version, registers in (("0.1", 1), (importlib.metadata.version("triton"), 2), ("99.9", 3))
+    )
+    path.write_text(of_two)
+    assert [code.registers for code in launches.table(path).values()] == [2]
+    assert all(code.serialised for code in launches.table(path).values())
     committed = launches.table(launches.resources.table_path())
     assert len(committed) > 500 and all(code.registers > 0 and code.blocks > 0 for code in committed.values())
 
