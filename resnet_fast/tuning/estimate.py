@@ -188,7 +188,8 @@ def table(path: Path) -> dict[resources.Key, Code]:
         return {}
     lines = path.read_text(encoding="utf-8").splitlines()
     rows = csv.DictReader(line for line in lines if not line.startswith("#"))
-    version, found = importlib.metadata.version("triton"), {}
+    version = importlib.metadata.version("triton")
+    found: dict[resources.Key, Code] = {}
     for row in sorted(rows, key=lambda row: row.get("triton", "") != version):
         key = resources.Key(row["arch"], row["kernel"], row["type"], row["constants"])
         serialised = row.get("serialised", "").lower() in ("1", "true", "yes", "serialised")
