@@ -20,8 +20,8 @@ import torch
 from resnet_fast.graph import fuse_tail, inventory, optimize, schedules
 from resnet_fast.kernels._launch import cdiv
 from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct, Head, Stem
-from resnet_fast.roofline import Estimate, Seconds, estimate
-from resnet_fast.roofline.estimate import Code
+from resnet_fast.roofline import Seconds, estimate
+from resnet_fast.roofline.estimate import Code, Estimate
 
 from . import compile as resources
 from . import compiler, ops
