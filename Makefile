@@ -62,7 +62,7 @@ bench: $(VENV)/.bench ## time ResNet-50 on this machine against torch and the in
 	@$(BIN)/resnet-fast bench $(ARGS)
 
 # Installs nothing: GPU machines may have no network access. The python3 that has torch runs what is in this folder.
-gpu: ## on a machine with a GPU: check, time and tune everything in 9 minutes (ARGS="--budget 300 --out FOLDER")
+gpu: ## on a machine with a GPU: check, time and tune in 8.5 minutes; ARGS=--second does the rest (docs/benchmarks.md)
 	@$(PY) -m benchmarks.gpu $(ARGS)
 
 kernels: $(VENV)/.test ## compile every Triton kernel without a GPU and check registers, shared memory, instructions

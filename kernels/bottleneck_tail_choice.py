@@ -38,6 +38,23 @@ class Config:
             slices += self.block_m * self.block_n
         return max(spatial, slices * self.slice_stages) * item
 
+    def l2_reads(self, problem: Problem) -> int:
+        """Bytes that the programs of a launch read, from the level-2 cache or through it.
+
+        Each program reads all the weights, the 3x3's input once for each tap, and the residual, or the projection's
+        input once for each slice.
+        """
+        mid, k, following = problem.mid, problem.k, problem.following
+        weights = 9 * mid * mid + mid * k + k * following
+        pixel = 9 * mid
+        if problem.shortcut is None:
+            pixel += k
+        else:
+            weights += problem.shortcut[0] * k
+            pixel += problem.shortcut[0] * cdiv(k, self.block_n)
+        programs = cdiv(problem.pixels, self.block_m)
+        return (programs * weights + problem.pixels * pixel) * ITEMSIZE[problem.precision]
+
 
 def supports(problem: Problem, gpu: GPU) -> bool:
     """Return whether the kernel has a launch for the problem, without spills, and nobody measured that it is slower."""
