@@ -89,7 +89,9 @@ def heuristic(problem: Problem, gpu: GPU) -> Config | None:
                 return None
             tile = (64, 32, 32, 2, 1) if few or projected else (128, 32, 32, 2, 2)
             if gpu.capability == 90:
-                tile = (64, 16, 32, 2, 1) if projected and largest > 64 else (64, 32, 32, 2, 2)
+                tile = (64, 32, 32, 2, 2)
+                if projected and (following or largest > 64):
+                    tile = (64, 16, 32, 2, 1 if largest > 64 else 2)
     elif boxes and gpu.capability in (90, 100):
         hopper = gpu.capability == 90
         if largest <= 128:
