@@ -263,7 +263,7 @@ def test_the_committed_table_is_of_the_pinned_and_the_oldest_triton() -> None:
     (oldest,) = set(re.findall(r"triton==([0-9.]+)", (root / ".ci" / "oldest").read_text()))
     tables = check.read_table(check.table_path())
     assert set(tables) == {pinned, oldest}
-    assert {key.arch for key in tables[pinned]} >= {"sm_80", "sm_90"}
+    assert {key.arch for key in tables[pinned]} == {"sm_80", "sm_90", "sm_100"}
     assert {key.arch for key in tables[oldest]} == {"sm_90"}
     assert {key.kernel.partition(".")[0] for key in tables[pinned]} == set(check.CHECKED)
 
