@@ -94,7 +94,7 @@ def heuristic(problem: Problem, gpu: GPU) -> Config | None:
     few = cdiv(problem.pixels, 128) < gpu.multiprocessors
     boxes = supports_boxes(problem, gpu, 16)
     if precision == "fp32":
-        if mid > 64 or following > 128:
+        if mid > 64 or following > 128 or (gpu.capability == 100 and projected and following):
             return None
         tile = (32, 16, 16, 2, 1)
     elif precision == "tf32":
@@ -106,7 +106,9 @@ def heuristic(problem: Problem, gpu: GPU) -> Config | None:
                 return None
             tile = (64, 32, 32, 2, 1) if few or projected else (128, 32, 32, 2, 2)
             if gpu.capability == 90:
-                tile = (64, 16, 32, 2, 1) if projected and largest > 64 else (64, 32, 32, 2, 2)
+                tile = (64, 32, 32, 2, 2)
+                if projected and (following or largest > 64):
+                    tile = (64, 16, 32, 2, 1 if largest > 64 else 2)
     elif boxes and gpu.capability in (90, 100):
         hopper = gpu.capability == 90
         if largest <= 128:
