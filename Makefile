@@ -23,7 +23,7 @@ DESCRIBES_INSTALL := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wi
 NATIVE := build/native
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench gpu kernels wheel engine sanitize native clean
+.PHONY: help demo test test-all lint format bench gpu kernels launches wheel engine sanitize native clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -62,12 +62,16 @@ bench: $(VENV)/.bench ## time ResNet-50 on this machine against torch and the in
 	@$(BIN)/resnet-fast bench $(ARGS)
 
 # Installs nothing: GPU machines may have no network access. The python3 that has torch runs what is in this folder.
-gpu: ## on a machine with a GPU: check, time and tune everything in 9 minutes (ARGS="--budget 300 --out FOLDER")
+gpu: ## on a machine with a GPU: check, time and tune in 8.5 minutes; ARGS=--second does the rest (docs/benchmarks.md)
 	@$(PY) -m benchmarks.gpu $(ARGS)
 
 kernels: $(VENV)/.test ## compile every Triton kernel without a GPU and check registers, shared memory, instructions
 	@echo "==> compiling the kernels"
 	@$(BIN)/python -m resnet_fast.tuning.compile --check $(ARGS)
+
+launches: $(VENV)/.test ## run every launch of the networks through Triton's launcher on a driver without a GPU (after make kernels)
+	@echo "==> launching every kernel"
+	@$(BIN)/python -m tests.emulator.launches $(ARGS)
 
 wheel: $(VENV)/.dev ## build the source archive, and from it the wheel, into dist/
 	@echo "==> building dist/"

@@ -62,6 +62,8 @@ OTHERS: tuple[Case, ...] = tuple(
     for arch in archs
     for precision in precisions
 )
+FINE, ROUNDS = (128, 1), 30
+"""On a GPU: batches that have at least so many rounds, so that the tenth and ninetieth percentiles are no extremes."""
 SETS = {"first": FIRST, "others": OTHERS, "all": (*FIRST, *OTHERS)}
 """What is measured on a GPU, the most important first."""
 
@@ -249,6 +251,8 @@ def settings_of(cases: Sequence[Case], place: Device, peers: tuple[str, ...], gi
         arch, precision, batch = case
         large = place is CPU and batch >= 8
         rhythm = {"min_rounds": 5, "calls": 1, "warmup": 0} if large else {"min_rounds": 7, "calls": 4}
+        if place is CUDA and batch in FINE:
+            rhythm["min_rounds"] = ROUNDS
         schedule = Schedule(seconds=seconds, **rhythm)
         setting = Setting(arch, None, batch, given.image_size, precision, peers, schedule=schedule, device=place)
         if place is CPU:

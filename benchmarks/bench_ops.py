@@ -54,8 +54,11 @@ def check(
     backend: str = "auto",
     precisions: tuple[str, ...] = tuple(DTYPES),
     chosen: tuple[str, ...] = OPS,
+    repeats: int = 1,
 ) -> int:
     """Judge every op at small shapes and every precision by the error rule, with memory full of NaN before each.
+
+    Each must give the same bits ``repeats`` times: what a missing fence or barrier changes, it changes now and then.
 
     Most of its time goes to compiling, so ``workers`` processes share it; with 1 it all happens in this one. With a
     ``backend`` of "cuda" only what its kernels compute, and there a fallback is wrong. Returns 1 if something is wrong,
@@ -63,7 +66,7 @@ def check(
     """
     book, wrong = Book(folder, "correctness", ("ops", "models")), 0
     items = [
-        (precision, index, device, backend)
+        (precision, index, device, backend, repeats)
         for precision in precisions
         for index, make in enumerate(ops.small(precision, device))
         if ops.op_of(make) in chosen and (backend == "auto" or _cuda_computes(make, precision))
@@ -89,8 +92,12 @@ def _cuda_computes(make: Callable[[], ops.OpCase], precision: str) -> bool:
     return op in backends.cuda.OPS and not (precision == "fp32" and op in ("conv_bn_act", "stem"))
 
 
-def _judged(item: tuple[str, int, str, str]) -> tuple[str, dict[str, Any]]:
-    precision, index, device, backend = item
+Item = tuple[str, int, str, str, int]
+"""Precision, case, device, backend, and how often the bits are compared."""
+
+
+def _judged(item: Item) -> tuple[str, dict[str, Any]]:
+    precision, index, device, backend, repeats = item
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
@@ -99,6 +106,7 @@ def _judged(item: tuple[str, int, str, str]) -> tuple[str, dict[str, Any]]:
             case, before = ops.small(precision, device)[index](), backends.fallbacks()
             try:
                 error, allowed, reason = case.judge("op")
+                reason = reason or case.varies("op", repeats)
                 if backend != "auto" and backends.fallbacks() != before:
                     reason = reason or "something slower ran than was asked for"
             except Exception as failure:  # one kernel's failure must not hide the others' results
@@ -109,8 +117,8 @@ def _judged(item: tuple[str, int, str, str]) -> tuple[str, dict[str, Any]]:
         torch.use_deterministic_algorithms(False)
 
 
-def _lost(item: tuple[str, int, str, str], reason: str) -> tuple[str, dict[str, Any]]:
-    precision, index, _, _ = item
+def _lost(item: Item, reason: str) -> tuple[str, dict[str, Any]]:
+    precision, index, *_ = item
     with torch.no_grad():
         title = ops.small(precision, "meta")[index]().title
     return title, _row(precision, float("inf"), 0.0, reason)
@@ -317,6 +325,7 @@ def main() -> int:
     parser.add_argument("--backend", choices=("auto", "cuda"), default="auto", help="with --check: whose kernels")
     known = (*PEERS["cpu"], *BESIDE)
     parser.add_argument("--peers", help=f"of {','.join(known)} (default: all that suit the device, but cuda)")
+    parser.add_argument("--repeats", type=int, default=1, help="with --check: how often each must give the same bits")
     parser.add_argument("--workers", type=int, help="with --check: processes (default: half of the cores, at most 8)")
     parser.add_argument("--dtype", help=f"of {','.join(DTYPES)}, comma-separated (default: all; fp32,bf16 on a CPU)")
     parser.add_argument(
@@ -341,6 +350,7 @@ def main() -> int:
             backend=given.backend,
             precisions=precisions,
             chosen=chosen,
+            repeats=given.repeats,
         )
     batches = given.batch or ("128,1,32" if device == "cuda" else "1,16")
     return measure(

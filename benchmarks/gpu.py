@@ -1,6 +1,7 @@
 """``make gpu``: the one command on a machine with a GPU if nothing can be installed, within a time budget.
 
-    python -m benchmarks.gpu [--budget 540] [--out FOLDER] [--stages smoke,models] [--dry-run]
+    python -m benchmarks.gpu [--second | --stages smoke,models] [--budget 510] [--out FOLDER] [--archive FOLDER]
+    python -m benchmarks.gpu --dry-run
 
 Standard library only: it lays the package out under build/, runs the commands of ``STAGES`` one after the other with a
 time limit each, most important first, and prints a short table last. It measures nothing itself.
@@ -40,9 +41,12 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
 COPIED = ("resnet_fast", "kernels", "benchmarks", "tests")
 FILES = environment.module_at("resnet_fast/_files.py")
-BUDGET = 540.0
+BUDGET = 510.0
+CACHE = BUILD / "triton-cache"
+"""Kernels compiled elsewhere by the same Triton (``python -m benchmarks.prepare``), carried here with the checkout."""
 CUT_OFF = 3
 """Exit status of a command that ended by itself with nothing wrong so far and something left out for its time."""
+NO_TIME = "no time left"
 LEAST = 5.0
 """Seconds in which nothing is begun."""
 
@@ -73,6 +77,8 @@ def surroundings(folder: Path, revision: str, tuned: Path) -> dict[str, str]:
     results, and the commit that is measured."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    if CACHE.is_dir():
+        kept.setdefault("TRITON_CACHE_DIR", str(CACHE))
     return kept | {
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
@@ -86,9 +92,16 @@ class Run:
     """One ``make gpu``: where it runs, and what it found out so far, in ``environment.json`` after every stage."""
 
     def __init__(
-        self, results: Path, budget: float, found: dict[str, Any], cwd: Path | None = None, env: Any = None
+        self,
+        results: Path,
+        budget: float,
+        found: dict[str, Any],
+        cwd: Path | None = None,
+        env: Any = None,
+        into: Path | None = None,
     ) -> None:
         self.results, self.budget, self.found = results, budget, found
+        self.archive = archive(results) if into is None else into / archive(results).name
         self.cwd, self.env = cwd or results, dict(os.environ if env is None else env)
         self.outcomes: dict[str, Outcome] = {}
         self._began = time.monotonic()
@@ -123,7 +136,7 @@ class Run:
 
     def pack(self) -> None:
         try:
-            pack(self.results, table(self.results, self.outcomes))
+            pack(self.results, table(self.results, self.outcomes, self.archive), self.archive)
         except OSError as error:  # such as a full disk: what is measured counts more
             print(f"  no archive: {error}", flush=True)
 
@@ -132,8 +145,8 @@ def archive(results: Path) -> Path:
     return results.with_name(f"{results.name}.tar.gz")
 
 
-def pack(results: Path, text: str) -> None:
-    """Every result file in one archive beside their folder, a summary first."""
+def pack(results: Path, text: str, to: Path) -> None:
+    """Every result file in one archive, a summary first."""
 
     def write_to(name: str) -> None:
         with tarfile.open(name, mode="w:gz") as tar:
@@ -143,7 +156,7 @@ def pack(results: Path, text: str) -> None:
                     if path.is_file():
                         _member(tar, f"{results.name}/{path.relative_to(results).as_posix()}", path.read_bytes())
 
-    FILES.write_whole(archive(results), write_to, make_folder=True)
+    FILES.write_whole(to, write_to, make_folder=True)
 
 
 def _member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -160,53 +173,61 @@ def write(path: Path, data: Any) -> None:
 def perform(run: Run, stages: tuple[Stage, ...]) -> int:
     """Run the stages in their order within the budget; return 1 if an answer was wrong or a stage failed."""
     background: Process | None = None
-    right: tuple[str, ...] = ALL
-    reason = ""
+    # What a stage still has to judge is not right yet.
+    right = tuple(each for each in ALL if not any(each in stage.judges for stage in stages))
+    reasons: list[str] = []
     for position, stage in enumerate(stages):
-        if stage.timed and not right:
-            run.note(stage.name, Outcome("skipped", reason))
+        reason = "; ".join(reasons)
+        if stage.timed and not any(set(command.precisions) & set(right) for command in stage.commands):
+            run.note(stage.name, Outcome("skipped", reason or "nothing that it times has been found right"))
             continue
         if stage.timed and background is not None:
             _finish(run, background)
             background = None
         seconds = limit(stage, stages[position + 1 :], run.budget, run.left)
         if seconds < min(LEAST, stage.least * run.budget):
-            run.note(stage.name, Outcome("skipped", "no time left"))
+            run.note(stage.name, Outcome("skipped", NO_TIME))
             continue
         print(f"== {stage.name}: {stage.what} (at most {seconds:.0f} s, {run.left:.0f} s left)", flush=True)
         began = datetime.now(timezone.utc).isoformat(timespec="seconds")
         _withhold(run, "" if stage.name == "sanitizer" else _without_cuda(run.outcomes))
         outcome = _one(stage, seconds, run, right if stage.timed else ALL)
         run.note(stage.name, replace(outcome, reason=outcome.reason or reason) if stage.timed else outcome)
-        if stage.name == "smoke":
-            right, reason = _judged(run, began)
-            if right and any(other.timed for other in stages[position:]):
-                most = WARM.most * run.budget
-                background = Process(arguments(WARM.commands[0], run, most, right), run.cwd, run.env)
+        if stage.judges:
+            found, why = _judged(run, began, stage)
+            right = tuple(each for each in ALL if each in right or each in found)
+            reasons += [why] if why else []
+        if stage.name == "smoke" and right and any(other.timed for other in stages[position:]):
+            most = WARM.most * run.budget
+            background = Process(arguments(WARM.commands[0], run, most, right), run.cwd, run.env)
     if background is not None:
         _finish(run, background)
     return int(any(outcome.status == "failed" for outcome in run.outcomes.values()))
 
 
-def _judged(run: Run, began: str) -> tuple[tuple[str, ...], str]:
-    """Return the precisions that smoke, begun at that time, found right, and why the others are not timed.
+def _judged(run: Run, began: str, stage: Stage) -> tuple[tuple[str, ...], str]:
+    """Return the precisions that a stage, begun at that time, found right, and why the others are not timed.
 
     Right is a precision of which something was judged and nothing is wrong, and of which nothing is missing unless the
     time was too short for it.
     """
-    outcome = run.outcomes["smoke"]
+    outcome = run.outcomes[stage.name]
     if outcome.status == "done":
-        return ALL, ""
+        return stage.judges, ""
     found = summary.read(run.results / "correctness.json")
     rows = [row for row in found.get("ops", {}).values() if row["time"] >= began]
     right, without = [], []
     for precision, count in found.get("asked", {}).items():
+        if precision not in stage.judges:
+            continue
         passed = [row["passed"] for row in rows if row.get("precision") == precision]
         if passed and all(passed) and (len(passed) == count or outcome.status == "out of time"):
             right.append(precision)
         else:
             without.append(f"{precision} ({sum(passed)} of {count} right)")
-    return tuple(right), f"not timed after smoke: {', '.join(without) or 'everything'}"
+    if right and not without:
+        return tuple(right), ""
+    return tuple(right), f"not timed after {stage.name}: {', '.join(without) or 'everything'}"
 
 
 def _without_cuda(outcomes: Mapping[str, Outcome]) -> str:
@@ -236,7 +257,7 @@ def arguments(command: Command, run: Run, seconds: float, right: Iterable[str]) 
     """Return the command line of a command that has this time and may time the precisions ``right``."""
     to = f"--device cuda --out {shlex.quote(str(run.results))} --seconds {seconds:.0f}"
     dtypes = ",".join(name for name in command.precisions if name in right)
-    text = command.text.format(to=to, seconds=f"{seconds:.0f}", dtypes=dtypes)
+    text = command.text.format(to=to, out=shlex.quote(str(run.results)), seconds=f"{seconds:.0f}", dtypes=dtypes)
     jobs = []
     if command.text.startswith("-m pytest") and importlib.util.find_spec("xdist"):
         jobs = ["-n", str(min(8, max(1, (os.cpu_count() or 2) // 2)))]
@@ -296,7 +317,7 @@ def _end(stage: Stage, command: Command, status: int | None, output: str, run: R
 def _finish(run: Run, background: Process) -> None:
     """Wait for the compilations in the background, for as long as that leaves most of the time for measuring."""
     before = time.monotonic()
-    status = background.wait(max(0.0, min(0.15 * run.budget, 0.3 * run.left)))
+    status = background.wait(max(0.0, min(0.1 * run.budget, 0.3 * run.left)))
     took = round(time.monotonic() - before, 1)
     run.note(WARM.name, Outcome("done" if status == 0 else "out of time" if status is None else "failed as a whole",
                                 f"{took} s waited for", tail=background.output()[-3000:]))  # fmt: skip
@@ -344,6 +365,14 @@ def native(run: Run, seconds: float) -> tuple[str, str, str]:
     parts = cutlass.get(row["sm90"], f", of CUTLASS's kernels {row['sm90']}")
     line = f"built with CUDA {row['cuda']} for {', '.join(row['archs'])} in {row['seconds']} s{parts}"
     return _built(run, row | {"line": line}, "done")
+
+
+def carried(run: Run) -> str:
+    """Return what came with the checkout instead of being made here: the native module, compiled kernels."""
+    modules = [path.name for path in (run.cwd / "resnet_fast").glob("_C.*.so")]
+    text = "carried: " + (", ".join(modules) or "no resnet_fast._C (--stages native,... builds it here)")
+    kernels = sum(1 for _ in CACHE.rglob("*.cubin")) if CACHE.is_dir() else 0
+    return f"{text}; {kernels or 'no'} compiled kernels"
 
 
 def _built(run: Run, row: dict[str, Any], end: str) -> tuple[str, str, str]:
@@ -425,16 +454,21 @@ def rehearsal(run: Run) -> int:
             print(tail, flush=True)
         elif tail.strip() and not tail.strip().splitlines()[-1].startswith("  "):
             print(f"  {tail.strip().splitlines()[-1]}", flush=True)
-    print("== would run on a GPU")
-    for stage in STAGES:
-        print(f"  {stage.name:10s} at most {stage.most * run.budget:4.0f} s  {stage.what}")
+    for title, when in (("would run on a GPU", "first"), ("with --second", "second"), ("if asked for", "asked")):
+        print(f"== {title}")
+        for stage in (each for each in STAGES if each.when == when):
+            print(f"  {stage.name:13s} at most {stage.most * run.budget:4.0f} s  {stage.what}")
     return int(any(outcome.status == "failed" for outcome in run.outcomes.values()))
 
 
-def table(results: Path, outcomes: Mapping[str, Outcome]) -> str:
+def table(results: Path, outcomes: Mapping[str, Outcome], packed: Path | None = None) -> str:
     """Return the short summary printed last, from the result files."""
-    lines = ["", f"results in {results}, all of them in {archive(results).name} beside it"]
+    lines = ["", f"results in {results}, all of them in {packed or archive(results)}"]
     lines += [f"  {name:10s} {o.status:12s} {o.seconds:6.1f} s  {o.reason}".rstrip() for name, o in outcomes.items()]
+    if late := [name for name, o in outcomes.items() if o.reason == NO_TIME]:
+        lines.append(f"not run for lack of time: {', '.join(late)}")
+    if cut := [name for name, o in outcomes.items() if o.status == "out of time"]:
+        lines.append(f"cut off by the clock: {', '.join(cut)}")
     return "\n".join(lines + summary.lines(results))
 
 
@@ -442,6 +476,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds for everything (default: {BUDGET:.0f})")
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
+    parser.add_argument("--archive", type=Path, help="folder of the one file with all results (default: beside them)")
+    parser.add_argument("--second", action="store_true", help="what is worth a second command, the sanitizer first")
     parser.add_argument("--stages", default="", help="only these, comma-separated, in their usual order")
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: everything up to the first launch")
     given = parser.parse_args()
@@ -456,7 +492,10 @@ def main() -> int:
         parser.error(
             f"{sys.executable} has no {' and no '.join(missing)}; another Python: make gpu PY=/path/to/python3"
         )
-    chosen = tuple(stage for stage in STAGES if not names or stage.name in names)
+    if names and given.second:
+        parser.error("--second and --stages each choose the stages; give one of them")
+    when = "second" if given.second else "first"
+    chosen = tuple(stage for stage in STAGES if (stage.name in names if names else stage.when == when))
     found = environment.report()
     if not found["gpus"] and not given.dry_run:
         print(
@@ -473,10 +512,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=BUILD, prefix="overlay-") as name:
         cwd = Path(name)
         overlay(cwd)
-        run = Run(results, given.budget, found, cwd, surroundings(cwd, found["commit"], results / "tuned"))
+        run = Run(results, given.budget, found, cwd, surroundings(cwd, found["commit"], results / "tuned"),
+                  None if given.archive is None else given.archive.resolve())  # fmt: skip
+        print(f"  {carried(run)}", flush=True)
         run.save()
         status = rehearsal(run) if given.dry_run else perform(run, chosen)
-    print(table(results, run.outcomes), flush=True)
+    print(table(results, run.outcomes, run.archive), flush=True)
     return status
 
 

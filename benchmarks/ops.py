@@ -69,6 +69,17 @@ class OpCase:
         worst = max(verdicts, key=lambda verdict: (not verdict.passed, verdict.error))
         return worst.error, worst.allowed, worst.reason
 
+    def varies(self, who: str, repeats: int) -> str:
+        """Return how many of ``repeats`` answers of ``who`` differ in a bit from the first; "" if none does."""
+        activations = self.data(0)
+        first = _outputs(self.contestants[who](*activations))
+        different = 0
+        for _ in range(repeats - 1):
+            again = _outputs(self.contestants[who](*activations))
+            same = (torch.equal(_bits(a), _bits(b)) for a, b in zip(first, again, strict=True))
+            different += not all(same)
+        return f"{different} of {repeats} answers have other bits" if different else ""
+
     def rotation(self, who: str, l2: int) -> tuple[Callable[[], Tensor], int]:
         """``who`` called on one set of activations after the other, and how many: enough that none is still in a
         level-2 cache of ``l2`` bytes when its turn comes again, and at most 200."""
@@ -80,6 +91,11 @@ class OpCase:
             return [_outputs(run(*activations))[0] for activations in sets][-1]
 
         return every, count
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Its bits as integers, among which NaN equals itself."""
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 def _outputs(result: Result) -> tuple[Tensor, ...]:

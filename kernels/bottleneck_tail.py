@@ -34,7 +34,7 @@ __all__ = ["NAME", "Config", "Problem", "candidates", "choose", "heuristic", "la
 @triton.jit(do_not_specialize=["TILES_P", "TILES_Q"])
 def _boxes(
     a,  # descriptor of [N, H, W, MID], with stride 2 of [N, H/2, 2, W/2, 2 MID]
-    weight2,  # descriptor of [MID, 9, MID]
+    weight2,  # descriptor of [MID, 9 * MID]
     scale2,  # [MID] float32, as the other scales and shifts
     shift2,
     weight3,  # descriptor of [K, MID]
@@ -49,10 +49,10 @@ def _boxes(
     scale1,
     shift1,
     following,  # descriptor of [N, P, Q, NEXT], unless NEXT is 0
-    K,
-    C,
     TILES_P,
     TILES_Q,
+    K: tl.constexpr,  # as in conv_bn_act, products overlap only in loops whose length ptxas knows
+    C: tl.constexpr,
     MID: tl.constexpr,
     NEXT: tl.constexpr,
     STRIDED: tl.constexpr,  # whether the 3x3 has stride 2
@@ -83,8 +83,8 @@ def _boxes(
             pixels = a.load([n, p + (h >> 1), h & 1, q + (w >> 1), (w & 1) * MID + c])
         else:
             pixels = a.load([n, p + h, q + w, c])
-        taps = weight2.load([0, tap, c]).reshape(MID, BLOCK_C)
-        accumulator = dot(pixels.reshape(BLOCK_M, BLOCK_C), taps.T, accumulator, PRECISION)
+        taps = weight2.load([0, step * BLOCK_C]).T
+        accumulator = dot(pixels.reshape(BLOCK_M, BLOCK_C), taps, accumulator, PRECISION)
     middle = tl.arange(0, MID)
     b = accumulator * tl.load(scale2 + middle)[None, :] + tl.load(shift2 + middle)[None, :]
     b = rounded(relu(b), out.dtype)
@@ -288,7 +288,7 @@ def launch(
         shortcut_block = config.block_n if problem.shortcut is None else flags["BLOCK_S"]
         args: tuple[Any, ...] = (
             image(a, h, w, mid, problem.stride, config.block_c),
-            TensorDescriptor(weight2, [mid, 9, mid], [9 * mid, mid, 1], [mid, 1, config.block_c]),
+            matrix(weight2, mid, 9 * mid, (mid, config.block_c)),
             scale2, shift2, expand, scale3, shift3,
             image(shortcut, short_h, short_w, c, short_stride, shortcut_block),
             matrix(weight_shortcut, k, c, (config.block_n, flags["BLOCK_S"])) if projection else expand,
@@ -296,9 +296,9 @@ def launch(
             matrix(weight1, problem.following, k, (problem.following, config.block_n)) if reduction else expand,
             scale1, shift1,
             image(following, p, q, problem.following, 1, problem.following) if reduction else written,
-            k, c, cdiv(p, box[1]), cdiv(q, box[2]),
+            cdiv(p, box[1]), cdiv(q, box[2]),
         )  # fmt: skip
-        flags |= {"STRIDED": problem.stride == 2, "BOX_N": box[0], "BOX_P": box[1], "BOX_Q": box[2]}
+        flags |= {"K": k, "C": c, "STRIDED": problem.stride == 2, "BOX_N": box[0], "BOX_P": box[1], "BOX_Q": box[2]}
         return Launch(_boxes, (cdiv(n, box[0]) * cdiv(p, box[1]) * cdiv(q, box[2]),), args, flags)
     args = (
         a, weight2, scale2, shift2, weight3, scale3, shift3, shortcut, weight_shortcut, scale_shortcut, shift_shortcut,

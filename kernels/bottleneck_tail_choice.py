@@ -38,6 +38,23 @@ class Config:
             slices += self.block_m * self.block_n
         return max(spatial, slices * self.slice_stages) * item
 
+    def l2_reads(self, problem: Problem) -> int:
+        """Bytes that the programs of a launch read, from the level-2 cache or through it.
+
+        Each program reads all the weights, the 3x3's input once for each tap, and the residual, or the projection's
+        input once for each slice.
+        """
+        mid, k, following = problem.mid, problem.k, problem.following
+        weights = 9 * mid * mid + mid * k + k * following
+        pixel = 9 * mid
+        if problem.shortcut is None:
+            pixel += k
+        else:
+            weights += problem.shortcut[0] * k
+            pixel += problem.shortcut[0] * cdiv(k, self.block_n)
+        programs = cdiv(problem.pixels, self.block_m)
+        return (programs * weights + problem.pixels * pixel) * ITEMSIZE[problem.precision]
+
 
 def supports(problem: Problem, gpu: GPU) -> bool:
     """Return whether the kernel has a launch for the problem, without spills, and nobody measured that it is slower."""
@@ -77,7 +94,7 @@ def heuristic(problem: Problem, gpu: GPU) -> Config | None:
     few = cdiv(problem.pixels, 128) < gpu.multiprocessors
     boxes = supports_boxes(problem, gpu, 16)
     if precision == "fp32":
-        if mid > 64 or following > 128:
+        if mid > 64 or following > 128 or (gpu.capability == 100 and projected and following):
             return None
         tile = (32, 16, 16, 2, 1)
     elif precision == "tf32":
@@ -89,7 +106,9 @@ def heuristic(problem: Problem, gpu: GPU) -> Config | None:
                 return None
             tile = (64, 32, 32, 2, 1) if few or projected else (128, 32, 32, 2, 2)
             if gpu.capability == 90:
-                tile = (64, 16, 32, 2, 1) if projected and largest > 64 else (64, 32, 32, 2, 2)
+                tile = (64, 32, 32, 2, 2)
+                if projected and (following or largest > 64):
+                    tile = (64, 16, 32, 2, 1 if largest > 64 else 2)
     elif boxes and gpu.capability in (90, 100):
         hopper = gpu.capability == 90
         if largest <= 128:

@@ -11,6 +11,7 @@ Two forms:
     boxes   for GPUs with a copy engine (capability 9.0 and up), one group, no dilation, strides 1 and 2: the pixels
             of a tile are a box [images, rows, columns] of the output, and each tap is one copy of that box, moved by
             (r, s). What lies outside the image the copy engine fills with zeros, and that is the padding: no masks.
+            The product is transposed, weights times pixels, which lets both come from shared memory on Hopper.
     gather  for everything else, with masked loads from computed addresses: any stride, dilation, groups, channel count.
 
 In training (``launch_raw``) the output is the convolution alone, to be normalised later. Two options save passes over
@@ -18,7 +19,8 @@ memory then, each of one read of a tensor: the epilogue can leave the moments of
 batch_norm_act to merge; the form ``gather`` can normalise x on its way in, which was never written normalised.
 
 Traps: with stride 2 the box is taken from x seen as [N, H/2, 2, W/2, 2 C], which needs an even H and W; a box may not
-run over the last channel of a tap, since the next tap's weights would meet it: BLOCK_K divides C.
+run over the last channel of a tap, since the next tap's weights would meet it: BLOCK_K divides C. ptxas lets Hopper's
+products overlap only if it can see that they will; ``make kernels`` looks whether it did.
 """
 
 from __future__ import annotations
@@ -61,6 +63,28 @@ def _normalised(a, valid, scale, shift, channel, inside):
     y = a.to(tl.float32) * tl.load(scale + channel, mask=inside, other=0.0)[None, :]
     y = relu(y + tl.load(shift + channel, mask=inside, other=0.0)[None, :])
     return rounded(tl.where(valid, y, 0.0), a.dtype)
+
+
+@triton.jit
+def _finish(
+    y, scale, shift, channel, inside, residual, dtype: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr
+):
+    """A tile of the output from its sums, rounded to ``dtype``.
+
+    Args:
+        y: [BLOCK_M, BLOCK_N] float32. scale, shift: None, or [K] float32 at the tile's channels, ``inside`` K.
+        residual: [BLOCK_M, BLOCK_N], or None. RESIDUAL: 0 none, 1 before the activation, 2 after it.
+    """
+    if scale is not None:
+        y = y * tl.load(scale + channel, mask=inside, other=0.0)[None, :]
+        y += tl.load(shift + channel, mask=inside, other=0.0)[None, :]
+    if RESIDUAL == 1:
+        y += residual.to(tl.float32)
+    if RELU:
+        y = relu(y)
+    if RESIDUAL == 2:
+        y += residual.to(tl.float32)
+    return rounded(y, dtype)
 
 
 @triton.jit
@@ -192,19 +216,12 @@ def _gather(
                 taps[None, :] + (tap * GROUP_C + c)[:, None], mask=inside[:, None] & inside_k[None, :], other=0.0
             )
             accumulator = dot(a, b, accumulator, PRECISION)
-    y = accumulator
-    if scale is not None:
-        y = accumulator * tl.load(scale + channel, mask=inside_k, other=0.0)[None, :]
-        y += tl.load(shift + channel, mask=inside_k, other=0.0)[None, :]
     offset = m[:, None] * K + channel[None, :]
     mask = inside_m[:, None] & inside_k[None, :]
-    if RESIDUAL == 1:
-        y += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
-    if RELU:
-        y = relu(y)
-    if RESIDUAL == 2:
-        y += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
-    y = rounded(y, out.dtype.element_ty)
+    added = None
+    if RESIDUAL:
+        added = tl.load(residual + offset, mask=mask, other=0.0)
+    y = _finish(accumulator, scale, shift, channel, inside_k, added, out.dtype.element_ty, RELU, RESIDUAL)
     tl.store(out + offset, y, mask=mask)
     if workspace is not None:
         counts = (tile_n == 0) & (group == 0)
@@ -214,17 +231,17 @@ def _gather(
 @triton.jit(do_not_specialize=["TILES_P", "TILES_Q", "PAD_H", "PAD_W", "N", "P", "Q"])
 def _boxes(
     x,  # descriptor of [N, H, W, C], with stride 2 of [N, H/2, 2, W/2, 2 C]
-    weight,  # descriptor of [K, R * S, C]
+    weight,  # descriptor of [K, R * S * C]
     scale,  # [K] float32
     shift,  # [K] float32
     residual,  # descriptor of [N, P, Q, K]
     out,  # descriptor of [N, P, Q, K]
-    C,
     K,
     TILES_P,
     TILES_Q,
     PAD_H,
     PAD_W,
+    C: tl.constexpr,  # with a length that ptxas does not know, it lets no product of the loop overlap another
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDED: tl.constexpr,  # whether the stride is 2
@@ -249,33 +266,27 @@ def _boxes(
     q = (box % TILES_Q) * BOX_Q
     p = (box // TILES_Q % TILES_P) * BOX_P
     n = (box // (TILES_Q * TILES_P)) * BOX_N
-    blocks_c = C // BLOCK_K
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(0, R * S * blocks_c):
-        tap = step // blocks_c
-        c = (step % blocks_c) * BLOCK_K
+    # Transposed, [channels, pixels]: the weights, which come as they are stored, are the first operand, which is read
+    # from shared memory only if nothing stands between its load and the product; the second always is.
+    accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for step in range(0, R * S * C // BLOCK_K):
+        tap = step // (C // BLOCK_K)
+        c = step % (C // BLOCK_K) * BLOCK_K
         h = tap // S - PAD_H
         w = tap % S - PAD_W
         if STRIDED:
             # Row 2 p + h lies in row pair p + floor(h / 2), at its parity; columns alike.
-            a = x.load([n, p + (h >> 1), h & 1, q + (w >> 1), (w & 1) * C + c])
+            pixels = x.load([n, p + (h >> 1), h & 1, q + (w >> 1), (w & 1) * C + c])
         else:
-            a = x.load([n, p + h, q + w, c])
-        b = weight.load([k, tap, c]).reshape(BLOCK_N, BLOCK_K)
-        accumulator = dot(a.reshape(BLOCK_M, BLOCK_K), b.T, accumulator, PRECISION)
+            pixels = x.load([n, p + h, q + w, c])
+        pixels = pixels.reshape(BLOCK_M, BLOCK_K)
+        accumulator = dot(weight.load([k, step * BLOCK_K]), pixels.T, accumulator, PRECISION)
     channel = k + tl.arange(0, BLOCK_N)
     inside = channel < K
-    y = accumulator
-    if scale is not None:
-        y = accumulator * tl.load(scale + channel, mask=inside, other=0.0)[None, :]
-        y += tl.load(shift + channel, mask=inside, other=0.0)[None, :]
-    if RESIDUAL == 1:
-        y += residual.load([n, p, q, k]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
-    if RELU:
-        y = relu(y)
-    if RESIDUAL == 2:
-        y += residual.load([n, p, q, k]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
-    y = rounded(y, out.dtype)
+    added = None
+    if RESIDUAL:
+        added = residual.load([n, p, q, k]).reshape(BLOCK_M, BLOCK_N)
+    y = _finish(accumulator.T, scale, shift, channel, inside, added, out.dtype, RELU, RESIDUAL)
     out.store([n, p, q, k], y.reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
     if workspace is not None:
         pixel = tl.arange(0, BLOCK_M)
@@ -301,6 +312,19 @@ class Config:
         operands = (self.block_m + self.block_n) * self.block_k * item * self.num_stages
         staged = self.block_m * self.block_n * item if self.boxes else 0
         return max(operands, staged)
+
+    @property
+    def most_programs(self) -> int:
+        """How many programs at once a multiprocessor should have registers for: two hide each other's epilogues.
+
+        One, if the sums of a large tile stand beside the addresses of what is gathered.
+        """
+        return 1 if not self.boxes and self.block_m * self.block_n >= 128 * 128 else 2
+
+    def programs(self, problem: Problem, gpu: GPU) -> int:
+        """Return how many programs the choice means a multiprocessor to hold at once, at most two."""
+        room = gpu.shared_memory_per_multiprocessor // (self.shared_memory(problem) + 1024)
+        return min(self.most_programs, room)
 
 
 def supports_boxes(problem: Problem, gpu: GPU) -> bool:
@@ -343,35 +367,61 @@ def heuristic(problem: Problem, gpu: GPU) -> Config:
     if _flat(problem):  # an address for every element: small tiles, or the addresses alone fill the registers
         return Config(64, power_of_two(per_group, 16, 64), min(block_k, 32), 4, 2, False)
     widest = 128 if problem.precision in ("fp16", "bf16") or gpu.capability >= 90 else 64
-    block_n = power_of_two(per_group, 16, widest)
+    # A warp group multiplies 64 rows, which are pixels in the form gather, channels in the form boxes.
+    least_m, least_n = (32, 64) if boxes else (64, 32)
+    block_n = power_of_two(per_group, least_n if boxes else 16, widest)
     block_m = 128
     while cdiv(problem.pixels, block_m) * cdiv(per_group, block_n) * problem.groups < gpu.multiprocessors:
         if block_m > 64 and block_m >= block_n:
             block_m //= 2
-        elif block_n > 32:
+        elif block_n > least_n:
             block_n //= 2
+        elif block_m > least_m:
+            block_m //= 2
         else:
             break
-    warps = 8 if block_m * block_n >= 128 * 128 else 4
-    config = Config(block_m, block_n, block_k, warps, 4, boxes)
-    # Two programs on a multiprocessor hide each other's epilogues, so leave room for the second one.
-    while config.num_stages > 2 and config.shared_memory(problem) > gpu.shared_memory_per_multiprocessor // 2 - 1024:
+    # One warp group has registers for the sums of 128 x 128, and two programs of one group each wait less than one of
+    # two groups. With a residual on top of the sums it has none left, and two programs of two groups fit as well.
+    warps = 8 if block_m * block_n >= 128 * 128 and (problem.residual or not boxes) else 4
+    config = Config(block_m, block_n, block_k, warps, _most_stages(problem, block_k, boxes), boxes)
+    while config.num_stages > 2 and config.programs(problem, gpu) < config.most_programs:
         config = replace(config, num_stages=config.num_stages - 1)
     return config
+
+
+def _most_stages(problem: Problem, block_k: int, boxes: bool) -> int:
+    """Return how many steps of the product may be on their way at once: no more than there are.
+
+    Copies into shared memory take no registers, so boxes may be many: a small tile's step has few bytes.
+    """
+    return min(8, math.prod(problem.kernel) * problem.c // block_k) if boxes else 4
 
 
 def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
     """Every launch choice worth measuring: within the GPU's shared memory, tiles no wider than the problem."""
     per_group = problem.k // problem.groups
     forms = (True, False) if supports_boxes(problem, gpu) else (False,)
-    tiles = ((64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128), (128, 256), (256, 64), (256, 128))
+    tiles = (
+        (32, 64),
+        (64, 32),
+        (64, 64),
+        (64, 128),
+        (128, 32),
+        (128, 64),
+        (128, 128),
+        (128, 256),
+        (256, 64),
+        (256, 128),
+    )
     if problem.precision == "fp32":
         tiles = ((32, 32), (32, 64), (64, 32), (64, 64))
     seen = set()
     for boxes in forms:
         block_k = _widest_k(problem, boxes)
+        least_n = 64 if boxes and problem.precision != "fp32" else 16
+        most = _most_stages(problem, block_k, boxes)
         for block_m, wanted_n in tiles:
-            block_n = min(wanted_n, power_of_two(per_group, 16, 256))
+            block_n = max(least_n, min(wanted_n, power_of_two(per_group, 16, 256)))
             if block_m > power_of_two(problem.pixels, 64, 256):
                 continue
             area = block_m * block_n
@@ -379,7 +429,7 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
                 # Accumulators alone would take more than half of the registers, or leave a warp next to nothing.
                 if area // (num_warps * 32) > 128 or area // (num_warps * 32) < 8:
                     continue
-                for num_stages in (2, 3, 4):
+                for num_stages in sorted({min(stages, most) for stages in ((2, 3, 4, 8) if boxes else (2, 3, 4))}):
                     config = Config(block_m, block_n, block_k, num_warps, num_stages, boxes)
                     if config not in seen and _fits(config, problem, gpu):
                         seen.add(config)
@@ -505,23 +555,22 @@ def _launch_boxes(tensors: tuple[Any, ...], problem: Problem, config: Config, fl
     else:
         shape, strides = [n, h, w, c], [h * w * c, w * c, c, 1]
         x_box = [*box, config.block_k]
-    taps = kernel_r * kernel_s
+    depth = kernel_r * kernel_s * c
     outputs = [n, p, q, k], [p * q * k, q * k, k, 1], [*box, config.block_n]
     written = TensorDescriptor(out, *outputs)
     args = (
         TensorDescriptor(x, shape, strides, x_box),
-        TensorDescriptor(weight, [k, taps, c], [taps * c, c, 1], [config.block_n, 1, config.block_k]),
+        TensorDescriptor(weight, [k, depth], [depth, 1], [config.block_n, config.block_k]),
         scale,
         shift,
         written if residual is None else TensorDescriptor(residual, *outputs),
         written,
-        c,
         k,
         cdiv(p, box[1]),
         cdiv(q, box[2]),
         *problem.padding,
     )
-    options = {"R": kernel_r, "S": kernel_s, **flags, **_options(problem, config)}
+    options = {"C": c, "R": kernel_r, "S": kernel_s, **flags, **_options(problem, config)}
     options |= {"STRIDED": strided, "BOX_N": box[0], "BOX_P": box[1], "BOX_Q": box[2]}
     if "workspace" in flags:
         options |= {"N": n, "P": p, "Q": q}

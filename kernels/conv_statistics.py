@@ -10,6 +10,7 @@ moments of its tiles; see conv_bn_act.launch_raw and batch_norm_act.merge_moment
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -25,8 +26,8 @@ NAME = "conv_statistics"
 
 
 def heuristic(problem: Problem, gpu: GPU) -> Config:
-    """Return a launch choice from the shape alone: conv_bn_act's."""
-    return conv_bn_act.heuristic(problem, gpu)
+    """Return a launch choice from the shape alone: conv_bn_act's with a residual, as moments take registers, too."""
+    return conv_bn_act.heuristic(replace(problem, residual=True), gpu)
 
 
 def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:

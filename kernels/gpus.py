@@ -22,7 +22,8 @@ class GPU:
         capability: compute capability, major * 10 + minor (90 for Hopper).
         multiprocessors: streaming multiprocessors.
         shared_memory: bytes one thread block may use; ``shared_memory_per_multiprocessor``: for all its blocks.
-        l2: bytes of level-2 cache.
+        l2: bytes of level-2 cache; ``l2_bandwidth``: bytes per second out of it to all multiprocessors, None where no
+            figure is at hand, and then nothing counts it.
         bandwidth: bytes per second of device memory.
         flops: floating point operations per second (a multiply-add is two) by precision, without sparsity.
         source: where the figures come from.
@@ -38,6 +39,7 @@ class GPU:
     flops: Mapping[str, float] = field(hash=False)
     source: str = "given"
     registers: int = 65536
+    l2_bandwidth: float | None = None
 
     def __post_init__(self) -> None:
         missing = [precision for precision in PRECISIONS if self.flops.get(precision, 0) <= 0]
@@ -55,12 +57,17 @@ def _flops(fp16: float, tf32: float, fp32: float) -> Mapping[str, float]:
 
 _KB, _MB = 1024, 1024 * 1024
 _SHEET = "NVIDIA's data sheet, dense rates with float32 accumulation"
+_READ = "copy (read + write) and 8192^3 product measured; tf32 at half of it; fp32 from the data sheet"
+_L2_HOPPER = 8.5e12
+"""Assumed, not measured: a little less than the 5120 bytes a clock that NVIDIA's white paper gives the A100's cache, at
+1.755 GHz."""
 
 #: Built-in GPUs. Where a ceiling was measured it stands in place of the data sheet's, and ``source`` says so.
 GPUS: tuple[GPU, ...] = (
-    GPU("h100", 90, 132, 227 * _KB, 228 * _KB, 50 * _MB, 3.0e12, _flops(798, 399, 66.9),
-        "SXM: copy (read + write) and 8192^3 product measured; tf32 at half of it; fp32 from the data sheet"),
-    GPU("h200", 90, 132, 227 * _KB, 228 * _KB, 50 * _MB, 4.8e12, _flops(989, 494, 66.9), _SHEET),
+    GPU("h100", 90, 132, 227 * _KB, 228 * _KB, 50 * _MB, 3.0e12, _flops(798, 399, 66.9), f"SXM: {_READ}",
+        l2_bandwidth=_L2_HOPPER),
+    GPU("h200", 90, 132, 227 * _KB, 228 * _KB, 60 * _MB, 4.3e12, _flops(788, 394, 66.9), f"SXM: {_READ}, size of L2",
+        l2_bandwidth=_L2_HOPPER),
     GPU("a100", 80, 108, 163 * _KB, 164 * _KB, 40 * _MB, 2.039e12, _flops(312, 156, 19.5), f"SXM 80 GB: {_SHEET}"),
     GPU("b200", 100, 148, 227 * _KB, 228 * _KB, 126 * _MB, 8.0e12, _flops(2250, 1125, 75), _SHEET),
     GPU("l4", 89, 58, 99 * _KB, 100 * _KB, 48 * _MB, 300e9, _flops(121, 60.5, 30.3), _SHEET),

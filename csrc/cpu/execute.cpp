@@ -45,7 +45,7 @@ void execute_add(Team& team, const Kernels& kernels, const void* a, const void* 
 }
 
 void execute(Team& team, const Kernels& kernels, const Conversion& conversion) {
-  over(team, conversion.in.n * conversion.in.h, 0, [&](Index item, float*) { kernels.convert(conversion, item); });
+  over(team, conversion.n * conversion.h, 0, [&](Index item, float*) { kernels.convert(conversion, item); });
 }
 
 void limit(Epilogue& epilogue) {

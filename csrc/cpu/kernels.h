@@ -81,8 +81,7 @@ struct Window {
 };
 
 // Where products find the pixels under a filter's window: in the image, which is so for 1x1; in copies of its lines
-// with their padding; or in copies of each window, which is so if a run of elements does not end with a word and what
-// is behind it could be NaN.
+// with their padding; or, one by one, in a copy of the window.
 enum class Reading { image, lines, windows };
 
 // A convolution as products of pixels and packed weights.
@@ -100,9 +99,12 @@ struct Direct {
   // blocking
   bool merged;  // a filter row's pixels are one run of words
   Reading reading;
-  // In elements: of copied lines, from one pixel to the next and from one line to the next; of copied windows, words
-  // from one to the next.
-  Index line_pixel, line_distance;
+  Index line_pixel,
+      line_distance;   // of copied lines, elements from one pixel to the next and from one line to the next
+  Index lines_floats;  // that the lines of an item take
+  // Whether a run of bfloat16 ends within a word, so that infinity or NaN behind it, times a weight of 0, would be NaN:
+  // outputs that are no finite numbers are computed again, each from a copy of its window.
+  bool checked;
   Index tiles;  // of tile_rows pixels each, the last ones evenly
   Index tiles_per_block, blocks;
   Index panels;  // of panel_width output channels in a group
@@ -133,15 +135,16 @@ struct Pool {
   Index items;  // rows of the output
 };
 
-// A value as another kind of element: real = scale * (stored - zero).
+// A value [n, h, w, c] in any strides as another kind of element, channels last: real = scale * (stored - zero).
 struct Conversion {
-  const void* x;
-  Map in;
-  void* out;
-  Index out_pixel;
-  float scale;
-  int zero, largest;
-  bool* infinite;
+  const void* x = nullptr;
+  Index n = 0, h = 0, w = 0, c = 0;
+  Index stride_n = 0, stride_h = 0, stride_w = 0, stride_c = 0;
+  void* out = nullptr;
+  Index out_pixel = 0;
+  float scale = 1;
+  int zero = 0, largest = 255;
+  bool* infinite = nullptr;
 };
 
 // Functions of one instruction set for images of one kind of element and outputs of another; all but `direct` and
@@ -161,7 +164,7 @@ struct Kernels {
   void (*average)(const void* x, const Map& in, void* out, Index item);
   // out = relu(a + b), or a + b; dense, elements [first, last).
   void (*add)(const void* a, const void* b, void* out, Index first, Index last, bool relu);
-  // Between float32 and uint8: rows of pixels.
+  // Between float32 and uint8; an item is a row of pixels.
   void (*convert)(const Conversion&, Index item);
 };
 

@@ -230,6 +230,7 @@ struct Target {
   const void* residual;
   const float *bias, *scale;
   int columns;
+  bool* infinite = nullptr;  // set, unless null, if a sum is no finite number
 };
 
 inline Vector load_some(const float* from, int count) { return count == lanes ? load(from) : load(from, count); }
@@ -335,6 +336,19 @@ inline __attribute__((always_inline)) void finish_bytes(Vector (&sums)[rows][2],
 }
 #endif
 
+template <int rows, int vectors>
+inline bool all_finite(const Vector (&sums)[rows][vectors]) {
+  Vector check = zero();
+#pragma GCC unroll 16
+  for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      check = add(check, subtract(sums[row][v], sums[row][v]));
+    }
+  }
+  return finite(check);
+}
+
 template <typename Form, int rows, int vectors>
 void product_finished(const Product<Pointed>& product, const Epilogue& epilogue,
                       const Target<typename Form::Result>& target) {
@@ -355,6 +369,11 @@ void product_finished(const Product<Pointed>& product, const Epilogue& epilogue,
   constexpr Index most = sizeof(Value) == sizeof(float) && !Form::exact ? partial_sum : unlimited;
   const float start = Form::exact && epilogue.steps.short_sums ? steps_start : 0;
   multiply<typename Form::Gathered, rows, vectors, chunk, most>(sums, product, broadcast(start));
+  if constexpr (same<typename Form::Gathered, Bfloat16> && !Form::in_steps) {
+    if (target.infinite != nullptr) {
+      *target.infinite = !all_finite(sums);
+    }
+  }
 #ifdef __AVX512F__
   if constexpr (Form::exact && same<Value, Uint8> && vectors == 2) {
     if (target.columns == 2 * lanes) {
@@ -800,6 +819,17 @@ void grouped(const Direct& d, Index item) {
   }
 }
 
+// One panel of output channels for the output's pixels [first, last), each window by itself.
+template <typename Form>
+void multiply_alone(const Direct& d, Index group, Index panel, Index first, Index last, float* scratch) {
+  const char* const window = reinterpret_cast<const char*>(scratch);
+  Panel<Form> of(d, Reading::windows, group, panel);
+  for (Index pixel = first; pixel < last; ++pixel) {
+    gather<Form>(d, group, pixel, scratch);
+    of.multiply(pixel, 1, &window);
+  }
+}
+
 template <typename Form>
 void direct(const Direct& d, Index item, float* scratch) {
   if constexpr (!Form::in_steps) {
@@ -816,20 +846,11 @@ void direct(const Direct& d, Index item, float* scratch) {
   const Index first = pixels * first_tile / d.tiles, last = pixels * last_tile / d.tiles;
   const char** windows = reinterpret_cast<const char**>(scratch);
   scratch += window_floats(d.tiles_per_block * tile_rows);
-  switch (d.reading) {
-    case Reading::image:
-      point_at_pixels(d, static_cast<const typename Form::Image*>(d.x) + group * (d.in.c / d.groups), first, last,
-                      windows);
-      break;
-    case Reading::lines:
-      copy_lines<Form>(d, group, first, last, scratch, windows);
-      break;
-    case Reading::windows:
-      for (Index pixel = first; pixel < last; ++pixel, scratch += d.line_distance) {
-        windows[pixel - first] = reinterpret_cast<const char*>(scratch);
-        gather<Form>(d, group, pixel, scratch);
-      }
-      break;
+  if (d.reading == Reading::image) {
+    const typename Form::Image* image = static_cast<const typename Form::Image*>(d.x);
+    point_at_pixels(d, image + group * (d.in.c / d.groups), first, last, windows);
+  } else {
+    copy_lines<Form>(d, group, first, last, scratch, windows);
   }
   Index ends[largest_block];  // of tiles
   for (Index tile = first_tile; tile < last_tile; ++tile) {
@@ -838,9 +859,17 @@ void direct(const Direct& d, Index item, float* scratch) {
   const Index last_panel = least((split + 1) * d.panels_per_item, d.panels);
   for (Index panel = split * d.panels_per_item; panel < last_panel; ++panel) {
     Panel<Form> of(d, d.reading, group, panel);
+    bool infinite = false;
+    if (d.checked) {
+      of.target.infinite = &infinite;
+    }
     Index pixel = first;
     for (Index tile = 0; tile < last_tile - first_tile; ++tile) {
       of.multiply(pixel, ends[tile] - pixel, windows + (pixel - first));
+      if (infinite) {
+        multiply_alone<Form>(d, group, panel, pixel, ends[tile], scratch + d.lines_floats);
+        infinite = false;
+      }
       pixel = ends[tile];
     }
   }
@@ -1030,14 +1059,9 @@ template <typename Value, int m>
 void compute_tile_directly(const Winograd& w, Index tile, Index panel, float* scratch) {
   const Direct& d = w.direct;
   const Tile at = tile_at(w, tile);
-  const char* const window = reinterpret_cast<const char*>(scratch);
-  Panel<Plain<Value>> of(d, Reading::windows, 0, panel);
   for (Index i = 0; i < m && at.y + i < d.p; ++i) {
-    for (Index j = 0; j < m && at.x + j < d.q; ++j) {
-      const Index pixel = (at.image * d.p + at.y + i) * d.q + at.x + j;
-      gather<Plain<Value>>(d, 0, pixel, scratch);
-      of.multiply(pixel, 1, &window);
-    }
+    const Index pixel = (at.image * d.p + at.y + i) * d.q + at.x;
+    multiply_alone<Plain<Value>>(d, 0, panel, pixel, pixel + least(m, d.q - at.x), scratch);
   }
 }
 
@@ -1214,26 +1238,53 @@ void add_maps(const void* a, const void* b, void* out, Index first, Index last, 
 }
 
 #ifdef __AVX512F__
-// A row of pixels.
+// As Conversion says, elements that lie next to each other. Adds to `check` what is not 0 if one is no number.
 template <typename From, typename To>
-void convert(const Conversion& of, Index item) {
-  const Index first = item * of.in.w;
-  const Vector inverse = broadcast(1 / of.scale), scale = broadcast(of.scale);
-  const Vector offset = broadcast(static_cast<float>(of.zero));
+inline void convert_run(const Conversion& of, const From* from, To* to, Index count, Vector& check) {
   const Vector low = broadcast(static_cast<float>(-of.zero)),
                high = broadcast(static_cast<float>(of.largest - of.zero));
+  for (Index i = 0; i < count; i += lanes) {
+    const int here = static_cast<int>(least(lanes, count - i));
+    const Vector value = here == lanes ? load(from + i) : load(from + i, here);
+    if constexpr (same<To, Uint8>) {
+      check = add(check, subtract(value, value));
+      const Vector steps = limited(multiply(value, broadcast(1 / of.scale)), low, high);
+      here == lanes ? store_steps(to + i, steps, of.zero) : store_steps(to + i, steps, of.zero, here);
+    } else {
+      store(to + i, multiply(add(value, low), broadcast(of.scale)), here);
+    }
+  }
+}
+
+template <typename From, typename To>
+void convert(const Conversion& of, Index item) {
+  const From* from = static_cast<const From*>(of.x) + item / of.h * of.stride_n + item % of.h * of.stride_h;
+  To* to = static_cast<To*>(of.out) + item * of.w * of.out_pixel;
   Vector check = zero();
-  for (Index pixel = first; pixel < first + of.in.w; ++pixel) {
-    const From* from = static_cast<const From*>(of.x) + pixel * of.in.pixel;
-    To* to = static_cast<To*>(of.out) + pixel * of.out_pixel;
-    for (Index c = 0; c < of.in.c; c += lanes) {
-      const int count = static_cast<int>(least(lanes, of.in.c - c));
-      const Vector value = count == lanes ? load(from + c) : load(from + c, count);
-      if constexpr (same<To, Uint8>) {
-        check = add(check, subtract(value, value));
-        store_steps(to + c, limited(multiply(value, inverse), low, high), of.zero, count);
-      } else {
-        store(to + c, multiply(subtract(value, offset), scale), count);
+  if (of.stride_c == 1 || of.c == 1) {
+    const bool dense = of.stride_w == of.c && of.out_pixel == of.c;
+    const Index pixels = dense ? 1 : of.w, each = dense ? of.w * of.c : of.c;
+    for (Index x = 0; x < pixels; ++x) {
+      convert_run(of, from + x * of.stride_w, to + x * of.out_pixel, each, check);
+    }
+  } else {
+    constexpr Index most = 64;
+    From taken[most];
+    To made[most];
+    for (Index first = 0; first < of.w; first += most) {
+      const Index count = least(most, of.w - first);
+      for (Index c = 0; c < of.c; ++c) {
+        const From* plane = from + first * of.stride_w + c * of.stride_c;
+        if (of.stride_w != 1) {
+          for (Index x = 0; x < count; ++x) {
+            taken[x] = plane[x * of.stride_w];
+          }
+          plane = taken;
+        }
+        convert_run(of, plane, made, count, check);
+        for (Index x = 0; x < count; ++x) {
+          to[(first + x) * of.out_pixel + c] = made[x];
+        }
       }
     }
   }

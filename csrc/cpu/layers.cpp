@@ -370,11 +370,7 @@ void Convolution::set_reading(Direct& d) const {
     d.reading = Reading::image;
     return;
   }
-  if (!whole && kernels.element == Element::bfloat16) {
-    d.reading = Reading::windows;
-    d.line_distance = runs() * words() + 16;
-    return;
-  }
+  d.checked = !whole && kernels.element == Element::bfloat16;
   d.reading = Reading::lines;
   const Index word_bytes = sizeof(float), element = word_bytes / kernels.word_elements;
   d.line_pixel = c * element >= 512 && c * element % 512 == 0 ? c + 64 / element : c;
@@ -390,9 +386,6 @@ Index read_bytes(const Direct& d, const Kernels& kernels) {
   const Index pixels = d.tiles_per_block * kernels.tile_rows;
   if (d.reading == Reading::image) {
     return pixels * (d.in.c / d.groups) * element;
-  }
-  if (d.reading == Reading::windows) {
-    return pixels * d.line_distance * Index{sizeof(float)};
   }
   // Rows of outputs, and how many images' they may be.
   const Index rows = std::min(d.in.n * d.p, quotient(pixels, d.q) + 1), images = quotient(rows, d.p) + 1;
@@ -444,6 +437,7 @@ Direct Convolution::direct(const Map& in, int threads) const {
   d.tiles_per_block = quotient(d.tiles, d.blocks);
   d.blocks = quotient(d.tiles, d.tiles_per_block);
   d.items = d.blocks * d.splits * groups_;
+  d.lines_floats = d.reading == Reading::image ? 0 : quotient(read_bytes(d, kernels), sizeof(float));
   return d;
 }
 
@@ -451,8 +445,8 @@ Index direct_scratch(const Direct& d, const Kernels& kernels) {
   if (d.narrow_groups) {
     return 0;
   }
-  return window_floats(d.tiles_per_block * kernels.tile_rows) +
-         (d.reading == Reading::image ? 0 : quotient(read_bytes(d, kernels), sizeof(float)));
+  const Index window = d.checked ? d.window.r * d.window.s * d.in.c : 0;
+  return window_floats(d.tiles_per_block * kernels.tile_rows) + d.lines_floats + window;
 }
 
 Winograd Convolution::winograd(int m, const Map& in, int threads) const {

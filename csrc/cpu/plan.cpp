@@ -148,6 +148,14 @@ Schedule::Schedule(const Plan& plan, const std::vector<Image>& inputs, int threa
       }
     }
   }
+  std::vector<bool> only_converted(plan.layers_.size(), true);  // which takes any strides
+  for (const Plan::Layer& layer : plan.layers_) {
+    for (const int source : {layer.a, layer.b}) {
+      if (source >= 0 && layer.kind != Plan::Kind::convert) {
+        only_converted[source] = false;
+      }
+    }
+  }
   std::vector<bool> is_output(plan.layers_.size(), false);
   for (const int value : plan.outputs_) {
     is_output[value] = true;
@@ -178,7 +186,7 @@ Schedule::Schedule(const Plan& plan, const std::vector<Image>& inputs, int threa
         (shape.n * shape.h * shape.w * pixels_[i] * bytes_of(layer.element) + Index{sizeof(float)} - 1) /
         Index{sizeof(float)};
     if (layer.kind == Plan::Kind::input) {
-      step.copies = !dense_[next_input++];
+      step.copies = !dense_[next_input++] && !only_converted[i];
       if (step.copies && !is_output[i]) {
         step.offset = space.take(floats);
       }
@@ -213,8 +221,16 @@ Schedule::Schedule(const Plan& plan, const std::vector<Image>& inputs, int threa
     } else if (layer.kind == Plan::Kind::max_pool) {
       step.pool = Pool{nullptr, in, layer.window, shape.h, shape.w, nullptr, pixels_[i], shape.n * shape.h};
     } else if (layer.kind == Plan::Kind::convert) {
-      step.conversion =
-          Conversion{nullptr, in, nullptr, pixels_[i], layer.stored.scale, layer.stored.zero, layer.largest, nullptr};
+      Conversion& of = step.conversion;
+      of = {.n = from.n, .h = from.h, .w = from.w, .c = from.c};
+      of.stride_w = in.pixel;
+      of.stride_h = from.w * in.pixel;
+      of.stride_n = from.h * of.stride_h;
+      of.stride_c = 1;
+      of.out_pixel = pixels_[i];
+      of.scale = layer.stored.scale;
+      of.zero = layer.stored.zero;
+      of.largest = layer.largest;
     }
     for (const int source : {layer.a, layer.b}) {
       if (source >= 0 && last[source] == i && steps_[source].offset >= 0) {
@@ -327,6 +343,14 @@ bool Schedule::run(const Plan& plan, const std::vector<Image>& inputs, const std
     } else if (layer.kind == Plan::Kind::convert) {
       Conversion conversion = step.conversion;
       conversion.x = at[layer.a];
+      if (plan.layers_[layer.a].kind == Plan::Kind::input && out[layer.a] == nullptr) {
+        const Image& image = inputs[static_cast<std::size_t>(
+            std::find(plan.inputs_.begin(), plan.inputs_.end(), layer.a) - plan.inputs_.begin())];
+        conversion.stride_n = image.stride_n;
+        conversion.stride_h = image.stride_h;
+        conversion.stride_w = image.stride_w;
+        conversion.stride_c = image.stride_c;
+      }
       conversion.out = out[i];
       conversion.infinite = &infinite;
       execute(team, *kernels_for(plan.layers_[layer.a].element, layer.element), conversion);

@@ -19,7 +19,7 @@ from . import cpu, cuda, onednn, triton
 
 __all__ = [
     "ON_CPU", "Backend", "Choice", "FallbackWarning", "available", "candidates", "choose", "current", "fallback",
-    "fallbacks", "on_cpu", "pick", "runs", "use",
+    "fallbacks", "named", "on_cpu", "pick", "runs", "use",
 ]  # fmt: skip
 
 
@@ -124,6 +124,11 @@ def _on_cpu(name: str) -> bool:
     return triton.interpreted() if name == "triton" else cuda.emulated()
 
 
+def named(asked: str = "auto") -> bool:
+    """Return whether somebody chose a backend by its name: the caller (``asked``), or :func:`use`."""
+    return (asked if asked != "auto" else selected) != "auto"
+
+
 def candidates(op: str, device: torch.device, dtype: torch.dtype, asked: str = "auto") -> tuple[Backend, ...]:
     """Return the backends whose kernels may compute an op for tensors of this device and dtype.
 
@@ -205,7 +210,7 @@ def on_cpu(op: str, device: str, asked: str, why_not: Callable[[str, bool], str]
     Raises:
         RuntimeError: as :func:`runs`.
     """
-    reason, chosen = "", (asked if asked != "auto" else selected) != "auto"
+    reason, chosen = "", named(asked)
     for name in ON_CPU:
         if runs(name, device, asked):
             reason = why_not(name, chosen)

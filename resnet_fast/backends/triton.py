@@ -10,12 +10,13 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from resnet_fast.kernels import gpus
 
@@ -136,11 +137,77 @@ def _described(index: int) -> gpus.GPU:
     )
 
 
+_NOWHERE = nullcontext()
+
+
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Launches inside go to ``device`` and its current stream."""
     if device.type != "cuda":
-        return nullcontext()
+        return _NOWHERE
     return torch.cuda.device(device)
+
+
+class Refused(RuntimeError):
+    """A launch that the compiler or the driver refused, so that nothing of it ran; the message names the launch."""
+
+
+#: What the driver says of a launch that it has not made. Other errors may be of an earlier one, whose result is wrong.
+_REFUSALS = (
+    "invalid argument",
+    "too many resources requested for launch",
+    "no kernel image is available for execution on the device",
+    "device kernel image is invalid",
+    "a PTX JIT compilation failed",
+    "the provided PTX was compiled with an unsupported toolchain",
+    "operation not supported",
+    "cluster misconfiguration",
+)
+
+_refused: dict[tuple[str, Any, torch.device], str] = {}
+_REFUSED_KEPT = 1000
+
+
+def _refusal(error: Exception) -> str:
+    """Return the words of an error that means that a launch was refused, "" of any other."""
+    from triton import TritonError
+
+    text = str(error).strip()
+    lines = text.splitlines() or [type(error).__name__]
+    if isinstance(error, TritonError) or "PassManager::run failed" in text:
+        return f"{type(error).__name__}: {lines[-1].strip()}"
+    if isinstance(error, RuntimeError) and lines[0].startswith("Triton Error [CUDA]: "):
+        words = lines[0].removeprefix("Triton Error [CUDA]: ")
+        if words.removeprefix("Failed to create tensor map descriptor: ").startswith(_REFUSALS):
+            return words
+    return ""
+
+
+def refused(op: str, problem: Any, device: torch.device) -> bool:
+    """Return whether the launch for a problem was refused before."""
+    return bool(_refused) and (op, problem, device) in _refused
+
+
+def run(op: str, problem: Any, device: torch.device, launches: Callable[[], None]) -> None:
+    """Make an op's launches for a problem on ``device`` and its current stream.
+
+    Raises:
+        Refused: the compiler or the driver will not have one of them. What was refused once is not tried again.
+    """
+    key = op, problem, device
+    if refused(*key):
+        raise Refused(_refused[key])
+    try:
+        with on(device):
+            launches()
+    except Exception as error:
+        reason = _refusal(error)
+        if not reason:
+            raise
+        name = problem.key() if hasattr(problem, "key") else problem
+        if len(_refused) >= _REFUSED_KEPT:
+            _refused.clear()
+        _refused[key] = f"the Triton kernel for {name} cannot be launched ({reason})"
+        raise Refused(_refused[key]) from error
 
 
 def launch(op: str, problem: Any, device: torch.device, *arguments: Any, function: str = "launch", **form: Any) -> None:
@@ -149,8 +216,45 @@ def launch(op: str, problem: Any, device: torch.device, *arguments: Any, functio
     Args:
         arguments, form: what the kernel's ``launch`` takes before and after the problem and the choice.
         function: of the kernel's module.
+
+    Raises:
+        Refused: as :func:`run`.
     """
-    kernels = importlib.import_module(f"resnet_fast.kernels.{op}")
+    kernels = _module(op)
     config = kernels.choose(problem, gpu_of(device))
-    with on(device):
-        getattr(kernels, function)(*arguments, problem, config, **form)()
+    key = op, function, problem, config, device, tuple([each is None for each in arguments]), *form.items()
+    ready = _ready.get(key)
+
+    def launches() -> None:
+        if ready and ready(arguments):
+            return
+        made = getattr(kernels, function)(*arguments, problem, config, **form)
+        made()
+        if ready is None and not interpreted():
+            _remember(key, made, arguments)
+
+    run(op, problem, device, launches)
+
+
+#: Of launches made before: what makes them again for less, False if nothing can.
+_ready: dict[Any, Any] = {}
+_READY_KEPT = 4096
+
+
+def _remember(key: Any, made: Any, arguments: tuple[Any, ...]) -> None:
+    """Keep what makes a launch again; not if a tensor is given twice or not aligned, which others need not be."""
+    tensors = [each for each in arguments if each is not None]
+    if all(isinstance(each, Tensor) for each in tensors):
+        if len({id(each) for each in tensors}) < len(tensors) or not _module("_launch").aligned(*tensors):
+            return
+        found = _module("_launch").Ready.of(made, arguments)
+    else:
+        found = None
+    if len(_ready) >= _READY_KEPT:
+        _ready.clear()
+    _ready[key] = found or False
+
+
+@functools.cache
+def _module(op: str) -> Any:
+    return importlib.import_module(f"resnet_fast.kernels.{op}")

@@ -32,9 +32,12 @@ def _launch(
     if step in ("statistics", "reduce"):
         size = kernel.workspace_size(problem, config)
         tensors = (*tensors, torch.empty(size, dtype=torch.float32, device=x.device))
-    with triton.on(x.device):
+
+    def launches() -> None:
         for launch in getattr(kernel, step)(*tensors, problem, config, **options):
             launch()
+
+    triton.run("batch_norm_act", problem, x.device, launches)
 
 
 def batch_norm_act_statistics(x: Tensor, *vectors: Tensor | None, **options: Any) -> None:

@@ -173,6 +173,25 @@ def _build_compile(task: Task) -> Contestant:
     return torch_contestant(compiled, task.dtype)
 
 
+def _build_frozen(task: Task, mode: str = "max-autotune-no-cudagraphs") -> Contestant:
+    """The same with freezing, which folds BatchNorm into the convolutions; compiled here, under the option."""
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    layers = _channels_last(plain(task.model), task)
+    compiled = torch.compile(layers, mode=mode, dynamic=False, fullgraph=True)
+    contestant = torch_contestant(compiled, task.dtype)
+    with config.patch(freezing=True), torch.no_grad():
+        compiled(contestant.prepare(task.example).to(task.example.device))
+    return contestant
+
+
+def _build_cudagraphs(task: Task) -> Contestant:
+    """Frozen, and as a user gets it: it records its own CUDA graphs, and copies each input into their memory."""
+    frozen = _build_frozen(task, mode="max-autotune")
+    return replace(frozen, run=lambda batch: frozen.run(batch).clone())  # the next replay overwrites the result
+
+
 def _build_jax(task: Task) -> Contestant:
     from resnet_fast.benchmarking.jax_peer import build
 
@@ -354,6 +373,8 @@ PEERS: dict[str, Peer] = {
         Peer("eager", "torch eager, channels_last", _build_eager),
         Peer("inductor", "torch.compile, inductor with freezing", _build_inductor, **_CPU),
         Peer("compile", "torch.compile, max-autotune", _build_compile, **_CUDA),
+        Peer("frozen", "torch.compile, max-autotune, freezing", _build_frozen, **_CUDA),
+        Peer("cudagraphs", "torch.compile, freezing, its own graphs", _build_cudagraphs, **_CUDA, graphs=False),
         Peer("onnxruntime", "ONNX Runtime", _build_onnxruntime, ("onnxruntime", "onnx"), **_FLOAT32),
         Peer("openvino", "OpenVINO", _build_openvino, ("openvino", "onnx"), **_CPU),
         Peer("mnn", "MNN", _build_mnn, ("MNN", "onnx"), **_FLOAT32, note=_REARRANGED),

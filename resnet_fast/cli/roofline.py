@@ -26,6 +26,7 @@ from resnet_fast.cli.common import (
     check_results,
     one_line,
     out_console,
+    progress_bar,
     save_plot,
     table,
     write_json,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from resnet_fast.kernels.gpus import GPU
     from resnet_fast.roofline import Schedule, Seconds, Work
+    from resnet_fast.tuning.estimate import Launch
 
 DEFAULT_GPU = "h100"
 WIDEST = 170
@@ -133,6 +135,13 @@ def roofline(
             show_default=False,
         ),
     ] = None,
+    estimated: Annotated[
+        bool,
+        typer.Option(
+            "--estimate",
+            help="For h100, h200: an estimate of the time of each launch, and of an image at several batches.",
+        ),
+    ] = False,
     plot_path: Annotated[
         Path | None, typer.Option("--plot", metavar="PATH", help="Draw the rooflines: .png, .svg or .pdf.")
     ] = None,
@@ -147,14 +156,20 @@ def roofline(
     device = _device_name()
     chosen = _choose(gpu, bandwidth, tflops, capability, device)
     subject = Subject(arch, batch, image_size, precision)
+    if estimated:
+        _check_estimate(chosen)
     with as_user_errors(ValueError):
         found = schedules(subject, chosen)
     seconds, remark = _measured(subject, chosen, device, gpu)
+    estimates = _estimates(subject, chosen, seconds) if estimated else None
 
     if json_target is not None:
-        write_json(as_dict(subject, chosen, found, seconds, device, remark), json_target)
-    if json_target != "-":
+        whole = as_dict(subject, chosen, found, seconds, device, remark)
+        write_json(whole if estimates is None else whole | {"estimate": estimates.as_dict()}, json_target)
+    if json_target != "-" and estimates is None:
         show(subject, chosen, found, seconds, remark)
+    elif json_target != "-" and estimates is not None:
+        show_estimates(estimates, remark)
     if plot_path is not None:
         from resnet_fast.roofline import plot as pictures
 
@@ -274,6 +289,150 @@ def measure(subject: Subject, device: str) -> tuple[Seconds, tuple[str, ...]]:
         return schedules.measured(model, image, subject.precision is Arithmetic.tf32)
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory is too small for batch {subject.batch}: {one_line(error, 200)}") from error
+
+
+# --- estimates
+
+_NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A schedule at a batch: its launches, and seconds of an image: the floor, the estimate, and measured or None."""
+
+    batch: int
+    schedule: str
+    launches: int
+    floor: float
+    estimate: float
+    measured: float | None
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """The launches of a network, and sums at several batches. ``measured``: seconds by the layers of a launch."""
+
+    subject: Subject
+    gpu: GPU
+    launches: tuple[Launch, ...]
+    sums: tuple[Sum, ...]
+    measured: Seconds | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values; times are seconds, of a launch or for an image."""
+        from resnet_fast.roofline.estimate import ASSUMED
+
+        return {
+            "what": "an estimate by resnet_fast.roofline.estimate; only what is called measured was measured",
+            "assumptions": dataclasses.asdict(ASSUMED) | {"l2_bandwidth": self.gpu.l2_bandwidth},
+            "launches": [launch.as_dict(self.measured) for launch in self.launches],
+            "per_image": [dataclasses.asdict(each) for each in self.sums],
+        }
+
+
+def _check_estimate(gpu: GPU) -> None:
+    from resnet_fast.backends import triton
+    from resnet_fast.roofline import estimate
+
+    with as_user_errors(ValueError):
+        estimate.require(gpu)
+
+    if missing := triton.missing():
+        raise UserError(
+            f"--estimate needs the kernels' launch choices, and {missing}: pip install 'resnet_fast[triton]'"
+        )
+    if triton.interpreted():
+        raise UserError("--estimate is of compiled kernels, and TRITON_INTERPRET is set; unset it")
+
+
+def _estimates(subject: Subject, gpu: GPU, seconds: Seconds | None) -> Estimates:
+    """Return the estimates of a network; beside them what result files or this machine's own GPU say."""
+    from resnet_fast.tuning import estimate, shapes
+
+    precision = subject.precision.precision
+    sums: list[Sum] = []
+    shown: tuple[Launch, ...] = ()
+    with progress_bar() as show, as_user_errors(ValueError):
+
+        def compiling(done: int, total: int) -> None:
+            show(f"compiling kernels that are not in the table: {done}/{total}", done / total)
+
+        for batch in sorted({*shapes.BATCHES, subject.batch}):
+            taken, image = estimate.measured(f"{subject.arch}-{precision}-b{batch}", gpu)
+            for schedule in (estimate.PER_CONV, estimate.PLANNED):
+                wanted = estimate.launched(schedule, subject.arch, batch, subject.image_size, precision, gpu)
+                found = estimate.estimates(wanted, gpu, compiling)
+                floor, whole = (sum(getattr(each.estimate, name) for each in found) for name in ("floor", "seconds"))
+                planned = schedule == estimate.PLANNED
+                sums.append(Sum(batch, schedule, len(found), floor / batch, whole / batch, image if planned else None))
+                if batch == subject.batch and planned:
+                    shown, seconds = found, seconds or taken
+    return Estimates(subject, gpu, shown, tuple(sums), seconds)
+
+
+def show_estimates(found: Estimates, remark: str) -> None:
+    """Prints an estimate for each launch of the planned schedule, and for an image at several batches."""
+    subject, gpu = found.subject, found.gpu
+    console = out_console()
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDEST + 90)
+    words = ("layer", "problem")
+    numbers = (
+        "x",
+        "tile",
+        "blocks",
+        "a SM",
+        "waves",
+        "regs",
+        "chain us",
+        "floor us",
+        "L2 us",
+        "ESTIMATE us",
+        "of floor",
+    )
+    shown = table(f"ESTIMATE, not measured: planned, {subject}, {escape(gpu.name)}", words, numbers)
+    shown.add_column("limited by")
+    shown.add_column("measured us", justify="right")
+    rows: dict[tuple[Any, ...], list[Launch]] = {}
+    for launch in found.launches:
+        rows.setdefault((launch.case, launch.config), []).append(launch)
+    for same in rows.values():
+        first, of = same[0], same[0].estimate
+        taken = [(found.measured or {}).get(frozenset(launch.parts)) for launch in same]
+        known = [seconds for seconds in taken if seconds is not None]
+        code, config = first.code, first.config
+        cells = [str(len(same)), f"{config.block_m}x{config.block_n}", str(of.programs), str(of.blocks)]
+        cells += [f"{of.waves:.2f}", str(code.registers)]
+        cells += [f"{1e6 * seconds:.1f}" for seconds in (of.chain, of.floor, of.l2, of.seconds)]
+        marks = ["A in registers"] * (code.a == "registers") + ["serialised"] * code.serialised
+        measured = f"{1e6 * sum(known) / len(known):.1f}" if known else _NOT_RUN
+        name = first.case.problem.key().partition(" ")[2].partition(" p0x0")[0].partition(" d1x1")[0]
+        shown.add_row(
+            escape(first.parts[0]), name, *cells, f"{of.seconds / of.floor:.2f}x",
+            ", ".join([of.binds, *marks]), measured,
+        )  # fmt: skip
+    console.print(shown)
+    console.print()
+    columns = ("launches", "floor us", "ESTIMATE us", "ESTIMATE images/s", "ESTIMATE ms a batch", "measured us")
+    totals = table(f"ESTIMATE, not measured: an image, {subject.arch}, {subject.precision.value}, {escape(gpu.name)}",
+                   ("batch", "schedule"), columns)  # fmt: skip
+    for each in found.sums:
+        cells = [str(each.launches), f"{1e6 * each.floor:.2f}", f"{1e6 * each.estimate:.2f}"]
+        cells += [f"{1 / each.estimate:,.0f}", f"{1e3 * each.batch * each.estimate:.3f}"]
+        cells.append(_NOT_RUN if each.measured is None else f"{1e6 * each.measured:.2f}")
+        totals.add_row(str(each.batch), each.schedule, *cells)
+    console.print(totals)
+    console.print(
+        f"An estimate from assumed latencies (docs/roofline.md), good to about 30 %; {escape(gpu.name)}: "
+        f"{gpu.bandwidth / 1e12:.4g} TB/s, {gpu.flops[subject.precision.precision] / 1e12:.4g} TFLOP/s, "
+        f"{(gpu.l2_bandwidth or 0) / 1e12:.4g} TB/s out of L2 (assumed).", soft_wrap=True,
+    )  # fmt: skip
+    if any(launch.case.op == "conv_bn_act" and not launch.code.a for launch in found.launches):
+        console.print(
+            "kernels/resources.csv does not say whether products wait for one another: taken as if none did.",
+            soft_wrap=True,
+        )
+    console.print(escape(remark), soft_wrap=True)
 
 
 # --- what is shown

@@ -76,6 +76,15 @@ def tune(
     image_size: Annotated[int, typer.Option("--image-size", min=1, help="Height and width of the images.")] = 224,
     threads: Threads = None,
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="Stop after about this long.")] = 300,
+    most: Annotated[
+        int,
+        typer.Option(
+            "--candidates",
+            min=0,
+            help="Of a problem, measure at most so many launch choices on h100 and h200, the best by the estimate of "
+            "resnet-fast roofline --estimate; 0: all.",
+        ),
+    ] = 6,
     again: Annotated[bool, typer.Option("--again", help="Measure also what a table has.")] = False,
     checked_in: Annotated[
         bool, typer.Option("--checked-in", help="Write the table that comes with the package, not the user's.")
@@ -143,13 +152,13 @@ def tune(
         raise UserError(f"tune: {asked} has no {what} that is worth one on {gpu.name}")
     waiting = sweep.pending(cases, gpu, table, again)
     if dry_run:
-        return _list(waiting, gpu)
+        return _list(waiting, gpu, most)
     if not waiting:
         out_console().print(
             f"nothing to measure: the tables for {escape(gpu.name)} have all of it (--again repeats it)"
         )
         return None
-    return _measure(waiting, gpu, path, seconds, again)
+    return _measure(waiting, gpu, path, seconds, again, most)
 
 
 def _dry_gpu(name: str | None) -> GPU:
@@ -180,13 +189,13 @@ def _this_gpu() -> GPU:
     return triton.gpu_of(torch.device("cuda"))
 
 
-def _list(waiting: tuple[Case, ...], gpu: GPU) -> None:
+def _list(waiting: tuple[Case, ...], gpu: GPU, most: int) -> None:
     from resnet_fast.tuning import sweep
 
     shown = table(f"to measure on {escape(gpu.name)}", ("op", "problem"), ("candidates", "floor µs"))
     whole = 0
     for case in waiting:
-        count = len(sweep.configs(case, gpu))
+        count = len(sweep.configs(case, gpu, most))
         whole += count
         shown.add_row(case.op, case.problem.key(), str(count), f"{1e6 * sweep.floor(case, gpu):.2f}")
     console = out_console()
@@ -194,7 +203,7 @@ def _list(waiting: tuple[Case, ...], gpu: GPU) -> None:
     console.print(f"{len(waiting)} problems, {whole} candidates")
 
 
-def _measure(waiting: tuple[Case, ...], gpu: GPU, path: Path, seconds: float, again: bool) -> None:
+def _measure(waiting: tuple[Case, ...], gpu: GPU, path: Path, seconds: float, again: bool, most: int) -> None:
     import torch
 
     from resnet_fast.tuning import cuda, sweep
@@ -216,7 +225,7 @@ def _measure(waiting: tuple[Case, ...], gpu: GPU, path: Path, seconds: float, ag
             with as_user_errors(OSError):
                 sweep.sweep(
                     waiting, gpu, runner, path,
-                    measured_with=cuda.versions(device), seconds=seconds, again=again,
+                    measured_with=cuda.versions(device), seconds=seconds, again=again, most=most,
                     progress=progress, finished=outcomes.append,
                 )  # fmt: skip
         except KeyboardInterrupt as error:

@@ -1,7 +1,8 @@
 """Bottleneck blocks from their 3x3 on become ``bottleneck_tail`` where that lowers the floor on the GPU planned for.
 
-A plan, not a measurement: bytes and operations from roofline.cost, limits of a GPU from kernels.gpus. Which kernel
-then runs is the op's choice, and a plan for one GPU gives the same answers everywhere.
+A plan, not a measurement: bytes and operations from roofline.cost, what the programs read through the level-2 cache,
+limits of a GPU from kernels.gpus. Which kernel then runs is the op's choice, and a plan for one GPU gives the same
+answers everywhere.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor, fx
 
 from resnet_fast.backends import triton
 from resnet_fast.kernels import bottleneck_tail_choice, gpus
-from resnet_fast.kernels.problems import BottleneckTail
+from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct, Problem
+from resnet_fast.roofline import cost
 
 from . import ir, memory
 from .inventory import SEPARATE, TAIL, Block, Way, blocks, layers
@@ -35,12 +37,7 @@ def fuse_tail(gm: fx.GraphModule, gpu: gpus.GPU, dtype: torch.dtype, notes: ir.N
     precision = triton.precision(dtype) if dtype is not torch.float64 else "fp32"
     groups: dict[tuple[int, int, int, str, bool], list[tuple[Block, Way, Way | None]]] = {}
     for block in blocks(layers(gm, precision=precision)):
-        separate, *fused = block.ways(gpu, lambda problem: feasible(problem, gpu), dtype.itemsize)
-        cheapest = min(fused, key=lambda way: way.cost, default=None)
-        # Where all is bound by arithmetic, fusing saves launches only, and plain convolutions do arithmetic best.
-        lower = [way for way in fused if way.floor < (1 - _MARGIN) * separate.floor]
-        best = min(lower, key=lambda way: way.cost, default=separate)
-        other = cheapest if best is separate else separate
+        best, other = decide(block, gpu, dtype.itemsize)
         _, mid, p, q = block.spatial.shape
         groups.setdefault((mid, p, q, best.form, other is None), []).append((block, best, other))
     if not groups:
@@ -53,6 +50,38 @@ def fuse_tail(gm: fx.GraphModule, gpu: gpus.GPU, dtype: torch.dtype, notes: ir.N
             if best.tail is not None:
                 _build(gm, best.tail, nodes)
     return None
+
+
+def decide(block: Block, gpu: gpus.GPU, itemsize: int | None = None) -> tuple[Way, Way | None]:
+    """Return how the block is run on ``gpu``, and the best of the other ways; None if there is none.
+
+    Args:
+        itemsize: bytes of a stored number; None: those of the block's precision.
+    """
+    separate, *fused = block.ways(
+        gpu, lambda problem: feasible(problem, gpu), itemsize, lambda problem: l2_seconds(problem, gpu)
+    )
+    cheapest = min(fused, key=lambda way: way.cost, default=None)
+    # Where all is bound by arithmetic, fusing saves launches only, and plain convolutions do arithmetic best.
+    lower = [way for way in fused if way.floor < (1 - _MARGIN) * separate.floor]
+    best = min(lower, key=lambda way: way.cost, default=separate)
+    return best, cheapest if best is separate else separate
+
+
+def l2_seconds(problem: Problem, gpu: gpus.GPU) -> float:
+    """Return the seconds in which the level-2 cache gives a launch's programs what they read; 0 if its rate is unknown.
+
+    A floor leaves this out, for another tile would read less. But the fewer pixels a program of a fused block has, the
+    more often all its weights are read.
+    """
+    if gpu.l2_bandwidth is None or problem.precision == "fp32":  # plain multiply-adds are slower than any memory
+        return 0.0
+    if isinstance(problem, BottleneckTail):
+        config = bottleneck_tail_choice.choose(problem, gpu)
+        reads = 0 if config is None else config.l2_reads(problem)
+    else:
+        reads = cost.l2_reads(problem) if isinstance(problem, ConvBNAct) else 0
+    return reads / gpu.l2_bandwidth
 
 
 def feasible(problem: BottleneckTail, gpu: gpus.GPU) -> bool:
@@ -72,7 +101,7 @@ def _described(members: list[tuple[Block, Way, Way | None]], names: list[str], s
         return f"{who} ({size}): {best.form}, floor {best} instead of {other}"
     if other is None:
         return f"{who} ({size}): {SEPARATE}, floor {best}; {TAIL} is not planned for this size in {dtype}"
-    return f"{who} ({size}): {SEPARATE}, floor {best}; bound by arithmetic, {other.form} would be {other}"
+    return f"{who} ({size}): {SEPARATE}, floor {best}; {other.form} would be no faster: {other}"
 
 
 def _build(gm: fx.GraphModule, block: Block, nodes: dict[str, fx.Node]) -> None:

@@ -125,15 +125,22 @@ class Block:
         """Return the block for another batch and precision."""
         return Block(**{name: layer and layer.at(batch, precision) for name, layer in vars(self).items()})
 
-    def ways(self, gpu: GPU, feasible: Feasible, itemsize: int | None = None) -> list[Way]:
+    def ways(
+        self,
+        gpu: GPU,
+        feasible: Feasible,
+        itemsize: int | None = None,
+        least: Callable[[Problem], float] = lambda problem: 0.0,
+    ) -> list[Way]:
         """Return the ways to run the block, the separate kernels first. All include the next block's 1x1.
 
         Args:
             feasible: which problems may be one kernel. itemsize: bytes of a number; None: the precision's.
+            least: seconds that a launch takes at least for other reasons than its floor.
         """
 
         def floor(problem: Problem) -> float:
-            return cost.work(problem, itemsize).floor(gpu, problem.precision)
+            return max(cost.work(problem, itemsize).floor(gpu, problem.precision), least(problem))
 
         floors = [floor(layer.problem) for layer in self.layers]
         ways = [Way(SEPARATE, sum(floors), len(floors))]

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from resnet_fast.backends import onednn_int8
+from resnet_fast.ops.stem import pool
 
 from . import batching, calling, ir, memory, quantize_layers, shapes
 from .guards import Refused
@@ -55,6 +56,7 @@ def quantize(
     *,
     keep_float: Sequence[str] = (),
     min_sqnr: float | None = None,
+    round_image: bool = False,
     check: bool = True,
 ) -> OptimizedModule:
     """Return a frozen copy of ``model`` for inference on a CPU whose convolutions compute in int8.
@@ -75,6 +77,8 @@ def quantize(
             arguments, as (images, labels) does; or a mapping of its arguments by name (others, and "labels", are left
             out), or one that is itself the only argument. Gone through once and kept in memory, at most 2 GiB.
         keep_float: patterns of layers' names, as ``["layer1.*", "layer4.2.conv3"]``, that stay float32.
+        round_image: whether the image becomes uint8, too, so that the first convolution computes in int8. That takes
+            less time, and costs accuracy if images have more than 8 bits, or channels of unlike ranges.
         min_sqnr: signal-to-quantization-noise ratio in dB that the outputs must have on the calibration images: as long
             as they have not, the layers that lose most by themselves become float32 again, a tenth at a time.
         check: as for :func:`optimize`.
@@ -117,7 +121,7 @@ def quantize(
     else:
         parts = {"": fast}
     graphs = [Graph(prefix, part) for prefix, part in parts.items()]
-    _choose(fast, graphs, keep_float)
+    _choose(fast, graphs, keep_float, round_image)
     if any(graph.chosen for graph in graphs):
         _calibrate(fast, graphs, calls)
     measured = _fit(fast, graphs, calls, min_sqnr)
@@ -205,7 +209,7 @@ def _positional(model: nn.Module, call: Call) -> tuple[Any, ...]:
 # --- what can be int8
 
 
-def _choose(fast: OptimizedModule, graphs: list[Graph], patterns: Sequence[str]) -> None:
+def _choose(fast: OptimizedModule, graphs: list[Graph], patterns: Sequence[str], round_image: bool) -> None:
     """Decide which convolutions may become int8, and say why the others may not."""
     names = {row.name for row in fast.report().rows} | {name for graph in graphs for name in graph.layers.values()}
     for pattern in patterns:
@@ -216,11 +220,13 @@ def _choose(fast: OptimizedModule, graphs: list[Graph], patterns: Sequence[str])
         everywhere, computed_by = _why_no_graph(graph), set()
         for node, name in graph.layers.items():
             module = graph.module(node)
-            reason = everywhere or _why_float(module, first)
+            reason = everywhere or _why_float(module, first, round_image)
             if not reason and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
                 reason = "kept by keep_float"
             if not reason:
-                backend = quantize_layers.computed_by(module.constants()["weight"].shape, module.options["groups"])
+                backend = quantize_layers.computed_by(
+                    module.constants()["weight"].shape, module.options.get("groups", 1)
+                )
                 reason = quantize_layers.incapable(backend, LARGEST_REDUCED)
                 computed_by.add(backend)
             if module.op in ("conv_bn_act", "stem"):
@@ -244,14 +250,17 @@ def _why_no_graph(graph: Graph) -> str:
     return ""
 
 
-def _why_float(module: Fused, first: bool) -> str:
+def _why_float(module: Fused, first: bool, round_image: bool) -> str:
     """Return why a fused op stays float32, "" if it may become int8."""
-    if module.op != "conv_bn_act":
-        what = {"stem": "it reads the image", "head": "the scores are computed in float32"}
-        return what.get(module.op, "no int8 form of this op")
+    if module.op == "head":
+        return "the scores are computed in float32"
+    if module.op not in ("conv_bn_act", "stem"):
+        return "no int8 form of this op"
     weight = module.constants()["weight"]
-    if first or weight.shape[1] * module.options["groups"] <= 4:
-        return "the first convolution reads the image"
+    if not round_image and (first or weight.shape[1] * module.options.get("groups", 1) <= 4):
+        return "it reads the image"
+    if module.image_size is not None or module.options.get("mean") is not None:
+        return "it checks the image's size, or normalises its bytes"
     if weight.shape[0] == 0 or weight.numel() == 0:
         return "it has no channels"
     if not all(bool(tensor.isfinite().all()) for tensor in module.constants().values()):
@@ -391,7 +400,8 @@ def _tried(graph: Graph) -> bool:
     """
     right = True
     for node in [node for node in graph.chosen if node not in graph.trials]:
-        module: Any = graph.quantized.get_submodule(str(graph.where[node][0].target))
+        module: Any = graph.quantized.get_submodule(str(graph.convolutions[node].target))
+        fused = graph.module(node)
         reason, exact, noise = "", graph.sample(node), Noise()
         ways, out = (module.affine("x"), module.affine("residual")), module.affine("out")
         pairs = list(zip((graph.sample(source) for source in node.args), ways, strict=False))
@@ -410,7 +420,7 @@ def _tried(graph: Graph) -> bool:
             graph.keep(node, reason)
             right = False
             continue
-        noise.add(exact, found)
+        noise.add(exact, pool(found, fused.options["ceil_mode"]) if fused.op == "stem" else found)
         graph.trials[node] = math.inf if noise.sqnr is None else noise.sqnr
     return right
 
@@ -515,7 +525,7 @@ def _finished(
     for note in notes:
         warnings.warn(f"quantize: {note}", stacklevel=3)
     int8 = {
-        graph.layers[node]: graph.quantized.get_submodule(str(graph.where[node][0].target)).backend
+        graph.layers[node]: graph.quantized.get_submodule(str(graph.convolutions[node].target)).backend
         for graph in graphs
         for node in graph.chosen
     }

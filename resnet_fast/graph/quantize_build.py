@@ -14,8 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from resnet_fast.backends.onednn import Window
 from resnet_fast.backends.onednn_int8 import Affine
 from resnet_fast.backends.packing import fold
+from resnet_fast.ops.stem import PADDING, STRIDE, pooling
 
 from . import ir
 from .plan import Fused
@@ -51,6 +53,7 @@ class Graph:
         self.trials: dict[fx.Node, float] = {}
         self.quantized = self.gm
         self.planned: tuple[fx.GraphModule | None] | None = None
+        self.convolutions: dict[fx.Node, fx.Node] = {}
         self.where: dict[fx.Node, tuple[fx.Node, Affine | None]] = {}
 
     def module(self, node: fx.Node) -> Any:
@@ -118,6 +121,8 @@ def _made(graph: Graph, nodes: list[fx.Node], passing: set[fx.Node]) -> set[fx.N
 
 def _relu(module: Fused) -> str:
     """Return where a convolution's ReLU is, seen from its residual: "", "first" or "last"."""
+    if module.op == "stem":
+        return "last"
     if module.options["activation"] != "relu":
         return ""
     return "first" if module.options["residual_after_activation"] else "last"
@@ -139,7 +144,7 @@ class Builder:
     def build(self) -> fx.GraphModule:
         """Return the quantized graph, and set ``where`` of the float one."""
         graph, gm = self._graph, self._graph.gm
-        graph.where, graph.planned = {}, None
+        graph.where, graph.convolutions, graph.planned = {}, {}, None
         node: Any
         for node in gm.graph.nodes:
             layer = graph.layers.get(node, "")
@@ -218,11 +223,15 @@ class Builder:
                 value, residual = self._bytes_of(rest[0], layer)
                 inputs.append(value)
         weight = fold(a.weight.double(), a.scale.double(), torch.float64)
-        window = list(a.padding), list(a.stride), list(a.dilation), a.groups
+        window: Window = PADDING, STRIDE, [1, 1], 1
+        if fused.op != "stem":
+            window = list(a.padding), list(a.stride), list(a.dilation), a.groups
         module = Convolution(layer, weight, a.shift, window, stored_x, out, residual, relu, graph.largest)
         if rest and out is None:
             module.overwrites = fused.overwrites
-        made = self._call(str(node.target), module, *inputs)
+        made = graph.convolutions[node] = self._call(str(node.target), module, *inputs)
+        if fused.op == "stem":
+            made = self._call(f"{node.name}_pool", MaxPool(*pooling(a.ceil_mode), layer), made)
         if out is None:
             self._floats[node] = made
         else:

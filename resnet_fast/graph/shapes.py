@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from .guards import OutsideGuards
-from .ir import ADD, CONV, calls, is_call, nodes_in, tensor_of
+from .ir import ADD, BATCH_NORM, CONV, calls, is_call, nodes_in, tensor_of
 
 
 class Unknown:
@@ -49,10 +49,16 @@ class MetaRun(fx.Interpreter):
         value = self.fetch_attr(target)
         return self._meta(value) if isinstance(value, Tensor) else value
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        training = args[5] if len(args) > 5 else kwargs.get("training", False)
+        if target is BATCH_NORM and args and training is False:
+            return torch.empty_like(args[0])  # its meta kernel takes as long as all other layers together
+        return super().call_function(target, args, kwargs)
+
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
         if isinstance(module, _BatchNorm) and not module.training and len(args) == 1:
-            return torch.empty_like(args[0])  # its meta kernel takes as long as all other layers together
+            return torch.empty_like(args[0])
         plain: Callable[..., Any] | None = getattr(module, "plain", None)  # the fused modules of plan.py
         state = {name: self._meta(value) for name, value in (*module.named_parameters(), *module.named_buffers())}
         if plain is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -168,9 +168,9 @@ class OptimizedModule(nn.Module):
                     stack.enter_context(torch.autocast(device, enabled=False))
             return as_dtype(plain(*args, **kwargs), self._written, self.output_dtype)
 
-    def _laid_out(self, result: Any, given: Any) -> Any:
+    def _laid_out(self, result: Any, given: Sequence[Any]) -> Any:
         """Feature maps as the original gives them: NCHW unless an image or a weight of it is channels_last."""
-        images = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.dim() == 4]
+        images = [leaf for leaf in given if isinstance(leaf, Tensor) and leaf.dim() == 4]
         if self.channels_last or any(suggests_channels_last(image) for image in images):
             return result
 
@@ -178,7 +178,7 @@ class OptimizedModule(nn.Module):
             nhwc = isinstance(leaf, Tensor) and leaf.dim() == 4 and suggests_channels_last(leaf)
             return leaf.contiguous() if nhwc else leaf
 
-        return pytree.tree_map(one, result)
+        return _mapped(one, result)
 
     def _recorded(self, x: Tensor) -> Any:
         if self._recorder is None:
@@ -364,4 +364,11 @@ def as_dtype(value: Any, source: torch.dtype | None, target: torch.dtype) -> Any
             return leaf.to(target).resolve_neg()  # kernels read memory as it is
         return leaf
 
-    return pytree.tree_map(one, value)
+    return _mapped(one, value)
+
+
+def _mapped(one: Callable[[Any], Any], value: Any) -> Any:
+    """Return ``tree_map`` of a nest, which takes its time even for a tensor or a list of some."""
+    if isinstance(value, Tensor):
+        return one(value)
+    return [_mapped(one, item) for item in value] if type(value) is list else pytree.tree_map(one, value)

@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from .. import backends
 from .._dtypes import DTYPES
 from .._random import Random
-from ..backends import Backend, cpu
+from ..backends import Backend, cpu, triton
 from .common import freeze_constants, transformed
 
 A = TypeVar("A", bound=tuple[Any, ...])
@@ -239,10 +239,30 @@ class Op(Generic[A]):
             self._passed.add(passed)
         if self.kernel is not None and not (x.is_cpu and backends.selected == "auto") and x.numel():
             candidates = backends.candidates(self.kind, x.device, self.dtype(a))
-            if candidates and (y := self.kernel(candidates, a, None)) is not None:
+            if candidates and (y := self.by_kernel(candidates, a)) is not None:
                 return y
         y = None if self.native is None else self.native(a)
         return self.reference(a) if y is None else y
+
+    def by_kernel(self, among: tuple[Backend, ...], a: A, bound: Bound[A] | None = None) -> Any:
+        """Compute the op by a kernel of one of these backends; None if none has one.
+
+        Another backend's than Triton's if the driver refuses Triton's, which is recorded as a fallback.
+
+        Raises:
+            triton.Refused: the driver refuses it, and Triton was chosen by name.
+        """
+        assert self.kernel is not None
+        try:
+            return self.kernel(among, a, bound)
+        except triton.Refused as refused:
+            if backends.named("auto" if bound is None else bound.asked):
+                raise
+            others = tuple(backend for backend in among if backend is not triton)
+            y = self.kernel(others, a, bound) if others else None
+            instead = "the plain torch reference" if y is None else "CUDA's kernel"
+            backends.fallback(self.kind, f"{refused}; {instead} runs instead")
+            return y
 
     def bind(
         self, *constants: Any, dtype: torch.dtype = torch.float32, backend: str = "auto", **named: Any
@@ -324,7 +344,10 @@ class Bound(Generic[A]):
             return self.backend
         if self.op.problem is None:
             return self.candidates[0].NAME
-        return backends.pick(self.op.name, self.candidates, self.op.problem(self.of(*data)), self.device).name
+        problem, among = self.op.problem(self.of(*data)), self.candidates
+        if not backends.named(self.asked) and triton.refused(self.op.kind, problem, self.device):
+            among = tuple(backend for backend in among if backend is not triton)
+        return backends.pick(self.op.name, among, problem, self.device).name if among else "reference"
 
     def keep(self, key: Any, make: Callable[[], T]) -> T:
         """Return what ``make`` has made of the constants, once."""
@@ -355,8 +378,7 @@ class Bound(Generic[A]):
         y = None
         if a[0].numel():
             if candidates:
-                assert op.kernel is not None
-                y = op.kernel(candidates, a, self)
+                y = op.by_kernel(candidates, a, self)
             elif self._native and (self._native != cpu.NAME or readable(data)):
                 assert op.native is not None
                 y = op.native(a, self, **promises)

@@ -242,8 +242,8 @@ def _from_moments_kernel(among: tuple[Backend, ...], a: Moments, bound: Bound[Mo
 
     mean, variance = kernel_vector(a.mean), kernel_vector(a.variance)
     invstd = torch.empty_like(variance)
-    with triton.on(mean.device):
-        kernels.finish(mean, variance, invstd, *running, a.rows, len(mean), eps=a.eps, momentum=a.momentum)()
+    launch = kernels.finish(mean, variance, invstd, *running, a.rows, len(mean), eps=a.eps, momentum=a.momentum)
+    triton.run(NAME, f"{len(mean)} moments of {a.rows} rows", mean.device, launch)
     _increment_versions(*running)
     return invstd
 

@@ -210,8 +210,13 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
         channels_last(a.a), *spatial, *expand, channels_last(a.residual), project, out, first,
         following if asked.following else None, asked, config,
     )  # fmt: skip
-    with triton.on(a.a.device):
-        launch()
+    try:
+        triton.run(NAME, asked, a.a.device, launch)
+    except triton.Refused as refused:
+        if backends.named("auto" if bound is None else bound.asked):
+            raise
+        backends.fallback(NAME, f"{refused}; its convolutions run one after the other instead")
+        return composed(a, bound)
     return out, following
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -101,11 +102,22 @@ def reference(a: Arguments) -> Tensor:
 
 def problem(a: Arguments) -> Problem:
     """Return what a launch choice depends on; the tensors may be without data."""
-    n, c, h, w = a.x.shape
-    k, _, r, s = a.weight.shape
-    stride, padding, dilation = ((pair[0], pair[1]) for pair in a.geometry[:3])
-    precision = triton.precision(a.x.dtype)
-    return Problem(n, h, w, c, k, (r, s), stride, padding, dilation, a.groups, precision, a.residual is not None)
+    return _problem(a.x.shape, a.weight.shape, a.geometry, triton.precision(a.x.dtype), a.residual is not None)
+
+
+def _problem(x: Sequence[int], weight: Sequence[int], geometry: Geometry, precision: str, residual: bool) -> Problem:
+    n, c, h, w = x
+    k, _, r, s = weight
+    stride, padding, dilation = ((pair[0], pair[1]) for pair in geometry[:3])
+    return Problem(n, h, w, c, k, (r, s), stride, padding, dilation, geometry[3], precision, residual)
+
+
+@functools.lru_cache(maxsize=4096)
+def _asked(*given: Any) -> tuple[Problem, tuple[int, ...], tuple[int, ...]]:
+    """Return the problem of shapes, and its output's shape and strides, made once for each."""
+    made = _problem(*given)
+    k, (p, q) = made.k, made.output
+    return made, (made.n, k, p, q), (p * q * k, 1, q * k, k)
 
 
 def sample(asked: Problem, random: Random) -> Arguments:
@@ -124,10 +136,13 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
         dtype = a.x.dtype if bound is None else bound.dtype
         kept["read"] = kernel_weight(a.weight, dtype), kernel_vector(a.scale), kernel_vector(a.shift)
     weight, scale, shift = kept["read"]
-    x, weight = channels_last(a.x), kernel_weight(weight, a.x.dtype)
+    x, dtype = channels_last(a.x), a.x.dtype
+    if weight.dtype is not dtype:
+        weight = kernel_weight(weight, dtype)
     residual = None if a.residual is None else channels_last(a.residual)
-    asked = problem(a)
-    out = empty_channels_last(x, [asked.n, asked.k, *asked.output])
+    geometry = tuple(a.stride), tuple(a.padding), tuple(a.dilation), a.groups
+    asked, shape, strides = _asked(x.shape, weight.shape, geometry, triton.precision(dtype), residual is not None)
+    out = torch.empty_strided(shape, strides, dtype=dtype, device=x.device)
     if out.numel() == 0:
         return out
     choice = backends.choose(NAME, among, asked, x.device, x, weight, residual, out)

@@ -92,9 +92,18 @@ def run_kernel(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     mean, variance = (torch.empty(problem.k, dtype=torch.float32, device=x.device) for _ in range(2))
     workspace = torch.empty(kernels.workspace_size(problem, config), dtype=torch.float32, device=x.device)
     vectors = (None, None) if before is None else scale_and_shift(before)
-    with triton.on(x.device):
+
+    def launches() -> None:
         for launch in kernels.launches(x, weight, *vectors, y, mean, variance, workspace, problem, config):
             launch()
+
+    try:
+        triton.run(NAME, problem, x.device, launches)
+    except triton.Refused as refused:
+        if backends.named():
+            raise
+        backends.fallback(NAME, f"{refused}; convolution and statistics run one after the other instead")
+        return plain(a)
     return y, mean, variance
 
 

@@ -42,9 +42,15 @@ class Arguments(NamedTuple):
         return self.weight.dtype if self.x.dtype is torch.uint8 else self.x.dtype
 
 
-def _pool(x: Tensor, ceil_mode: bool) -> Tensor:
-    """3x3 stride 2: padded by 1, or Caffe's unpadded window with the output size rounded up."""
-    return torch.nn.functional.max_pool2d(x, 3, 2, 0 if ceil_mode else 1, ceil_mode=ceil_mode)
+def pooling(ceil_mode: bool) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int], bool]:
+    """Return kernel, stride, padding, dilation and ceil_mode: padded by 1, or Caffe's window that sees no padding."""
+    padding = 0 if ceil_mode else 1
+    return (3, 3), (2, 2), (padding, padding), (1, 1), ceil_mode
+
+
+def pool(x: Tensor, ceil_mode: bool) -> Tensor:
+    """Return the max-pool behind the ReLU."""
+    return torch.max_pool2d(x, *pooling(ceil_mode))
 
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -97,7 +103,7 @@ def reference(a: Arguments) -> Tensor:
     image = a.x.to(accumulate) if a.mean is None or a.std is None else normalise(a.x, a.mean, a.std, accumulate)
     y = torch.conv2d(image, a.weight.to(accumulate), None, STRIDE, PADDING)
     y = y * a.scale.to(accumulate).view(1, -1, 1, 1) + a.shift.to(accumulate).view(1, -1, 1, 1)
-    return result(_pool(y.relu(), a.ceil_mode).to(a.dtype))
+    return result(pool(y.relu(), a.ceil_mode).to(a.dtype))
 
 
 @lru_cache(maxsize=64)
@@ -160,7 +166,7 @@ def native(a: Arguments, bound: Bound[Arguments] | None = None) -> Tensor | None
         return None
     conv, folded = packed
     image = a.x if a.mean is None or a.std is None else normalise(a.x, a.mean, a.std, torch.float32)
-    return owned(_pool(conv.run(image, folded), a.ceil_mode).relu_())
+    return owned(pool(conv.run(image, folded), a.ceil_mode).relu_())
 
 
 def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -192,8 +198,7 @@ def plan(network: cpu.Network, bound: Bound[Arguments], values: Values, stored: 
         (cpu.NAME, stored), lambda: packing.engine(a.weight, a.scale, a.shift, _GEOMETRY, bound.dtype, stored)
     )
     inner = network.convolution(x, layer, None, relu=True)
-    padding = 0 if a.ceil_mode else 1
-    return network.max_pool(inner, (3, 3), (2, 2), (padding, padding), (1, 1), a.ceil_mode)
+    return network.max_pool(inner, *pooling(a.ceil_mode))
 
 
 OP = Op(

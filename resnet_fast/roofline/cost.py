@@ -79,6 +79,20 @@ def work(problem: Problem, itemsize: int | None = None) -> Work:
     )  # fmt: skip
 
 
+def l2_reads(problem: problems.ConvBNAct, block_m: int = 128, block_n: int = 128) -> int:
+    """Return the bytes that a convolution's programs read, from the level-2 cache or through it.
+
+    Each reads its pixels at every tap, its channels' weights and its part of the residual. Which tiles a kernel has
+    is its own choice; the default is the usual one, which narrow or small problems do not fill.
+    """
+    columns = problem.k // problem.groups
+    tiles = -(-problem.pixels // block_m) * -(-columns // block_n) * problem.groups
+    depth = problem.kernel[0] * problem.kernel[1] * problem.c // problem.groups
+    residual = problem.pixels * problem.k if problem.residual else 0
+    rows = min(block_m, problem.pixels) + min(block_n, columns)
+    return (tiles * rows * depth + residual) * ITEMSIZE[problem.precision]
+
+
 def pixels_read(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], output: Sequence[int]) -> int:
     """Return how many of an image's [H, W] pixels a convolution touches: all of them unless its stride skips some."""
     rows, columns = (

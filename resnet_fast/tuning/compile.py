@@ -1,8 +1,9 @@
 """The compile check: every launch that the networks need, as machine code, against limits and a committed table.
 
-``python -m resnet_fast.tuning.compile`` shows what was compiled; it fails on spills, on too much shared memory and on
-products that miss Hopper's matrix units, with ``--check`` also on rows that differ from ``kernels/resources.csv``;
-``--write`` makes that table anew. No GPU is used or needed.
+``python -m resnet_fast.tuning.compile`` shows what was compiled; it fails on spills, on too much shared memory, on
+fewer programs at once than a launch choice means, on products that miss Hopper's matrix units or do not overlap in
+them, with ``--check`` also on rows that differ from ``kernels/resources.csv``; ``--write`` makes this Triton's rows of
+that table anew. No GPU is used or needed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from resnet_fast._dtypes import DTYPES
 from resnet_fast._files import write_text
+from resnet_fast.kernels.gpus import PRECISIONS
 
 from . import ops, shapes
 from .compiler import Compiled, Compiler, Task, launch, launches
@@ -35,7 +37,20 @@ ARCHITECTURES = {80: "a100", 90: "h100", 100: "b200"}
 #: them, and has refused what spills.
 CHECKED = tuple(name for name in ops.names() if name != "conv_statistics")
 
-_COLUMNS = ("arch", "kernel", "type", "constants", "registers", "shared", "occupancy", "matrix")
+_COLUMNS = (
+    "triton",
+    "arch",
+    "kernel",
+    "type",
+    "constants",
+    "registers",
+    "shared",
+    "occupancy",
+    "matrix",
+    "serialised",
+    "a",
+)
+_RESOURCES = _COLUMNS[5:]
 
 
 @dataclass(frozen=True, order=True)
@@ -53,10 +68,11 @@ class Key:
     constants: str
 
 
-Row = tuple[str, str, str, str]
-"""Registers, shared memory, occupancy, matrix instructions."""
+Row = tuple[str, ...]
+"""Registers, shared memory, occupancy, matrix instructions, whether they are serialised, where their A comes from."""
 
 Table = dict[Key, Row]
+"""What one version of Triton makes."""
 
 
 def table_path() -> Path:
@@ -107,7 +123,7 @@ def table_tasks(gpu: GPU, folder: Path) -> tuple[dict[Key, Task], list[str]]:
         names = [problem for problems in table.values() for problem in problems]
         batches = {int(number) for name in names for number in re.findall(r"\bn(\d+)\b", name)} | {*shapes.BATCHES}
         cases: dict[tuple[str, str], list[ops.Case]] = {}
-        for case in shapes.problems(models.list_models(), sorted(batches), gpus.PRECISIONS, gpu=like, training=True):
+        for case in shapes.problems(models.list_models(), sorted(batches), PRECISIONS, gpu=like, training=True):
             cases.setdefault((case.op, case.problem.key()), []).append(case)
         for op, problems in table.items():
             for name, fields in problems.items():
@@ -176,12 +192,22 @@ def faults(compiled: Compiled, gpu: GPU) -> list[str]:
         found.append(f"spills registers: {resources.stack} bytes of stack, {resources.local} of local memory a thread")
     if resources.shared > gpu.shared_memory:
         found.append(f"takes {resources.shared} bytes of shared memory; {gpu.name} has {gpu.shared_memory}")
-    case = compiled.task.case
+    case, config = compiled.task.case, compiled.task.config
+    convolution = case.op == "conv_bn_act"
+    boxes = convolution and config.boxes
     # A warp group multiplies 64 rows at once; a config with fewer was chosen to use more multiprocessors.
-    rows = getattr(compiled.task.config, "block_m", 0)
+    rows = config.block_n if boxes else getattr(config, "block_m", 0)
     matrix = ops.get(case.op).matrix and case.problem.precision != "fp32" and rows >= 64
     if matrix and gpu.capability == 90 and "HGMMA" not in resources.matrix:
         found.append(f"multiplies with {resources.matrix or 'nothing'} instead of HGMMA")
+    if resources.serialised and not _serialised_anyway(compiled.task):
+        found.append("lets each HGMMA wait for the one before: ptxas has serialised them (C7510 to C7515)")
+    # tf32 is rounded in registers.
+    if boxes and case.problem.precision in ("fp16", "bf16") and "registers" in resources.a:
+        found.append("takes the weights, HGMMA's A, through registers")
+    occupancy, meant = resources.occupancy(gpu), config.programs(case.problem, gpu) if convolution else 0
+    if 0 < occupancy < meant:
+        found.append(f"has room for {occupancy} on a multiprocessor at once; the launch choice means {meant}")
     if case.problem.precision == "fp32" and resources.matrix not in ("FFMA", ""):
         found.append(f"multiplies float32 with {resources.matrix}, which rounds to tf32")
     if resources.drops_nan:
@@ -189,39 +215,53 @@ def faults(compiled: Compiled, gpu: GPU) -> list[str]:
     return found
 
 
+def _serialised_anyway(task: Task) -> bool:
+    """Triton 3.6.0 alone: wide projections in a tail, whose loop of products stands inside the loop over slices.
+
+    Overlapping, but without copies on their way meanwhile, they would take longer (docs/kernels/bottleneck_tail.md).
+    """
+    from triton import __version__
+
+    problem = task.case.problem
+    wide = task.case.op == "bottleneck_tail" and problem.shortcut is not None and problem.mid > 64
+    return wide and __version__ == "3.6.0"
+
+
 def row(compiled: Compiled, gpu: GPU) -> Row:
     """Return the table's row of a launch that compiled."""
     resources = compiled.resources
     assert resources is not None
-    return str(resources.registers), str(resources.shared), str(resources.occupancy(gpu)), resources.matrix
+    numbers = resources.registers, resources.shared, resources.occupancy(gpu)
+    serialised = ("no", "yes")[resources.serialised] if "HGMMA" in resources.matrix else ""
+    return *map(str, numbers), resources.matrix, serialised, resources.a
 
 
-def read_table(path: Path) -> tuple[str, Table]:
-    """Return the committed table: the version of Triton it was made with, and its rows.
+def read_table(path: Path) -> dict[str, Table]:
+    """Return the committed table: the rows of each version of Triton.
 
     Raises:
         ValueError: the file is no such table.
     """
-    first, _, rest = path.read_text(encoding="utf-8").partition("\n")
-    lines = list(csv.reader(io.StringIO(rest)))
-    if not first.startswith("# triton ") or not lines or tuple(lines[0]) != _COLUMNS:
+    lines = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"))))
+    if len(lines) < 2 or tuple(lines[1]) != _COLUMNS:
         raise ValueError(f"{path} is no table of resources; --write makes one")
-    table: Table = {}
-    for line in lines[1:]:
+    tables: dict[str, Table] = {}
+    for line in lines[2:]:
         if len(line) != len(_COLUMNS):
             raise ValueError(f"{path} has a row of {len(line)} columns, not {len(_COLUMNS)}: {','.join(line)}")
-        table[Key(*line[:4])] = (line[4], line[5], line[6], line[7])
-    return first.split()[2].rstrip(";:,"), table
+        tables.setdefault(line[0], {})[Key(*line[1:5])] = tuple(line[5:])
+    return tables
 
 
-def write_table(path: Path, version: str, table: Mapping[Key, Row]) -> None:
+def write_table(path: Path, tables: Mapping[str, Mapping[Key, Row]]) -> None:
     """Replace the table; rows are sorted, so that equal results give equal files."""
     text = io.StringIO()
-    text.write(f"# triton {version}; made by: python -m resnet_fast.tuning.compile --write\n")
+    text.write("# made by: python -m resnet_fast.tuning.compile --write\n")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
-    for row_key in sorted(table):
-        writer.writerow((row_key.arch, row_key.kernel, row_key.type, row_key.constants, *table[row_key]))
+    for version in sorted(tables):
+        for each, cells in sorted(tables[version].items()):
+            writer.writerow((version, each.arch, each.kernel, each.type, each.constants, *cells))
     write_text(path, text.getvalue())
 
 
@@ -239,8 +279,7 @@ def differences(committed: Table, now: Mapping[Key, Row], archs: Iterable[str]) 
         elif after is None:
             found.append(f"{name}: in the table, but no launch needs it")
         else:
-            names = _COLUMNS[4:]
-            changed = (f"{n} {b} -> {a}" for n, b, a in zip(names, before, after, strict=True) if b != a)
+            changed = (f"{n} {b} -> {a}" for n, b, a in zip(_RESOURCES, before, after, strict=True) if b != a)
             found.append(f"{name}: {', '.join(changed)}")
     return found
 
@@ -273,13 +312,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Return the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m resnet_fast.tuning.compile", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed table too")
-    parser.add_argument("--write", action="store_true", help="write the table anew")
+    parser.add_argument("--write", action="store_true", help="write this Triton's rows of the table anew")
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(ARCHITECTURES), default=sorted(ARCHITECTURES))
     parser.add_argument("--op", nargs="+", choices=CHECKED, default=list(CHECKED), help="only these ops")
+    parser.add_argument(
+        "--model", nargs="+", choices=shapes.MODELS, default=list(shapes.MODELS), help="only these networks"
+    )
+    parser.add_argument("--type", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="only these precisions")
     parser.add_argument("--jobs", type=int, default=None, help="processes; by default one for each core")
     given = parser.parse_args(arguments)
-    if given.write and (set(given.arch) != set(ARCHITECTURES) or set(given.op) != set(CHECKED)):
-        parser.error("--write makes the whole table; it takes no --arch and no --op")
+
+    narrowed = any(
+        set(chosen) != set(all_of_them)
+        for chosen, all_of_them in ((given.op, CHECKED), (given.model, shapes.MODELS), (given.type, PRECISIONS))
+    )
 
     os.environ.pop("TRITON_INTERPRET", None)  # before the first import of triton
     import triton
@@ -291,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unsound: list[str] = []
     for arch in given.arch:
         gpu = gpus.known(ARCHITECTURES[arch])
-        cases = shapes.problems(shapes.MODELS, shapes.BATCHES, gpus.PRECISIONS, gpu=gpu, training=True)
+        cases = shapes.problems(given.model, shapes.BATCHES, given.type, gpu=gpu, training=True)
         measured, doubts = table_tasks(gpu, _tables.checked_in_folder())
         both = measured | tasks(gpu, cases)
         wanted[gpu] = {each: task for each, task in both.items() if task.case.op in given.op}
@@ -309,10 +355,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table, found = run(wanted, given.jobs, progress)
     wrong = unsound + found
     if given.write:
-        write_table(table_path(), triton.__version__, table)
-        print(f"{len(table)} rows written to {table_path()}")
+        _write(table, triton.__version__, None if narrowed else given.arch)
     elif given.check:
-        wrong += _compare(table, given.arch, given.op, triton.__version__)
+        wrong += _compare(table, triton.__version__, given.arch, narrowed)
     else:
         for each in sorted(table):
             print(",".join((each.arch, each.kernel, each.type, each.constants, *table[each])))
@@ -322,16 +367,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def _compare(table: Table, archs: Iterable[int], chosen: Sequence[str], version: str) -> list[str]:
+def _compare(table: Table, version: str, archs: Iterable[int], narrowed: bool) -> list[str]:
+    """Return differences from the committed rows; rows that a narrowed check did not make are none."""
     path = table_path()
     if not path.is_file():
         return [f"there is no {path}; --write makes it"]
-    made_with, committed = read_table(path)
-    if made_with != version:
-        print(f"rows are not compared: the table was made with Triton {made_with}, this is {version}")
-        return []
-    of_ops = {each: cells for each, cells in committed.items() if each.kernel.partition(".")[0] in chosen}
-    return differences(of_ops, table, [f"sm_{arch}" for arch in archs])
+    committed = read_table(path).get(version, {})
+    if narrowed:
+        committed = {each: cells for each, cells in committed.items() if each in table}
+    known = {each.arch for each in committed}
+    wanted = [f"sm_{arch}" for arch in archs]
+    if missing := [arch for arch in wanted if arch not in known]:
+        print(f"rows of {', '.join(missing)} are not compared: the table has none of Triton {version}")
+    made = {each: cells for each, cells in table.items() if each.arch in known}
+    return differences(committed, made, [arch for arch in wanted if arch in known])
+
+
+def _write(table: Table, version: str, archs: Iterable[int] | None) -> None:
+    """Write the rows in place of those of ``archs``; None: of those with the same keys."""
+    path = table_path()
+    tables = read_table(path) if path.is_file() else {}
+    replaced = {f"sm_{arch}" for arch in archs or ()}
+    kept = {each: cells for each, cells in tables.get(version, {}).items() if each.arch not in replaced}
+    write_table(path, {**tables, version: kept | table})
+    print(f"{len(table)} rows written to {path}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 #: products, warp-group products, products in tensor memory, and plain multiply-adds, one or two at a time.
 OPCODES = {0x03C: "HMMA", 0x1F0: "HGMMA", 0x1EA: "UTCHMMA", 0x023: "FFMA", 0x049: "FFMA"}
 
+#: The instruction that waits for warp-group products, in the same nine bits; bit 16 of its upper half tells it from the
+#: one that begins them, the next eight bits below are how many may be left unfinished.
+_WARPGROUP, _WAITS = 0x1C5, 1 << 16
+
+#: Of HGMMA's twelve bits, the one that says that the first operand comes from registers.
+_FROM_REGISTERS = 1 << 10
+
 #: A maximum in PTX without ``.NaN``.
 _MAXIMUM = re.compile(r"\bmax(?:\.ftz)?\.(?:b?f16x?2?|f32)\b")
 
@@ -65,6 +72,8 @@ class Resources:
         shared: bytes of shared memory of a block. threads: of a block.
         tensor_columns: of tensor memory, which capability 10 has.
         matrix: its multiply instructions: HGMMA, HMMA or UTCHMMA, FFMA where no matrix unit works, "" without any.
+        serialised: whether ptxas makes each HGMMA wait for the one before (its warnings C7510 to C7515).
+        a: where HGMMA takes its first operand from: "shared", "registers", both joined by "+", "" without any.
         drops_nan: whether it takes a floating point maximum that turns NaN into the other operand.
     """
 
@@ -75,6 +84,8 @@ class Resources:
     threads: int
     tensor_columns: int
     matrix: str
+    serialised: bool = False
+    a: str = ""
     drops_nan: bool = False
 
     @property
@@ -169,7 +180,7 @@ def _resources(kernel: Any) -> Resources:
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {name: int(value) for name, value in _USAGE.findall(text)}
-    found = instructions(cubin)
+    code = read_code(cubin)
     return Resources(
         registers=usage["REG"],
         stack=usage["STACK"],
@@ -177,13 +188,24 @@ def _resources(kernel: Any) -> Resources:
         shared=metadata.shared,
         threads=32 * metadata.num_warps,
         tensor_columns=getattr(metadata, "tmem_size", 0) or 0,
-        matrix="+".join(sorted(found - {"FFMA"})) or "+".join(found),
+        matrix="+".join(sorted(code.multiplies - {"FFMA"})) or "+".join(code.multiplies),
+        serialised=code.serialised,
+        a="+".join(sorted(code.a)),
         drops_nan=bool(_MAXIMUM.search(kernel.asm["ptx"])),
     )
 
 
-def instructions(cubin: bytes) -> set[str]:
-    """Return which multiply instructions (the names in ``OPCODES``) the machine code of a 64-bit ELF file holds.
+@dataclass(frozen=True)
+class Code:
+    """What machine code says of its products: see :class:`Resources`."""
+
+    multiplies: frozenset[str]
+    serialised: bool
+    a: frozenset[str]
+
+
+def read_code(cubin: bytes) -> Code:
+    """Return which multiply instructions (named in ``OPCODES``) the machine code of a 64-bit ELF file holds, and how.
 
     Read from the code itself: nvdisasm takes longer for one kernel than compiling it.
     """
@@ -191,12 +213,25 @@ def instructions(cubin: bytes) -> set[str]:
     size, count, named = struct.unpack_from("<HHH", cubin, 58)
     headers = [struct.unpack_from("<IIQQQQ", cubin, sections + index * size) for index in range(count)]
     strings = headers[named][4]
-    found = set()
+    found, a = set(), set()
+    products: list[bool] = []  # of each HGMMA, whether all products are waited for before the next
     for name, _, _, _, offset, length in headers:
-        if cubin.startswith(b".text.", strings + name):
-            for at in range(offset, offset + length, 16):  # instructions have 128 bits, the opcode comes first
-                found.add(OPCODES.get(struct.unpack_from("<H", cubin, at)[0] & 0x1FF))
-    return {name for name in found if name is not None}
+        if not cubin.startswith(b".text.", strings + name):
+            continue
+        for at in range(offset, offset + length, 16):  # instructions have 128 bits, the opcode comes first
+            low, high = struct.unpack_from("<QQ", cubin, at)
+            if low & 0x1FF == _WARPGROUP:
+                if products and high & _WAITS and not high >> 8 & 0xFF:
+                    products[-1] = True
+                continue
+            multiply = OPCODES.get(low & 0x1FF)
+            if multiply is not None:
+                found.add(multiply)
+            if multiply == "HGMMA":
+                a.add("registers" if low & _FROM_REGISTERS else "shared")
+                products.append(False)
+    # One product alone is waited for at once in any case.
+    return Code(frozenset(found), len(products) > 1 and all(products), frozenset(a))
 
 
 def _begin(environment: dict[str, str]) -> None:

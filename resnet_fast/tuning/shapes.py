@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from resnet_fast.graph.inventory import Block, Layer
     from resnet_fast.kernels.gpus import GPU
 
-#: The networks whose launches are checked; the wider and deeper ones have no form of launch that these lack.
-MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2")
-BATCHES = (1, 8, 32, 128, 256)
+#: The networks whose launches are checked: deeper ones have the same layers more often, wider ones more channels in the
+#: same code.
+MODELS = ("resnet18", "resnet50", "resnext50_32x4d")
+BATCHES = (1, 32, 128, 256)
 
 #: The ops that only training runs.
 TRAINING = ("batch_norm_act", "conv_statistics")

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from . import ops
+from . import estimate, ops
 from .ops import Case
 
 if TYPE_CHECKING:
@@ -102,11 +102,19 @@ def floor(case: Case, gpu: GPU) -> float:
     return ops.get(case.op).work(case.problem).floor(gpu, case.problem.precision)
 
 
-def configs(case: Case, gpu: GPU) -> tuple[Any, ...]:
-    """Return what is tried for a case: the heuristic's choice, then every candidate, each once."""
+def configs(case: Case, gpu: GPU, most: int = 0) -> tuple[Any, ...]:
+    """Return what is tried for a case: the heuristic's choice, then every candidate, each once.
+
+    Args:
+        most: how many at most, the best by ``estimate.ranked``, if there is an estimate for this GPU; 0: all.
+    """
     kernel = ops.get(case.op).kernel
     first = kernel.heuristic(case.problem, gpu)  # None if no launch is known to fit
-    return tuple(dict.fromkeys([*([] if first is None else [first]), *kernel.candidates(case.problem, gpu)]))
+    every = tuple(dict.fromkeys([*([] if first is None else [first]), *kernel.candidates(case.problem, gpu)]))
+    if not most or len(every) <= most or not estimate.known(case, gpu):
+        return every
+    best = estimate.ranked(case, every[first is not None :], gpu)
+    return (*every[: first is not None], *best)[:most]
 
 
 def sweep(
@@ -118,6 +126,7 @@ def sweep(
     measured_with: Mapping[str, str],
     seconds: float,
     again: bool = False,
+    most: int = 0,
     progress: Callable[[Progress], None] | None = None,
     finished: Callable[[Outcome], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -130,7 +139,7 @@ def sweep(
 
     Args:
         measured_with: versions and names to put into the table.
-        again: measure also what the table has.
+        again: measure also what the table has. most: of how many choices a problem, as for ``configs``.
         progress: told before each case. finished: told each outcome, after the table is written.
 
     Raises:
@@ -145,12 +154,12 @@ def sweep(
     share = TRITONS_SHARE if wanted and ops.is_cuda(wanted[-1]) else 1.0
     for done, case in enumerate(wanted):
         elapsed = clock() - began
-        most = seconds if ops.is_cuda(case) else share * seconds
-        if elapsed >= most:
+        limit = seconds if ops.is_cuda(case) else share * seconds
+        if elapsed >= limit:
             continue
         if progress is not None:
             progress(Progress(done, len(wanted), case, elapsed))
-        outcome = _search(case, gpu, runner, began + most, clock)
+        outcome = _search(case, configs(case, gpu, most), gpu, runner, began + limit, clock)
         outcomes.append(outcome)
         if outcome.config is not None and outcome.finished:
             op = ops.get(case.op)
@@ -168,13 +177,15 @@ def sweep(
     return outcomes
 
 
-def _search(case: Case, gpu: GPU, runner: Runner, deadline: float, clock: Callable[[], float]) -> Outcome:
+def _search(
+    case: Case, tried_in: Sequence[Any], gpu: GPU, runner: Runner, deadline: float, clock: Callable[[], float]
+) -> Outcome:
     least = floor(case, gpu)
     best: tuple[float, Any] | None = None
     tried = 0
     refused: list[tuple[Any, str]] = []
     finished = True
-    rest = list(configs(case, gpu))
+    rest = list(tried_in)
     runner.load(case)
     while rest and finished and (best is None or best[0] > NEAR * least):
         some, rest = rest[: runner.batch], rest[runner.batch :]

@@ -365,7 +365,7 @@ def test_optimized(net: caffe.Net) -> None:
 def test_resnets_run_as_convolutions_alone(depth: int, convolutions: int) -> None:
     """From the report: at most 54 convolution launches for ResNet-50, nothing between them."""
     definition = caffe.parse_prototxt(caffe.deploy_prototxt(depth))
-    report = rf.optimize(caffe.Net(definition).eval()).report()
+    report = rf.optimize(caffe.Net(definition).eval(), check=False).report()  # no answer is looked at
     assert launches(report) == convolutions
     assert left(report, "BatchNorm", "Scale", "Eltwise", "ReLU", "Pooling", "InnerProduct") == []
     assert {row.fused.split()[0] for row in report.rows if row.fused} == {"stem", "conv_bn_act", "head"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -201,25 +202,59 @@ class OnGPU(Tensor):
     is_cuda = True
 
 
-def test_memory_is_kept_for_every_stream_that_replays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    streams: list[Any] = []
+@dataclass
+class Streams:
+    """As much of streams as recordings ask for: ``done`` is what happened, in order."""
 
+    done: list[tuple[str, int, object]] = field(default_factory=list)
+    current: int = 0
+
+    @classmethod
+    def put(cls, monkeypatch: pytest.MonkeyPatch) -> Streams:
+        """Return the streams that torch.cuda has from now on."""
+        streams = cls()
+
+        class Event:
+            def record(self, stream: Streams.Stream) -> None:
+                streams.done.append(("record", stream.number, self))
+
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: cls.Stream(streams, streams.current))
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+
+        monkeypatch.setattr(
+            Tensor, "record_stream", lambda image, stream: streams.done.append(("keep", stream.number, None))
+        )
+        return streams
+
+    @dataclass
     class Stream:
-        def wait_event(self, event: object) -> None: ...
+        of: Streams
+        number: int
 
-    class Event:
-        def record(self, stream: object) -> None: ...
+        def wait_event(self, event: object) -> None:
+            self.of.done.append(("wait", self.number, event))
 
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[-1])
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    kept: list[object] = []
-    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: kept.append(stream))
-    recorder, x = Recorder(lambda x: x + 1, Replayed()), torch.ones(2).as_subclass(OnGPU)
-    for _ in range(4):
-        streams.append(Stream())
+
+def test_replays_on_several_streams_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams, x = Streams.put(monkeypatch), torch.ones(2).as_subclass(OnGPU)
+
+    def run(x: Tensor) -> Tensor:
+        streams.done.append(("run", streams.current, None))
+        return x + 1
+
+    recorder = Recorder(run, Replayed())
+    for streams.current in range(5):
         assert torch.equal(recorder(x).as_subclass(Tensor), torch.full((2,), 2.0))
-    assert kept == streams[1:]  # the first call only ran
+    assert [number for what, number, _ in streams.done if what == "keep"] == [1, 2, 3, 4]  # the first call only ran
+    for number in (2, 3, 4):  # each waits for the one before, and then touches what they share
+        ((before, _),) = [(e, n) for what, n, e in streams.done if what == "record" and n == number - 1]
+        mine = [(what, e) for what, n, e in streams.done if n == number]
+        assert mine[0] == ("wait", before) and "run" in [what for what, _ in mine[1:]]
+    streams.done.clear()
+    for size in range(2, SHAPES_KEPT + 2):  # the last of them takes the first shape's place
+        recorder(torch.ones(size).as_subclass(OnGPU))
+    assert ("wait", 4) in [(what, number) for what, number, _ in streams.done]  # before its memory is given back
 
 
 def test_a_refused_recording_is_reported_and_the_run_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:

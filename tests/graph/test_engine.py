@@ -33,6 +33,13 @@ def calls(fast: OptimizedModule) -> int:
     return 0 if planned is None else sum(isinstance(part, engine.Segment) for part in planned.modules())
 
 
+@pytest.fixture(scope="module")
+def resnet18() -> OptimizedModule:
+    """A snapshot that no test changes."""
+    torch.manual_seed(0)
+    return optimize(randomise(rf.resnet18()).eval())
+
+
 def assert_right(model: nn.Module, fast: nn.Module, *images: Tensor, dtype: torch.dtype = torch.float32) -> None:
     """The error rule against the model in float64, with its own answer in ``dtype`` by plain torch."""
     with torch.no_grad(), backends.use("reference"):
@@ -69,7 +76,7 @@ def test_a_resnet_is_one_call(name: str, dtype: torch.dtype) -> None:
     else:
         model = getattr(rf, name)().eval()
     randomise(model)
-    fast = optimize(model, dtype=dtype)
+    fast = optimize(model, dtype=dtype, example_inputs=torch.empty(1, 3, 97, 131))
     assert calls(fast) == 1 and fast._in_one_call()
     assert {row.backend for row in fast.report().fused} == {"cpu"}
     for shape in ((2, 3, 64, 64), (1, 3, 97, 131), (3, 3, 33, 33)):
@@ -141,10 +148,8 @@ def test_what_is_no_number_stands_where_torch_has_it(value: float) -> None:
         assert torch.equal(ours.isnan(), plain.isnan()) and torch.equal(ours.isinf(), plain.isinf())
 
 
-def test_the_same_bits_in_any_batch_by_any_number_of_threads() -> None:
-    torch.manual_seed(0)
-    fast = optimize(randomise(rf.resnet18()).eval())
-    images = torch.randn(5, 3, 64, 64)
+def test_the_same_bits_in_any_batch_by_any_number_of_threads(resnet18: OptimizedModule) -> None:
+    fast, images = resnet18, torch.randn(5, 3, 64, 64)
     wanted = torch.cat([fast(images[i : i + 1]) for i in range(5)])
     before = torch.get_num_threads()
     try:
@@ -156,11 +161,8 @@ def test_the_same_bits_in_any_batch_by_any_number_of_threads() -> None:
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "sliced", "expanded", "transposed", "other dtype"])
-def test_images_lie_in_memory_as_they_like(layout: str) -> None:
-    torch.manual_seed(0)
-    model = randomise(rf.resnet18()).eval()
-    fast = optimize(model)
-    image = torch.randn(4, 3, 40, 48)
+def test_images_lie_in_memory_as_they_like(layout: str, resnet18: OptimizedModule) -> None:
+    fast, image = resnet18, torch.randn(4, 3, 40, 48)
     other = {
         "channels_last": lambda: image.contiguous(memory_format=torch.channels_last),
         "sliced": lambda: torch.randn(8, 5, 43, 96)[::2, 1:4, 3:, ::2].copy_(image),
@@ -171,10 +173,8 @@ def test_images_lie_in_memory_as_they_like(layout: str) -> None:
     assert torch.equal(fast(other), fast(other.float().contiguous()))
 
 
-def test_a_tensor_that_the_engine_cannot_read_runs_layer_by_layer() -> None:
-    torch.manual_seed(0)
-    model = randomise(rf.resnet18()).eval()
-    fast = optimize(model)
+def test_a_tensor_that_the_engine_cannot_read_runs_layer_by_layer(resnet18: OptimizedModule) -> None:
+    fast = resnet18
     segment = next(part for part in fast._engine().modules() if isinstance(part, engine.Segment))  # type: ignore[union-attr]
     unreadable = (
         torch.randn(1, 3, 64, 64, dtype=torch.float64),
@@ -231,11 +231,9 @@ def test_a_layer_refuses_what_does_not_fit() -> None:
         assert torch.allclose(fast(image), model(image), rtol=1e-4, atol=1e-4)
 
 
-def test_what_others_have_switched_in_torch() -> None:
+def test_what_others_have_switched_in_torch(resnet18: OptimizedModule) -> None:
     """A default dtype or device is for tensors that the user makes; transforms see every image."""
-    torch.manual_seed(0)
-    fast = optimize(randomise(rf.resnet18()).eval())
-    image = torch.randn(2, 3, 64, 64)
+    fast, image = resnet18, torch.randn(2, 3, 64, 64)
     wanted = fast(image)
     torch.set_default_dtype(torch.float64)
     try:
@@ -252,10 +250,9 @@ def test_what_others_have_switched_in_torch() -> None:
         assert fast(mode.from_tensor(image)).shape == wanted.shape
 
 
-def test_copies_and_new_constants_are_packed_anew() -> None:
-    torch.manual_seed(0)
-    fast = optimize(randomise(rf.resnet18()).eval())
-    other = optimize(randomise(rf.resnet18()).eval())
+def test_copies_and_new_constants_are_packed_anew(resnet18: OptimizedModule) -> None:
+    torch.manual_seed(1)
+    other, fast = resnet18, optimize(randomise(rf.resnet18()).eval())
     image = torch.randn(1, 3, 64, 64)
     before, wanted = fast(image), other(image)
     assert not torch.allclose(before, wanted)

@@ -93,23 +93,24 @@ def test_an_average_that_divides_by_one_is_a_sum() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gain", [1.0, 1e8, 1e18])
-@pytest.mark.parametrize("value", [1.0, 1e5, 1e9, 1e30, 3e38, float("inf"), -float("inf"), float("nan")])
-def test_what_is_not_finite_comes_out_as_in_torch(value: float, gain: float, dtype: torch.dtype) -> None:
+def test_what_is_not_finite_comes_out_as_in_torch(gain: float, dtype: torch.dtype) -> None:
     """Whatever overflows and wherever: NaN and infinities are where plain torch has them."""
     model = blocks(6, gain)
     fused = optimize(model, example_inputs=EXAMPLE, dtype=dtype)
-    x = torch.randn(3, 4, 9, 8)
-    x[0, 1, 2, 3] = value
-    x[1] *= min(value, 3e38) if value > 0 else 1.0
-    x = x.to(dtype).float()
-    with torch.no_grad():
-        expected = copy.deepcopy(model).to(dtype)(x.to(dtype))
-    actual = fused(x).to(dtype)
-    if dtype is torch.float32 or gain == 1.0:
-        assert torch.equal(actual.isnan(), expected.isnan())
-        assert torch.equal(actual.isinf(), expected.isinf())
-    both = torch.isfinite(expected) & torch.isfinite(actual)
-    assert (actual - expected)[both].double().norm() <= 0.1 * expected[both].double().norm() + 1e-30
+    plain = copy.deepcopy(model).to(dtype)
+    for value in (1.0, 1e5, 1e9, 1e30, 3e38, torch.inf, -torch.inf, torch.nan):
+        x = torch.randn(3, 4, 9, 8)
+        x[0, 1, 2, 3] = value
+        x[1] *= min(value, 3e38) if value > 0 else 1.0
+        x = x.to(dtype).float()
+        with torch.no_grad():
+            expected = plain(x.to(dtype))
+        actual = fused(x).to(dtype)
+        if dtype is torch.float32 or gain == 1.0:
+            assert torch.equal(actual.isnan(), expected.isnan()), value
+            assert torch.equal(actual.isinf(), expected.isinf()), value
+        both = torch.isfinite(expected) & torch.isfinite(actual)
+        assert (actual - expected)[both].double().norm() <= 0.1 * expected[both].double().norm() + 1e-30, value
 
 
 @needs_onednn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
 from types import MappingProxyType
@@ -18,7 +19,9 @@ from torchvision.models.resnet import BasicBlock
 import resnet_fast as rf
 from resnet_fast.graph import OptimizedModule, fuse_tail, optimize
 from resnet_fast.graph.plan import Fused
-from resnet_fast.kernels import gpus
+from resnet_fast.kernels import bottleneck_tail_choice, gpus
+from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct
+from resnet_fast.roofline import cost
 from tests.networks import Lambda, assert_same, conv_bn, randomise, small
 from tests.numerics import assert_obeys_error_rule
 
@@ -50,6 +53,13 @@ def add_gpu(monkeypatch: pytest.MonkeyPatch, name: str, bandwidth: float, flops:
     )
 
 
+@pytest.fixture
+def without_l2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no rate of the level-2 cache were known: nothing but device memory and arithmetic decides."""
+    plain = tuple(dataclasses.replace(gpu, l2_bandwidth=None) for gpu in gpus.GPUS)
+    monkeypatch.setattr(gpus, "GPUS", plain)
+
+
 def tails(fused: OptimizedModule) -> dict[str, Fused]:
     modules = fused.graph_module.named_modules()
     return {name: module for name, module in modules if isinstance(module, Fused) and module.op == "bottleneck_tail"}
@@ -66,9 +76,10 @@ def forms(fused: OptimizedModule) -> dict[str, str]:
 # -------------------------------------------------------------------------------------------------------------- bytes
 
 
-@pytest.mark.parametrize(("name", "separate", "planned"), [("resnet50", 52e6, 30e6), ("resnet152", 113.5e6, 69e6)])
+@pytest.mark.parametrize(("name", "separate", "planned"), [("resnet50", 52e6, 36e6), ("resnet152", 113.5e6, 93e6)])
 def test_bytes_per_image(name: str, separate: float, planned: float) -> None:
-    model = getattr(rf, name)().eval()
+    with torch.device("meta"):
+        model = getattr(rf, name)().eval()
     one = optimize(model, dtype=torch.float16, example_inputs=BATCH).report()
     assert one.bytes_per_image == pytest.approx(separate, rel=0.01)
     report = optimize(model, dtype=torch.float16, gpu="h100", example_inputs=BATCH).report()
@@ -79,7 +90,7 @@ def test_bytes_per_image(name: str, separate: float, planned: float) -> None:
     assert f", {report.bytes_per_image / 1e6:.1f} MB per image" in str(report)
 
 
-def test_the_plan_of_a_whole_network(net: nn.Module) -> None:
+def test_the_plan_of_a_whole_network(net: nn.Module, without_l2: None) -> None:
     fused = optimize(net, dtype=torch.bfloat16, gpu="h100", example_inputs=BATCH)
     assert forms(fused) == {
         "layer1_0_conv2": "pf", "layer1_1_conv2": "f", "layer2_0_conv2": "pf", "layer3_0_conv2": "p",
@@ -103,7 +114,7 @@ def test_the_plan_of_a_whole_network(net: nn.Module) -> None:
     assert " us in 2 kernels instead of " in notes[0] and notes[0].endswith(" us in 7 kernels")
 
 
-def test_floors_in_the_notes_are_those_of_the_cost_model(net: nn.Module) -> None:
+def test_floors_in_the_notes_are_those_of_the_cost_model(net: nn.Module, without_l2: None) -> None:
     from resnet_fast.roofline import cost
 
     gpu, size = gpus.known("h100"), (28, 28)
@@ -146,7 +157,7 @@ def test_examples_without_data(net: nn.Module, form: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_obeys_the_error_rule(net: nn.Module, dtype: torch.dtype) -> None:
+def test_half_precision_obeys_the_error_rule(net: nn.Module, dtype: torch.dtype, without_l2: None) -> None:
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         exact = copy.deepcopy(net).double()(x.double())
@@ -179,7 +190,7 @@ def test_nothing_is_planned_on_a_cpu(net: nn.Module) -> None:
     assert not any("kernel" in note for note in optimize(net, dtype=torch.bfloat16).report().notes)
 
 
-def test_float32_follows_torchs_choice_of_tf32(net: nn.Module) -> None:
+def test_float32_follows_torchs_choice_of_tf32(net: nn.Module, without_l2: None) -> None:
     """With tf32 the blocks up to 128 channels have a tile; without it no matrix unit would work on any."""
     assert list(forms(optimize(net, gpu="h100"))) == ["layer1_0_conv2", "layer1_1_conv2", "layer2_0_conv2"]
     with torch.backends.cudnn.flags(allow_tf32=False):
@@ -454,8 +465,52 @@ def test_what_is_bound_by_arithmetic_stays_separate(net: nn.Module, monkeypatch:
     notes = [note for note in fused.report().notes if note.startswith("slow: ")]
     assert len(notes) == 4
     assert all(
-        "one kernel per convolution, floor " in n and "; bound by arithmetic, bottleneck_tail" in n for n in notes
+        "one kernel per convolution, floor " in n and "would be no faster" in n and "; bottleneck_tail" in n
+        for n in notes
     )
+
+
+def test_weights_read_too_often_through_the_l2_cache_keep_blocks_separate(net: nn.Module) -> None:
+    """A program of a fused block reads all its weights for 64 or 128 pixels: too much from 256 channels on."""
+    for name in ("h100", "h200"):
+        fused = optimize(net, dtype=torch.float16, gpu=name, example_inputs=BATCH)
+        assert list(forms(fused)) == ["layer1_0_conv2", "layer1_1_conv2", "layer2_0_conv2"]
+        notes = [note for note in fused.report().notes if note.startswith(f"{name}: ")]
+        assert all(f"mid {mid}, " in note for mid, note in zip((64, 128, 256, 512), notes, strict=True))
+        assert all("would be no faster: " in note for note in notes[2:])
+
+
+@pytest.mark.parametrize(
+    ("problem", "block_m", "weights", "per_pixel"),
+    [
+        (BottleneckTail(128, 56, 56, 64, 256, 1, None, 64, "fp16"), 128, 9 * 64**2 + 2 * 64 * 256, 9 * 64 + 256),
+        (BottleneckTail(128, 14, 14, 256, 1024, 1, None, 256, "bf16"), 64, 9 * 256**2 + 2 * 256 * 1024, 9 * 256 + 1024),
+        (BottleneckTail(128, 7, 7, 512, 2048, 1, None, 0, "fp16"), 64, 9 * 512**2 + 512 * 2048, 9 * 512 + 2048),
+        # The projection's input is read for each of 1024 / 32 slices, its weights by every program.
+        (BottleneckTail(128, 28, 28, 256, 1024, 2, (512, 28, 28, 2), 0, "fp16"), 64,
+         9 * 256**2 + 256 * 1024 + 512 * 1024, 9 * 256 + 32 * 512),
+    ],
+)  # fmt: skip
+def test_what_a_fused_block_reads_through_the_l2_cache(
+    problem: BottleneckTail, block_m: int, weights: int, per_pixel: int
+) -> None:
+    gpu = gpus.known("h200")
+    config = bottleneck_tail_choice.choose(problem, gpu)
+    assert config is not None and config.block_m == block_m
+    pixels = problem.pixels
+    assert config.l2_reads(problem) == 2 * (-(-pixels // block_m) * weights + pixels * per_pixel)
+    assert fuse_tail.l2_seconds(problem, gpu) == config.l2_reads(problem) / 8.5e12
+    assert fuse_tail.l2_seconds(problem, gpus.known("b200")) == 0.0
+
+
+def test_what_a_convolution_reads_through_the_l2_cache() -> None:
+    problem = ConvBNAct(128, 14, 14, 256, 256, (3, 3), (1, 1), (1, 1), (1, 1), 1, "fp16", False)
+    tiles = 196 * 2
+    assert cost.l2_reads(problem) == 2 * tiles * 256 * 9 * 256
+    assert cost.l2_reads(problem, 256, 128) == 2 * tiles // 2 * 384 * 9 * 256
+    narrow = dataclasses.replace(problem, n=1, h=4, w=4, k=64, groups=4, residual=True)
+    # Four tiles of 16 pixels by 16 channels of 64 inputs at nine taps, and the residual once.
+    assert cost.l2_reads(narrow) == 2 * (4 * 32 * 9 * 64 + 16 * 64)
 
 
 def test_what_the_kernel_has_a_tile_for() -> None:

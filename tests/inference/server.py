@@ -74,7 +74,7 @@ def in_thread(classifier: Classifier, **limits: Any) -> Iterator[InThread]:
         yield InThread(sock.getsockname()[1], service, server, thread)
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(120)
     assert not thread.is_alive() and service.queue == service.buffered == 0
 
 

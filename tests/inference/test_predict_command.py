@@ -476,7 +476,7 @@ def start(checkpoint: Path, photos: Path, out: Path) -> subprocess.Popen[str]:
     )
     slow = [sys.executable, "-c", code, *map(str, command_line[3:])]
     process = subprocess.Popen(slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(600):
+    for _ in range(1_800):
         if path.exists() and path.read_bytes().count(b"\n") > before + 2:
             return process
         time.sleep(0.1)

@@ -53,7 +53,7 @@ def ask(
     **headers: str,
 ) -> Answer:
     """Send one request; the data is JSON's value if the answer is JSON, else text."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     try:
         connection.request(method, path, body, {**({"Content-Type": kind} if kind else {}), **named})
@@ -175,12 +175,12 @@ def test_chunked_bodies_are_counted_while_they_arrive(server: Server) -> None:
 
     answers = []
     for count in (0, 10, 11, 40):
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
         connection.request("POST", "/predict", chunks(count), {"Content-Type": "image/png"}, encode_chunked=True)
         answers.append(connection.getresponse().status)
         connection.close()
     assert answers == [200, 400, 413, 413]
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as endless:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=120) as endless:
         endless.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
         with suppress(OSError):
             for _ in range(1_000):  # far more than is thrown away for politeness
@@ -255,7 +255,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sigterm_ends_it(server: Server) -> None:  # the last with this server
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(20) == 143
+    assert server.process.wait(120) == 143
     assert server.errors() == "resnet-fast: stopped; what had begun was answered\n"
     with pytest.raises(ConnectionRefusedError):
         ask(server.port, GOOD)
@@ -276,7 +276,7 @@ class Gate(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         reds = [round(255 * value) for value in images[:, 0, 0, 0].tolist()]
         self.batches.append(reds)
-        assert self.opened.acquire(timeout=20), "the test did not open the gate"
+        assert self.opened.acquire(timeout=120), "the test did not open the gate"
         scores = torch.zeros(len(images), 256)
         scores[range(len(reds)), reds] = 9.0
         if self.bad in reds:
@@ -313,14 +313,14 @@ def gated(**limits: Any) -> Iterator[Gated]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     while not condition():
-        assert time.monotonic() < end, "it did not happen within 10 s"
+        assert time.monotonic() < end, "it did not happen within two minutes"
         time.sleep(0.005)
 
 
 def labels(answers: list[Future[Answer]]) -> list[str]:
-    return [answer.result(20).data["predictions"][0]["label"] for answer in answers]
+    return [answer.result(120).data["predictions"][0]["label"] for answer in answers]
 
 
 def test_what_waits_becomes_one_batch() -> None:
@@ -335,26 +335,28 @@ def test_what_waits_becomes_one_batch() -> None:
 
 
 def test_an_image_waits_for_others_no_longer_than_the_timeout() -> None:
-    with gated(batch_size=3, batch_timeout=0.5) as on:
+    with gated(batch_size=3, batch_timeout=2.0) as on:
         on.gate.opened.release(3)
         answers = [on.send(1), on.send(2)]
         assert labels(answers) == ["1", "2"] and sorted(on.gate.batches[0]) == [1, 2]
+    with gated(batch_size=3, batch_timeout=100.0) as on:
+        on.gate.opened.release(3)
         began = time.monotonic()
         answers = [on.send(1), on.send(2), on.send(3)]
         assert labels(answers) == ["1", "2", "3"]
-        assert time.monotonic() - began < 0.45  # a full batch does not wait
+        assert time.monotonic() - began < 90  # a full batch does not wait
 
 
 def test_a_full_queue_refuses_and_recovers() -> None:
     with gated(queue=3, batch_size=1) as on:
         answers = [on.send(value) for value in (1, 2, 3)]
         until(lambda: on.service.queue == 3)
-        refused = [on.send(value).result(20) for value in range(4, 10)]
+        refused = [on.send(value).result(120) for value in range(4, 10)]
         assert {(answer.status, answer.headers["retry-after"]) for answer in refused} == {(429, "1")}
         assert "3 images wait already" in refused[0].data["error"]
         assert ask(on.port, method="GET", path="/health").status == 200
         on.gate.opened.release(4)
-        assert labels(answers) == ["1", "2", "3"] and on.send(4).result(20).status == 200
+        assert labels(answers) == ["1", "2", "3"] and on.send(4).result(120).status == 200
 
 
 def test_work_of_clients_that_left_is_dropped() -> None:
@@ -381,9 +383,9 @@ def test_an_error_of_the_model_is_500_and_the_server_goes_on() -> None:
     with gated(batch_size=1) as on:
         on.gate.opened.release(3)
         on.gate.bad = 5
-        assert on.send(5).result(20)[:2] == (500, {"error": "internal error"})
+        assert on.send(5).result(120)[:2] == (500, {"error": "internal error"})
         with mock.patch.object(Gate, "forward", side_effect=RuntimeError("secret\npath")):
-            assert on.send(6).result(20)[:2] == (500, {"error": "internal error"})
+            assert on.send(6).result(120)[:2] == (500, {"error": "internal error"})
         assert labels([on.send(7)]) == ["7"]
 
 
@@ -393,7 +395,7 @@ def test_a_worker_that_ends_ends_the_server() -> None:
         assert labels([on.send(1)]) == ["1"]
         with mock.patch.object(serve.Batcher, "_collect", side_effect=KeyError("bug")):
             assert labels([on.send(2)]) == ["2"]  # the worker was waiting in the real function
-            on.thread.join(20)
+            on.thread.join(120)
         assert isinstance(on.service.failed, KeyError) and not on.thread.is_alive()
 
 
@@ -406,21 +408,21 @@ def test_stopping_answers_what_has_begun() -> None:
         time.sleep(0.2)
         on.gate.opened.release(2)
         assert labels(answers) == ["1", "2"]
-        on.thread.join(20)
+        on.thread.join(120)
         with pytest.raises(ConnectionError):
             ask(on.port, red(1))
 
 
 def test_slow_clients_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "_HEAD_SECONDS", 0.4)
-    with gated(read_timeout=0.4) as on:
+    monkeypatch.setattr(serve, "_HEAD_SECONDS", 1.0)
+    with gated(read_timeout=1.0) as on:
 
         def ended(begin: bytes, then: bytes) -> bytes:
             """Send a byte now and then, as slow as a client can be; return what comes back before the end."""
             found = b""
             with socket.create_connection(("127.0.0.1", on.port), timeout=0.05) as slow, suppress(ConnectionError):
                 slow.sendall(begin)
-                for _ in range(100):
+                for _ in range(1_200):
                     with suppress(TimeoutError):
                         received = slow.recv(10_000)
                         found += received
@@ -446,12 +448,12 @@ def test_bodies_in_memory_are_bounded_together() -> None:
         for connection in held:
             connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 10000\r\n\r\n" + bytes(9_999))
         until(lambda: on.service.buffered == 16 * 9_999)
-        assert on.send(1).result(20)[:2] == (503, {"error": "too many large requests at once"})
+        assert on.send(1).result(120)[:2] == (503, {"error": "too many large requests at once"})
         for connection in held:
             connection.close()
         until(lambda: on.service.buffered == 0)
         on.gate.opened.release()
-        assert on.send(1).result(20).status == 200
+        assert on.send(1).result(120).status == 200
 
 
 def test_connections_are_bounded() -> None:
@@ -479,7 +481,7 @@ def test_two_workers_compute_at_the_same_time() -> None:
     together = threading.Barrier(2)
 
     def compute(images: Tensor) -> Tensor:
-        together.wait(10)
+        together.wait(120)
         return images + 1
 
     async def both() -> Any:

@@ -53,7 +53,7 @@ def test_functions_of_torchs_that_were_replaced(owner: Any, name: str, monkeypat
             assert not close(before, want, 1e-2), "the replacement changes nothing"
             assert close(ours(x), want)
             if (owner, name) != (torch, "flatten"):  # it is in the model's own forward, which is traced
-                assert close(rf.optimize(theirs)(x), want)
+                assert close(rf.optimize(theirs, example_inputs=x)(x), want)
         assert close(ours(x), before)
 
 

@@ -72,7 +72,7 @@ def falls(item: int) -> tuple[int, str]:
 def test_a_process_that_dies_costs_only_its_item() -> None:
     with workers.mapped(falls, range(5), 2, lambda item, reason: (item, reason)) as found:
         assert dict(found) == dict.fromkeys((0, 1, 3, 4), "done") | {2: "its process ended with exit status 7"}
-    assert bench_ops._lost(("tf32", 7, "cuda", "auto"), "gone")[0] == "add_act 17-9px tf32 batch 3"
+    assert bench_ops._lost(("tf32", 7, "cuda", "auto", 1), "gone")[0] == "add_act 17-9px tf32 batch 3"
 
 
 # --- training
@@ -151,6 +151,25 @@ def test_smoke_shares_its_work_between_processes(tmp_path: Path) -> None:
     assert len(results.read(tmp_path / "correctness.json")["ops"]) == len(ops.small("fp32", "cpu"))
 
 
+def test_smoke_compares_the_bits_of_every_answer() -> None:
+    case, calls = ops.small("fp32", "cpu")[0](), [0]
+
+    def now_and_then(*activations: Any) -> Any:
+        calls[0] += 1
+        answer = case.contestants["op"](*activations)
+        first = answer[0] if isinstance(answer, tuple) else answer
+        if calls[0] in (3, 7):
+            first[(0,) * first.dim()] += 1e-6
+        return answer
+
+    assert case.varies("op", 50) == ""
+    odd = dataclasses.replace(case, contestants={**case.contestants, "op": now_and_then})
+    assert odd.varies("op", 50) == "2 of 50 answers have other bits" and calls == [50]
+    nan = torch.full((3,), float("nan"), dtype=torch.bfloat16)
+    same = dataclasses.replace(case, contestants={**case.contestants, "op": lambda *_: nan})
+    assert same.varies("op", 3) == ""
+
+
 def test_smoke_that_is_cut_off_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CUDA kernels are not measured then, so ``cuda`` must not count as done."""
     passed, now = [True], [0.0]
@@ -173,8 +192,8 @@ def test_smoke_by_the_cuda_kernels_covers_all_that_they_compute(
 ) -> None:
     seen: dict[str, set[str]] = {}
 
-    def one(item: tuple[str, int, str, str]) -> tuple[str, dict[str, Any]]:
-        precision, index, device, _ = item
+    def one(item: bench_ops.Item) -> tuple[str, dict[str, Any]]:
+        precision, index, device, *_ = item
         made: Any = ops.small(precision, device)[index]
         seen.setdefault(precision, set()).add(made.func.__name__)
         return str(item), {"passed": True, "error": 0.0, "allowed": 1.0, "reason": ""}

@@ -347,7 +347,7 @@ def test_busy_processes_run_and_end_with_who_started_them() -> None:
     )
     given = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "check": True}
     pid = int(subprocess.run([sys.executable, "-c", code], **given).stdout)
-    for _ in range(100):
+    for _ in range(1_200):
         with contextlib.suppress(FileNotFoundError):
             if "getppid" in Path(f"/proc/{pid}/cmdline").read_text():
                 time.sleep(0.1)

@@ -226,7 +226,7 @@ class Training:
     def end(self, number: int, group: bool) -> tuple[str, str]:
         (os.killpg if group else os.kill)(self.process.pid, number)
         try:
-            return self.process.communicate(timeout=60)
+            return self.process.communicate(timeout=120)
         finally:
             self.process.kill()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -228,7 +229,7 @@ def test_a_block_whose_parts_are_faster_is_left_to_them(folders: tuple[Path, Pat
 @pytest.mark.parametrize("faster", [True, False])
 def test_a_training_convolution_is_measured_against_the_plain_way(folders: tuple[Path, Path], faster: bool) -> None:
     """Both times are written, and the op takes the kernel where its own is less."""
-    convolution = next(each for each in CASES if each.op == "conv_statistics")
+    convolution = cases_of("conv_statistics")[0]
     runner = Pretender(slowness=3.0)
     runner.apart = (4.0 if faster else 2.0) * sweep.floor(convolution, H100)
     (outcome,) = run(runner, [convolution], folders[1] / "h100.json")
@@ -241,7 +242,7 @@ def test_a_training_convolution_is_measured_against_the_plain_way(folders: tuple
 
 @pytest.mark.parametrize("normalised", [False, True])
 def test_the_plain_way_of_a_training_convolution_does_the_same(normalised: bool) -> None:
-    given = next(each for each in CASES if each.op == "conv_statistics" and each.problem.normalised is normalised)
+    given = next(each for each in cases_of("conv_statistics") if each.problem.normalised is normalised)
     given = dataclasses.replace(given, problem=dataclasses.replace(given.problem, precision="fp32"))
     op = ops.get("conv_statistics")
     example = op.example(given, CPU)
@@ -363,8 +364,9 @@ def test_other_choices_in_the_table_stay(tmp_path: Path) -> None:
 # --- every op's adapter, and the gate
 
 
-def _some_cases() -> list[ops.Case]:
-    """A small case of every kind that the networks have."""
+@functools.cache
+def some_cases() -> list[ops.Case]:
+    """A small case of every kind that the networks have. Not made at the import, for which every collection waits."""
     found: dict[tuple[Any, ...], ops.Case] = {}
     for each in shapes.problems(["resnet18", "resnet50", "resnext50_32x4d"], [2], ["fp16"], 32, LITTLE, training=True):
         given = each.problem
@@ -376,16 +378,23 @@ def _some_cases() -> list[ops.Case]:
     return list(found.values())
 
 
-CASES = _some_cases()
+def cases_of(op: str) -> list[ops.Case]:
+    return [each for each in some_cases() if each.op == op]
 
 
 def test_every_op_has_a_case() -> None:
-    assert {each.op for each in CASES} == set(ops.names())
+    assert {each.op for each in some_cases()} == set(ops.names())
 
 
-@pytest.mark.parametrize("given", CASES, ids=str)
-def test_adapters_describe_what_the_kernels_take(given: ops.Case) -> None:
+@pytest.mark.parametrize("name", ops.names())
+def test_adapters_describe_what_the_kernels_take(name: str) -> None:
     """References fill the outputs' shapes; work is positive; each heuristic makes a launch."""
+    for given in cases_of(name):
+        print(given)  # which is seen if it fails
+        assert_described(given)
+
+
+def assert_described(given: ops.Case) -> None:
     op = ops.get(given.op)
     example = op.example(given, CPU)
     for output, answer in zip(example.outputs, example.exact(torch.float64), strict=True):
@@ -412,9 +421,7 @@ def assert_passes_the_gate(given: ops.Case, example: ops.Example, exact: Sequenc
 def test_launches_pass_the_gate(op: str) -> None:
     """The kernels themselves, on the smallest case of each kind: in the interpreter if there is no GPU."""
     kinds: dict[tuple[Any, ...], ops.Case] = {}
-    for each in sorted(
-        (each for each in CASES if each.op == op), key=lambda each: -ops.get(op).work(each.problem).flops
-    ):
+    for each in sorted(cases_of(op), key=lambda each: -ops.get(op).work(each.problem).flops):
         following = getattr(each.problem, "following", 0) > 0
         names = ("residual", "shortcut", "step", "normalised")
         kinds[(each.form, *(getattr(each.problem, name, None) for name in names), following)] = each
@@ -479,8 +486,7 @@ class Listed:
 
 def test_cases_of_cuda_kernels_stand_behind_tritons() -> None:
     given = [case(), case(groups=2), case(precision="fp32"), case(precision="bf16")]
-    stem = next(each for each in CASES if each.op == "stem")
-    tail = next(each for each in CASES if each.op == "bottleneck_tail")
+    stem, tail = cases_of("stem")[0], cases_of("bottleneck_tail")[0]
     assert ops.with_cuda(given, H100) == tuple(given)  # nothing is built here, or not for this
     with native.substitute(Listed()):
         made = ops.with_cuda([*given, stem, tail], H100)
@@ -599,15 +605,14 @@ def test_cuda_launches_pass_the_gate(op: str) -> None:
     device = torch.device(CUDA_DEVICE)
     described: list[ops.Case] = {
         "conv_bn_act": [case(n=1, h=5, w=4, c=16, k=24, residual=True), dataclasses.replace(case(n=1), form="none")],
-        "stem": [each for each in CASES if each.op == "stem"],
+        "stem": cases_of("stem"),
         "head": [ops.Case("head", ops.get("head").kernel.Problem(2, 3, 2, 40, 17, "fp16"))],
         "add_act": [
             ops.Case("add_act", ops.get("add_act").kernel.Problem(1000, "bf16"), form) for form in ("relu", "backward")
         ],
         "batch_norm_act": [
             dataclasses.replace(each, problem=dataclasses.replace(each.problem, rows=100, c=24))
-            for each in CASES
-            if each.op == "batch_norm_act"
+            for each in cases_of("batch_norm_act")
         ],
     }[op]
     with installed():

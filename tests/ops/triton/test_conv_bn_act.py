@@ -16,7 +16,7 @@ from resnet_fast.kernels import gpus
 from resnet_fast.roofline.measure import tf32
 from tests.numerics import assert_obeys_error_rule
 from tests.ops.test_conv_bn_act import plain, problem
-from tests.triton_device import DEVICE, FORMS, kernels
+from tests.triton_device import DEVICE, FORMS, kernels, launch_anew
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -41,6 +41,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return made
 
     monkeypatch.setattr(kernel, "launch", launch)
+    launch_anew(monkeypatch)
     return names
 
 

@@ -1,0 +1,277 @@
+"""An estimate of the time of one launch on a Hopper GPU: from its tiles, its occupancy and what its code waits for.
+
+**Nothing here is measured.** A floor says what no kernel can beat; this says what these kernels should take, from a
+few assumed latencies, so that what limits a launch has a name before a GPU is at hand. It is good to about 30 %, and
+better at comparing two launches than at the time of one. Arithmetic alone: no graph, no kernel, no compiler.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from resnet_fast._dtypes import ITEMSIZE
+from resnet_fast.kernels.gpus import GPU
+from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct, Head, Problem, Stem
+
+from .cost import work
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the estimate takes as given. Times are seconds.
+
+    Attributes:
+        clock: cycles per second under load. flops: of a multiprocessor in a cycle, by precision.
+        launch: from one kernel of a graph to the next: the grid drains and fills.
+        start: of a block: its launch, addresses, barriers, descriptors.
+        memory, cache: from the request of a box to its arrival, from device memory and from the level-2 cache.
+        epilogue, store: behind the last product of 128 x 128 outputs: scale, shift and rounding; until its copy out
+            of shared memory is over.
+        wait: cycles that an instruction waits for the one before where a product cannot be left running. step: cycles
+            of barriers and requests in a step; with the first operand through registers ``registers_step``.
+        gather: of a step that collects its operand element by element, three blocks on a multiprocessor: 22,250 thread
+            instructions for a pooled pixel of the stem, at 2.5 instructions a cycle.
+        port: bytes in a cycle that one multiprocessor takes from the level-2 cache at most.
+        reached: of the rates of memory and matrix units, what a good kernel gets.
+        few: images up to which activations and weights stay in the level-2 cache.
+    """
+
+    clock: float = 1.755e9
+    flops: tuple[tuple[str, int], ...] = (("fp16", 4096), ("bf16", 4096), ("tf32", 2048), ("fp32", 256))
+    launch: float = 2.0e-6
+    start: float = 0.8e-6
+    memory: float = 0.85e-6
+    cache: float = 0.55e-6
+    epilogue: float = 0.5e-6
+    store: float = 0.4e-6
+    wait: int = 40
+    step: int = 80
+    registers_step: int = 110
+    gather: float = 0.35e-6
+    port: int = 64
+    reached: float = 0.92
+    few: int = 8
+
+
+ASSUMED = Assumptions()
+AREA = 128 * 128
+"""Outputs of a tile to which ``epilogue`` and ``store`` belong."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """What is known of a kernel's machine code.
+
+    Attributes:
+        blocks: how many of its blocks a multiprocessor holds at once. warps: of a block.
+        serialised: whether each product waits for the one before. a: where the first operand comes from, "shared",
+            "registers" or "" if that is not known.
+    """
+
+    registers: int
+    blocks: int
+    warps: int
+    serialised: bool = False
+    a: str = ""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Steps of a program that each fetch ``bytes`` and multiply, ``stages`` of them on their way at once.
+
+    Attributes:
+        rows, columns, depth: of a step's product. each: seconds that a step takes besides.
+    """
+
+    steps: int
+    rows: int
+    columns: int
+    depth: int
+    bytes: int
+    stages: int
+    each: float = 0.0
+
+
+@dataclass(frozen=True)
+class Program:
+    """What each block of a launch does.
+
+    Attributes:
+        tiles: of the output, of the whole launch. programs: blocks; fewer than tiles where each takes several.
+        loops: one behind the other, for a tile. area: outputs that are written behind them.
+        exposed: loads that nothing overlaps, such as a residual's behind the loops.
+        l2: bytes that all programs read through the level-2 cache.
+    """
+
+    tiles: int
+    programs: int
+    loops: tuple[Loop, ...]
+    area: int
+    exposed: int
+    l2: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one launch. Times are seconds.
+
+    Attributes:
+        programs, blocks: of the launch, and at once on a multiprocessor. waves: how often the GPU is filled.
+        chain: what one block takes beside the others on its multiprocessor, from its start to its last store.
+        floor: what no kernel can beat. l2: what its programs read, at the level-2 cache's rate.
+        seconds: the estimate. binds: what limits it, in words.
+    """
+
+    programs: int
+    blocks: int
+    waves: float
+    chain: float
+    floor: float
+    l2: float
+    seconds: float
+    binds: str
+
+
+def require(gpu: GPU) -> None:
+    """Raise ValueError if the model is not of such a GPU."""
+    if gpu.capability != 90 or gpu.l2_bandwidth is None:
+        raise ValueError(f"no estimate for {gpu.name}: the latencies assumed are Hopper's; known are h100 and h200")
+
+
+def estimate(problem: Problem, program: Program, code: Code, gpu: GPU, assumed: Assumptions = ASSUMED) -> Estimate:
+    """Return the estimate of a launch of ``problem`` on ``gpu``.
+
+    Raises:
+        ValueError: the model is not of such a GPU.
+    """
+    require(gpu)
+    need, precision = work(problem), problem.precision
+    few = getattr(problem, "n", 0) <= assumed.few
+    latency = assumed.cache if few else assumed.memory
+    slots = max(1, code.blocks) * gpu.multiprocessors
+    taken = math.ceil(program.tiles / program.programs)
+    seconds, first, inside = 0.0, 0.0, ""
+    full, rest = divmod(program.programs, slots)
+    for count, running in ((full, slots), (bool(rest), rest)):
+        if count:
+            shared = min(gpu.multiprocessors, running)
+            beside = math.ceil(running / gpu.multiprocessors)
+            rate = min((gpu.l2_bandwidth or 0.0) / shared, assumed.port * assumed.clock)
+            chain, why = _chain(program, code, precision, latency, rate, beside, taken, assumed)
+            seconds += count * chain
+            first, inside = first or chain, inside or why
+    memory, l2 = need.bytes / (assumed.reached * gpu.bandwidth), program.l2 / gpu.l2_bandwidth
+    waves = program.programs / slots
+    if memory >= max(seconds, l2):
+        binds = "memory"
+    elif l2 >= seconds:
+        binds = "L2 traffic"
+    elif program.programs < gpu.multiprocessors:
+        binds = f"few blocks, {inside}"
+    elif math.ceil(waves) / waves >= 1.25 and waves > 0.5:
+        binds = f"part of a wave, {inside}"
+    else:
+        binds = inside
+    total = max(seconds, memory, l2) + assumed.launch
+    floor = need.floor(gpu, precision)
+    return Estimate(program.programs, code.blocks, waves, first, floor, l2, max(total, floor), binds)
+
+
+def _chain(
+    program: Program, code: Code, precision: str, latency: float, rate: float, beside: int, tiles: int,
+    assumed: Assumptions,
+) -> tuple[float, str]:  # fmt: skip
+    """Return the seconds of one of the ``beside`` programs on a multiprocessor, and what most of it is.
+
+    Args:
+        rate: bytes per second that the multiprocessor gets from the level-2 cache. tiles: that the program computes.
+    """
+    loops, causes = 0.0, {"block start and end": 0.0}
+    for loop in program.loops:
+        step, why = _step(loop, code, precision, latency, rate, beside, assumed)
+        loops += loop.steps * step
+        causes[why] = causes.get(why, 0.0) + loop.steps * step
+    size = max(0.25, program.area / AREA)
+    # A program of several tiles fetches the next one's operands, the residual among them, during the last one's end.
+    exposed = program.exposed * latency if tiles == 1 else 0.0
+    ends = (assumed.epilogue + assumed.store) * min(size, 1.0) if program.area else 0.0
+    fixed = assumed.start + latency
+    causes["block start and end"] = fixed + tiles * (ends + exposed)
+    found = fixed + tiles * (loops + ends + exposed)
+    return found, max(causes, key=causes.__getitem__)
+
+
+def _step(
+    loop: Loop, code: Code, precision: str, latency: float, rate: float, beside: int, assumed: Assumptions
+) -> tuple[float, str]:
+    """Return the seconds of one step of a loop, and what most of it is."""
+    flops = 2.0 * loop.rows * loop.columns * loop.depth
+    product = flops / dict(assumed.flops)[precision] / assumed.clock
+    through = code.a == "registers"
+    instructions = max(1, loop.depth * ITEMSIZE[precision] // 32) * max(1, loop.rows // 64 // max(1, code.warps // 4))
+    waits = (instructions * assumed.wait if code.serialised else assumed.wait / 2) / assumed.clock
+    copied = loop.rows * loop.depth * ITEMSIZE[precision] / 128 / assumed.clock if through else 0.0
+    overhead = (assumed.registers_step if through else assumed.step) / assumed.clock
+    if loop.depth == 0:
+        return loop.each, "gathering"
+    limits = {
+        "products that wait" if code.serialised else "product": product + waits + copied + overhead,
+        "matrix units": beside * product / assumed.reached,
+        "L2 traffic": beside * loop.bytes / rate,
+        "load latency": latency / max(1, loop.stages - 1) if loop.steps > 1 else 0.0,
+    }
+    why = max(limits, key=limits.__getitem__)
+    return limits[why] + loop.each, why
+
+
+# --- the programs of the ops, whose launch choices are those of their kernels' modules
+
+
+def conv(problem: ConvBNAct, config: Any, tiles: int, programs: int) -> Program:
+    """Return the program of a convolution's launch.
+
+    Args:
+        tiles: of the output. programs: the launch's blocks: fewer where each takes several tiles, more where several
+            share the sums of one.
+    """
+    m, n, k, item = config.block_m, config.block_n, config.block_k, ITEMSIZE[problem.precision]
+    depth = math.prod(problem.kernel) * problem.c // problem.groups
+    shares = max(1, programs // tiles)
+    loop = Loop(math.ceil(math.ceil(depth / k) / shares), m, n, k, (m + n) * k * item, config.num_stages)
+    residual = problem.pixels * problem.k * item if problem.residual else 0
+    exposed = int(problem.residual) + int(shares > 1)
+    return Program(tiles * shares, programs, (loop,), m * n, exposed, tiles * (m + n) * depth * item + residual)
+
+
+def tail(problem: BottleneckTail, config: Any, programs: int) -> Program:
+    """Return the program of a fused bottleneck block: the 3x3's loop, then one over slices of the output channels."""
+    m, n, c, item = config.block_m, config.block_n, config.block_c, ITEMSIZE[problem.precision]
+    depth, fetched = problem.mid + problem.following, (problem.mid + problem.following) * n
+    if problem.shortcut is None:
+        fetched += m * n
+    else:
+        depth += problem.shortcut[0]
+        fetched += problem.shortcut[0] * (m + n)
+    spatial = Loop(9 * problem.mid // c, m, problem.mid, c, (m + problem.mid) * c * item, config.stages)
+    ends = (ASSUMED.epilogue + ASSUMED.store) * m * n / AREA
+    slices = Loop(math.ceil(problem.k / n), m, n, depth, fetched * item, config.slice_stages, ends)
+    return Program(programs, programs, (spatial, slices), m * problem.following, 0, config.l2_reads(problem))
+
+
+def stem(problem: Stem, config: Any, programs: int) -> Program:
+    """Return the program of a stem: a step for each row of taps at each of the pool's three columns."""
+    steps = (2 * config.rows + 1) * 3 * 7
+    # Nothing of a step overlaps another: its loads, barriers and products are all in ``gather``.
+    loop = Loop(steps, 0, 0, 0, 0, 2, ASSUMED.gather)
+    return Program(programs, programs, (loop,), config.block_m * config.block_n * config.rows, 0, 0)
+
+
+def head(problem: Head, config: Any, programs: int) -> Program:
+    """Return the program of a head: pooled in rounds, each of which waits for its loads."""
+    m, n, c, item = config.block_m, config.block_n, config.block_c, ITEMSIZE[problem.precision]
+    pixels = problem.h * problem.w
+    rounds = math.ceil(problem.c / c) * math.ceil(pixels / config.block_p)
+    loop = Loop(rounds, m, n, c, (m * min(config.block_p, pixels) + n) * c * item, 2)
+    return Program(programs, programs, (loop,), m * n, 0, programs * (m * pixels + n) * problem.c * item)

@@ -1,0 +1,253 @@
+"""The estimate of time per launch: its arithmetic by hand, what it reads, and the command that labels it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resnet_fast.cli import roofline as command
+from resnet_fast.kernels import bottleneck_tail_choice, gpus
+from resnet_fast.kernels.problems import AddAct, BottleneckTail, ConvBNAct, Head, Stem
+from resnet_fast.roofline import estimate
+from resnet_fast.roofline.estimate import ASSUMED, Code, Estimate
+from resnet_fast.tuning import estimate as launches
+from resnet_fast.tuning import sweep
+from tests import command_line
+
+pytest.importorskip("triton")
+
+H200 = gpus.known("h200")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    block_m: int = 128
+    block_n: int = 128
+    block_k: int = 64
+    num_stages: int = 3
+
+
+def conv(n: int = 128, side: int = 14, c: int = 256, k: int = 256, taps: int = 3, residual: bool = False) -> ConvBNAct:
+    return ConvBNAct(
+        n, side, side, c, k, (taps, taps), (1, 1), (taps // 2,) * 2, (1, 1), 1, "fp16", residual
+    )  # fmt: skip
+
+
+def of(problem: ConvBNAct, code: Code, tile: Tile = Tile(), programs: int | None = None, **gpu: Any) -> Estimate:
+    tiles = -(-problem.pixels // tile.block_m) * -(-problem.k // tile.block_n)
+    program = estimate.conv(problem, tile, tiles, tiles if programs is None else programs)
+    return estimate.estimate(problem, program, code, dataclasses.replace(H200, **gpu))
+
+
+# --- the arithmetic
+
+
+def test_a_3x3_by_hand() -> None:
+    """392 tiles on 264 places: a full wave of two on a multiprocessor, then 128 alone."""
+    found = of(conv(), Code(128, 2, 4))
+    assert (found.programs, found.blocks) == (392, 2) and found.waves == pytest.approx(392 / 264)
+    ends = 0.8e-6 + 0.85e-6 + 0.5e-6 + 0.4e-6
+    fetched = 256 * 64 * 2  # a step: 128 pixels and 128 channels, 64 deep
+    share = 8.5e12 / 132
+    product = 2 * 128 * 128 * 64 / 4096 / 1.755e9
+    first = 36 * max(2 * fetched / share, 0.85e-6 / 2, product + 100 / 1.755e9) + ends
+    alone = 36 * max(fetched / (8.5e12 / 128), 0.85e-6 / 2, product + 100 / 1.755e9) + ends
+    assert found.chain == pytest.approx(first)
+    assert found.seconds == pytest.approx(first + alone + 2e-6)
+    assert found.l2 == pytest.approx(392 * 256 * 2304 * 2 / 8.5e12)
+    assert found.floor == pytest.approx(2 * 128 * 196 * 256 * 2304 / 788e12)
+    assert found.binds == "part of a wave, L2 traffic"
+
+
+def test_a_large_copy_is_bound_by_memory() -> None:
+    found = of(conv(side=56, c=256, k=64, taps=1), Code(64, 8, 4), Tile(block_n=64))
+    bytes_moved = 128 * 3136 * (256 + 64) * 2 + 64 * 256 * 2 + 64 * 8
+    assert found.binds == "memory" and found.seconds == pytest.approx(bytes_moved / (0.92 * 4.3e12) + 2e-6)
+
+
+@pytest.mark.parametrize("n", [1, 8, 32, 128, 256])
+@pytest.mark.parametrize("taps", [1, 3])
+def test_what_makes_a_launch_slower(n: int, taps: int) -> None:
+    base = of(conv(n, taps=taps), Code(90, 2, 4))
+    assert base.seconds >= base.floor and base.seconds > base.l2
+    for worse in (
+        of(conv(n, taps=taps), Code(90, 2, 4, serialised=True)),
+        of(conv(n, taps=taps), Code(90, 2, 4, a="registers")),
+        of(conv(n, taps=taps, residual=True), Code(90, 2, 4)),
+        of(conv(n, taps=taps), Code(90, 2, 4), Tile(num_stages=2)),
+        of(conv(n, taps=taps), Code(90, 2, 4), l2_bandwidth=2e12),
+        of(conv(n, taps=taps), Code(90, 2, 4), bandwidth=1e12),
+    ):
+        assert worse.seconds >= base.seconds
+    serial = of(conv(1, taps=taps), Code(90, 1, 4, serialised=True), Tile(64, 64, 64, 8))
+    assert serial.seconds > of(conv(1, taps=taps), Code(90, 1, 4), Tile(64, 64, 64, 8)).seconds
+    assert "products that wait" in serial.binds or taps == 1
+
+
+def test_shared_sums_shorten_the_loop_and_persistent_blocks_hide_the_residual() -> None:
+    few = conv(1, side=7, c=512, k=512)
+    whole, split = (of(few, Code(90, 2, 4), Tile(64, 64, 64, 4), 8 * shares) for shares in (1, 4))
+    assert whole.binds.startswith("few blocks") and split.seconds < 0.5 * whole.seconds
+    wide = conv(side=14, c=256, k=1024, taps=1, residual=True)
+    each, persistent = of(wide, Code(90, 2, 4)), of(wide, Code(90, 2, 4), programs=264)
+    assert persistent.programs == 264 and persistent.seconds < each.seconds
+    bare = dataclasses.replace(wide, residual=False)
+    assert persistent.chain == of(bare, Code(90, 2, 4), programs=264).chain
+    assert each.chain == pytest.approx(of(bare, Code(90, 2, 4)).chain + ASSUMED.memory)
+
+
+def test_other_ops() -> None:
+    stem = Stem(1, 224, 224, 3, 64, False, False, "fp16")
+    config = type("Config", (), {"rows": 1, "block_m": 32, "block_n": 64})
+    found = estimate.estimate(stem, estimate.stem(stem, config, 98), Code(164, 3, 4), H200)
+    assert found.chain == pytest.approx(63 * 0.35e-6 + 0.8e-6 + 0.55e-6 + 0.9e-6 / 8 * 2, rel=0.02)
+    assert found.binds == "few blocks, gathering"
+    head = Head(1, 7, 7, 2048, 1000, "fp16")
+    config = type("Config", (), {"block_m": 1, "block_n": 16, "block_c": 256, "block_p": 64})
+    found = estimate.estimate(head, estimate.head(head, config, 63), Code(60, 4, 8), H200)
+    assert 8 * 0.55e-6 < found.seconds < 10e-6 and found.binds == "few blocks, load latency"
+    block = BottleneckTail(128, 56, 56, 64, 256, 1, None, 64, "fp16")
+    choice = bottleneck_tail_choice.choose(block, H200)
+    assert choice is not None
+    program = estimate.tail(block, choice, 3136)
+    one, two = (estimate.estimate(block, program, Code(130, blocks, 8), H200) for blocks in (1, 2))
+    assert program.l2 == choice.l2_reads(block) and one.floor < two.seconds < one.seconds
+    assert [loop.steps for loop in program.loops] == [9, 4]
+
+
+@pytest.mark.parametrize("name", ["a100", "b200", "rtx4090"])
+def test_no_estimate_where_the_latencies_are_not_known(name: str) -> None:
+    program = estimate.conv(conv(), Tile(), 392, 392)
+    with pytest.raises(ValueError, match=f"no estimate for {name}: .* known are h100 and h200"):
+        estimate.estimate(conv(), program, Code(128, 2, 4), gpus.known(name))
+
+
+# --- what it reads
+
+
+def test_the_table_of_resources_is_read_by_names(tmp_path: Path) -> None:
+    path = tmp_path / "resources.csv"
+    path.write_text(
+        "# triton 3.7.1\noccupancy,a,arch,kernel,type,constants,shared,registers,serialised,more\n"
+        "2,registers,sm_90,conv_bn_act._boxes,fp16,BLOCK_N=128 num_warps=8 C%16,1,134,1,x\n"
+        "3,shared,sm_90,conv_bn_act._boxes,fp16,BLOCK_N=64 num_warps=4,1,90,0,x\n"
+    )
+    assert list(launches.table(path).values()) == [
+        Code(134, 2, 8, True, "registers"), Code(90, 3, 4, False, "shared")
+    ]  # fmt: skip
+    assert launches.table(tmp_path / "none.csv") == {}
+    of_two = "# made by\ntriton,arch,kernel,type,constants,registers,occupancy,serialised,a\n" + "".join(
+        f"{version},sm_90,head._head,fp16,num_warps=4,{registers},2,yes,\n"
+        for version, registers in (("0.1", 1), (importlib.metadata.version("triton"), 2), ("99.9", 3))
+    )
+    path.write_text(of_two)
+    assert [code.registers for code in launches.table(path).values()] == [2]
+    assert all(code.serialised for code in launches.table(path).values())
+    committed = launches.table(launches.resources.table_path())
+    assert len(committed) > 500 and all(code.registers > 0 and code.blocks > 0 for code in committed.values())
+
+
+def test_measured_figures_come_from_result_files(tmp_path: Path) -> None:
+    assert launches.measured("resnet50-fp16-b128", H200, tmp_path) == (None, None)
+    rows = [{"parts": ["conv1"], "measured_seconds": 5e-5}, {"parts": ["b", "c"], "measured_seconds": None}]
+    schedules = [{"name": "per-conv", "rows": []}, {"name": "planned", "rows": rows}]
+    (tmp_path / "layers-resnet50-fp16-b128.json").write_text(json.dumps({"schedules": schedules}))
+    contestants = {"optimize": {"images_per_second": 40_000.0}, "eager": {"images_per_second": 1.0}}
+    cases = {"resnet50-fp16-b128": {"contestants": contestants}, "resnet50-fp16-b1": {"failed": "it did"}}
+    (tmp_path / "models.json").write_text(json.dumps({"cases": cases}))
+    assert launches.measured("resnet50-fp16-b128", H200, tmp_path) == ({frozenset({"conv1"}): 5e-5}, 2.5e-5)
+    assert launches.measured("resnet50-fp16-b1", H200, tmp_path) == (None, None)
+
+
+def test_the_planned_launches_are_those_of_the_plan() -> None:
+    planned = command.schedules(command.Subject("resnet50", 128, 224, command.Arithmetic("fp16")), H200)[3]
+    found = launches.launched(launches.PLANNED, "resnet50", 128, 224, "fp16", H200)
+    assert {frozenset(parts) for parts, _ in found} == {frozenset(kernel.parts) for kernel in planned.kernels}
+    works = {frozenset(kernel.parts): kernel.work for kernel in planned.kernels}
+    assert all(estimate.work(case.problem) == works[frozenset(parts)] for parts, case in found)
+    assert len(launches.launched(launches.PLANNED, "resnet50", 1, 224, "fp16", H200)) == 54
+    assert len(launches.launched(launches.PER_CONV, "resnet50", 128, 224, "fp16", H200)) == 54
+
+
+# --- the command
+
+
+def test_the_command_labels_what_it_shows(tmp_path: Path) -> None:
+    """Compiled kernels have names and constants that interpreted ones lack, so a process of its own."""
+    found = command_line.run_process(
+        "roofline", "--arch", "resnet50", "--gpu", "h200", "--estimate", "--json", tmp_path / "a.json",
+        TRITON_INTERPRET="0",
+    )  # fmt: skip
+    out = found.passed()
+    headings = [line.strip() for line in out.splitlines() if line and not line.startswith(("┏", "┃", "┡", "│", "└"))]
+    assert headings[0] == "ESTIMATE, not measured: planned, resnet50, float16, batch 128, 224 px, h200"
+    assert headings[1] == "ESTIMATE, not measured: an image, resnet50, float16, h200"
+    assert "good to about 30 %" in out and "8.5 TB/s out of L2 (assumed)" in out
+    rows = [line for line in out.splitlines() if line.startswith("│")]
+    assert len(rows) > 25 and all("not run" in row or "per-conv" in row for row in rows)
+    data = json.loads((tmp_path / "a.json").read_text())["estimate"]
+    assert "only what is called measured was measured" in data["what"]
+    assert data["assumptions"]["memory"] == ASSUMED.memory and data["assumptions"]["l2_bandwidth"] == 8.5e12
+    assert [(each["batch"], each["schedule"]) for each in data["per_image"]] == [
+        (batch, schedule) for batch in (1, 8, 32, 128, 256) for schedule in ("per-conv", "planned")
+    ]
+    assert all(each["estimate"] > each["floor"] and each["measured"] is None for each in data["per_image"])
+    whole = sum(launch["estimated_seconds"] for launch in data["launches"]) / 128
+    assert whole == pytest.approx(
+        next(s["estimate"] for s in data["per_image"] if s["batch"] == 128 and s["launches"] < 54)
+    )
+    assert all(launch["code_registers"] > 0 and launch["measured_seconds"] is None for launch in data["launches"])
+
+
+def test_measured_times_stand_beside_the_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    problem = conv()
+    case = launches.Case("conv_bn_act", problem)
+    launch = launches.Launch(
+        ("layer3.1.conv2",), case, Tile(), Code(128, 2, 4, True, "registers"), of(problem, Code(128, 2, 4))
+    )
+    subject = command.Subject("resnet50", 128, 224, command.Arithmetic("fp16"))
+    sums = (command.Sum(128, "planned", 1, 1e-6, 3e-6, 2.5e-6), command.Sum(128, "per-conv", 1, 1e-6, 3e-6, None))
+    seconds = {frozenset({"layer3.1.conv2"}): 7.7e-5}
+    command.show_estimates(command.Estimates(subject, H200, (launch,), sums, seconds), "remark")
+    out = capsys.readouterr().out
+    assert "77.0" in out and "2.50" in out and out.count("not run") == 1
+    assert "A in registers, serialised" in out and "remark" in out and "does not say" not in out
+
+
+def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*arguments: str) -> command_line.Outcome:
+        return command_line.run("roofline", "--estimate", "-a", "resnet18", "-b", "1", *arguments)
+
+    run("--gpu", "h200").failed("--estimate is of compiled kernels, and TRITON_INTERPRET is set; unset it")
+    monkeypatch.setattr("resnet_fast.backends.triton.missing", lambda: "triton is not installed")
+    run("--gpu", "h200").failed("--estimate needs the kernels' launch choices, and triton is not installed")
+    run("--gpu", "a100").failed("no estimate for a100: the latencies assumed are Hopper's; known are h100 and h200")
+
+
+# --- which choices are worth measuring
+
+
+def test_tuning_measures_the_choices_that_the_estimate_prefers() -> None:
+    case = launches.Case("conv_bn_act", conv(128, 14, 256, 1024, 1, residual=True), "relu")
+    every = sweep.configs(case, H200)
+    few = sweep.configs(case, H200, 6)
+    assert len(every) > 20 and len(few) == 6 == len(set(few)) and set(few) < set(every)
+    assert few[0] == every[0]  # the heuristic's own comes first, whatever the estimate says
+    order = launches.ranked(case, every, H200)
+    assert [config for config in order if config in few[1:]] == list(few[1:])
+    worst = order[-1]
+    assert worst not in few and sorted(map(str, order)) == sorted(map(str, every))
+    # No estimate: all of them.
+    for unknown, gpu in ((case, gpus.known("a100")), (launches.Case("add_act", AddAct(10**6, "fp16")), H200)):
+        assert sweep.configs(unknown, gpu, 2) == sweep.configs(unknown, gpu)
+
+
+def test_every_op_of_the_plan_can_be_ranked() -> None:
+    for parts, case in dict.fromkeys(launches.launched(launches.PLANNED, "resnet50", 128, 224, "fp16", H200)):
+        few = sweep.configs(case, H200, 6)
+        assert 1 <= len(few) <= 6, parts
