@@ -82,8 +82,8 @@ def test_a_plan_obeys_it_and_an_image_has_its_bits_in_any_batch(folder: Path) ->
     write(folder, "winograd2")
 
     def network() -> cpu.Network:
-        made = cpu.Network(torch.float32)
-        made.output(made.convolution(made.input(64), layer(), None, True), flat=False)
+        made = cpu.Network()
+        made.output(made.convolution(made.input(64, torch.float32), layer(), None, True), flat=False)
         return made
 
     ours, x = network(), images(7)
