@@ -54,7 +54,7 @@ def test_a_comparison_in_int8() -> None:
     result = compare(setting, fresh_model("resnet18", image_size=40))
     found = result["contestants"]["optimize"]
     assert found["status"] == "timed" and found["label"] == "resnet_fast.quantize()"
-    assert found["layers_by_backend"][quantize_layers.computed_by((64, 64, 3, 3), 1)] == 62
+    assert found["layers_by_backend"][quantize_layers.computed_by((64, 64, 3, 3), 1)] == 66
 
     def wrong(task: Task) -> Contestant:
         right = INT8_PEERS["optimize"].build(task)
