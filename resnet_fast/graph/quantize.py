@@ -370,6 +370,7 @@ def _fit(
     """Make the quantized graphs; leave layers float32 that come out wrong, and as ``min_sqnr`` wants it."""
     while any(graph.chosen for graph in graphs):
         for graph in graphs:
+            graph.where = {}
             graph.quantized = Builder(graph).build() if graph.chosen else graph.gm
         right = [_tried(graph) for graph in graphs]
         if not all(right):
@@ -412,7 +413,7 @@ def _tried(graph: Graph) -> bool:
         except (RuntimeError, ValueError) as error:
             reason = f"{_WHOSE[module.backend]} int8 convolution fails: {shapes.first_line(error)}"
         else:
-            step = 1.001 * out.scale if out else 1e-4 * float(meant.abs().max())
+            step = 1.001 * out.scale if out else max(1e-4 * float(meant.abs().max()), _rounding(module))
             if not float((found - meant).abs().max()) <= step:
                 reason = f"{_WHOSE[module.backend]} int8 convolution gives other numbers than its definition"
         if reason:
@@ -422,6 +423,12 @@ def _tried(graph: Graph) -> bool:
         noise.add(exact, pool(found, fused.options["ceil_mode"]) if fused.op == "stem" else found)
         graph.trials[node] = math.inf if noise.sqnr is None else noise.sqnr
     return right
+
+
+def _rounding(module: Any) -> float:
+    """Return what float32 may lose of an int8 convolution's sum, of zero points that cancel out, say."""
+    products = module.weight[0].numel() * LARGEST * 127
+    return 2.0**-22 * float(module.affine("x").scale * module.weight_scale.max()) * products
 
 
 def _measure(fast: OptimizedModule, graphs: list[Graph], calls: list[Call]) -> _Measured:

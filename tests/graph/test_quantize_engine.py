@@ -367,6 +367,42 @@ def test_wrong_arithmetic_of_the_engine_is_found(fails: bool, monkeypatch: pytes
     assert reasons["a.0.0"] == f"the engine's int8 convolution {said}"
 
 
+def test_zero_points_that_cancel_out() -> None:
+    """The first image gives 0 exactly, of which float32 leaves some rounding; that is no other number."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.first(x).mean() + self.c(x)
+
+    model = made(Lambda(forward, first=conv_bn(16, 8), c=nn.Conv2d(16, 16, 3, bias=False)))
+    batch = torch.randn(3, 16, 12, 12)
+    batch[0] = 0
+    report = rf.quantize(model, [batch]).quantization
+    assert report is not None and [layer.name for layer in report.int8] == ["c"]
+
+
+def test_a_part_whose_only_layer_becomes_float_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ByValue(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.tail = nn.Sequential(block(3, 16), block(16, 24)), block(24, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.body(x)
+            return self.tail(y) if y.mean() > 0 else y
+
+    right = cpu.Convolution.run
+
+    def wrong(self: cpu.Convolution, x: Tensor, *rest: Any) -> Tensor:
+        y = right(self, x, *rest)
+        return y + 1 if x.dtype is torch.uint8 and x.shape[1] == 24 else y
+
+    monkeypatch.setattr(cpu.Convolution, "run", wrong)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = rf.quantize(made(ByValue()), images()).quantization
+    assert report is not None and [layer.name for layer in report.int8] == ["body.1.0.0"]
+
+
 def test_layers_kept_in_float_stay_in_the_call() -> None:
     for keep in (["c.*", "shortcut.0"], ["b.0"], ["a.*", "d.0"]):
         fast = rf.quantize(made(), images(), keep_float=keep)
