@@ -94,7 +94,7 @@ def heuristic(problem: Problem, gpu: GPU) -> Config | None:
     few = cdiv(problem.pixels, 128) < gpu.multiprocessors
     boxes = supports_boxes(problem, gpu, 16)
     if precision == "fp32":
-        if mid > 64 or following > 128 or (gpu.capability == 100 and projected and following):
+        if mid > 64 or following > 128 or (gpu.capability >= 90 and projected and following):
             return None
         tile = (32, 16, 16, 2, 1)
     elif precision == "tf32":
