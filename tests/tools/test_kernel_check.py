@@ -360,7 +360,8 @@ raw = []
 for options in ({}, {"scale_in": a.scale, "shift_in": a.shift}):
     arguments = (a.x, a.weight, out, given.case.problem, given.config)
     launch, _ = kernel.launch_raw(*arguments, workspace=workspace, **options)
-    found = compiler.Compiled(given, compiler._resources(launch.compile()))
+    ran = dataclasses.replace(given.config, boxes=launch.kernel.__name__ == "_boxes")
+    found = compiler.Compiled(dataclasses.replace(given, config=ran), compiler._resources(launch.compile()))
     raw.append([launch.kernel.__name__, check.faults(found, gpus.known("h100"))])
 print(json.dumps({"made": made, "names": names, "keys": keys, "odd": odd, "several": several, "raw": raw}))
 """
