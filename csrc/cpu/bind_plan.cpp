@@ -161,7 +161,8 @@ bool run_convolution(const Convolution& layer, std::uintptr_t x, Index n, Index 
   }
   check_threads(threads);
   const Element out_element = layer.machine().kernels->out_element;
-  layer.check_residual(residual != 0, residual_dtype.empty() ? out_element : element_of(residual_dtype));
+  layer.check_residual(residual != 0, residual_dtype.empty() ? out_element : element_of(residual_dtype),
+                       relu && residual_after_relu);
   if (n == 0) {
     return true;
   }

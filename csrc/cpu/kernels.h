@@ -99,9 +99,9 @@ struct Direct {
   // blocking
   bool merged;  // a filter row's pixels are one run of words
   Reading reading;
-  Index line_pixel,
-      line_distance;   // of copied lines, elements from one pixel to the next and from one line to the next
-  Index lines_floats;  // that the lines of an item take
+  Index line_pixel;     // of copied lines, elements from one pixel to the next
+  Index line_distance;  // and from one line to the next
+  Index lines_floats;   // that the lines of an item take
   // Whether a run of bfloat16 ends within a word, so that infinity or NaN behind it, times a weight of 0, would be NaN:
   // outputs that are no finite numbers are computed again, each from a copy of its window.
   bool checked;

@@ -266,20 +266,19 @@ inline __attribute__((always_inline)) void finish_steps(Vector (&sums)[rows][vec
   const char* const residuals = static_cast<const char*>(target.residual);
   const Vector residual_scale = broadcast(steps.residual_scale);
   const Vector low = broadcast(steps.low), high = broadcast(steps.high);
+  const bool relu_first = epilogue.relu && epilogue.residual_after_relu && residuals != nullptr;
   Vector check = zero();
 #pragma GCC unroll 16
   for (int row = 0; row < rows; ++row) {
     const Vector sum = Form::exact && !steps.short_sums ? from_integers(sums[row][v]) : sums[row][v];
     Vector value = multiply_add(sum, scale, bias);
+    value = relu_first ? relu(value) : value;
     if (residuals != nullptr) {
       const char* residual = residuals + row * residual_row;
       if (same<Value, Uint8> || epilogue.residual_element == Element::uint8) {
         const Uint8* from = reinterpret_cast<const Uint8*>(residual) + v * lanes;
         value = multiply_add(count == lanes ? load(from) : load(from, count), residual_scale, value);
       } else {
-        if (epilogue.relu && epilogue.residual_after_relu) {
-          value = relu(value);
-        }
         value = add(value, load_some(reinterpret_cast<const float*>(residual) + v * lanes, count));
       }
     }
@@ -292,7 +291,7 @@ inline __attribute__((always_inline)) void finish_steps(Vector (&sums)[rows][vec
       value = limited(value, low, high);
       count == lanes ? store_steps(to, value, steps.zero) : store_steps(to, value, steps.zero, count);
     } else {
-      value = epilogue.relu && !epilogue.residual_after_relu ? relu(value) : value;
+      value = epilogue.relu && !relu_first ? relu(value) : value;
       count == lanes ? store(to, value) : store(to, value, count);
     }
   }

@@ -256,7 +256,7 @@ void Convolution::quantize(const float* weight, const Quantization& of) {
   steps_.padding = static_cast<std::uint32_t>(of.x.zero) * 0x01010101U;
 }
 
-void Convolution::check_residual(bool given, Element element) const {
+void Convolution::check_residual(bool given, Element element, bool after_relu) const {
   const Element out = machine_.kernels->out_element;
   if (given && element != (residual_stored_ ? Element::uint8 : out)) {
     throw std::invalid_argument("a residual of another kind than the convolution adds");
@@ -264,6 +264,9 @@ void Convolution::check_residual(bool given, Element element) const {
   if (residual_stored_ ? !given : given && out == Element::uint8) {
     throw std::invalid_argument(given ? "the convolution was made without a residual in uint8"
                                       : "the convolution was made for a residual in uint8");
+  }
+  if (residual_stored_ && after_relu) {  // whose zero point is in the bias, in front of the ReLU
+    throw std::invalid_argument("a residual in uint8 is added in front of the ReLU");
   }
 }
 

@@ -71,7 +71,7 @@ class Convolution {
   const Window& window() const { return window_; }
   Index groups() const { return groups_; }
   // Throws std::invalid_argument if this layer cannot be run with such a residual, or without one.
-  void check_residual(bool given, Element element) const;
+  void check_residual(bool given, Element element, bool after_relu) const;
 
   // Output height or width; 0 if the window does not fit.
   Index out_height(Index h) const;

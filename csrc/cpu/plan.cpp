@@ -430,7 +430,8 @@ int Plan::convolution(int x, std::shared_ptr<const Convolution> convolution, int
                                   " channels is added to " + std::to_string(convolution->out_channels()));
     }
   }
-  convolution->check_residual(residual != -1, residual == -1 ? kernels.out_element : layers_[residual].element);
+  convolution->check_residual(residual != -1, residual == -1 ? kernels.out_element : layers_[residual].element,
+                              relu && residual_after_relu);
   if (algorithm != Algorithm::automatic && algorithm != Algorithm::direct && !convolution->winograd_possible()) {
     throw std::invalid_argument("plan: Winograd's filtering is for 3x3 windows of stride 1 without groups");
   }

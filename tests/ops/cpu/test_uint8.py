@@ -282,3 +282,18 @@ def test_a_plan_of_both_kinds_is_its_layers() -> None:
     image[2, 3, 4, 5] = torch.nan
     with pytest.raises(cpu.NotFiniteError):
         network.run([image])
+
+
+def test_where_the_relu_is() -> None:
+    """Behind no residual it is where it always is; a stored residual is added in front of it."""
+    case = Case(Problem(makes=torch.float32))
+    found = case.layer().run(case.image, None, True, True)
+    assert torch.equal(found, case.run()) and bool((found >= 0).all()) and bool((found == 0).any())
+    case = Case(Problem(makes=torch.float32, residual="stored"))
+    with pytest.raises(ValueError, match="a residual in uint8 is added in front of the ReLU"):
+        case.layer().run(case.image, case.residual, True, True)
+    network = cpu.Network()
+    image, residual = (network.input(channels, torch.uint8) for channels in (16, 32))
+    with pytest.raises(ValueError, match="a residual in uint8 is added in front of the ReLU"):
+        network.convolution(image, case.layer(), residual, True, True)
+    assert network.convolution(image, case.layer(), residual, False, True) == 2
