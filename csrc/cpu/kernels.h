@@ -81,7 +81,7 @@ struct Window {
 };
 
 // Where products find the pixels under a filter's window: in the image, which is so for 1x1; in copies of its lines
-// with their padding; or, one by one, in a copy of the window.
+// with their padding; or in a copy of each window, if those are less to copy, as with large dilations.
 enum class Reading { image, lines, windows };
 
 // A convolution as products of pixels and packed weights.
@@ -99,9 +99,11 @@ struct Direct {
   // blocking
   bool merged;  // a filter row's pixels are one run of words
   Reading reading;
-  Index line_pixel;     // of copied lines, elements from one pixel to the next
-  Index line_distance;  // and from one line to the next
-  Index lines_floats;   // that the lines of an item take
+  bool by_rows;           // an item's pixels are part of one or two rows: of each, only the columns needed are copied
+  Index line_pixel;       // of copied lines, elements from one pixel to the next
+  Index line_distance;    // and from one line to the next
+  Index window_distance;  // of copied windows, words from one to the next
+  Index copied_floats;    // that the copies of an item take
   // Whether a run of bfloat16 ends within a word, so that infinity or NaN behind it, times a weight of 0, would be NaN:
   // outputs that are no finite numbers are computed again, each from a copy of its window.
   bool checked;

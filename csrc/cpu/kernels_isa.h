@@ -600,15 +600,15 @@ void copy_lines(const Direct& d, Index group, Index first, Index last, float* to
   const Index c = d.in.c / d.groups;
   const Vector padding = padding_of<Form>(d);
   const Index begin = first / d.q, end = (last - 1) / d.q + 1;  // rows of the outputs, of all images
-  const bool part = end == begin + 1;
-  const Index left = part ? first % d.q : 0, right = part ? (last - 1) % d.q + 1 : d.q;
-  const Index columns = (right - 1 - left) * window.stride_w + (window.s - 1) * window.dilation_w + 1;
-  const Index from_column = left * window.stride_w - window.pad_w;
-  const Index inside = most(0, -from_column), outside = most(inside, least(columns, d.in.w - from_column));
   const Index line_words = d.line_distance / Form::word;
   Index pixel = first;
   for (Index row = begin; row < end;) {
-    const Index image = row / d.p, y = row % d.p, rows = least(d.p - y, end - row);
+    const Index image = row / d.p, y = row % d.p, rows = d.by_rows ? 1 : least(d.p - y, end - row);
+    const Index left = d.by_rows && row == begin ? first % d.q : 0;
+    const Index right = d.by_rows && row == end - 1 ? (last - 1) % d.q + 1 : d.q;
+    const Index columns = (right - 1 - left) * window.stride_w + (window.s - 1) * window.dilation_w + 1;
+    const Index from_column = left * window.stride_w - window.pad_w;
+    const Index inside = most(0, -from_column), outside = most(inside, least(columns, d.in.w - from_column));
     const Index top = y * window.stride_h - window.pad_h;
     const Index lines = (rows - 1) * window.stride_h + (window.r - 1) * window.dilation_h + 1;
     const Gathered* line = reinterpret_cast<const Gathered*>(to);
@@ -621,7 +621,7 @@ void copy_lines(const Direct& d, Index group, Index first, Index last, float* to
     for (Index i = 0; i < lines; ++i, to += line_words) {
       const Index in_y = top + i;
       if (in_y < 0 || in_y >= d.in.h || outside == inside) {
-        fill(to, padding, line_words);
+        fill(to, padding, quotient(columns * d.line_pixel + Form::word, Form::word));
         continue;
       }
       const Value* from = static_cast<const Value*>(d.x) +
@@ -848,8 +848,14 @@ void direct(const Direct& d, Index item, float* scratch) {
   if (d.reading == Reading::image) {
     const typename Form::Image* image = static_cast<const typename Form::Image*>(d.x);
     point_at_pixels(d, image + group * (d.in.c / d.groups), first, last, windows);
-  } else {
+  } else if (d.reading == Reading::lines) {
     copy_lines<Form>(d, group, first, last, scratch, windows);
+  } else {
+    float* to = scratch;
+    for (Index pixel = first; pixel < last; ++pixel, to += d.window_distance) {
+      windows[pixel - first] = reinterpret_cast<const char*>(to);
+      gather<Form>(d, group, pixel, to);
+    }
   }
   Index ends[largest_block];  // of tiles
   for (Index tile = first_tile; tile < last_tile; ++tile) {
@@ -866,7 +872,7 @@ void direct(const Direct& d, Index item, float* scratch) {
     for (Index tile = 0; tile < last_tile - first_tile; ++tile) {
       of.multiply(pixel, ends[tile] - pixel, windows + (pixel - first));
       if (infinite) {
-        multiply_alone<Form>(d, group, panel, pixel, ends[tile], scratch + d.lines_floats);
+        multiply_alone<Form>(d, group, panel, pixel, ends[tile], scratch + d.copied_floats);
         infinite = false;
       }
       pixel = ends[tile];

@@ -363,40 +363,41 @@ const float* Convolution::filters(int m) const {
   return filters.data();
 }
 
-void Convolution::set_reading(Direct& d) const {
+// For the layer's tiles_per_block. Returns the bytes that an item reads.
+Index Convolution::set_reading(Direct& d) const {
   const Kernels& kernels = *machine_.kernels;
+  const Index word_bytes = sizeof(float), element = word_bytes / kernels.word_elements, c = c_ / groups_;
+  const Index pixels = d.tiles_per_block * kernels.tile_rows;
   const bool pointwise = window_.r == 1 && window_.s == 1 && window_.pad_h == 0 && window_.pad_w == 0;
   const bool whole = length() % kernels.word_elements == 0;
-  const Index c = c_ / groups_;
-  const bool as_they_are = bytes_of(kernels.element) * kernels.word_elements == Index{sizeof(float)};
+  const bool as_they_are = bytes_of(kernels.element) * kernels.word_elements == word_bytes;
+  d.checked = false;
+  d.copied_floats = 0;
   if (pointwise && whole && as_they_are) {
     d.reading = Reading::image;
-    return;
+    return pixels * c * element;
+  }
+  d.by_rows = pixels <= d.q;
+  const Index columns = (std::min(pixels, d.q) - 1) * window_.stride_w + (window_.s - 1) * window_.dilation_w + 1;
+  const Index height = (window_.r - 1) * window_.dilation_h + 1;  // of a window, in lines
+  // Pixels that are copied if the item begins with a row.
+  const Index in_lines = ((quotient(pixels, d.q) - 1) * window_.stride_h + height) * columns;
+  d.reading = in_lines <= pixels * window_.r * window_.s ? Reading::lines : Reading::windows;
+  if (d.reading == Reading::windows) {
+    d.window_distance = runs() * words() + 16;
+    d.copied_floats = pixels * d.window_distance;
+    return d.copied_floats * word_bytes;
   }
   d.checked = !whole && kernels.element == Element::bfloat16;
-  d.reading = Reading::lines;
-  const Index word_bytes = sizeof(float), element = word_bytes / kernels.word_elements;
   d.line_pixel = c * element >= 512 && c * element % 512 == 0 ? c + 64 / element : c;
-  const Index columns = (d.q - 1) * window_.stride_w + (window_.s - 1) * window_.dilation_w + 1;
   d.line_distance = quotient(columns * d.line_pixel * element + word_bytes, 64) * 64 / element;
-}
-
-namespace {
-
-// Bytes that a block of the layer reads.
-Index read_bytes(const Direct& d, const Kernels& kernels) {
-  const Index element = Index{sizeof(float)} / kernels.word_elements;
-  const Index pixels = d.tiles_per_block * kernels.tile_rows;
-  if (d.reading == Reading::image) {
-    return pixels * (d.in.c / d.groups) * element;
-  }
   // Rows of outputs, and how many images' they may be.
-  const Index rows = std::min(d.in.n * d.p, quotient(pixels, d.q) + 1), images = quotient(rows, d.p) + 1;
-  const Index lines = rows * d.window.stride_h + images * ((d.window.r - 1) * d.window.dilation_h + 1);
-  return lines * d.line_distance * element;
+  const Index rows = std::min(d.in.n * d.p, quotient(pixels, d.q) + 1);
+  const Index pieces = d.by_rows ? rows : quotient(rows, d.p) + 1;
+  const Index lines = (rows - (d.by_rows ? pieces : 0)) * window_.stride_h + pieces * height;
+  d.copied_floats = quotient(lines * d.line_distance * element, word_bytes);
+  return d.copied_floats * word_bytes;
 }
-
-}  // namespace
 
 Direct Convolution::direct(const Map& in, int threads) const {
   const Kernels& kernels = *machine_.kernels;
@@ -421,10 +422,9 @@ Direct Convolution::direct(const Map& in, int threads) const {
   const Index pixels = in.n * d.p * d.q;
   d.tiles = quotient(pixels, kernels.tile_rows);
   d.panels = quotient(k_ / groups_, kernels.panel_width);
-  set_reading(d);
   // What a block reads fills at most half of the cache; there are items enough for threads of unequal speed.
   d.tiles_per_block = largest_block;
-  while (d.tiles_per_block > 1 && read_bytes(d, kernels) > machine_.l2 / 2) {
+  while (d.tiles_per_block > 1 && set_reading(d) > machine_.l2 / 2) {
     --d.tiles_per_block;
   }
   const Index wanted = 4 * threads;
@@ -440,7 +440,7 @@ Direct Convolution::direct(const Map& in, int threads) const {
   d.tiles_per_block = quotient(d.tiles, d.blocks);
   d.blocks = quotient(d.tiles, d.tiles_per_block);
   d.items = d.blocks * d.splits * groups_;
-  d.lines_floats = d.reading == Reading::image ? 0 : quotient(read_bytes(d, kernels), sizeof(float));
+  set_reading(d);
   return d;
 }
 
@@ -449,7 +449,7 @@ Index direct_scratch(const Direct& d, const Kernels& kernels) {
     return 0;
   }
   const Index window = d.checked ? d.window.r * d.window.s * d.in.c : 0;
-  return window_floats(d.tiles_per_block * kernels.tile_rows) + d.lines_floats + window;
+  return window_floats(d.tiles_per_block * kernels.tile_rows) + d.copied_floats + window;
 }
 
 Winograd Convolution::winograd(int m, const Map& in, int threads) const {

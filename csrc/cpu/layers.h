@@ -95,7 +95,7 @@ class Convolution {
   Index runs() const;   // pieces of a window that are contiguous in the image, of `length` elements and `words`
   Index length() const;
   Index words() const;
-  void set_reading(Direct& layer) const;
+  Index set_reading(Direct& layer) const;
   const float* filters(int m) const;
   void quantize(const float* weight, const Quantization& quantization);
 
