@@ -72,6 +72,10 @@ SIZES = [
     _problem(1, 128, (14, 14), 128, (3, 3), padding=(1, 1), groups=16),
     _problem(1, 60, (9, 9), 140, (5, 5), (2, 1), (2, 2), groups=2),
     _problem(1, 512, (7, 7), 70, (1, 1), residual="before"),
+    # Parts of wide lines; windows that are copied by themselves, for their distance or for what a stride leaves out.
+    _problem(1, 20, (3, 700), 40, (3, 3), (1, 2), (1, 1), residual="before"),
+    _problem(2, 6, (40, 33), 35, (3, 3), padding=(9, 12), dilation=(9, 12), residual="after"),
+    _problem(1, 5, (12, 23), 35, (2, 1), (3, 4), (1, 0), groups=5),
     _problem(1, 3, (56, 56), 16, (4, 4), (4, 4)),
 ]
 

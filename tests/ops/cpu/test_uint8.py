@@ -142,6 +142,9 @@ PROBLEMS = [
     Problem(n=1, c=512, k=70, size=(7, 7)),
     Problem(n=1, c=64, k=64, size=(2, 2), kernel=(3, 3), padding=(5, 4)),
     Problem(n=0, residual="stored"),
+    Problem(n=1, c=21, k=40, size=(3, 700), stride=(1, 2)),
+    Problem(n=2, c=6, k=35, size=(40, 33), padding=(9, 12), dilation=(9, 12), residual="stored"),
+    Problem(n=1, c=5, k=33, size=(12, 23), kernel=(2, 1), stride=(3, 4), padding=(1, 0)),
 ]
 
 
