@@ -16,6 +16,9 @@
 #include <immintrin.h>
 #endif
 #include <pthread.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
 
 namespace resnet_fast::cpu {
 namespace {
@@ -30,6 +33,15 @@ void relax() {
 
 // About 50 microseconds: longer than from one layer to the next, much less than a time slice.
 constexpr int spins = 1500;
+
+// The processor that runs this thread; -1 if the system does not say.
+int processor() {
+#ifdef __linux__
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
 
 struct Free {
   void operator()(float* memory) const { std::free(memory); }
@@ -71,15 +83,29 @@ struct Shared {
   std::atomic<Work> work{nullptr};
   std::atomic<const void*> context{nullptr};
   std::atomic<Index> scratch_floats{0};
-  std::atomic<int> threads{1};  // that may take items of this job
+  std::atomic<int> threads{1};     // that may take items of this job
+  std::atomic<int> processor{-1};  // the caller's
   std::atomic<std::uint32_t> wake{0};
   std::atomic<int> sleepers{0};
   std::atomic<std::uint32_t> finished{0};  // raised when a job's last item is done
   std::atomic<bool> caller_sleeps{false};
 };
 
+constexpr int most_workers = 64;
+
+// Of a thread: whether it sleeps, and where it may run.
+struct Worker {
+  std::atomic<bool> sleeps{false};
+  std::atomic<bool> sent_away{false};
+#ifdef __linux__
+  pthread_t thread{};   // set before it sleeps
+  cpu_set_t allowed{};  // before it was sent away
+#endif
+};
+
 struct Threads {
   Shared shared;
+  Worker workers[most_workers];  // by their numbers, from 1 on
   std::mutex mutex;
   int started = 0;  // workers, by whoever holds the mutex
   Scratch scratch;  // the caller's
@@ -156,8 +182,69 @@ float* reserve_or_null(Scratch& scratch, Index floats) {
   }
 }
 
+// A thread that wakes may do so on the processor of its caller, and if the system knows of no cache that processors
+// share, it leaves both there for tens of milliseconds. So the caller sends threads that sleep away before it wakes
+// them, a thread that finds itself there goes away, and both may go anywhere afterwards.
+#ifdef __linux__
+// The processors that are allowed but one; whether there are enough of them for threads of their own.
+bool without(int processor, int threads, const cpu_set_t& allowed, cpu_set_t& others) {
+  others = allowed;
+  if (processor >= 0 && processor < CPU_SETSIZE) {
+    CPU_CLR(processor, &others);
+  }
+  return CPU_COUNT(&others) < CPU_COUNT(&allowed) && CPU_COUNT(&others) >= threads - 1;
+}
+#endif
+
+void send_away(Threads& own, int threads) {
+#ifdef __linux__
+  const int mine = processor();
+  for (int i = 1; i < std::min(threads, most_workers); ++i) {
+    Worker& worker = own.workers[i];
+    cpu_set_t others;
+    if (worker.sleeps.load(std::memory_order_acquire) && !worker.sent_away.load(std::memory_order_acquire) &&
+        pthread_getaffinity_np(worker.thread, sizeof worker.allowed, &worker.allowed) == 0 &&
+        without(mine, threads, worker.allowed, others) &&
+        pthread_setaffinity_np(worker.thread, sizeof others, &others) == 0) {
+      worker.sent_away.store(true, std::memory_order_release);
+    }
+  }
+#else
+  static_cast<void>(own);
+  static_cast<void>(threads);
+#endif
+}
+
+// Of the thread that calls it.
+void leave([[maybe_unused]] int occupied, [[maybe_unused]] int threads) {
+#ifdef __linux__
+  cpu_set_t allowed, others;
+  if (occupied >= 0 && processor() == occupied && sched_getaffinity(0, sizeof allowed, &allowed) == 0 &&
+      without(occupied, threads, allowed, others) && sched_setaffinity(0, sizeof others, &others) == 0) {
+    sched_setaffinity(0, sizeof allowed, &allowed);
+  }
+#endif
+}
+
+void come_back(Worker& worker) {
+#ifdef __linux__
+  if (worker.sent_away.load(std::memory_order_acquire)) {
+    pthread_setaffinity_np(worker.thread, sizeof worker.allowed, &worker.allowed);
+    worker.sent_away.store(false, std::memory_order_release);
+  }
+#else
+  static_cast<void>(worker);
+#endif
+}
+
 void serve(Threads* own, int index) {
   Shared& shared = own->shared;
+  Worker* const worker = index < most_workers ? &own->workers[index] : nullptr;
+#ifdef __linux__
+  if (worker != nullptr) {
+    worker->thread = pthread_self();
+  }
+#endif
   Scratch scratch;
   std::uint32_t seen = 0;
   for (;;) {
@@ -167,17 +254,28 @@ void serve(Threads* own, int index) {
       number = shared.wake.load(std::memory_order_acquire);
     }
     if (number == seen) {
+      if (worker != nullptr) {
+        worker->sleeps.store(true, std::memory_order_release);
+      }
       shared.sleepers.fetch_add(1, std::memory_order_seq_cst);
       shared.wake.wait(seen, std::memory_order_seq_cst);
       shared.sleepers.fetch_sub(1, std::memory_order_seq_cst);
+      if (worker != nullptr) {
+        worker->sleeps.store(false, std::memory_order_release);
+        come_back(*worker);
+      }
       number = shared.wake.load(std::memory_order_acquire);
       if (number == seen) {
         continue;
       }
     }
     seen = number;
-    if (index < shared.threads.load(std::memory_order_relaxed) &&
-        take_all(shared, number, index, reserve_or_null, scratch)) {
+    const int threads = shared.threads.load(std::memory_order_relaxed);
+    if (index >= threads) {
+      continue;
+    }
+    leave(shared.processor.load(std::memory_order_relaxed), threads);
+    if (take_all(shared, number, index, reserve_or_null, scratch)) {
       shared.finished.store(number, std::memory_order_seq_cst);
       if (shared.caller_sleeps.load(std::memory_order_seq_cst)) {
         shared.finished.notify_all();
@@ -236,10 +334,14 @@ void Team::run(Index items, Index scratch_floats, Work work, const void* context
   shared.context.store(context, std::memory_order_release);
   shared.scratch_floats.store(scratch_floats, std::memory_order_release);
   shared.threads.store(threads_, std::memory_order_relaxed);
+  shared.processor.store(processor(), std::memory_order_relaxed);
   shared.done.store(0, std::memory_order_relaxed);
   for (Index i = 0; i < count; ++i) {
     shared.ranges[i].ticket.store(number << 32 | static_cast<std::uint64_t>(items * i / count),
                                   std::memory_order_release);
+  }
+  if (shared.sleepers.load(std::memory_order_relaxed) > 0) {
+    send_away(own, threads_);
   }
   shared.wake.store(static_cast<std::uint32_t>(number), std::memory_order_seq_cst);
   if (shared.sleepers.load(std::memory_order_seq_cst) > 0) {

@@ -185,3 +185,31 @@ def test_layers_and_plans_give_their_memory_back() -> None:
 
     before = rounds(3)
     assert rounds(12) - before < 16 * 2**20  # a layer has 12 MB
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux's processor affinity")
+def test_threads_may_run_anywhere_when_they_have_begun() -> None:
+    """A thread that is sent away from its caller's processor is sent for a moment, and never out of what is allowed."""
+    code = """
+import os, time, torch
+from tests.ops.cpu.test_plan import Network
+from tests.ops.cpu.engine import run_plan, same_bits
+allowed = os.sched_getaffinity(0)
+plan, x = Network().plan(), torch.randn(2, 3, 50, 50)
+wanted = run_plan(plan, x)
+for _ in range(20):
+    time.sleep(0.003)  # until threads sleep
+    assert all(map(same_bits, run_plan(plan, x, threads=2), wanted))
+threads = [int(task) for task in os.listdir("/proc/self/task")]
+assert all(os.sched_getaffinity(thread) == allowed for thread in threads), [*map(os.sched_getaffinity, threads)]
+one = {min(allowed)}
+for thread in threads:
+    os.sched_setaffinity(thread, one)
+for _ in range(5):
+    time.sleep(0.003)
+    assert all(map(same_bits, run_plan(plan, x, threads=2), wanted))
+assert all(os.sched_getaffinity(thread) == one for thread in threads)
+print("anywhere")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "anywhere\n", done.stderr
