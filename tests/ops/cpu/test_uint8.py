@@ -300,3 +300,15 @@ def test_where_the_relu_is() -> None:
     with pytest.raises(ValueError, match="a residual in uint8 is added in front of the ReLU"):
         network.convolution(image, case.layer(), residual, True, True)
     assert network.convolution(image, case.layer(), residual, False, True) == 2
+
+
+@pytest.mark.parametrize("c", [1, 128, 129, 130, 200, 517, 520])
+def test_the_largest_sums_become_bytes(c: int) -> None:
+    """Short sums are floats as they are, and no longer are where they would not fit."""
+    for sign in (1, -1):
+        x = torch.full((1, c, 3, 5), 255, dtype=torch.uint8)
+        weight = torch.full((33, c, 1, 1), sign * 127, dtype=torch.int8)
+        step = c * 255 * 127 / 100.25  # the result in steps
+        stored = cpu.Stored(torch.uint8, (1.0, 0), (step, 120), None, torch.ones(33))
+        layer = cpu.Convolution(weight, torch.zeros(33), ((1, 1), (0, 0), (1, 1), 1), torch.uint8, (), stored)
+        assert layer.run(x, None, False, False).unique().tolist() == [120 + sign * 100]
