@@ -16,7 +16,7 @@ from resnet_fast.kernels.problems import AddAct, BottleneckTail, ConvBNAct, Head
 from resnet_fast.roofline import estimate
 from resnet_fast.roofline.estimate import ASSUMED, Code, Estimate
 from resnet_fast.tuning import estimate as launches
-from resnet_fast.tuning import sweep
+from resnet_fast.tuning import shapes, sweep
 from tests import command_line
 
 pytest.importorskip("triton")
@@ -194,7 +194,7 @@ def test_the_command_labels_what_it_shows(tmp_path: Path) -> None:
     assert "only what is called measured was measured" in data["what"]
     assert data["assumptions"]["memory"] == ASSUMED.memory and data["assumptions"]["l2_bandwidth"] == 8.5e12
     assert [(each["batch"], each["schedule"]) for each in data["per_image"]] == [
-        (batch, schedule) for batch in (1, 8, 32, 128, 256) for schedule in ("per-conv", "planned")
+        (batch, schedule) for batch in shapes.BATCHES for schedule in ("per-conv", "planned")
     ]
     assert all(each["estimate"] > each["floor"] and each["measured"] is None for each in data["per_image"])
     whole = sum(launch["estimated_seconds"] for launch in data["launches"]) / 128
