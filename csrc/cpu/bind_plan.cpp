@@ -283,9 +283,9 @@ void bind_plan(py::module_& m) {
             return plan.run(images, results, threads, piece);
           },
           "inputs"_a, "outputs"_a, "threads"_a, "piece"_a = 0,
-          "Compute. inputs: (address, shape [n, c, h, w], strides) of their dtypes; outputs: addresses of [n, h, w, "
-          "c]. "
-          "False, and the outputs mean nothing, if there was NaN or infinity that uint8 should have held.")
+          "Compute. inputs: (address, shape [n, c, h, w], strides) of their dtypes; outputs: addresses of "
+          "[n, h, w, c]. False, and the outputs mean nothing, if there was NaN or infinity that uint8 should have "
+          "held.")
       .def(
           "profile",
           [](const Plan& plan, const std::vector<Given>& inputs, const std::vector<std::uintptr_t>& outputs,

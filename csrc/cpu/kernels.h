@@ -91,7 +91,7 @@ struct Direct {
   Window window;
   Index groups;
   Index p, q, k;         // output height, width and channels
-  const float* weights;  // pack_direct's
+  const float* weights;  // as Convolution packs them
   Epilogue epilogue;
   void* out;
   Index out_pixel;
@@ -118,7 +118,7 @@ struct Direct {
 struct Winograd {
   int m;                 // 2 or 4
   Direct direct;         // the same layer, for tiles with infinities or NaN
-  const float* filters;  // pack_winograd's: [panels][(m + 2)^2][c][panel_width]
+  const float* filters;  // [panels][(m + 2)^2][c][panel_width]
   Index tiles_y, tiles_x, tiles;
   Index tiles_per_block, blocks;
   Index panels, panels_per_item, splits;

@@ -473,7 +473,7 @@ inline void copy(Bfloat16* to, const float* from, Index count) {
   }
   if (i < count) {
     store(to + i, load(from + i, static_cast<int>(count - i)), static_cast<int>(count - i));
-    to[count] = {0};  // a row of chunks has room
+    to[count] = {0};  // the rest of a word, or what the next copy or the padding writes
   }
 }
 #endif

@@ -428,7 +428,7 @@ Direct Convolution::direct(const Map& in, int threads) const {
     --d.tiles_per_block;
   }
   const Index wanted = 4 * threads;
-  // Smaller blocks first: each split gathers the same pixels again. But a block reads its panels once, for all tiles.
+  // Smaller blocks first: each split copies the same lines again. But a block reads its panels once, for all tiles.
   d.tiles_per_block = std::min(d.tiles_per_block, std::max(quotient(d.tiles * groups_, wanted), least_block));
   d.blocks = quotient(d.tiles, d.tiles_per_block);
   d.splits = 1;

@@ -98,8 +98,8 @@ struct Worker {
   std::atomic<bool> sleeps{false};
   std::atomic<bool> sent_away{false};
 #ifdef __linux__
-  pthread_t thread{};   // set before it sleeps
-  cpu_set_t allowed{};  // before it was sent away
+  pthread_t thread{};           // set before it sleeps
+  cpu_set_t allowed{}, sent{};  // before it was sent away, and then
 #endif
 };
 
@@ -201,11 +201,10 @@ void send_away(Threads& own, int threads) {
   const int mine = processor();
   for (int i = 1; i < std::min(threads, most_workers); ++i) {
     Worker& worker = own.workers[i];
-    cpu_set_t others;
     if (worker.sleeps.load(std::memory_order_acquire) && !worker.sent_away.load(std::memory_order_acquire) &&
         pthread_getaffinity_np(worker.thread, sizeof worker.allowed, &worker.allowed) == 0 &&
-        without(mine, threads, worker.allowed, others) &&
-        pthread_setaffinity_np(worker.thread, sizeof others, &others) == 0) {
+        without(mine, threads, worker.allowed, worker.sent) &&
+        pthread_setaffinity_np(worker.thread, sizeof worker.sent, &worker.sent) == 0) {
       worker.sent_away.store(true, std::memory_order_release);
     }
   }
@@ -229,7 +228,10 @@ void leave([[maybe_unused]] int occupied, [[maybe_unused]] int threads) {
 void come_back(Worker& worker) {
 #ifdef __linux__
   if (worker.sent_away.load(std::memory_order_acquire)) {
-    pthread_setaffinity_np(worker.thread, sizeof worker.allowed, &worker.allowed);
+    cpu_set_t now;  // somebody else may have said meanwhile where it is to run
+    if (sched_getaffinity(0, sizeof now, &now) == 0 && CPU_EQUAL(&now, &worker.sent)) {
+      sched_setaffinity(0, sizeof worker.allowed, &worker.allowed);
+    }
     worker.sent_away.store(false, std::memory_order_release);
   }
 #else
