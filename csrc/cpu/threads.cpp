@@ -95,10 +95,10 @@ constexpr int most_workers = 64;
 
 // Of a thread: whether it sleeps, and where it may run.
 struct Worker {
-  std::atomic<bool> sleeps{false};
-  std::atomic<bool> sent_away{false};
 #ifdef __linux__
-  pthread_t thread{};           // set before it sleeps
+  std::mutex mutex;  // of all below
+  bool sleeps = false, sent_away = false;
+  pthread_t thread{};
   cpu_set_t allowed{}, sent{};  // before it was sent away, and then
 #endif
 };
@@ -196,21 +196,18 @@ bool without(int processor, int threads, const cpu_set_t& allowed, cpu_set_t& ot
 }
 #endif
 
-void send_away(Threads& own, int threads) {
+void send_away([[maybe_unused]] Threads& own, [[maybe_unused]] int threads) {
 #ifdef __linux__
   const int mine = processor();
   for (int i = 1; i < std::min(threads, most_workers); ++i) {
     Worker& worker = own.workers[i];
-    if (worker.sleeps.load(std::memory_order_acquire) && !worker.sent_away.load(std::memory_order_acquire) &&
-        pthread_getaffinity_np(worker.thread, sizeof worker.allowed, &worker.allowed) == 0 &&
-        without(mine, threads, worker.allowed, worker.sent) &&
-        pthread_setaffinity_np(worker.thread, sizeof worker.sent, &worker.sent) == 0) {
-      worker.sent_away.store(true, std::memory_order_release);
-    }
+    const std::lock_guard<std::mutex> lock(worker.mutex);
+    worker.sent_away =
+        worker.sent_away ||
+        (worker.sleeps && pthread_getaffinity_np(worker.thread, sizeof worker.allowed, &worker.allowed) == 0 &&
+         without(mine, threads, worker.allowed, worker.sent) &&
+         pthread_setaffinity_np(worker.thread, sizeof worker.sent, &worker.sent) == 0);
   }
-#else
-  static_cast<void>(own);
-  static_cast<void>(threads);
 #endif
 }
 
@@ -225,28 +222,33 @@ void leave([[maybe_unused]] int occupied, [[maybe_unused]] int threads) {
 #endif
 }
 
-void come_back(Worker& worker) {
+void fall_asleep([[maybe_unused]] Worker* worker) {
 #ifdef __linux__
-  if (worker.sent_away.load(std::memory_order_acquire)) {
-    cpu_set_t now;  // somebody else may have said meanwhile where it is to run
-    if (sched_getaffinity(0, sizeof now, &now) == 0 && CPU_EQUAL(&now, &worker.sent)) {
-      sched_setaffinity(0, sizeof worker.allowed, &worker.allowed);
-    }
-    worker.sent_away.store(false, std::memory_order_release);
+  if (worker != nullptr) {
+    const std::lock_guard<std::mutex> lock(worker->mutex);
+    worker->thread = pthread_self();
+    worker->sleeps = true;
   }
-#else
-  static_cast<void>(worker);
+#endif
+}
+
+void awake([[maybe_unused]] Worker* worker) {
+#ifdef __linux__
+  if (worker != nullptr) {
+    const std::lock_guard<std::mutex> lock(worker->mutex);
+    worker->sleeps = false;
+    cpu_set_t now;  // somebody else may have said meanwhile where it is to run
+    if (worker->sent_away && sched_getaffinity(0, sizeof now, &now) == 0 && CPU_EQUAL(&now, &worker->sent)) {
+      sched_setaffinity(0, sizeof worker->allowed, &worker->allowed);
+    }
+    worker->sent_away = false;
+  }
 #endif
 }
 
 void serve(Threads* own, int index) {
   Shared& shared = own->shared;
   Worker* const worker = index < most_workers ? &own->workers[index] : nullptr;
-#ifdef __linux__
-  if (worker != nullptr) {
-    worker->thread = pthread_self();
-  }
-#endif
   Scratch scratch;
   std::uint32_t seen = 0;
   for (;;) {
@@ -256,16 +258,11 @@ void serve(Threads* own, int index) {
       number = shared.wake.load(std::memory_order_acquire);
     }
     if (number == seen) {
-      if (worker != nullptr) {
-        worker->sleeps.store(true, std::memory_order_release);
-      }
+      fall_asleep(worker);
       shared.sleepers.fetch_add(1, std::memory_order_seq_cst);
       shared.wake.wait(seen, std::memory_order_seq_cst);
       shared.sleepers.fetch_sub(1, std::memory_order_seq_cst);
-      if (worker != nullptr) {
-        worker->sleeps.store(false, std::memory_order_release);
-        come_back(*worker);
-      }
+      awake(worker);
       number = shared.wake.load(std::memory_order_acquire);
       if (number == seen) {
         continue;

@@ -201,6 +201,9 @@ for _ in range(20):
     time.sleep(0.003)  # until threads sleep
     assert all(map(same_bits, run_plan(plan, x, threads=2), wanted))
 threads = [int(task) for task in os.listdir("/proc/self/task")]
+until = time.monotonic() + 60  # a thread that was woken may not have run yet
+while any(os.sched_getaffinity(thread) != allowed for thread in threads) and time.monotonic() < until:
+    time.sleep(0.01)
 assert all(os.sched_getaffinity(thread) == allowed for thread in threads), [*map(os.sched_getaffinity, threads)]
 one = {min(allowed)}
 for thread in threads:
