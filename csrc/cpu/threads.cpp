@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <exception>
 #include <memory>
@@ -33,6 +34,25 @@ void relax() {
 
 // About 50 microseconds: longer than from one layer to the next, much less than a time slice.
 constexpr int spins = 1500;
+
+// A thread that the system stops while it holds an item keeps all others waiting until it runs again, which on a
+// shared processor is a time slice, or as long as several layers. So each offers its processor between two items before
+// its own slice ends, if somebody else wants it; if nobody does, it goes on in less than a microsecond.
+class Turn {
+ public:
+  void begin() { began_ = std::chrono::steady_clock::now(); }
+  void offer() {
+    if (std::chrono::steady_clock::now() - began_ > std::chrono::milliseconds(2)) {
+      std::this_thread::yield();
+      begin();
+    }
+  }
+
+ private:
+  std::chrono::steady_clock::time_point began_{};
+};
+
+thread_local Turn turn;
 
 // The processor that runs this thread; -1 if the system does not say.
 int processor() {
@@ -132,6 +152,7 @@ enum class Taken { all, last, stopped };
 Taken take(Shared& shared, std::uint32_t number, Index index, float* (*reserve)(Scratch&, Index), Scratch& scratch) {
   std::atomic<std::uint64_t>& next = shared.ranges[index].ticket;
   for (;;) {
+    turn.offer();
     std::uint64_t ticket = next.load(std::memory_order_acquire);
     for (;;) {
       if (static_cast<std::uint32_t>(ticket >> 32) != number) {
@@ -263,6 +284,7 @@ void serve(Threads* own, int index) {
       shared.wake.wait(seen, std::memory_order_seq_cst);
       shared.sleepers.fetch_sub(1, std::memory_order_seq_cst);
       awake(worker);
+      turn.begin();
       number = shared.wake.load(std::memory_order_acquire);
       if (number == seen) {
         continue;
@@ -297,6 +319,7 @@ Team::Team(int threads) : threads_(std::max(threads, 1)), owner_(threads_ > 1 &&
   if (!owner_) {
     return;
   }
+  turn.begin();
   Threads& own = the_threads();
   try {
     for (; own.started < threads_ - 1; ++own.started) {
