@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -20,6 +21,9 @@ using namespace py::literals;
 
 namespace resnet_fast::cpu {
 namespace {
+
+// What a layer reads and writes is near in this many times a core's second-level cache.
+constexpr Index near_caches = 4;
 
 using Pair = std::array<Index, 2>;
 using Four = std::array<Index, 4>;
@@ -239,7 +243,17 @@ void bind_plan(py::module_& m) {
       .def_property_readonly("bytes", &Convolution::bytes, "Of the packed weights, those made so far.");
 
   py::class_<Plan>(m, "Plan", "A network as one call. Values are numbered in the order in which they are made.")
-      .def(py::init<>())
+      .def(py::init([](Index near) {
+             if (near < 0) {
+               throw std::invalid_argument("plan: near must be bytes, or 0 for what suits this machine, got " +
+                                           std::to_string(near));
+             }
+             return std::make_unique<Plan>(near == 0 ? near_caches * static_cast<Index>(caches().l2) : near);
+           }),
+           "near"_a = 0,
+           "near: bytes of values a thread for which a layer finds them fast, 0 for what suits this machine. As many "
+           "images of a "
+           "batch run together through the first layers.")
       .def(
           "input",
           [](Plan& plan, Index channels, const std::string& dtype) { return plan.input(channels, element_of(dtype)); },

@@ -17,7 +17,7 @@ namespace {
 
 // Raised with every change to what the functions take or mean, as in resnet_fast/backends/cpu.py: the module in a
 // checkout may be older than the Python files beside it.
-constexpr int kInterface = 4;
+constexpr int kInterface = 5;
 
 py::list names_of(std::span<const cpu::Isa> isas) {
   py::list names;

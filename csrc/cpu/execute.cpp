@@ -45,7 +45,13 @@ void execute_add(Team& team, const Kernels& kernels, const void* a, const void* 
 }
 
 void execute(Team& team, const Kernels& kernels, const Conversion& conversion) {
-  over(team, conversion.n * conversion.h, 0, [&](Index item, float*) { kernels.convert(conversion, item); });
+  constexpr Index each = 8;
+  const Index rows = conversion.n * conversion.h;
+  over(team, (rows + each - 1) / each, 0, [&](Index item, float*) {
+    for (Index row = item * each; row < std::min((item + 1) * each, rows); ++row) {
+      kernels.convert(conversion, row);
+    }
+  });
 }
 
 void limit(Epilogue& epilogue) {

@@ -137,7 +137,8 @@ struct Pool {
   Index items;  // rows of the output
 };
 
-// A value [n, h, w, c] in any strides as another kind of element, channels last: real = scale * (stored - zero).
+// A value [n, h, w, c] in any strides, channels last: a copy, or another kind of element, of which real = scale *
+// (stored - zero).
 struct Conversion {
   const void* x = nullptr;
   Index n = 0, h = 0, w = 0, c = 0;
@@ -166,7 +167,7 @@ struct Kernels {
   void (*average)(const void* x, const Map& in, void* out, Index item);
   // out = relu(a + b), or a + b; dense, elements [first, last).
   void (*add)(const void* a, const void* b, void* out, Index first, Index last, bool relu);
-  // Between float32 and uint8; an item is a row of pixels.
+  // An item is a row of pixels.
   void (*convert)(const Conversion&, Index item);
 };
 

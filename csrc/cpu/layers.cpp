@@ -79,7 +79,7 @@ void pack(Index k, Index depth, const Kernels& kernels, float* to, Value value) 
   }
 }
 
-// [n][3]: g -> G g of F(m, 3), by Cook and Toom, with the points of kernels_isa.h.
+// [n][3]: g -> G g of F(m, 3), by Cook and Toom, with the points of kernels_winograd.h.
 std::vector<double> filter_transform(int m) {
   const std::vector<double> points =
       m == 4 ? std::vector<double>{0, 0.625, -0.625, 1.5, -1.5} : std::vector<double>{0, 1, -1};

@@ -26,8 +26,9 @@ class Schedule;
 
 class Plan {
  public:
-  Plan() = default;
-  ~Plan();
+  // `near`: bytes of values for each thread that a layer finds fast, of which the number of images that run together
+  // through the first layers is made.
+  explicit Plan(Index near) : near_(near) {}
 
   // Each adds a layer and returns the number of its result. Throws std::invalid_argument if channels do not fit, and
   // once the plan has run: its schedules would not know the layer.
@@ -83,6 +84,7 @@ class Plan {
   std::shared_ptr<const Schedule> schedule(const std::vector<Image>& inputs, int threads) const;
   void keep(Floats arena) const;
 
+  Index near_;
   std::vector<Layer> layers_;
   std::vector<int> inputs_, outputs_;
   mutable std::mutex mutex_;

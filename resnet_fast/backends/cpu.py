@@ -20,7 +20,7 @@ from .layouts import channels_last
 
 NAME = "cpu"
 
-_INTERFACE = 4  # of the module's functions, as in csrc/cpu/binding.cpp
+_INTERFACE = 5  # of the module's functions, as in csrc/cpu/binding.cpp
 
 
 @functools.cache

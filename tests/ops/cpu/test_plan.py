@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
 
 import pytest
@@ -41,7 +42,7 @@ class Network:
         }
         self.biases = {name: torch.randn(weight.shape[0], generator=generator) for name, weight in self.weights.items()}
 
-    def plan(self, algorithm: str = "auto") -> _cpu.Plan:
+    def plan(self, algorithm: str = "auto", near: int = 0) -> _cpu.Plan:
         def layer(x: int, name: str, stride: int = 1, padding: int = 0, **more: object) -> int:
             winograd = self.weights[name].shape[2] == 3
             return conv(
@@ -49,7 +50,7 @@ class Network:
                 self.dtype, algorithm=algorithm if winograd else "auto", **more,
             )  # fmt: skip
 
-        plan = _cpu.Plan()
+        plan = _cpu.Plan(near)
         x = layer(plan.input(3, name_of(self.dtype)), "stem", 2, 3, relu=True)
         x = plan.max_pool(x, (3, 3), (2, 2), (1, 1), (1, 1), False)
         y = layer(layer(x, "a", relu=True), "b", 1, 1, relu=True)
@@ -128,6 +129,74 @@ def test_an_image_has_the_same_bits_in_every_batch_and_on_every_number_of_thread
         for order in ([0, 1, 2, 3, 4], [3], [4, 0, 3], [2] * 7):
             for ours, each in zip(run_plan(plan, x[order], threads=threads), alone, strict=True):
                 assert same_bits(ours, each[order])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_however_few_images_run_together(dtype: torch.dtype) -> None:
+    network, x = Network(dtype=dtype), torch.randn(7, 3, 37, 50).to(dtype)
+    plan = network.plan(near=1 << 40)
+    alone = [torch.cat(parts) for parts in zip(*(run_plan(plan, x[i : i + 1]) for i in range(7)), strict=True)]
+    for near in (1, 30_000, 70_000, 150_000, 300_000):
+        plan = network.plan(near=near)
+        for batch, threads in ((7, 1), (2, 2), (5, 2), (7, 3)):
+            for order in (x[:batch], x[:batch].to(memory_format=torch.channels_last)):
+                for ours, each in zip(run_plan(plan, order, threads=threads), alone, strict=True):
+                    assert same_bits(ours, each[:batch])
+
+
+def _random_plan(seed: int, near: int) -> _cpu.Plan:
+    """Layers of any kind over values of 8 channels, each of any two earlier ones, some of them outputs."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    plan = _cpu.Plan(near)
+    values = [(plan.input(8), 0) for _ in range(2)]  # with how often their sides were halved
+
+    for _ in range(draw.randint(4, 14)):
+        x, halved = draw.choice(values)
+        like = draw.choice([value for value, times in values if times == halved])
+        kind = draw.choice(["1x1", "3x3", "down", "pool", "add", "residual"])
+        stride = 2 if kind in ("down", "pool") and halved < 3 else 1
+        if kind == "pool":
+            made = plan.max_pool(x, (3, 3), (stride, stride), (1, 1), (1, 1), False)
+        elif kind == "add":
+            made = plan.add(x, like, draw.random() < 0.5)
+        else:
+            side = 1 if kind == "1x1" else 3
+            weight, bias = torch.randn(8, 8, side, side, generator=generator) / 4, torch.randn(8, generator=generator)
+            residual = like if kind == "residual" else -1
+            made = conv(plan, x, weight, bias, stride, side // 2, residual=residual, relu=draw.random() < 0.5)
+        values.append((made, halved + (stride == 2)))
+    for value, _ in draw.sample(values, draw.randint(1, min(4, len(values)))):
+        plan.output(value)
+    return plan
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_random_plans_have_the_same_bits_however_few_images_run_together(seed: int) -> None:
+    inputs = [torch.randn(5, 8, 21, 18) for _ in range(2)]
+    inputs[1] = inputs[1].to(memory_format=torch.channels_last)
+
+    def run(near: int, first: int, last: int) -> list[Tensor]:
+        return run_plan(_random_plan(seed, near), *(each[first:last] for each in inputs), threads=2)
+
+    alone = [torch.cat(parts) for parts in zip(*(run(1 << 40, i, i + 1) for i in range(5)), strict=True)]
+    for near in (1, 3_000, 12_000, 25_000, 50_000):
+        for ours, each in zip(run(near, 0, 5), alone, strict=True):
+            assert same_bits(ours, each), near
+
+
+def test_a_value_that_is_read_part_by_part_keeps_its_memory() -> None:
+    """The first layer runs image by image, the others two by two; they make more than it made."""
+    generator = torch.Generator().manual_seed(0)
+    x, bias = whole((6, 8, 32, 32), 4, generator), whole((64,), 4, generator)
+    up, down = whole((64, 8, 1, 1), 2, generator), whole((8, 64, 1, 1), 2, generator)
+    plan = _cpu.Plan(40 << 10)
+    y = plan.input(8)
+    for _ in range(2):
+        y = plan.max_pool(y, (3, 3), (2, 2), (1, 1), (1, 1), False)
+    plan.output(conv(plan, conv(plan, y, up, bias), down, bias[:8]))
+    pooled = F.max_pool2d(F.max_pool2d(x, 3, 2, 1), 3, 2, 1)
+    (ours,) = run_plan(plan, x.to(memory_format=torch.channels_last))
+    assert torch.equal(ours, F.conv2d(F.conv2d(pooled, up, bias), down, bias[:8]))
 
 
 STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
