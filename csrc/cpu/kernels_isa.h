@@ -124,7 +124,9 @@ inline void convert_run(const Conversion& of, const From* from, To* to, Index co
 
 template <typename Value>
 inline void convert_run(const Conversion&, const Value* from, Value* to, Index count, Vector&) {
-  __builtin_memcpy(to, from, static_cast<std::size_t>(count) * sizeof(Value));
+  for (Index i = 0; i < count; ++i) {
+    to[i] = from[i];
+  }
 }
 
 // Pixels of three planes, as most images have; in vectors, which the compiler finds for this number.
@@ -150,28 +152,32 @@ void convert(const Conversion& of, Index item) {
     }
   } else {
     constexpr Index most = 64, planes = 3;
-    From taken[most];
-    To made[planes][most];
+    From taken[planes][most];
+    [[maybe_unused]] To made[planes][most];
+    const To* rows[planes] = {};
     for (Index first = 0; first < of.w; first += most) {
       const Index count = least(most, of.w - first);
       for (Index c = 0; c < of.c; ++c) {
         const From* plane = from + first * of.stride_w + c * of.stride_c;
+        const Index here = c % planes;
         if (of.stride_w != 1) {
           for (Index x = 0; x < count; ++x) {
-            taken[x] = plane[x * of.stride_w];
+            taken[here][x] = plane[x * of.stride_w];
           }
-          plane = taken;
+          plane = taken[here];
         }
-        To* const row = made[c % planes];
-        convert_run(of, plane, row, count, check);
-        if (of.c == planes && of.out_pixel == planes) {
-          if (c == planes - 1) {
-            interleave(made[0], made[1], made[2], to + first * planes, count);
-          }
+        if constexpr (same<From, To>) {
+          rows[here] = plane;
         } else {
+          convert_run(of, plane, made[here], count, check);
+          rows[here] = made[here];
+        }
+        if (of.c != planes || of.out_pixel != planes) {
           for (Index x = 0; x < count; ++x) {
-            to[(first + x) * of.out_pixel + c] = row[x];
+            to[(first + x) * of.out_pixel + c] = rows[here][x];
           }
+        } else if (here == planes - 1) {
+          interleave(rows[0], rows[1], rows[2], to + first * planes, count);
         }
       }
     }
