@@ -278,6 +278,14 @@ def test_the_committed_convolutions_on_hopper_overlap_and_hide_each_other() -> N
                 assert (matrix, a) == ("HGMMA", "shared"), (version, key)
 
 
+def test_the_committed_int8_kernels_on_hopper_overlap_and_hide_each_other() -> None:
+    for version, table in check.read_table(check.table_path()).items():
+        rows = [row for key, row in table.items() if (key.arch, key.kernel) == ("sm_90", "conv_int8._boxes")]
+        assert len(rows) > 50, version
+        for _, _, occupancy, matrix, serialised, a in rows:
+            assert (matrix, serialised, a) == ("IGMMA", "no", "registers") and int(occupancy) >= 2, version
+
+
 def test_tables_of_launch_choices_are_compiled(tmp_path: Path) -> None:
     case = problem(n=3, h=56, w=56)
     fields = dataclasses.asdict(conv_bn_act.Config(64, 32, 32, 4, 2, True))
