@@ -224,10 +224,26 @@ def _gather(
 
 
 @dataclass(frozen=True)
-class Config(conv_bn_act.Config):
-    """A launch choice, as :class:`conv_bn_act.Config`."""
+class Config:
+    """A launch choice: tile sizes, warps, pipeline stages, and whether the copy engine fetches the pixels in boxes."""
 
-    def shared_memory(self, problem: Problem) -> int:  # type: ignore[override]
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    boxes: bool
+
+    def resident(self, problem: Problem) -> bool:
+        """Return False: the weights of no program stay in shared memory, as conv_bn_act's may."""
+        return False
+
+    def programs(self, problem: Problem, gpu: GPU) -> int:
+        """Return how many programs the choice means a multiprocessor to hold at once: two hide each other's ends."""
+        most = 1 if self.block_m * self.block_n > 128 * 128 else 2
+        return min(most, gpu.shared_memory_per_multiprocessor // (self.shared_memory(problem) + 1024))
+
+    def shared_memory(self, problem: Problem) -> int:
         """Bytes of shared memory a program takes at most: the operands of every stage, or the output tile."""
         staged = self.block_m * self.block_n * problem.out_itemsize if self.boxes else 0
         return max((self.block_m + self.block_n) * self.block_k * self.num_stages, staged)
@@ -278,7 +294,7 @@ def heuristic(problem: Problem, gpu: GPU) -> Config:
     # One warp group has registers for the sums of 128 x 128 and x's part of a step, but for no residual besides.
     warps = 8 if block_m * block_n >= 128 * 128 and problem.residual else 4
     config = Config(block_m, block_n, block_k, warps, _most_stages(problem, block_k, boxes), boxes)
-    while config.num_stages > 2 and config.programs(problem, gpu) < config.most_programs:
+    while config.num_stages > 2 and config.programs(problem, gpu) < 2:
         config = replace(config, num_stages=config.num_stages - 1)
     return config
 
@@ -317,7 +333,12 @@ def takes(config: Config, problem: Problem, gpu: GPU) -> bool:
     return _fits(config, problem, gpu) and config.block_k >= 32 and (boxes or not config.boxes)
 
 
-tiles = conv_bn_act.tiles
+def tiles(problem: Problem, config: Config, boxes: bool) -> int:
+    """Return how many tiles of pixels cover the output."""
+    if not boxes:
+        return cdiv(problem.pixels, config.block_m)
+    (n, _, _), (_, p, q) = conv_bn_act._box_sizes(problem)
+    return math.prod(map(cdiv, (n, p, q), image_box(n, p, q, config.block_m)))
 
 
 def launch(

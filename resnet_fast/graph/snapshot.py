@@ -192,7 +192,10 @@ class OptimizedModule(nn.Module):
         return result
 
     def _unread(self, x: Tensor) -> tuple[Any, ...]:
-        """Run without reading of the GPU whether all values fit in uint8; the second result, if some become that, says so."""
+        """Run without reading of the GPU whether all values fit in uint8.
+
+        If some become that, the second result says whether they do.
+        """
         with looking_later() as kept:
             result = self._run(x)
         return (result, torch.stack(kept).all()) if kept else (result,)

@@ -85,6 +85,8 @@ class Loop:
 
     Attributes:
         rows, columns, depth: of a step's product. each: seconds that a step takes besides.
+        ahead: steps that pass while a copy is on its way; None: one less than there are stages, if there are several.
+        whole: whether a step is a tile with its end, during which copies go on, of a program that takes several.
     """
 
     steps: int
@@ -94,6 +96,8 @@ class Loop:
     bytes: int
     stages: int
     each: float = 0.0
+    ahead: int | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,9 @@ class Program:
     Attributes:
         tiles: of the output, of the whole launch. programs: blocks; fewer than tiles where each takes several.
         loops: one behind the other, for a tile. area: outputs that are written behind them.
-        exposed: loads that nothing overlaps, such as a residual's behind the loops.
+        exposed: loads of a tile that nothing overlaps, such as a residual's behind the loops.
         l2: bytes that all programs read through the level-2 cache.
+        first: loads that a program waits for one after the other before its first product.
     """
 
     tiles: int
@@ -113,6 +118,7 @@ class Program:
     area: int
     exposed: int
     l2: int
+    first: int = 1
 
 
 @dataclass(frozen=True)
@@ -191,24 +197,32 @@ def _chain(
         rate: bytes per second that the multiprocessor gets from the level-2 cache. tiles: that the program computes.
     """
     loops, causes = 0.0, {"block start and end": 0.0}
+    size = max(0.25, program.area / AREA)
+    ends = (assumed.epilogue + assumed.store) * size if program.area else 0.0
     for loop in program.loops:
-        step, why = _step(loop, code, precision, latency, rate, beside, assumed)
+        within = ends if loop.whole else 0.0
+        step, why = _step(loop, code, precision, latency, rate, beside, within, assumed)
         loops += loop.steps * step
         causes[why] = causes.get(why, 0.0) + loop.steps * step
-    size = max(0.25, program.area / AREA)
-    # A program of several tiles fetches the next one's operands, the residual among them, during the last one's end.
-    exposed = program.exposed * latency if tiles == 1 else 0.0
-    ends = (assumed.epilogue + assumed.store) * min(size, 1.0) if program.area else 0.0
-    fixed = assumed.start + latency
+    # A program of several tiles fetches the next one's operands during the last one's end. Not so a residual, unless it
+    # is fetched as they are: Triton's loop over tiles and steps waits for it where it is added.
+    exposed = program.exposed * latency
+    ends = 0.0 if any(loop.whole for loop in program.loops) else ends
+    fixed = assumed.start + program.first * latency
     causes["block start and end"] = fixed + tiles * (ends + exposed)
     found = fixed + tiles * (loops + ends + exposed)
     return found, max(causes, key=causes.__getitem__)
 
 
 def _step(
-    loop: Loop, code: Code, precision: str, latency: float, rate: float, beside: int, assumed: Assumptions
-) -> tuple[float, str]:
-    """Return the seconds of one step of a loop, and what most of it is."""
+    loop: Loop, code: Code, precision: str, latency: float, rate: float, beside: int, within: float,
+    assumed: Assumptions,
+) -> tuple[float, str]:  # fmt: skip
+    """Return the seconds of one step of a loop, and what most of it is.
+
+    Args:
+        within: seconds of a tile's end that the step has behind its product.
+    """
     flops = 2.0 * loop.rows * loop.columns * loop.depth
     product = flops / dict(assumed.flops)[precision] / assumed.clock
     through = code.a == "registers"
@@ -216,13 +230,14 @@ def _step(
     waits = (instructions * assumed.wait if code.serialised else assumed.wait / 2) / assumed.clock
     copied = loop.rows * loop.depth * ITEMSIZE[precision] / 128 / assumed.clock if through else 0.0
     overhead = (assumed.registers_step if through else assumed.step) / assumed.clock
+    ahead = loop.stages - 1 if loop.ahead is None else loop.ahead
     if loop.depth == 0:
         return loop.each, "gathering"
     limits = {
-        "products that wait" if code.serialised else "product": product + waits + copied + overhead,
+        "products that wait" if code.serialised else "product": product + waits + copied + overhead + within,
         "matrix units": beside * product / assumed.reached,
         "L2 traffic": beside * loop.bytes / rate,
-        "load latency": latency / max(1, loop.stages - 1) if loop.steps > 1 else 0.0,
+        "load latency": latency / max(1, ahead) if loop.steps > 1 or loop.whole else 0.0,
     }
     why = max(limits, key=limits.__getitem__)
     return limits[why] + loop.each, why
@@ -240,8 +255,14 @@ def conv(problem: ConvBNAct, config: Any, tiles: int, programs: int) -> Program:
     """
     m, n, k, item = config.block_m, config.block_n, config.block_k, ITEMSIZE[problem.precision]
     depth = math.prod(problem.kernel) * problem.c // problem.groups
+    if config.resident(problem):
+        # A tile's copies begin behind the epilogue of the one that had their place, all but one stage before.
+        fetched = (m * k + (m * n if problem.residual else 0)) * item
+        loop = Loop(1, m, n, k, fetched, config.num_stages, ahead=max(0, config.num_stages - 2), whole=True)
+        return Program(tiles, programs, (loop,), m * n, 0, tiles * fetched + programs * n * k * item, first=2)
     shares = max(1, programs // tiles)
-    loop = Loop(math.ceil(math.ceil(depth / k) / shares), m, n, k, (m + n) * k * item, config.num_stages)
+    steps = math.ceil(math.ceil(depth / k) / shares)
+    loop = Loop(steps, m, n, k, (m + n) * k * item, config.num_stages)
     residual = problem.pixels * problem.k * item if problem.residual else 0
     exposed = int(problem.residual) + int(shares > 1)
     return Program(tiles * shares, programs, (loop,), m * n, exposed, tiles * (m + n) * depth * item + residual)
