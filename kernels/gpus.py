@@ -25,7 +25,7 @@ class GPU:
         l2: bytes of level-2 cache; ``l2_bandwidth``: bytes per second out of it to all multiprocessors, None where no
             figure is at hand, and then nothing counts it.
         bandwidth: bytes per second of device memory.
-        flops: floating point operations per second (a multiply-add is two) by precision, without sparsity.
+        flops: operations per second (a multiply-add is two) by precision, without sparsity.
         source: where the figures come from.
     """
 
@@ -41,6 +41,10 @@ class GPU:
     registers: int = 65536
     l2_bandwidth: float | None = None
 
+    def rate(self, precision: str) -> float:
+        """Return operations per second in a precision; in "int8" the double of float16's if nothing else is known."""
+        return self.flops.get(precision) or 2 * self.flops["fp16"]
+
     def __post_init__(self) -> None:
         missing = [precision for precision in PRECISIONS if self.flops.get(precision, 0) <= 0]
         if missing or self.bandwidth <= 0 or self.multiprocessors < 1:
@@ -50,9 +54,10 @@ class GPU:
             )
 
 
-def _flops(fp16: float, tf32: float, fp32: float) -> Mapping[str, float]:
-    """From TFLOP/s; bfloat16 runs at float16's rate on all of them."""
-    return MappingProxyType({"fp16": fp16 * 1e12, "bf16": fp16 * 1e12, "tf32": tf32 * 1e12, "fp32": fp32 * 1e12})
+def _flops(fp16: float, tf32: float, fp32: float, int8: float | None = None) -> Mapping[str, float]:
+    """From TFLOP/s; bfloat16 runs at float16's rate on all of them, and int8 at the double of it unless given."""
+    rates = {"fp16": fp16, "bf16": fp16, "tf32": tf32, "fp32": fp32, "int8": 2 * fp16 if int8 is None else int8}
+    return MappingProxyType({precision: rate * 1e12 for precision, rate in rates.items()})
 
 
 _KB, _MB = 1024, 1024 * 1024
@@ -71,8 +76,8 @@ GPUS: tuple[GPU, ...] = (
     GPU("a100", 80, 108, 163 * _KB, 164 * _KB, 40 * _MB, 2.039e12, _flops(312, 156, 19.5), f"SXM 80 GB: {_SHEET}"),
     GPU("b200", 100, 148, 227 * _KB, 228 * _KB, 126 * _MB, 8.0e12, _flops(2250, 1125, 75), _SHEET),
     GPU("l4", 89, 58, 99 * _KB, 100 * _KB, 48 * _MB, 300e9, _flops(121, 60.5, 30.3), _SHEET),
-    GPU("rtx4090", 89, 128, 99 * _KB, 100 * _KB, 72 * _MB, 1.008e12, _flops(165.2, 82.6, 82.6), _SHEET),
-    GPU("rtx5090", 120, 170, 99 * _KB, 100 * _KB, 96 * _MB, 1.792e12, _flops(209.5, 104.8, 104.8), _SHEET),
+    GPU("rtx4090", 89, 128, 99 * _KB, 100 * _KB, 72 * _MB, 1.008e12, _flops(165.2, 82.6, 82.6, 660.6), _SHEET),
+    GPU("rtx5090", 120, 170, 99 * _KB, 100 * _KB, 96 * _MB, 1.792e12, _flops(209.5, 104.8, 104.8, 838), _SHEET),
 )  # fmt: skip
 
 

@@ -71,6 +71,29 @@ class ConvStatistics(ConvBNAct):
 
 
 @dataclass(frozen=True)
+class ConvInt8(ConvBNAct):
+    """A convolution of uint8 with an int8 weight; ``precision`` is "int8".
+
+    Attributes:
+        out: the dtype of the output and the residual: "uint8", or "fp16", "bf16" or "fp32".
+        shifted: whether x's zero point is not 0, so that padding is not the byte 0.
+    """
+
+    op: ClassVar[str] = "conv_int8"
+    out: str = "uint8"
+    shifted: bool = False
+
+    @property
+    def out_itemsize(self) -> int:
+        """Bytes of an element of the output and of the residual."""
+        return {"uint8": 1, "fp16": 2, "bf16": 2, "fp32": 4}[self.out]
+
+    def key(self) -> str:
+        """Return the problem as tables name it."""
+        return f"{super().key()} {self.out}{' shifted' if self.shifted else ''}"
+
+
+@dataclass(frozen=True)
 class Stem:
     """What a launch choice may depend on: x [n, c, h, w] or uint8 [n, h, w, c], k channels out, the pool's form."""
 
@@ -201,5 +224,5 @@ class BatchNormAct:
 
 Problem = ConvBNAct | BottleneckTail | Stem | Head | AddAct | BatchNormAct
 
-#: The problems of the ops that have kernels, by the op's name. The last two run in training only.
+#: The problems of the ops whose kernels are tuned, by the op's name. The last two run in training only.
 OPS = {problem.op: problem for problem in (ConvBNAct, BottleneckTail, Stem, Head, AddAct, BatchNormAct, ConvStatistics)}

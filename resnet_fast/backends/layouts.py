@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 
-def empty_channels_last(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised channels_last tensor of ``shape`` with x's dtype and device: what the fake kernels return."""
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def empty_channels_last(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised channels_last tensor of ``shape`` with x's dtype and device: what the fake kernels return.
+
+    Args:
+        dtype: another one than x's.
+    """
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def max_pool(
     ceil: bool,
 ) -> Tensor:
     """``torch.max_pool2d`` of uint8, for which torch's own (whose indices are uint8 too) takes small images only."""
-    if x.numel() and _pools():
+    if x.is_cpu and x.numel() and _pools():
         y: Tensor = torch.ops.quantized.max_pool2d(x, kernel, stride, padding, dilation, ceil)
         return y
     return torch.max_pool2d(x.float(), kernel, stride, padding, dilation, ceil).to(torch.uint8)

@@ -45,12 +45,13 @@ WIDEST = 170
 
 
 class Arithmetic(str, enum.Enum):
-    """How a convolution multiplies; tf32 is float32 in memory."""
+    """How a convolution multiplies; tf32 is float32 in memory, and beside int8 the rest is float16."""
 
     float16 = "float16"
     bfloat16 = "bfloat16"
     tf32 = "tf32"
     float32 = "float32"
+    int8 = "int8"
 
     @classmethod
     def _missing_(cls, value: object) -> Arithmetic | None:
@@ -58,14 +59,14 @@ class Arithmetic(str, enum.Enum):
 
     @property
     def precision(self) -> str:
-        """Its short name, which the tables of GPUs and launches have."""
-        return {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}.get(self.value, self.value)
+        """The short name, which the tables of GPUs and launches have; of int8 the one of what is not quantized."""
+        return {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "fp16"}.get(self.value, self.value)
 
     @property
     def dtype(self) -> torch.dtype:
         import torch
 
-        found: torch.dtype = getattr(torch, "float32" if self is Arithmetic.tf32 else self.value)
+        found: torch.dtype = getattr(torch, {"tf32": "float32", "int8": "float16"}.get(self.value, self.value))
         return found
 
 
@@ -155,7 +156,12 @@ def roofline(
     check_results(json_target, plot_path)
     device = _device_name()
     chosen = _choose(gpu, bandwidth, tflops, capability, device)
+    if precision is Arithmetic.int8 and tflops is not None:
+        rates = dict.fromkeys(chosen.flops, tflops * 1e12 / 2)  # of what is not quantized
+        chosen = dataclasses.replace(chosen, flops=rates | {"int8": tflops * 1e12})
     subject = Subject(arch, batch, image_size, precision)
+    if plot_path is not None and precision is Arithmetic.int8:
+        raise UserError("--plot draws one rate of products, and a network in int8 has two; leave it out")
     if estimated:
         _check_estimate(chosen)
     with as_user_errors(ValueError):
@@ -251,13 +257,15 @@ def schedules(subject: Subject, gpu: GPU) -> tuple[Schedule, ...]:
     with torch.device("meta"):
         model = models.get_model(subject.arch).to(dtype).eval()
         image = torch.empty(subject.shape, dtype=dtype)
-    return schedules.schedules(model, image, gpu, subject.precision.precision)
+    return schedules.schedules(model, image, gpu, subject.precision.precision, subject.precision is Arithmetic.int8)
 
 
 def _measured(subject: Subject, gpu: GPU, device: str | None, asked: str | None) -> tuple[Seconds | None, str]:
     """Seconds of each fused op on this machine's GPU, or None, and a line on what was measured or why nothing was."""
     if device is None:
         return None, "nothing measured: torch sees no CUDA GPU here"
+    if subject.precision is Arithmetic.int8:
+        return None, "nothing measured: this command runs no quantized network"
     from resnet_fast.kernels import gpus
 
     if asked is not None and gpus.normalise(device) != gpu.name:
@@ -358,12 +366,13 @@ def _estimates(subject: Subject, gpu: GPU, seconds: Seconds | None) -> Estimates
             show(f"compiling kernels that are not in the table: {done}/{total}", done / total)
 
         for batch in sorted({*shapes.BATCHES, subject.batch}):
-            taken, image = estimate.measured(f"{subject.arch}-{precision}-b{batch}", gpu)
-            for schedule in (estimate.PER_CONV, estimate.PLANNED):
+            int8 = subject.precision is Arithmetic.int8
+            taken, image = estimate.measured(f"{subject.arch}-{'int8' if int8 else precision}-b{batch}", gpu)
+            for schedule in (estimate.INT8,) if int8 else (estimate.PER_CONV, estimate.PLANNED):
                 wanted = estimate.launched(schedule, subject.arch, batch, subject.image_size, precision, gpu)
                 found = estimate.estimates(wanted, gpu, compiling)
                 floor, whole = (sum(getattr(each.estimate, name) for each in found) for name in ("floor", "seconds"))
-                planned = schedule == estimate.PLANNED
+                planned = schedule != estimate.PER_CONV
                 sums.append(Sum(batch, schedule, len(found), floor / batch, whole / batch, image if planned else None))
                 if batch == subject.batch and planned:
                     shown, seconds = found, seconds or taken
@@ -390,7 +399,8 @@ def show_estimates(found: Estimates, remark: str) -> None:
         "ESTIMATE us",
         "of floor",
     )
-    shown = table(f"ESTIMATE, not measured: planned, {subject}, {escape(gpu.name)}", words, numbers)
+    schedule = "per convolution" if subject.precision is Arithmetic.int8 else "planned"
+    shown = table(f"ESTIMATE, not measured: {schedule}, {subject}, {escape(gpu.name)}", words, numbers)
     shown.add_column("limited by")
     shown.add_column("measured us", justify="right")
     rows: dict[tuple[Any, ...], list[Launch]] = {}
@@ -424,7 +434,7 @@ def show_estimates(found: Estimates, remark: str) -> None:
     console.print(totals)
     console.print(
         f"An estimate from assumed latencies (docs/roofline.md), good to about 30 %; {escape(gpu.name)}: "
-        f"{gpu.bandwidth / 1e12:.4g} TB/s, {gpu.flops[subject.precision.precision] / 1e12:.4g} TFLOP/s, "
+        f"{gpu.bandwidth / 1e12:.4g} TB/s, {_rates(subject, gpu)}, "
         f"{(gpu.l2_bandwidth or 0) / 1e12:.4g} TB/s out of L2 (assumed).", soft_wrap=True,
     )  # fmt: skip
     if any(launch.case.op == "conv_bn_act" and not launch.code.a for launch in found.launches):
@@ -466,19 +476,26 @@ def as_dict(
 
 def show(subject: Subject, gpu: GPU, found: tuple[Schedule, ...], seconds: Seconds | None, remark: str) -> None:
     """Prints the layers of the per-conv and the rotated schedule, of the planned one if it ran, then all totals."""
-    precision = subject.precision.precision
     console = out_console()
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDEST)
     for schedule in found:
         # An eager network's layers are many and say little; its sums are below.
-        if schedule.name in ("per-conv", "rotated") or (schedule.name == "planned" and seconds):
+        if schedule.name in ("per-conv", "rotated", "int8") or (schedule.name == "planned" and seconds):
             console.print(_layers(subject, gpu, schedule, seconds))
             console.print()
     console.print(_totals(subject, gpu, found))
-    rates = f"{gpu.bandwidth / 1e12:.4g} TB/s, {gpu.flops[precision] / 1e12:.4g} TFLOP/s in {subject.precision.value}"
+    rates = f"{gpu.bandwidth / 1e12:.4g} TB/s, {_rates(subject, gpu)}"
     console.print(f"{escape(gpu.name)}: {rates} ({escape(gpu.source)})", soft_wrap=True)
     console.print(escape(remark), soft_wrap=True)
+
+
+def _rates(subject: Subject, gpu: GPU) -> str:
+    """Return the rates of products that the floors are of."""
+    if subject.precision is Arithmetic.int8:
+        return f"{gpu.rate('int8') / 1e12:.4g} TOP/s in int8, {gpu.flops['fp16'] / 1e12:.4g} TFLOP/s in float16"
+    rate = gpu.flops[subject.precision.precision]
+    return f"{rate / 1e12:.4g} TFLOP/s in {subject.precision.value}"
 
 
 def _layers(subject: Subject, gpu: GPU, schedule: Schedule, seconds: Seconds | None) -> Table:
@@ -489,25 +506,29 @@ def _layers(subject: Subject, gpu: GPU, schedule: Schedule, seconds: Seconds | N
     for heading in () if seconds is None else ("measured us", "of floor"):
         shown.add_column(heading, justify="right")
 
-    def add(name: str, op: str, shape: str, work: Work, floor: float, bound: str, taken: float | None) -> None:
+    def add(
+        name: str, op: str, shape: str, work: Work, math: float, floor: float, bound: str, taken: float | None
+    ) -> None:
         cells = [f"{work.bytes / subject.batch / 1e6:.3f}", f"{work.flops / subject.batch / 1e6:.1f}"]
-        for time in (work.bytes / gpu.bandwidth, work.flops / gpu.flops[precision], floor):
+        for time in (work.bytes / gpu.bandwidth, products, floor):
             cells.append(f"{1e6 * time:.2f}")
         beside = ["", ""] if taken is None else [f"{1e6 * taken:.2f}", f"{taken / floor:.2f}x"]
         shown.add_row(name, op, shape, *cells, bound, *([] if seconds is None else beside))
 
     floors, times = [], []
     for kernel in schedule.kernels:
-        floors.append(kernel.work.floor(gpu, precision))
+        floors.append(kernel.floor(gpu, precision))
         times.append(None if seconds is None else seconds.get(frozenset(kernel.parts)))
         parts = kernel.parts or (kernel.name,)
         name = escape(parts[0] if len(parts) == 1 else f"{parts[0]} to {parts[-1]}")
         shape = "x".join(map(str, kernel.shape[1:]))
-        add(name, kernel.op, shape, kernel.work, floors[-1], kernel.bound(gpu, precision), times[-1])
+        products = kernel.math(gpu, precision)
+        add(name, kernel.op, shape, kernel.work, products, floors[-1], kernel.bound(gpu, precision), times[-1])
     shown.add_section()
     known = [time for time in times if time is not None]
     whole = sum(known) if len(known) == len(times) else None
-    add("[bold]all[/]", f"{len(times)} launches", "", schedule.work, sum(floors), "", whole)
+    products = sum(kernel.math(gpu, precision) for kernel in schedule.kernels)
+    add("[bold]all[/]", f"{len(times)} launches", "", schedule.work, products, sum(floors), "", whole)
     return shown
 
 

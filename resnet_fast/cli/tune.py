@@ -112,6 +112,8 @@ def tune(
 
     The most expensive layers come first, and the table is written after each, so that it can be stopped at any time.
     """
+    if Arithmetic.int8 in (precisions or ()):
+        raise UserError("--dtype int8: the kernels of quantized networks are not tuned, they go by their shapes")
     names = tuple(check_arch(name) for name in (models or ["resnet50"]))
     if device is not Device.cuda and device.found == "cpu":
         for option, given in (("--op", chosen), ("--gpu", gpu_name), ("--checked-in", checked_in)):

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from resnet_fast.backends import triton
 
 from . import guards, ir, memory, plan
+from .quantize_layers import Quantized
 
 #: Shapes kept; the one used longest ago makes room for a new one.
 SHAPES_KEPT = 8
@@ -44,6 +45,8 @@ def why_not_recordable(gm: fx.GraphModule) -> str:
         if isinstance(module, plan.Fused):
             if not module.prepare().candidates:
                 return f"{ir.name_of(node)} runs on the backend {module.backend!r}"
+        elif isinstance(module, Quantized):
+            continue  # they read nothing of the GPU under guard.looking_later
         elif not memory.fresh(gm, node) and not _selects(node):
             return f"{node.name} is no fused op"
     return ""

@@ -64,6 +64,22 @@ def in_float() -> bool:
     return getattr(_state, "in_float", False)
 
 
+def unread() -> list[Tensor] | None:
+    """Return where this thread puts what says whether a value fits in uint8, for a later look; None if it looks now."""
+    return getattr(_state, "unread", None)
+
+
+@contextmanager
+def looking_later() -> Iterator[list[Tensor]]:
+    """Nothing is read of a GPU in this thread to see whether values fit in uint8; gives bools without shape instead."""
+    kept: list[Tensor] = []
+    before, _state.unread = unread(), kept
+    try:
+        yield kept
+    finally:
+        _state.unread = before
+
+
 @contextmanager
 def without_integers() -> Iterator[None]:
     """What is rounded to uint8 stays float32 in this thread, so that NaN and infinity pass."""

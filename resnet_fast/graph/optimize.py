@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -52,6 +52,7 @@ def optimize(
     backend: str = "auto",
     gpu: str | None = None,
     check: bool = True,
+    calibration: Iterable[Any] | None = None,
 ) -> OptimizedModule:
     """Return a frozen copy of ``model`` for inference whose layers run fused; ``model`` itself is not changed.
 
@@ -67,6 +68,8 @@ def optimize(
             its children that can be captured are fused.
         dtype: what to compute in: torch.float32, bfloat16, float16 or float64; None keeps the parameters' dtype.
             BatchNorm is folded in float64 and each weight rounded once. Results come in the model's own dtype.
+            torch.int8 is :func:`quantize`, which has more options: ``calibration`` is needed then, and the other
+            arguments but ``check`` are not taken.
         example_inputs: a tensor or a sequence of the model's positional arguments, read for its sizes: tensors without
             data (device "meta") do as well. What is planned for a GPU is planned for this batch.
             None: one image (128 to plan for a GPU) of the first convolution's channels for each argument without a
@@ -79,6 +82,7 @@ def optimize(
             model is on; on a CPU nothing is planned.
         check: whether the result is compared with ``model`` on one random image and on two of another size before it is
             returned, which takes about as long as eight images do. A part that differs stays as its author wrote it.
+        calibration: the calibration batches of :func:`quantize`, for torch.int8 alone.
 
     Raises:
         ValueError: the model or a part of it that minds is in training mode, it does not accept ``example_inputs``, or
@@ -95,20 +99,60 @@ def optimize(
         >>> fast.report()  # one line; print() shows what became of every layer
         <Report: 69 of 69 layers fused, ...>
     """
+    if dtype is torch.int8:
+        return _quantized(model, calibration, check, example_inputs, cuda_graphs, backend, gpu)
+    if calibration is not None:
+        raise ValueError(f"optimize: calibration goes with dtype=torch.int8, and dtype is {dtype!r}")
+    return unplanned(
+        model, dtype=dtype, example_inputs=example_inputs, cuda_graphs=cuda_graphs, backend=backend, gpu=gpu,
+        check=check, tails=True,
+    )  # fmt: skip
+
+
+def _quantized(model: nn.Module, calibration: Any, check: bool, *others: Any) -> OptimizedModule:
+    """Return what ``quantize`` gives, with errors in the words of ``optimize``'s arguments."""
+    from .quantize import quantize
+
+    if others != (None, "auto", "auto", None):
+        raise ValueError(
+            "optimize: example_inputs, cuda_graphs, backend and gpu are not taken with dtype=torch.int8: the "
+            "calibration batches are the examples"
+        )
+    if calibration is None:
+        raise ValueError("optimize: dtype=torch.int8 needs calibration, an iterable of batches, as quantize() does")
+    try:
+        return quantize(model, calibration, check=check)
+    except (TypeError, ValueError) as error:
+        said = str(error).replace("quantize: ", "optimize: ", 1).replace("calibration_batches", "calibration")
+        raise type(error)(said) from error
+
+
+def unplanned(
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    example_inputs: Tensor | Sequence[Any] | None = None,
+    cuda_graphs: bool | str = "auto",
+    backend: str = "auto",
+    gpu: str | None = None,
+    check: bool = True,
+    tails: bool = False,
+) -> OptimizedModule:
+    """As :func:`optimize`, but bottleneck blocks are fused for a GPU only with ``tails``."""
     if isinstance(model, OptimizedModule):
         raise TypeError("optimize: this module is the result of optimize() already; give it the original model")
     copies.check(model)
     device, original, mixed = _device_and_dtype(model, dtype)
     _check_options(dtype, cuda_graphs, backend, device)
     target = original if dtype is None else dtype
-    planned = _planned(gpu, device)
+    planned = _planned(gpu, device) if tails else None
     hooks = copies.hooked(model)
     said = ""
     if hooks:
         said = (
             f"forward hooks are not called by the frozen snapshot, what they return is part of it: {', '.join(hooks)}"
         )
-        warnings.warn(f"optimize: {said}", stacklevel=2)
+        warnings.warn(f"optimize: {said}", stacklevel=3)
     own = copies.copied(model)
     if mixed:
         own.to(target)
@@ -261,7 +305,7 @@ def _in_parts(own: nn.Module, args: tuple[Any, ...], options: _Options, why: str
         except Refused as error:
             why = f"{why}; with its parts fused, {error}"
             result = parts.assemble(own, {}, reasons, why, options.target, options.original)
-    warnings.warn(f"optimize: {result.report().notes[0]}", stacklevel=3)
+    warnings.warn(f"optimize: {result.report().notes[0]}", stacklevel=4)
     return result
 
 

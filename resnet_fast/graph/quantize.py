@@ -25,7 +25,7 @@ from resnet_fast.ops.stem import pool
 
 from . import batching, calling, ir, memory, quantize_layers, shapes
 from .guards import Refused
-from .optimize import optimize, row_bytes
+from .optimize import row_bytes, unplanned
 from .plan import Fused
 from .quantize_build import Builder, Graph
 from .quantize_layers import LARGEST, LARGEST_REDUCED, Quantized, real, stored
@@ -57,21 +57,23 @@ def quantize(
     keep_float: Sequence[str] = (),
     min_sqnr: float | None = None,
     round_image: bool = False,
+    float_dtype: torch.dtype | None = None,
     check: bool = True,
 ) -> OptimizedModule:
-    """Return a frozen copy of ``model`` for inference on a CPU whose convolutions compute in int8.
+    """Return a frozen copy of ``model`` for inference whose convolutions compute in int8.
 
     It is what :func:`optimize` returns, fused in the same way, with its convolutions' inputs as uint8 (one scale and
     zero point for a tensor) and their weights as int8 (symmetric, one scale for an output channel); sums are int32. The
-    first convolution, the layer behind the global average pool, and whatever has no int8 form stay float32. Input and
-    output are float32, and every batch and image size is taken. ``report()`` shows what it costs in accuracy.
+    first convolution, the layer behind the global average pool, and whatever has no int8 form stay float32, on a GPU
+    in half precision. Input and output are the model's own, and every batch and image size is taken. ``report()`` shows
+    what it costs in accuracy.
 
     Ranges of activations are those with the least squared error over the calibration images. An image that holds NaN or
     infinity runs by the definition in float32, slowly, so that its answer is NaN as the model's would be.
 
     Args:
-        model: as for :func:`optimize`: a module in eval mode, float32 on the CPU; others stay as they are, with one
-            warning.
+        model: as for :func:`optimize`: a module in eval mode, float32 on the CPU, float32 or half precision on a GPU;
+            others stay as they are, with one warning.
         calibration_batches: an iterable of batches, prepared as those at inference are; 100 to 500 images of the
             training set are usual. A batch is a tensor; or a tuple or list that begins with the model's required
             arguments, as (images, labels) does; or a mapping of its arguments by name (others, and "labels", are left
@@ -81,6 +83,8 @@ def quantize(
             less time, and costs accuracy if images have more than 8 bits, or channels of unlike ranges.
         min_sqnr: signal-to-quantization-noise ratio in dB that the outputs must have on the calibration images: as long
             as they have not, the layers that lose most by themselves become float32 again, a tenth at a time.
+        float_dtype: what layers that stay floating point compute in, of a model on a GPU: torch.float16, bfloat16 or
+            float32. None: the model's half precision, float16 for a model in float32. On a CPU it is float32.
         check: as for :func:`optimize`.
 
     Returns:
@@ -109,9 +113,10 @@ def quantize(
         raise TypeError(f"quantize: keep_float is {keep_float!r}; it must be a list of patterns of layers' names")
     if min_sqnr is not None and not (isinstance(min_sqnr, int | float) and min_sqnr == min_sqnr):
         raise TypeError(f"quantize: min_sqnr is {min_sqnr!r}; it must be None or a number of decibels")
+    dtype = _float_dtype(model, float_dtype)
     calls = list(_calls(model, calibration_batches))
     try:
-        fast = optimize(model, example_inputs=_positional(model, calls[0]), check=check)
+        fast = unplanned(model, dtype=dtype, example_inputs=_positional(model, calls[0]), check=check)
     except (TypeError, ValueError) as error:  # in the words of this function's arguments
         said = str(error).replace("optimize: ", "quantize: ", 1).replace("example_inputs", "calibration_batches[0]")
         raise type(error)(said) from error
@@ -126,6 +131,25 @@ def quantize(
         _calibrate(fast, graphs, calls)
     measured = _fit(fast, graphs, calls, min_sqnr)
     return _finished(fast, graphs, calls[0], measured)
+
+
+def _float_dtype(model: nn.Module, asked: torch.dtype | None) -> torch.dtype | None:
+    """Return what the layers that stay floating point compute in, None for the model's own dtype."""
+    tensors = [*model.parameters(), *model.buffers()]
+    gpu = bool(tensors) and quantize_layers.on_gpu(tensors[0].device)
+    allowed = (torch.float32, *_HALVES) if gpu else (torch.float32,)
+    if asked is not None and asked not in allowed:
+        raise ValueError(
+            f"quantize: float_dtype is {asked!r}; it must be None or one of {', '.join(map(str, allowed))} for a model "
+            f"on {tensors[0].device if tensors else 'the CPU'}"
+        )
+    if asked is not None or not gpu or not tensors[0].is_cuda:
+        return asked
+    own = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+    return {torch.float32: torch.float16}.get(own)
+
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 # --- calibration batches
@@ -224,11 +248,13 @@ def _choose(fast: OptimizedModule, graphs: list[Graph], patterns: Sequence[str],
             if not reason and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
                 reason = "kept by keep_float"
             if not reason:
-                backend = quantize_layers.computed_by(
-                    module.constants()["weight"].shape, module.options.get("groups", 1)
-                )
-                reason = quantize_layers.incapable(backend, LARGEST_REDUCED)
-                computed_by.add(backend)
+                weight, groups = module.constants()["weight"], module.options.get("groups", 1)
+                if quantize_layers.on_gpu(graph.snapshot._device):
+                    reason = quantize_layers.without_kernel(weight.shape, groups, graph.snapshot._device)
+                else:
+                    backend = quantize_layers.computed_by(weight.shape, groups)
+                    reason = quantize_layers.incapable(backend, LARGEST_REDUCED)
+                    computed_by.add(backend)
             if module.op in ("conv_bn_act", "stem"):
                 first = False
             if reason:
@@ -241,10 +267,12 @@ def _choose(fast: OptimizedModule, graphs: list[Graph], patterns: Sequence[str],
 
 def _why_no_graph(graph: Graph) -> str:
     snapshot = graph.snapshot
-    if snapshot.dtype is not torch.float32:
-        return f"the model computes in {str(snapshot.dtype).removeprefix('torch.')}, int8 stands beside float32"
-    if snapshot._device.type != "cpu":
-        return f"the model is on {snapshot._device}, int8 runs on the CPU"
+    if snapshot._device.type not in ("cpu", "cuda"):
+        return f"the model is on {snapshot._device}, int8 runs on CPUs and GPUs"
+    gpu = quantize_layers.on_gpu(snapshot._device)
+    if snapshot.dtype not in (torch.float32, *(_HALVES if gpu else ())):
+        beside = "float32 and half precision" if gpu else "float32"
+        return f"the model computes in {str(snapshot.dtype).removeprefix('torch.')}, int8 stands beside {beside}"
     if any(memory.written(graph.gm, node) for node in graph.gm.graph.nodes):
         return "the graph writes into tensors that it has made"
     return ""
@@ -390,7 +418,7 @@ def _fit(
     return None, ()
 
 
-_WHOSE = {quantize_layers.ENGINE: "the engine's", onednn_int8.NAME: "oneDNN's"}
+_WHOSE = {quantize_layers.ENGINE: "the engine's", onednn_int8.NAME: "oneDNN's", quantize_layers.TRITON: "Triton's"}
 
 
 def _tried(graph: Graph) -> bool:
@@ -413,7 +441,8 @@ def _tried(graph: Graph) -> bool:
         except (RuntimeError, ValueError) as error:
             reason = f"{_WHOSE[module.backend]} int8 convolution fails: {shapes.first_line(error)}"
         else:
-            step = 1.001 * out.scale if out else max(1e-4 * float(meant.abs().max()), _rounding(module))
+            digits = 1e-4 + (0.0 if module.dtype is torch.float32 else torch.finfo(module.dtype).eps)
+            step = 1.001 * out.scale if out else max(digits * float(meant.abs().max()), _rounding(module))
             if not float((found - meant).abs().max()) <= step:
                 reason = f"{_WHOSE[module.backend]} int8 convolution gives other numbers than its definition"
         if reason:
@@ -501,7 +530,8 @@ def _finished(
             precision = "int8" if node in graph.chosen else str(fast.dtype).removeprefix("torch.")
             reason, alone = graph.reasons.get(node, ""), graph.trials.get(node)
             sqnr = None if noise is None else noise.sqnr
-            quality = LayerQuality(name, graph.module(node).op, precision, reason, alone, sqnr)
+            stored = _stored(graph, node)
+            quality = LayerQuality(name, graph.module(node).op, precision, reason, alone, sqnr, *stored)
             if name not in qualities or (alone is not None and alone < (qualities[name].alone or math.inf)):
                 qualities[name] = quality
         if graph.chosen:
@@ -534,6 +564,15 @@ def _finished(
         lambda row: _row(row, int8, moved),
     )
     return fast
+
+
+def _stored(graph: Graph, node: fx.Node) -> tuple[tuple[float, int] | None, tuple[float, int] | None]:
+    """Return how a layer's input and output are stored."""
+    if node not in graph.chosen:
+        return None, None
+    module: Any = graph.quantized.get_submodule(str(graph.convolutions[node].target))
+    x, out = (affine and tuple(affine) for affine in (module.affine("x"), module.affine("out")))
+    return x, out
 
 
 def _row(row: Any, int8: Mapping[str, Any], moved: Mapping[str, int | None]) -> Any:

@@ -21,7 +21,7 @@ from resnet_fast.ops.stem import PADDING, STRIDE, pooling
 
 from . import ir
 from .plan import Fused
-from .quantize_layers import LARGEST, Convolution, Dequantize, MaxPool, Quantize
+from .quantize_layers import LARGEST, Convolution, Dequantize, MaxPool, Quantize, Quantized
 from .quantize_observe import Observer
 from .snapshot import OptimizedModule
 
@@ -171,7 +171,8 @@ class Builder:
         _mark_overwritten(result)
         return result
 
-    def _call(self, name: str, module: nn.Module, *inputs: fx.Node) -> fx.Node:
+    def _call(self, name: str, module: Quantized, *inputs: fx.Node) -> fx.Node:
+        module.dtype = self._graph.snapshot.dtype
         base = candidate = ir.identifier(name)
         count = 0
         while candidate in self._taken or hasattr(fx.GraphModule, candidate):

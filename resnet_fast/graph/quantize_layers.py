@@ -1,8 +1,8 @@
 """The modules of a quantized graph: uint8 tensors between convolutions, and the way in and out of them.
 
 Between :class:`Quantize` and :class:`Dequantize` runs one of two things, told by the tensor's dtype: uint8 through the
-CPU engine or oneDNN, or float32 that holds the same rounded values. The second, the definition, runs where the first
-cannot: on other devices, for who writes the ops down, and for what uint8 cannot hold, NaN. A convolution that nothing
+CPU engine, oneDNN or a GPU's kernels, or float32 that holds the same rounded values. The second, the definition, runs
+where the first cannot: for who writes the ops down, and for what uint8 cannot hold, NaN. A convolution that nothing
 here computes in int8 goes through its definition by itself.
 """
 
@@ -15,17 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast import backends
-from resnet_fast.backends import cpu, onednn_int8
+from resnet_fast.backends import cpu, cuda, onednn_int8, triton
 from resnet_fast.backends.onednn import Window
 from resnet_fast.backends.onednn_int8 import Affine
 from resnet_fast.backends.packing import Layouts
 from resnet_fast.nn.pristine import capturing
-from resnet_fast.ops._op import readable, unmoded
+from resnet_fast.ops._op import Bound, readable, unmoded
+from resnet_fast.ops.conv_int8 import MOST_PRODUCTS, OUTPUTS
+from resnet_fast.ops.conv_int8 import OP as CONV_INT8
 
-from .guard import TooLarge, in_float
+from .guard import TooLarge, in_float, unread
 
 #: The CPU engine as a report names it where it computes int8.
 ENGINE = "cpu int8"
+#: Likewise Triton's kernels.
+TRITON = "triton int8"
 #: The largest stored value, and the largest if products of 8 bits saturate (see onednn_int8.saturates).
 LARGEST, LARGEST_REDUCED = 255, 127
 
@@ -36,7 +40,10 @@ class Quantized(nn.Module):
     Attributes:
         layer: the name of the author's layer that it computes, "" if it computes none.
         exported: whether the definition runs, in ops that exporters know as quantization.
+        dtype: of what is floating point on either side: float32, or half precision on a GPU.
     """
+
+    dtype = torch.float32
 
     def __init__(self, layer: str = "") -> None:
         super().__init__()
@@ -95,13 +102,17 @@ class _Converter(Quantized):
 
 
 class Quantize(_Converter):
-    """From float32 to uint8 ``clamp(round(x / scale) + zero_point, 0, largest)``, channels_last."""
+    """From floating point to uint8 ``clamp(round(x / scale) + zero_point, 0, largest)``, channels_last."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.exported or capturing() or torch.compiler.is_compiling() or in_float() or not integers(x):
             return fake(x, self.stored_as, self.largest, self.exported)
-        if x.numel() and not bool(x.sum().isfinite()):
-            raise TooLarge  # uint8 has no NaN: the batch runs again by the definition, which lets it through
+        if x.numel():  # uint8 has no NaN: the batch runs again by the definition, which lets it through
+            finite, kept = x.sum(dtype=torch.float32 if x.dtype in _HALVES else None).isfinite(), unread()
+            if kept is not None:
+                kept.append(finite)
+            elif not bool(finite):
+                raise TooLarge
         return stored(x, self.stored_as, self.largest)
 
     def plain(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -110,14 +121,14 @@ class Quantize(_Converter):
 
 
 class Dequantize(_Converter):
-    """From uint8 to float32."""
+    """From uint8 to floating point."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return real(x, self.stored_as)
+        return _narrowed(real(x, self.stored_as), self.dtype)
 
     def plain(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
         """For shapes."""
-        return x.float()
+        return x.to(self.dtype)
 
 
 class MaxPool(Quantized):
@@ -135,6 +146,25 @@ class MaxPool(Quantized):
     def plain(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
         """For shapes."""
         return torch.max_pool2d(x.float(), *self.window).to(torch.uint8)
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Return whether a GPU's kernels compute what is on this device; the interpreter's if somebody chose it."""
+    return device.type == "cuda" or backends.current() == triton.NAME
+
+
+def without_kernel(weight_shape: Sequence[int], groups: int, device: torch.device) -> str:
+    """Return why no GPU's kernel computes a convolution of uint8 by this int8 weight there, "" if one does."""
+    if backends.current() == cuda.NAME:
+        return "there is no CUDA kernel of int8 convolutions, only Triton's"
+    if not on_gpu(device):
+        return "this snapshot was quantized for a GPU, and is on the CPU: quantize again here"
+    if groups > 1:
+        return "the Triton kernel of int8 convolutions has no groups"
+    products = weight_shape[1] * weight_shape[2] * weight_shape[3]
+    if products > MOST_PRODUCTS:
+        return f"sums of {products} products of uint8 and int8 may not fit in 32 bits"
+    return triton.unavailable() or triton.unsupported(torch.float16, device)
 
 
 def computed_by(weight_shape: Sequence[int], groups: int) -> str:
@@ -195,6 +225,7 @@ class Convolution(Quantized):
         self._backend = ""
         self._packed: tuple[onednn_int8.Constants, Layouts] | None = None
         self._layers: dict[Affine | None, cpu.Convolution] = {}
+        self._bound: dict[tuple[Affine | None, bool], Bound[Any]] = {}
 
     weight: Tensor
     weight_scale: Tensor
@@ -204,8 +235,43 @@ class Convolution(Quantized):
     def backend(self) -> str:
         """The name of what computes it in int8; decided at the first use."""
         if not self._backend:
-            self._backend = computed_by(self.weight.shape, self.window[3])
+            gpu = on_gpu(self.weight.device) or self.dtype in _HALVES
+            self._backend = TRITON if gpu else computed_by(self.weight.shape, self.window[3])
         return self._backend
+
+    @property
+    def incapable(self) -> str:
+        """Why the backend does not compute it here, "" if it does."""
+        if self.backend == TRITON:
+            return without_kernel(self.weight.shape, self.window[3], self.weight.device)
+        return incapable(self.backend, self.largest)
+
+    def bound(self, residual: Affine | None, added: bool) -> Bound[Any]:
+        """Return the op on this layer's constants, made at the first use.
+
+        Args:
+            residual: how what is added is stored, None for floating point. added: whether something is.
+        """
+        key = residual, added
+        if key not in self._bound:
+            x, out = self.affine("x"), self.affine("out")
+            assert x is not None
+            (padding, stride, dilation, _), largest = self.window, torch.finfo(torch.float32).max
+            step = 1.0 if out is None else out.scale
+            scale = self.weight_scale.double() * (x.scale / step)
+            shift = (self.bias.double() - (residual.scale * residual.zero_point if residual else 0.0)) / step
+            names = {dtype: name for name, dtype in OUTPUTS.items()}
+            constants: dict[str, Any] = {
+                "weight": self.weight, "scale": scale.clamp(max=largest).float(),
+                "shift": shift.clamp(-largest, largest).float(), "zero_point": x.zero_point,
+                "out": names[self.dtype if out is None else torch.uint8],
+                "out_zero_point": out.zero_point if out else 0, "largest": self.largest,
+                "residual_scale": residual.scale / step if residual else 1.0, "stride": stride, "padding": padding,
+                "dilation": dilation, "activation": "relu" if self.relu else "none",
+                "residual_after_activation": self.relu == "first" and added,
+            }  # fmt: skip
+            self._bound[key] = CONV_INT8.bind(**constants)
+        return self._bound[key]
 
     def engine(self, residual: Affine | None) -> cpu.Convolution:
         """Return the engine's layer, made at the first use.
@@ -239,12 +305,15 @@ class Convolution(Quantized):
         if x.is_floating_point():
             return self.defined(x, residual)
         out, relu = self.affine("out"), bool(self.relu)
-        reason = incapable(self.backend, self.largest)
+        reason = self.incapable
         if reason:
             backends.fallback("quantize", f"int8 is computed in float32, slowly: {reason}")
             added = None if residual is None else real(residual, self.affine("residual"))
             y = self.defined(real(x, self.affine("x")), added)
             return y if out is None else stored(y, out, self.largest)
+        if self.backend == TRITON:
+            found: Tensor = self.bound(self.affine("residual"), residual is not None)(x, residual)
+            return found
         if self.backend == ENGINE:
             layer = self.engine(None if residual is None else self.affine("residual"))
             return layer.run(x, residual, relu, self.relu == "first" and residual is not None)
@@ -278,20 +347,20 @@ class Convolution(Quantized):
             y = y + residual
             y = torch.relu(y) if self.relu == "last" else y
         out = self.affine("out")
-        return y if out is None else fake(y, out, self.largest, self.exported)
+        return _narrowed(y, self.dtype) if out is None else fake(y, out, self.largest, self.exported)
 
     def plain(self, state: dict[str, Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
         """For shapes."""
         padding, stride, dilation, groups = self.window
         y = torch.conv2d(x.float(), state["weight"].float(), None, stride, padding, dilation, groups)
-        return y.to(torch.uint8) if "out_scale" in self._buffers else y
+        return y.to(torch.uint8) if "out_scale" in self._buffers else y.to(self.dtype)
 
     def _changed(self) -> None:
         super()._changed()
-        self._backend, self._packed, self._layers = "", None, {}
+        self._backend, self._packed, self._layers, self._bound = "", None, {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_backend": "", "_packed": None, "_layers": {}}
+        return {**self.__dict__, "_backend": "", "_packed": None, "_layers": {}, "_bound": {}}
 
     def extra_repr(self) -> str:
         padding, stride, dilation, groups = self.window
@@ -321,10 +390,23 @@ def affine_of(low: float, high: float, largest: int) -> Affine:
     return Affine(scale, min(largest, max(0, round(-low / scale))))
 
 
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return half precision as float32, in which all here is computed."""
+    return x.float() if x.dtype in _HALVES else x
+
+
+def _narrowed(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what was computed in float32 as the half precision around it, if it is that."""
+    return y.to(dtype) if dtype in _HALVES else y
+
+
 def stored(x: Tensor, affine: Affine, largest: int) -> Tensor:
-    """Return float32 as uint8, channels_last."""
+    """Return floating point as uint8, channels_last."""
     zero = affine.zero_point
-    y = (x * (1.0 / affine.scale)).round_().clamp_(-zero, largest - zero)
+    y = (_wide(x) * (1.0 / affine.scale)).round_().clamp_(-zero, largest - zero)
     y = (y.add_(zero) if zero else y).to(torch.uint8)
     return y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 else y
 
@@ -339,7 +421,7 @@ def real(x: Tensor, affine: Affine | None) -> Tensor:
 
 def fake(x: Tensor, affine: Affine, largest: int, exported: bool = False) -> Tensor:
     """Return float32 rounded to what uint8 can hold; NaN and infinity stay what they are, except in exports."""
-    zero = affine.zero_point
+    x, zero = _wide(x), affine.zero_point
     if exported:
         return torch.fake_quantize_per_tensor_affine(x, affine.scale, zero, 0, largest)
     y = (x * (1.0 / affine.scale)).round().clamp(-zero, largest - zero) * affine.scale
@@ -348,5 +430,6 @@ def fake(x: Tensor, affine: Affine, largest: int, exported: bool = False) -> Ten
 
 def integers(*tensors: Tensor) -> bool:
     """Return whether what goes on from these tensors may be computed in integers."""
-    usual = all(x.dtype in (torch.float32, torch.uint8) for x in tensors) and readable(tensors) and unmoded()
+    memory = readable(tensors) or all(x.is_cuda and type(x) is Tensor for x in tensors)
+    usual = all(x.dtype in (torch.float32, torch.uint8, *_HALVES) for x in tensors) and memory and unmoded()
     return usual and backends.current() != "reference"

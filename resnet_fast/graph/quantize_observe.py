@@ -52,7 +52,7 @@ class Observer(nn.Module):
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._widen(max(-low, high))
         if self.limit:
-            self.counts += torch.histc(x.float(), 2 * _BINS, -self.limit, self.limit).to(torch.int64)
+            self.counts += torch.histc(x.float(), 2 * _BINS, -self.limit, self.limit).cpu().to(torch.int64)
 
     def _widen(self, largest: float) -> None:
         """Let the histogram reach to ``largest``: two bins become one as often as needed."""

@@ -21,6 +21,8 @@ class LayerQuality:
             inputs included.
         sqnr: the same in the quantized network, behind all layers before it, on the first 32 images. None if nothing
             was measured.
+        input, output: how its input and its output are stored, (scale, zero point) with ``real = scale * (stored -
+            zero_point)``; None if it is floating point.
     """
 
     name: str
@@ -29,6 +31,8 @@ class LayerQuality:
     reason: str = ""
     alone: float | None = None
     sqnr: float | None = None
+    input: tuple[float, int] | None = None
+    output: tuple[float, int] | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,13 +83,13 @@ class Quantization:
         return f"<Quantization: {self._summary()}; print() shows all layers>"
 
     def __str__(self) -> str:
-        header = ("layer", "op", "computes in", "alone, dB", "here, dB", "")
+        header = ("layer", "op", "computes in", "alone, dB", "here, dB", "input step", "output step", "")
         lines = [header]
         for layer in self.layers:
-            why = layer.reason
-            lines.append((layer.name, layer.op, layer.precision, _decibels(layer.alone), _decibels(layer.sqnr), why))
+            measured = _decibels(layer.alone), _decibels(layer.sqnr), _step(layer.input), _step(layer.output)
+            lines.append((layer.name, layer.op, layer.precision, *measured, layer.reason))
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-        right = (False, False, False, True, True, False)
+        right = (False, False, False, True, True, True, True, False)
 
         def line(cells: tuple[str, ...]) -> str:
             aligned = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
@@ -108,6 +112,13 @@ class Quantization:
         parts.append(f"largest error {self.largest_error:.3g} of {self.largest_output:.3g}")
         images = "1 calibration image" if self.images == 1 else f"{self.images} calibration images"
         return f"{', '.join(parts)} ({images}, {self.bits}-bit activations)"
+
+
+def _step(stored: tuple[float, int] | None) -> str:
+    """Return a scale, and behind it the zero point unless that is 0."""
+    if stored is None:
+        return ""
+    return f"{stored[0]:.3g}" + (f" - {stored[1]}" if stored[1] else "")
 
 
 def _decibels(value: float | None) -> str:

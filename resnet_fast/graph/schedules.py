@@ -5,6 +5,7 @@ Nothing runs here but ``measured``; shapes are found on tensors without data.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from resnet_fast.kernels import gpus
+from resnet_fast._dtypes import ITEMSIZE
+from resnet_fast.kernels import gpus, problems
 from resnet_fast.roofline import Kernel, Schedule, Seconds, Work, cost, fits_on_chip
 from resnet_fast.roofline.measure import node_seconds, tf32
 
@@ -23,8 +25,12 @@ from .report import Report
 from .snapshot import OptimizedModule
 
 
-def schedules(model: nn.Module, image: Tensor, gpu: gpus.GPU, precision: str) -> tuple[Schedule, ...]:
+def schedules(
+    model: nn.Module, image: Tensor, gpu: gpus.GPU, precision: str, int8: bool = False
+) -> tuple[Schedule, ...]:
     """Return the schedules eager, per-conv, rotated and, on a built-in GPU, planned: what ``optimize`` makes for it.
+
+    With ``int8`` eager, per-conv and int8: what ``quantize`` makes.
 
     Args:
         model: a ResNet. image: a batch of the model's dtype; neither needs data.
@@ -37,7 +43,10 @@ def schedules(model: nn.Module, image: Tensor, gpu: gpus.GPU, precision: str) ->
     fused = optimize(model, **options)
     per_conv = of_graph("per-conv", fused, image, precision)
     convolutions = layers(fused.graph_module, (image,), precision)
-    found = [eager(model, fused.report(), image), per_conv, rotated(per_conv, convolutions, gpu)]
+    plain = eager(model, fused.report(), image)
+    if int8:
+        return plain, per_conv, quantized(per_conv, convolutions)
+    found = [plain, per_conv, rotated(per_conv, convolutions, gpu)]
     if gpu in gpus.GPUS:
         with tf32(precision == "tf32"):  # a plan for float32 follows torch's setting
             planned = optimize(model, **options, gpu=gpu.name)
@@ -90,6 +99,45 @@ def of_graph(title: str, fused: OptimizedModule, image: Tensor, precision: str) 
         inside = parts_of.get(str(node.target), (node.name,))
         kernels.append(Kernel(inside[0], layer.op, layer.shape, cost.work(layer.problem), inside))
     return Schedule(title, image.shape[0], tuple(kernels))
+
+
+def quantized(per_conv: Schedule, layers: Sequence[Layer]) -> Schedule:
+    """Return ``per_conv`` with the convolutions that :func:`quantize` makes int8, and the pass that makes bytes of what
+    the first layer gives.
+
+    Args:
+        per_conv: a kernel for each of ``layers``.
+    """
+    kernels: list[Kernel] = []
+    for kernel, layer, problem in zip(per_conv.kernels, layers, int8_problems(layers), strict=True):
+        if problem is None:
+            kernels.append(kernel)
+            continue
+        if not any(each.precision for each in kernels) and kernels:
+            elements = problem.n * problem.c * problem.h * problem.w
+            moved = Work((ITEMSIZE[layer.problem.precision] + 1) * elements, 0, 0)
+            kernels.append(Kernel(f"{kernels[-1].name}, rounded", "quantize", kernels[-1].shape, moved))
+        made = cost.work(problem)
+        kernels.append(dataclasses.replace(kernel, op=problem.op, work=made, precision=problem.precision))
+    return Schedule("int8", per_conv.batch, tuple(kernels))
+
+
+def int8_problems(layers: Sequence[Layer]) -> list[problems.ConvInt8 | None]:
+    """Return what the int8 kernel computes of each layer of a network: convolutions of one group between bytes.
+
+    None for what stays floating point; the last convolution gives floats, as the rest of the network reads them.
+    """
+    found: list[problems.ConvInt8 | None] = []
+    last = next((layer.name for layer in reversed(layers) if layer.op == "conv_bn_act"), "")
+    for layer in layers:
+        conv = layer.problem
+        taken = isinstance(conv, problems.ConvBNAct) and conv.groups == 1 and conv.c > 4
+        made = None
+        if taken:
+            out = conv.precision if layer.name == last else "uint8"
+            made = problems.ConvInt8(**{**vars(conv), "precision": "int8"}, out=out)
+        found.append(made)
+    return found
 
 
 def rotated(

@@ -17,7 +17,7 @@ from resnet_fast.nn.pristine import capturing
 
 from . import batching, calling, capture, engine, finite, plan
 from . import cuda_graphs as cuda_graphs_
-from .guard import TooLarge, with_separate_relus, without_integers
+from .guard import TooLarge, looking_later, with_separate_relus, without_integers
 from .guards import OutsideGuards
 from .quantize_report import Quantization
 from .report import Report, Row
@@ -181,10 +181,24 @@ class OptimizedModule(nn.Module):
         return _mapped(one, result)
 
     def _recorded(self, x: Tensor) -> Any:
+        """Return a run's result, recorded from the second image of a shape on."""
         if self._recorder is None:
             parts = [module for module in self.graph_module.modules() if isinstance(module, plan.Fused)]
-            self._recorder = cuda_graphs_.Recorder(self._run, constants=lambda: tuple(part.prepare() for part in parts))
-        return self._recorder(x)
+            constants = lambda: tuple(part.prepare() for part in parts)  # noqa: E731
+            self._recorder = cuda_graphs_.Recorder(self._unread, constants=constants)
+        result, *finite = self._recorder(x)
+        if finite and not bool(finite[0]):
+            return self._run(x)  # which meets the same, and has a way for it
+        return result
+
+    def _unread(self, x: Tensor) -> tuple[Any, ...]:
+        """Run without reading of the GPU whether all values fit in uint8.
+
+        If some become that, the second result says whether they do.
+        """
+        with looking_later() as kept:
+            result = self._run(x)
+        return (result, torch.stack(kept).all()) if kept else (result,)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_recorder": None, "_planned": None}
@@ -242,6 +256,9 @@ class OptimizedModule(nn.Module):
         self.graph_module = graph_module
         self._separable = not batching.why_not_separable(graph_module)
         self._pieces, self._planned, self._recorder = {}, None, None
+        if self.cuda_graphs and (reason := cuda_graphs_.why_not_recordable(graph_module)):
+            self.cuda_graphs = False
+            self.remark(f"cuda_graphs: not recorded after all, {reason}")
 
     def quantized_as(self, quantization: Quantization, row: Callable[[Row], Row]) -> None:
         """Put into the report what became of the layers; ``row`` gives the new row for an old one."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import backends
-from .._dtypes import DTYPES
+from .._dtypes import STORED
 from .._random import Random
 from ..backends import Backend, cpu, triton
 from .common import freeze_constants, transformed
@@ -274,7 +274,7 @@ class Op(Generic[A]):
     def example(self, problem: Any, device: torch.device, generator: torch.Generator | None = None) -> A:
         """Return random arguments of a kernel's problem; on the device "meta" they are shapes alone."""
         assert self.sample is not None, f"{self.name} has no kernel of its own"
-        return self.sample(problem, Random(device, DTYPES[problem.precision], generator))
+        return self.sample(problem, Random(device, STORED[problem.precision], generator))
 
     def _plain(self, a: A) -> Any:
         self.check(a)

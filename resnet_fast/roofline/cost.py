@@ -41,7 +41,7 @@ class Work:
 
     def floor(self, gpu: GPU, precision: str) -> float:
         """Seconds that one launch takes at least: moving the bytes or computing, whichever is longer."""
-        return max(self.bytes / gpu.bandwidth, self.flops / gpu.flops[precision])
+        return max(self.bytes / gpu.bandwidth, self.flops / gpu.rate(precision))
 
 
 def work(problem: Problem, itemsize: int | None = None) -> Work:
@@ -59,10 +59,15 @@ def work(problem: Problem, itemsize: int | None = None) -> Work:
         return Work((passes + problem.relu + problem.residual) * elements * item, 0, flops * elements)
     n, size = problem.n, (problem.h, problem.w)
     if isinstance(problem, problems.ConvBNAct):
-        return conv(
+        found = conv(
             n, problem.c, size, problem.k, problem.kernel, problem.stride, problem.output,
             groups=problem.groups, residual=problem.residual, itemsize=item,
         )  # fmt: skip
+        if not isinstance(problem, problems.ConvInt8):
+            return found
+        # Outputs and residuals may be wider than the bytes; each channel has a third number, of 4 bytes.
+        wider = (problem.out_itemsize - item) * problem.pixels * problem.k * (2 if problem.residual else 1)
+        return Work(found.activations + wider, found.weights + 4 * problem.k, found.flops)
     if isinstance(problem, problems.Stem):
         floats = stem(n, problem.c, size, problem.k, problem.output, itemsize=item)
         saved = n * problem.c * problem.h * problem.w * (item - 1) if problem.uint8 else 0

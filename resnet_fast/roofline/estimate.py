@@ -39,7 +39,9 @@ class Assumptions:
     """
 
     clock: float = 1.755e9
-    flops: tuple[tuple[str, int], ...] = (("fp16", 4096), ("bf16", 4096), ("tf32", 2048), ("fp32", 256))
+    flops: tuple[tuple[str, int], ...] = (
+        ("int8", 8192), ("fp16", 4096), ("bf16", 4096), ("tf32", 2048), ("fp32", 256)
+    )  # fmt: skip
     launch: float = 2.0e-6
     start: float = 0.8e-6
     memory: float = 0.85e-6

@@ -34,6 +34,7 @@ class Kernel:
         op: what it is: a fused op's name, or a plain layer's kind.
         shape: of its (first) output.
         work: what it must move and compute for the whole batch.
+        precision: how it multiplies, if not as the rest of its schedule.
     """
 
     name: str
@@ -41,10 +42,19 @@ class Kernel:
     shape: tuple[int, ...]
     work: Work
     parts: tuple[str, ...] = ()
+    precision: str = ""
 
     def bound(self, gpu: GPU, precision: str) -> str:
         """``bytes`` or ``math``: which of the two its floor is."""
-        return "bytes" if self.work.bytes / gpu.bandwidth >= self.work.flops / gpu.flops[precision] else "math"
+        return "bytes" if self.work.bytes / gpu.bandwidth >= self.math(gpu, precision) else "math"
+
+    def math(self, gpu: GPU, precision: str) -> float:
+        """Seconds that its products take."""
+        return self.work.flops / gpu.rate(self.precision or precision)
+
+    def floor(self, gpu: GPU, precision: str) -> float:
+        """Seconds that it takes at least, in a schedule of this precision."""
+        return self.work.floor(gpu, self.precision or precision)
 
     def as_dict(self, gpu: GPU, precision: str, measured: Seconds | None) -> dict[str, Any]:
         """Plain values, the times in seconds of a launch."""
@@ -55,8 +65,8 @@ class Kernel:
             "shape": list(self.shape),
             **asdict(self.work),
             "bytes_seconds": self.work.bytes / gpu.bandwidth,
-            "math_seconds": self.work.flops / gpu.flops[precision],
-            "floor_seconds": self.work.floor(gpu, precision),
+            "math_seconds": self.math(gpu, precision),
+            "floor_seconds": self.floor(gpu, precision),
             "bound": self.bound(gpu, precision),
             "measured_seconds": None if measured is None else measured.get(frozenset(self.parts)),
         }
@@ -99,14 +109,14 @@ class Schedule:
     def totals(self, gpu: GPU, precision: str) -> Totals:
         """Return the sums for one image on ``gpu``."""
         work, batch = self.work, self.batch
-        floor = sum(kernel.work.floor(gpu, precision) for kernel in self.kernels)
+        floor = sum(kernel.floor(gpu, precision) for kernel in self.kernels)
         return Totals(
             launches=len(self.kernels),
             bytes=work.bytes / batch,
             activations=work.activations / batch,
             flops=work.flops / batch,
             bytes_seconds=work.bytes / gpu.bandwidth / batch,
-            math_seconds=work.flops / gpu.flops[precision] / batch,
+            math_seconds=sum(kernel.math(gpu, precision) for kernel in self.kernels) / batch,
             floor_seconds=floor / batch,
             images_per_second=batch / floor,
         )

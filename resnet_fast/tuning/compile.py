@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnet_fast._dtypes import DTYPES
+from resnet_fast._dtypes import STORED
 from resnet_fast._files import write_text
-from resnet_fast.kernels.gpus import PRECISIONS
 
 from . import ops, shapes
-from .compiler import Compiled, Compiler, Task, launch, launches
+from .compiler import GROUPED, Compiled, Compiler, Task, launch, launches
 
 if TYPE_CHECKING:
     from resnet_fast.kernels.gpus import GPU
@@ -35,7 +34,7 @@ ARCHITECTURES = {80: "a100", 90: "h100", 100: "b200"}
 
 #: The ops whose launches are checked: not the convolutions with statistics, which run only if a sweep has measured
 #: them, and has refused what spills.
-CHECKED = tuple(name for name in ops.names() if name != "conv_statistics")
+CHECKED = (*(name for name in ops.names() if name != "conv_statistics"), "conv_int8")
 
 _COLUMNS = (
     "triton",
@@ -123,7 +122,7 @@ def table_tasks(gpu: GPU, folder: Path) -> tuple[dict[Key, Task], list[str]]:
         names = [problem for problems in table.values() for problem in problems]
         batches = {int(number) for name in names for number in re.findall(r"\bn(\d+)\b", name)} | {*shapes.BATCHES}
         cases: dict[tuple[str, str], list[ops.Case]] = {}
-        for case in shapes.problems(models.list_models(), sorted(batches), PRECISIONS, gpu=like, training=True):
+        for case in shapes.problems(models.list_models(), sorted(batches), shapes.TYPES, gpu=like, training=True):
             cases.setdefault((case.op, case.problem.key()), []).append(case)
         for op, problems in table.items():
             for name, fields in problems.items():
@@ -153,8 +152,8 @@ def _key(task: Task, made: Any) -> Key:
     for parameter, argument in zip(made.kernel.params, made.args, strict=False):
         known += _known(parameter, argument)
     options = " ".join(f"{name}={int(v) if isinstance(v, bool) else v}" for name, v in made.options.items())
-    dtype = DTYPES[task.case.problem.precision]
-    types = {DTYPES[name]: name for name in ("fp16", "bf16", "fp32")}
+    dtype = STORED[task.case.problem.precision]
+    types = {STORED[name]: name for name in ("fp16", "bf16", "fp32", "int8")}
     return Key(
         f"sm_{task.capability}",
         f"{task.case.op}.{made.kernel.__name__}",
@@ -193,16 +192,18 @@ def faults(compiled: Compiled, gpu: GPU) -> list[str]:
     if resources.shared > gpu.shared_memory:
         found.append(f"takes {resources.shared} bytes of shared memory; {gpu.name} has {gpu.shared_memory}")
     case, config = compiled.task.case, compiled.task.config
-    convolution = case.op == "conv_bn_act"
+    integers = case.problem.precision == shapes.QUANTIZED
+    convolution = case.op == "conv_bn_act" or integers
     boxes = convolution and config.boxes
     # A warp group multiplies 64 rows at once; a config with fewer was chosen to use more multiprocessors.
-    rows = config.block_n if boxes else getattr(config, "block_m", 0)
+    rows = config.block_n if boxes and not integers else getattr(config, "block_m", 0)
     matrix = ops.get(case.op).matrix and case.problem.precision != "fp32" and rows >= 64
-    if matrix and gpu.capability == 90 and "HGMMA" not in resources.matrix:
-        found.append(f"multiplies with {resources.matrix or 'nothing'} instead of HGMMA")
+    product = GROUPED[integers]
+    if matrix and gpu.capability == 90 and product not in resources.matrix:
+        found.append(f"multiplies with {resources.matrix or 'nothing'} instead of {product}")
     if resources.serialised and not _serialised_anyway(compiled.task):
-        found.append("lets each HGMMA wait for the one before: ptxas has serialised them (C7510 to C7515)")
-    # tf32 is rounded in registers.
+        found.append(f"lets each {product} wait for the one before: ptxas has serialised them (C7510 to C7515)")
+    # tf32 is rounded in registers, and bytes are made signed there.
     if boxes and case.problem.precision in ("fp16", "bf16") and "registers" in resources.a:
         found.append("takes the weights, HGMMA's A, through registers")
     occupancy, meant = resources.occupancy(gpu), config.programs(case.problem, gpu) if convolution else 0
@@ -232,7 +233,8 @@ def row(compiled: Compiled, gpu: GPU) -> Row:
     resources = compiled.resources
     assert resources is not None
     numbers = resources.registers, resources.shared, resources.occupancy(gpu)
-    serialised = ("no", "yes")[resources.serialised] if "HGMMA" in resources.matrix else ""
+    grouped = any(product in resources.matrix for product in GROUPED)
+    serialised = ("no", "yes")[resources.serialised] if grouped else ""
     return *map(str, numbers), resources.matrix, serialised, resources.a
 
 
@@ -318,13 +320,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model", nargs="+", choices=shapes.MODELS, default=list(shapes.MODELS), help="only these networks"
     )
-    parser.add_argument("--type", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="only these precisions")
+    parser.add_argument(
+        "--type", nargs="+", choices=shapes.TYPES, default=list(shapes.TYPES), help="only these precisions"
+    )
     parser.add_argument("--jobs", type=int, default=None, help="processes; by default one for each core")
     given = parser.parse_args(arguments)
 
     narrowed = any(
         set(chosen) != set(all_of_them)
-        for chosen, all_of_them in ((given.op, CHECKED), (given.model, shapes.MODELS), (given.type, PRECISIONS))
+        for chosen, all_of_them in ((given.op, CHECKED), (given.model, shapes.MODELS), (given.type, shapes.TYPES))
     )
 
     os.environ.pop("TRITON_INTERPRET", None)  # before the first import of triton

@@ -26,14 +26,19 @@ if TYPE_CHECKING:
     from resnet_fast.kernels.gpus import GPU
 
 #: Multiply instructions by the lowest nine bits of their machine code, the same on capabilities 8.0 to 10.0: warp
-#: products, warp-group products, products in tensor memory, and plain multiply-adds, one or two at a time.
-OPCODES = {0x03C: "HMMA", 0x1F0: "HGMMA", 0x1EA: "UTCHMMA", 0x023: "FFMA", 0x049: "FFMA"}
+#: products and warp-group products of floating point numbers and of integers, products in tensor memory, and plain
+#: multiply-adds, one or two at a time.
+OPCODES = {
+    0x03C: "HMMA", 0x037: "IMMA", 0x1F0: "HGMMA", 0x1F1: "IGMMA", 0x1EA: "UTCHMMA", 0x023: "FFMA", 0x049: "FFMA"
+}  # fmt: skip
+#: Of warp groups: they run on while the program goes on, until it waits for them.
+GROUPED = ("HGMMA", "IGMMA")
 
 #: The instruction that waits for warp-group products, in the same nine bits; bit 16 of its upper half tells it from the
 #: one that begins them, the next eight bits below are how many may be left unfinished.
 _WARPGROUP, _WAITS = 0x1C5, 1 << 16
 
-#: Of HGMMA's twelve bits, the one that says that the first operand comes from registers.
+#: Of HGMMA's and IGMMA's twelve bits, the one that says that the first operand comes from registers.
 _FROM_REGISTERS = 1 << 10
 
 #: A maximum in PTX without ``.NaN``.
@@ -71,9 +76,9 @@ class Resources:
         registers: of a thread. stack, local: bytes of memory a thread uses besides, which is where spills go.
         shared: bytes of shared memory of a block. threads: of a block.
         tensor_columns: of tensor memory, which capability 10 has.
-        matrix: its multiply instructions: HGMMA, HMMA or UTCHMMA, FFMA where no matrix unit works, "" without any.
-        serialised: whether ptxas makes each HGMMA wait for the one before (its warnings C7510 to C7515).
-        a: where HGMMA takes its first operand from: "shared", "registers", both joined by "+", "" without any.
+        matrix: its multiply instructions, as named in ``OPCODES``; FFMA only if no matrix unit works, "" without any.
+        serialised: whether ptxas makes each HGMMA or IGMMA wait for the one before (its warnings C7510 to C7515).
+        a: where those take their first operand from: "shared", "registers", both joined by "+", "" without any.
         drops_nan: whether it takes a floating point maximum that turns NaN into the other operand.
     """
 
@@ -214,7 +219,7 @@ def read_code(cubin: bytes) -> Code:
     headers = [struct.unpack_from("<IIQQQQ", cubin, sections + index * size) for index in range(count)]
     strings = headers[named][4]
     found, a = set(), set()
-    products: list[bool] = []  # of each HGMMA, whether all products are waited for before the next
+    products: list[bool] = []  # of each warp-group product, whether all products are waited for before the next
     for name, _, _, _, offset, length in headers:
         if not cubin.startswith(b".text.", strings + name):
             continue
@@ -227,7 +232,7 @@ def read_code(cubin: bytes) -> Code:
             multiply = OPCODES.get(low & 0x1FF)
             if multiply is not None:
                 found.add(multiply)
-            if multiply == "HGMMA":
+            if multiply in GROUPED:
                 a.add("registers" if low & _FROM_REGISTERS else "shared")
                 products.append(False)
     # One product alone is waited for at once in any case.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from resnet_fast.graph.inventory import Layer
     from resnet_fast.kernels.gpus import GPU
 
-PER_CONV, PLANNED = "per-conv", "planned"
+PER_CONV, PLANNED, INT8 = "per-conv", "planned", "int8"
 
 _PROGRAMS: Mapping[type, Callable[[Any, Any, int], Any]] = {
     BottleneckTail: estimate.tail,
@@ -87,8 +87,9 @@ def launched(
     """Return the launches of a network in order: the layers in each, and its case.
 
     Args:
-        schedule: ``per-conv``, a kernel for each convolution, or ``planned``, with bottleneck blocks fused as
-            ``optimize`` plans it for ``gpu``.
+        schedule: ``per-conv``, a kernel for each convolution; ``planned``, with bottleneck blocks fused as
+            ``optimize`` plans it for ``gpu``; or ``int8``, per-conv as ``quantize`` makes it, without what makes bytes
+            of the first layer's result, which are torch's own kernels.
 
     Raises:
         ValueError: the network does not take such images, or there is no kernel for one of its ops.
@@ -96,8 +97,9 @@ def launched(
     layers, named = _captured(arch, image_size)
     layers = tuple(layer.at(batch, precision) for layer in layers)
     found: dict[str, tuple[tuple[str, ...], Case] | None] = {}
-    for layer in layers:
-        case = next(_cases(layer), None)
+    integers = schedules.int8_problems(layers) if schedule == INT8 else [None] * len(layers)
+    for layer, problem in zip(layers, integers, strict=True):
+        case = next(_cases(layer), None) if problem is None else Case(problem.op, problem, layer.activation)
         if case is None:
             raise ValueError(f"{layer.name}: no estimate is known for {layer.op}")
         found[layer.name] = named[layer.name], case

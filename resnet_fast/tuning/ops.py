@@ -19,13 +19,15 @@ from resnet_fast import backends
 from resnet_fast.backends import cuda, triton
 from resnet_fast.graph.inventory import Block, Layer
 from resnet_fast.kernels import cuda_choice
-from resnet_fast.kernels.problems import AddAct, BatchNormAct, ConvBNAct, ConvStatistics, Head, Stem
+from resnet_fast.kernels.problems import AddAct, BatchNormAct, ConvBNAct, ConvInt8, ConvStatistics, Head, Stem
 from resnet_fast.ops import ALL, checks
 from resnet_fast.ops import Op as Declaration
 from resnet_fast.ops.add_act import BACKWARD as ADD_ACT_BACKWARD
 from resnet_fast.ops.batch_norm_act import BACKWARD, STATISTICS, statistics
 from resnet_fast.ops.batch_norm_act import OP as BATCH_NORM_ACT
 from resnet_fast.ops.bottleneck_tail import composed
+from resnet_fast.ops.conv_int8 import OP as CONV_INT8
+from resnet_fast.ops.conv_int8 import offset
 from resnet_fast.ops.conv_statistics import OP as CONV_STATISTICS
 from resnet_fast.ops.conv_statistics import scale_and_shift
 from resnet_fast.ops.stem import PACKED, normalisation
@@ -168,17 +170,17 @@ class CudaKernels:
 
 
 def names() -> tuple[str, ...]:
-    """Return the ops that have a Triton kernel and an adapter."""
+    """Return the ops that have a Triton kernel to tune."""
     return tuple(_OPS)
 
 
 def get(name: str) -> Op:
-    """Return the adapter of an op's Triton kernel, or as ``conv_bn_act.cuda`` of its CUDA kernels.
+    """Return the adapter of an op's Triton kernel, ``conv_int8`` too, or as ``conv_bn_act.cuda`` of its CUDA kernels.
 
     Raises:
         ValueError: there is none of that name.
     """
-    found = _OPS.get(name) or _CUDA_OPS.get(name)
+    found = _OPS.get(name) or _CUDA_OPS.get(name) or {_INT8.name: _INT8}.get(name)
     if found is None:
         raise ValueError(f"no kernel of an op {name!r} is tuned or checked; there are {', '.join((*_OPS, *_CUDA_OPS))}")
     return found
@@ -222,6 +224,22 @@ def _conv_cases(layer: Layer | Block) -> Iterator[Case]:
 def _conv_launch(kernel: Any, example: Example, case: Case, config: Any) -> Any:
     a = example.arguments
     return kernel.launch(*a[:5], *example.outputs, case.problem, config, activation=a.activation)
+
+
+# --- conv_int8
+
+
+def _int8_cases(layer: Layer | Block) -> Iterator[Case]:
+    """Convolutions between bytes; those that end a block also into half precision, in which their reader may be."""
+    if isinstance(layer, Layer) and layer.op == "conv_bn_act" and layer.problem.precision == "int8":
+        for out in ("uint8", "fp16") if layer.problem.residual and not layer.late else ("uint8",):
+            yield Case("conv_int8", ConvInt8(**vars(layer.problem), out=out), layer.activation)
+
+
+def _int8_launch(kernel: Any, example: Example, case: Case, config: Any) -> Any:
+    a, (out,) = example.arguments, example.outputs
+    tensors = (*a[:4], *example.others, a.residual, out)
+    return kernel.launch(*tensors, case.problem, config, residual_scale=a.residual_scale, activation=a.activation)
 
 
 # --- add_act
@@ -423,6 +441,10 @@ _OPS = {
         ),
     )
 }  # fmt: skip
+
+
+#: Of quantized networks. No sweep measures it: its choices are the heuristic's, or a table's that somebody writes.
+_INT8 = Op("conv_int8", True, _int8_cases, _int8_launch, lambda case: CONV_INT8, lambda a, case: (offset(a),))
 
 
 # --- CUDA kernels: the same cases and examples; what is packed is packed before the launch is timed

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from resnet_fast.kernels.gpus import PRECISIONS
+
 from . import ops
 from .ops import Case
 
@@ -26,6 +28,10 @@ BATCHES = (1, 32, 128, 256)
 #: The ops that only training runs.
 TRAINING = ("batch_norm_act", "conv_statistics")
 
+#: How launches compute: as ``kernels.gpus.PRECISIONS``, and quantized convolutions, which have an op of their own.
+QUANTIZED = "int8"
+TYPES = (*PRECISIONS, QUANTIZED)
+
 
 def problems(
     models: Sequence[str],
@@ -38,7 +44,7 @@ def problems(
     """Return every case of these networks, each once, in the order of models, batches, precisions and layers.
 
     Args:
-        models: names from ``resnet_fast.models``. precisions: of ``kernels.gpus.PRECISIONS``.
+        models: names from ``resnet_fast.models``. precisions: of ``TYPES``.
         image_size: height and width of the images.
         gpu: blocks fused for this GPU are among the cases; None: one kernel per layer alone.
         training: whether what only training runs, ``TRAINING``, is among the cases.
@@ -55,7 +61,7 @@ def problems(
         for batch in batches:
             for precision in precisions:
                 for layer in (layer.at(batch, precision) for layer in layers):
-                    for op in map(ops.get, chosen):
+                    for op in map(ops.get, ["conv_int8"] if precision == QUANTIZED else chosen):
                         for case in op.cases(layer):
                             if gpu is None or ops.supported(case, gpu):
                                 found[case] = None

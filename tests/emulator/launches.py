@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.emulator.launches", description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(shapes.MODELS))
     parser.add_argument("--batches", nargs="+", type=int, default=list(shapes.BATCHES))
-    parser.add_argument("--precisions", nargs="+", default=list(gpus.PRECISIONS), choices=gpus.PRECISIONS)
+    parser.add_argument("--precisions", nargs="+", default=list(shapes.TYPES), choices=shapes.TYPES)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--gpu", default="h100", help="of capability 9.0, whose heuristics choose")
     parser.add_argument("--inference", action="store_true", help="without the launches that training adds")

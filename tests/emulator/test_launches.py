@@ -38,6 +38,7 @@ def succeed(function: Callable[[], Any]) -> Any:
     [
         "--models resnet18 --batches 1 --precisions bf16 --inference",
         "--models resnet50 --batches 128 --precisions fp16 --inference",
+        "--models resnet50 --batches 1 --precisions int8 --inference",
     ],
 )
 def test_no_launch_of_a_network_is_refused(options: str) -> None:

@@ -297,7 +297,7 @@ def test_training_mode_is_refused(resnet50: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"dtype": torch.int8}, ValueError, "dtype is torch.int8"),
+        ({"dtype": torch.int32}, ValueError, "dtype is torch.int32"),
         ({"dtype": "float32"}, ValueError, "dtype is 'float32'"),
         ({"cuda_graphs": "yes"}, ValueError, "cuda_graphs is 'yes'"),
         ({"cuda_graphs": None}, ValueError, "cuda_graphs is None"),

@@ -24,8 +24,8 @@ from resnet_fast.kernels import problems
 from resnet_fast.ops import Op, _op
 from resnet_fast.roofline.measure import tf32
 
-add_act, bottleneck_tail = (
-    importlib.import_module(f"resnet_fast.ops.{name}") for name in ("add_act", "bottleneck_tail")
+add_act, bottleneck_tail, conv_int8 = (
+    importlib.import_module(f"resnet_fast.ops.{name}") for name in ("add_act", "bottleneck_tail", "conv_int8")
 )
 
 _NORM = "Tensor? gamma, Tensor? beta, Tensor mean, Tensor invstd, bool of_batch, Tensor? count, str group"
@@ -51,6 +51,9 @@ SCHEMAS = {
     "batch_norm_act_backward": "Tensor grad, Tensor x, Tensor? output, Tensor? gamma, Tensor mean, Tensor invstd, "
     "bool of_batch, Tensor? count, str group, bool need_x, bool need_sums, bool need_residual) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
+    "conv_int8": "Tensor x, Tensor weight, Tensor scale, Tensor shift, SymInt zero_point, str out, "
+    "SymInt out_zero_point, SymInt largest, Tensor? residual, float residual_scale, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] dilation, str activation, bool residual_after_activation) -> Tensor",
     "conv_again": f"Tensor x, {_CONV}) -> Tensor",
     "conv_statistics": f"Tensor x, {_BEFORE}, {_CONV}) -> (Tensor, Tensor, Tensor)",
     "norm_act_conv": f"Tensor x, {_NORM}, {_CONV}) -> Tensor",
@@ -69,6 +72,7 @@ PROBLEMS: list[tuple[Op[Any], Any]] = [
     (ops.ALL["head"], problems.Head(2, 3, 4, 17, 5, "bf16")),
     (ops.ALL["add_act"], problems.AddAct(77, "fp16")),
     (add_act.BACKWARD, problems.AddAct(77, "fp32")),
+    (conv_int8.OP, problems.ConvInt8(2, 7, 6, 8, 12, (3, 1), (2, 1), (1, 0), (1, 2), 1, "int8", True, "fp16", True)),
 ]
 
 

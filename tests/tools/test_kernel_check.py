@@ -289,6 +289,36 @@ def test_the_committed_convolutions_on_hopper_overlap_and_hide_each_other() -> N
                 assert (matrix, a) == ("HGMMA", "shared"), (version, key)
 
 
+def test_the_committed_int8_kernels_on_hopper_overlap_and_hide_each_other() -> None:
+    for version, table in check.read_table(check.table_path()).items():
+        rows = [row for key, row in table.items() if (key.arch, key.kernel) == ("sm_90", "conv_int8._boxes")]
+        assert len(rows) > 50, version
+        for _, _, occupancy, matrix, serialised, a in rows:
+            assert (matrix, serialised, a) == ("IGMMA", "no", "registers") and int(occupancy) >= 2, version
+
+
+def test_int8_kernels_round_every_product(tmp_path: Path) -> None:
+    """As the interpreter and the reference do: nothing is contracted to a multiply-add; for two architectures."""
+    code = """
+import json
+import triton
+from resnet_fast.kernels import conv_int8, gpus
+from resnet_fast.tuning import compiler, ops
+found = []
+for name in ("h100", "a100"):
+    gpu = gpus.known(name)
+    triton.runtime.driver.set_active(compiler._Driver(gpu.capability))
+    problem = conv_int8.Problem(1, 7, 7, 64, 64, (1, 1), (1, 1), (0, 0), (1, 1), 1, "int8", True)
+    case = ops.Case("conv_int8", problem, "relu")
+    task = compiler.Task(gpu.capability, case, conv_int8.heuristic(problem, gpu))
+    ptx = compiler.launch(task).compile().asm["ptx"]
+    products = ".s32.s8.s8" in ptx or ".s8.s8.s32" in ptx
+    found.append(["fma.rn" in ptx, "mul.f32" in ptx or "mul.rn.f32" in ptx or "mul.rn.f32x2" in ptx, products])
+print(json.dumps(found))
+"""
+    assert succeed(code, tmp_path) == [[False, True, True]] * 2
+
+
 def test_tables_of_launch_choices_are_compiled(tmp_path: Path) -> None:
     case = problem(n=3, h=56, w=56)
     fields = dataclasses.asdict(conv_bn_act.Config(64, 32, 32, 4, 2, True))

@@ -489,6 +489,37 @@ def test_a_gpu_by_numbers() -> None:
     assert tails[-3]["parts"][-1] == "layer4.0.conv3"  # 512 + 512 channels do not fit into 99 KiB
 
 
+@pytest.mark.usefixtures("no_gpu")
+def test_int8_moves_a_byte_and_multiplies_at_twice_the_rate() -> None:
+    arguments = ["-a", "resnet18", "-b", "4", "--gpu", "h100", "--json", "-"]
+    found, half = (run(*arguments, "--dtype", dtype).json()["schedules"] for dtype in ("int8", "float16"))
+    assert [schedule["name"] for schedule in found] == ["eager", "per-conv", "int8"] and found[1] == half[1]
+    floats = {row["layer"]: row for row in found[1]["rows"]}
+    by_op: dict[str, list[dict[str, Any]]] = {}
+    for row in found[2]["rows"]:
+        by_op.setdefault(row["op"], []).append(row)
+    assert {op: len(rows) for op, rows in by_op.items()} == {"stem": 1, "quantize": 1, "conv_int8": 19, "head": 1}
+    for row in by_op["conv_int8"]:
+        other, k = floats[row["layer"]], row["shape"][1]
+        assert row["math_seconds"] == pytest.approx(other["math_seconds"] / 2)
+        # The last one's output and residual are in half precision, as its reader is.
+        wider = 2 * 4 * 512 * 7 * 7 if row["layer"] == "layer4.1.conv2" else 0
+        assert row["activations"] == other["activations"] / 2 + wider
+        assert row["weights"] == (other["weights"] - 8 * k) / 2 + 12 * k
+    (rounding,) = by_op["quantize"]
+    assert rounding["bytes_seconds"] == pytest.approx(3 * 4 * 64 * 56 * 56 / H100.bandwidth)
+    assert half[1]["per_image"]["floor_seconds"] > 1.7 * found[2]["per_image"]["floor_seconds"]
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_int8_at_a_given_rate() -> None:
+    numbers = ["--bandwidth", "3.0", "--tflops", "1596", "-a", "resnet18", "--json", "-"]
+    given, built_in = run(*numbers, "--dtype", "int8"), run(*numbers[4:], "--gpu", "h100", "--dtype", "int8")
+    assert given.json()["schedules"] == built_in.json()["schedules"]
+    refused = run("-a", "resnet18", "--dtype", "int8", "--plot", "a.svg")
+    refused.failed("--plot draws one rate of products")
+
+
 def test_measured_times_stand_beside_the_floor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     straight = command.schedules(command.Subject("resnet18", 2, 64, command.Arithmetic.float16), H100)[1]
     seconds = {frozenset(kernel.parts): 3 * kernel.work.floor(H100, "fp16") for kernel in straight.kernels}

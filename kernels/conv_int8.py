@@ -1,0 +1,442 @@
+"""conv_int8: convolution of bytes with an int8 weight, its residual, ReLU and one rounding; kernels and launch.
+
+    sum[m, k] = offset[k] + sum over (r, s, c) of (x[pixel m at tap (r, s), c] - 128) * weight[k, r, s, c]    in int32
+    y[m, k] = act(sum[m, k] * scale[k] + shift[k] + residual[m, k] * residual_scale)                        in float32
+    out[m, k] = clamp(round half to even(y), low, high) + zero                 as uint8; or y as floating point numbers
+
+Floor: as conv_bn_act's, with a byte for each element and the double rate of products. Forms and tiles are those of
+conv_bn_act, too; here are the differences.
+
+Matrix units multiply int8 by int8 in Triton, and x is stored as uint8, since that is what the CPU's instructions take
+and zero, which the copy engine fills in around the image, then is the zero point behind a ReLU. So the highest bit of
+each byte is turned over in registers, which takes 128 off, and ``offset`` puts 128 times the sum of a channel's weights
+back on. That makes x the first operand: registers can be that only.
+
+Sums are exact, and nothing after them depends on a compiler: products and sums of float32 are not contracted
+(``enable_fp_fusion``), so that the interpreter, a GPU and plain torch give the same bits.
+
+Traps: padding is the byte 0 in the form ``boxes``, so that needs x's zero point 0 or no padding. Steps of the product
+are 32 bytes at least.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import _tables, conv_bn_act
+from ._language import relu, rounded
+from ._launch import Launch, aligned, cdiv, dividing_power_of_two, image_box, power_of_two, wide
+from .gpus import GPU
+from .problems import ConvInt8 as Problem
+
+NAME = "conv_int8"
+
+_SCALARS = ["ZERO", "LOW", "HIGH", "PADDING"]
+
+#: 1.5 * 2 ** 23: float32 has no fraction from here on, so adding it rounds half to even, and the last bits of the sum
+#: are the integer. Kernels may read it as a constant only.
+_ROUNDS = tl.constexpr(12582912.0)
+_ROUNDS_BITS = tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def _signed(x):
+    """uint8 less 128, as int8."""
+    return x.to(tl.int8, bitcast=True) ^ -128
+
+
+@triton.jit
+def _finish(
+    sums, scale, shift, offset, channel, inside, residual, residual_scale, ZERO, LOW, HIGH,
+    dtype: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """A tile of the output from its sums, in ``dtype``, which is uint8 if it is stored in steps.
+
+    Args:
+        sums: [BLOCK_M, BLOCK_N] int32. scale, shift, offset: [K] at the tile's channels, ``inside`` K.
+        residual: [BLOCK_M, BLOCK_N], or None. RESIDUAL: 0 none, 1 before the activation, 2 after it.
+        LOW, HIGH: of the output in steps from its zero point ZERO.
+    """
+    y = (sums + tl.load(offset + channel, mask=inside, other=0)[None, :]).to(tl.float32)
+    y = y * tl.load(scale + channel, mask=inside, other=0.0)[None, :]
+    y = y + tl.load(shift + channel, mask=inside, other=0.0)[None, :]
+    if RESIDUAL == 1:
+        y = y + residual.to(tl.float32) * residual_scale
+    if RELU:
+        y = relu(y)
+    if RESIDUAL == 2:
+        y = y + residual.to(tl.float32) * residual_scale
+    if dtype == tl.uint8:
+        y = tl.maximum(y, LOW.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
+        y = tl.minimum(y, HIGH.to(tl.float32))
+        return ((y + _ROUNDS).to(tl.int32, bitcast=True) - _ROUNDS_BITS + ZERO).to(tl.uint8)
+    return rounded(y, dtype)
+
+
+@triton.jit(do_not_specialize=["TILES_P", "TILES_Q", "PAD_H", "PAD_W", *_SCALARS[:3]])
+def _boxes(
+    x,  # descriptor of [N, H, W, C], with stride 2 of [N, H/2, 2, W/2, 2 C]
+    weight,  # descriptor of [K, R * S * C]
+    scale,  # [K] float32
+    shift,  # [K] float32
+    offset,  # [K] int32
+    residual,  # descriptor of [N, P, Q, K]
+    out,  # descriptor of [N, P, Q, K]
+    K,
+    TILES_P,
+    TILES_Q,
+    PAD_H,
+    PAD_W,
+    residual_scale,
+    ZERO,
+    LOW,
+    HIGH,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDED: tl.constexpr,  # whether the stride is 2
+    RELU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BOX_N: tl.constexpr,
+    BOX_P: tl.constexpr,
+    BOX_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    BLOCK_M: tl.constexpr = BOX_N * BOX_P * BOX_Q
+    tiles_n = tl.cdiv(K, BLOCK_N)
+    pid = tl.program_id(0)
+    k = (pid % tiles_n) * BLOCK_N
+    box = pid // tiles_n
+    q = (box % TILES_Q) * BOX_Q
+    p = (box // TILES_Q % TILES_P) * BOX_P
+    n = (box // (TILES_Q * TILES_P)) * BOX_N
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for step in range(0, R * S * C // BLOCK_K):
+        tap = step // (C // BLOCK_K)
+        c = step % (C // BLOCK_K) * BLOCK_K
+        h = tap // S - PAD_H
+        w = tap % S - PAD_W
+        if STRIDED:
+            # Row 2 p + h lies in row pair p + floor(h / 2), at its parity; columns alike.
+            pixels = x.load([n, p + (h >> 1), h & 1, q + (w >> 1), (w & 1) * C + c])
+        else:
+            pixels = x.load([n, p + h, q + w, c])
+        pixels = _signed(pixels.reshape(BLOCK_M, BLOCK_K))
+        sums = tl.dot(pixels, weight.load([k, step * BLOCK_K]).T, sums, out_dtype=tl.int32)
+    channel = k + tl.arange(0, BLOCK_N)
+    inside = channel < K
+    added = None
+    if RESIDUAL:
+        added = residual.load([n, p, q, k]).reshape(BLOCK_M, BLOCK_N)
+    y = _finish(
+        sums, scale, shift, offset, channel, inside, added, residual_scale, ZERO, LOW, HIGH, out.dtype, RELU, RESIDUAL
+    )  # fmt: skip
+    out.store([n, p, q, k], y.reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
+
+
+@triton.jit(do_not_specialize=[*conv_bn_act._SIZES, *_SCALARS])
+def _gather(
+    x,  # [N, H, W, C]
+    weight,  # [K, R, S, C]
+    scale,  # [K] float32
+    shift,  # [K] float32
+    offset,  # [K] int32
+    residual,  # [N, P, Q, K]
+    out,  # [N, P, Q, K]
+    N,
+    H,
+    W,
+    C,
+    K,
+    P,
+    Q,
+    STRIDE_H,
+    STRIDE_W,
+    PAD_H,
+    PAD_W,
+    DILATION_H,
+    DILATION_W,
+    residual_scale,
+    ZERO,
+    LOW,
+    HIGH,
+    PADDING,  # what lies around the image: x's zero point
+    R: tl.constexpr,
+    S: tl.constexpr,
+    RELU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles_n = tl.cdiv(K, BLOCK_N)
+    pixels = N * P * Q
+    if WIDE:
+        pixels = N.to(tl.int64) * P * Q
+    pid = tl.program_id(0)
+    tile_m = pid // tiles_n
+    if WIDE:
+        tile_m = tile_m.to(tl.int64)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside_m = m < pixels
+    n = m // (P * Q)
+    row = (m // Q) % P * STRIDE_H - PAD_H
+    column = m % Q * STRIDE_W - PAD_W
+    base = ((n * H + row) * W + column) * C
+    channel = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_k = channel < K
+    taps = weight + channel * (R * S * C)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    blocks_c = tl.cdiv(C, BLOCK_K)
+    for step in range(0, R * S * blocks_c):
+        tap = step // blocks_c
+        h = tap // S * DILATION_H
+        w = tap % S * DILATION_W
+        c = (step % blocks_c) * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = c < C
+        valid = inside_m & (row + h >= 0) & (row + h < H) & (column + w >= 0) & (column + w < W)
+        # What lies behind the last channel meets weights of 0.
+        a = tl.load(
+            x + (base + (h * W + w) * C)[:, None] + c[None, :], mask=valid[:, None] & inside[None, :], other=PADDING
+        )
+        b = tl.load(taps[None, :] + (tap * C + c)[:, None], mask=inside[:, None] & inside_k[None, :], other=0)
+        sums = tl.dot(_signed(a), b, sums, out_dtype=tl.int32)
+    to = m[:, None] * K + channel[None, :]
+    mask = inside_m[:, None] & inside_k[None, :]
+    added = None
+    if RESIDUAL:
+        added = tl.load(residual + to, mask=mask, other=0)
+    y = _finish(
+        sums, scale, shift, offset, channel, inside_k, added, residual_scale, ZERO, LOW, HIGH, out.dtype.element_ty,
+        RELU, RESIDUAL,
+    )  # fmt: skip
+    tl.store(out + to, y, mask=mask)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A launch choice: tile sizes, warps, pipeline stages, and whether the copy engine fetches the pixels in boxes."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    boxes: bool
+
+    def resident(self, problem: Problem) -> bool:
+        """Return False: the weights of no program stay in shared memory, as conv_bn_act's may."""
+        return False
+
+    def programs(self, problem: Problem, gpu: GPU) -> int:
+        """Return how many programs the choice means a multiprocessor to hold at once: two hide each other's ends."""
+        most = 1 if self.block_m * self.block_n > 128 * 128 else 2
+        return min(most, gpu.shared_memory_per_multiprocessor // (self.shared_memory(problem) + 1024))
+
+    def shared_memory(self, problem: Problem) -> int:
+        """Bytes of shared memory a program takes at most: the operands of every stage, or the output tile."""
+        staged = self.block_m * self.block_n * problem.out_itemsize if self.boxes else 0
+        return max((self.block_m + self.block_n) * self.block_k * self.num_stages, staged)
+
+
+def supports(problem: Problem, gpu: GPU) -> bool:
+    """Return whether the kernel computes the problem: one group, since others leave the matrix units idle."""
+    return problem.groups == 1
+
+
+def supports_boxes(problem: Problem, gpu: GPU) -> bool:
+    """Return whether the form ``boxes`` can compute the problem on the GPU, as far as shapes tell."""
+    plain = problem.groups == 1 and problem.dilation == (1, 1) and problem.c % 32 == 0 and problem.k % 16 == 0
+    even = problem.h % 2 == 0 and problem.w % 2 == 0
+    strides = problem.stride == (1, 1) or (problem.stride == (2, 2) and even)
+    zeros = not problem.shifted or problem.padding == (0, 0)
+    return gpu.capability >= 90 and plain and strides and zeros
+
+
+def _widest_k(problem: Problem, boxes: bool) -> int:
+    """Return the longest sensible step through the product: 128 bytes, or all of a short one."""
+    return dividing_power_of_two(problem.c, 128) if boxes else power_of_two(problem.c, 32, 128)
+
+
+def _most_stages(problem: Problem, block_k: int, boxes: bool) -> int:
+    return min(8, math.prod(problem.kernel) * problem.c // block_k) if boxes else 4
+
+
+def _fits(config: Config, problem: Problem, gpu: GPU) -> bool:
+    return config.shared_memory(problem) <= gpu.shared_memory
+
+
+def heuristic(problem: Problem, gpu: GPU) -> Config:
+    """Return a launch choice from the shape alone: the largest tile that still gives every multiprocessor work."""
+    boxes = supports_boxes(problem, gpu)
+    block_k = _widest_k(problem, boxes)
+    # Warp products take more registers beside the sums, and so does a residual if the product is one step.
+    one_step = problem.residual and math.prod(problem.kernel) * problem.c == block_k
+    whole = boxes and gpu.capability == 90 and not one_step
+    block_m, block_n = 128, power_of_two(problem.k, 32, 128 if whole else 64)
+    while cdiv(problem.pixels, block_m) * cdiv(problem.k, block_n) < gpu.multiprocessors:
+        if block_m > 64 and block_m >= block_n:
+            block_m //= 2
+        elif block_n > 32:
+            block_n //= 2
+        else:
+            break
+    # One warp group has registers for the sums of 128 x 128 and x's part of a step, but for no residual besides.
+    warps = 8 if block_m * block_n >= 128 * 128 and problem.residual else 4
+    config = Config(block_m, block_n, block_k, warps, _most_stages(problem, block_k, boxes), boxes)
+    while config.num_stages > 2 and config.programs(problem, gpu) < 2:
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config
+
+
+_TILES = ((64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128), (128, 256), (256, 128))
+
+
+def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
+    """Every launch choice worth measuring: within the GPU's shared memory, tiles no wider than the problem."""
+    for boxes in (True, False) if supports_boxes(problem, gpu) else (False,):
+        block_k = _widest_k(problem, boxes)
+        most = _most_stages(problem, block_k, boxes)
+        for block_m, block_n in _TILES:
+            if block_n > power_of_two(problem.k, 32, 256) or block_m > power_of_two(problem.pixels, 64, 256):
+                continue
+            for num_warps in (4, 8):
+                if not 8 <= block_m * block_n // (num_warps * 32) <= 128:
+                    continue
+                for num_stages in sorted({min(stages, most) for stages in ((2, 3, 4, 8) if boxes else (2, 3, 4))}):
+                    config = Config(block_m, block_n, block_k, num_warps, num_stages, boxes)
+                    if _fits(config, problem, gpu):
+                        yield config
+
+
+@_tables.remembers
+@lru_cache(maxsize=4096)
+def choose(problem: Problem, gpu: GPU) -> Config:
+    """Return the measured choice if there is one that fits, else the heuristic's."""
+    config = _tables.measured(NAME, problem.key(), gpu.name, Config)
+    return config if config is not None and takes(config, problem, gpu) else heuristic(problem, gpu)
+
+
+def takes(config: Config, problem: Problem, gpu: GPU) -> bool:
+    """Return whether the kernel computes the problem with this choice on ``gpu``."""
+    boxes = supports_boxes(problem, gpu) and problem.c % config.block_k == 0
+    return _fits(config, problem, gpu) and config.block_k >= 32 and (boxes or not config.boxes)
+
+
+def tiles(problem: Problem, config: Config, boxes: bool) -> int:
+    """Return how many tiles of pixels cover the output."""
+    if not boxes:
+        return cdiv(problem.pixels, config.block_m)
+    (n, _, _), (_, p, q) = conv_bn_act._box_sizes(problem)
+    return math.prod(map(cdiv, (n, p, q), image_box(n, p, q, config.block_m)))
+
+
+def launch(
+    x: Any,
+    weight: Any,
+    scale: Any,
+    shift: Any,
+    offset: Any,
+    residual: Any,
+    out: Any,
+    problem: Problem,
+    config: Config,
+    *,
+    residual_scale: float = 1.0,
+    activation: str = "relu",
+    residual_after_activation: bool = False,
+    zero_point: int = 0,
+    out_zero_point: int = 0,
+    largest: int = 255,
+) -> Launch:
+    """Return the launch that fills ``out``.
+
+    Args:
+        x: [N, C, H, W] uint8, residual and out: [N, K, P, Q] of one dtype, all dense channels_last.
+        weight: [K, C, R, S] int8, dense channels_last.
+        scale, shift: [K] float32. offset: [K] int32, ``(128 - zero_point)`` times the sum of the channel's weights.
+        config: for the form ``boxes`` every tensor must begin at a multiple of 16 bytes; where one does not, the same
+            tile is fetched by the form ``gather``.
+        residual_scale: of the residual, in steps of ``out`` if that is uint8.
+        zero_point, out_zero_point: of x and out. largest: what out is clipped to. Both are of uint8 only.
+    """
+    where = 0 if residual is None else 2 if residual_after_activation else 1
+    tensors = (x, weight, scale, shift, offset, residual, out)
+    scalars = (float(residual_scale), out_zero_point, -out_zero_point, largest - out_zero_point)
+    flags = {"RELU": activation == "relu", "RESIDUAL": where}
+    if config.boxes and aligned(x, weight, residual, out):
+        return _launch_boxes(tensors, scalars, problem, config, flags)
+    return _launch_gather(tensors, (*scalars, zero_point), problem, config, flags)
+
+
+def _options(config: Config) -> dict[str, Any]:
+    return {
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": False,
+    }
+
+
+def _launch_boxes(
+    tensors: tuple[Any, ...], scalars: tuple[Any, ...], problem: Problem, config: Config, flags: dict[str, Any]
+) -> Launch:
+    x, weight, scale, shift, offset, residual, out = tensors
+    c, k, (kernel_r, kernel_s) = problem.c, problem.k, problem.kernel
+    (n, h, w), (_, p, q) = conv_bn_act._box_sizes(problem)
+    strided = problem.stride == (2, 2)
+    box = image_box(n, p, q, config.block_m)
+    if strided:
+        shape, strides = [n, h // 2, 2, w // 2, 2 * c], [h * w * c, 2 * w * c, w * c, 2 * c, 1]
+        x_box = [box[0], box[1], 1, box[2], config.block_k]
+    else:
+        shape, strides = [n, h, w, c], [h * w * c, w * c, c, 1]
+        x_box = [*box, config.block_k]
+    depth = kernel_r * kernel_s * c
+    outputs = [n, p, q, k], [p * q * k, q * k, k, 1], [*box, config.block_n]
+    written = TensorDescriptor(out, *outputs)
+    args = (
+        TensorDescriptor(x, shape, strides, x_box),
+        TensorDescriptor(weight, [k, depth], [depth, 1], [config.block_n, config.block_k]),
+        scale,
+        shift,
+        offset,
+        written if residual is None else TensorDescriptor(residual, *outputs),
+        written,
+        k,
+        cdiv(p, box[1]),
+        cdiv(q, box[2]),
+        *problem.padding,
+        *scalars,
+    )
+    options = {"C": c, "R": kernel_r, "S": kernel_s, **flags, **_options(config)}
+    options |= {"STRIDED": strided, "BOX_N": box[0], "BOX_P": box[1], "BOX_Q": box[2]}
+    grid = (tiles(problem, config, True) * cdiv(k, config.block_n),)
+    return Launch(_boxes, grid, args, options)
+
+
+def _launch_gather(
+    tensors: tuple[Any, ...], scalars: tuple[Any, ...], problem: Problem, config: Config, flags: dict[str, Any]
+) -> Launch:
+    x, weight, scale, shift, offset, residual, out = tensors
+    kernel_r, kernel_s = problem.kernel
+    args = (
+        x, weight, scale, shift, offset, out if residual is None else residual, out,
+        problem.n, problem.h, problem.w, problem.c, problem.k, *problem.output, *problem.stride, *problem.padding,
+        *problem.dilation, *scalars,
+    )  # fmt: skip
+    options = {"R": kernel_r, "S": kernel_s, **flags, **_options(config)}
+    options |= {"WIDE": wide(x, out, weight), "BLOCK_M": config.block_m}
+    grid = (tiles(problem, config, False) * cdiv(problem.k, config.block_n),)
+    return Launch(_gather, grid, args, options)
