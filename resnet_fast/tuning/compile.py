@@ -343,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gpu = gpus.known(ARCHITECTURES[arch])
         cases = shapes.problems(given.model, shapes.BATCHES, given.type, gpu=gpu, training=True)
         measured, doubts = table_tasks(gpu, _tables.checked_in_folder())
-        both = measured | tasks(gpu, cases)
+        both = measured | tasks(gpu, (case for case in cases if case.op in given.op))
         wanted[gpu] = {each: task for each, task in both.items() if task.case.op in given.op}
         unsound += [line for line in doubts if line not in unsound]
     count = sum(map(len, wanted.values()))

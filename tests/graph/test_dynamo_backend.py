@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -500,11 +500,8 @@ def test_threads_share_a_compiled_model() -> None:
                 x = torch.randn(batch, 3, 21, 19, generator=torch.Generator().manual_seed(seed))
                 wrong.append(differ(fast(x), model(x)))
 
-    threads = [threading.Thread(target=serve, args=(batch,)) for batch in (1, 2, 3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(serve, (1, 2, 3)))  # raises what they raise
     assert len(wrong) == 30 and max(wrong) < 1e-5
 
 

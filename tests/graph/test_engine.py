@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -280,9 +280,6 @@ def test_threads_share_a_snapshot() -> None:
             if not all(torch.equal(a, b) for a, b in zip(fast(images[i]), wanted[i], strict=True)):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=serve, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(serve, range(8)))  # raises what they raise
     assert not wrong

@@ -8,6 +8,7 @@ import pickle
 import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -483,11 +484,8 @@ def test_threads(resnet50: nn.Module) -> None:
             if not torch.allclose(fresh(inputs[position]), expected[position], rtol=1e-5, atol=1e-5):
                 failures.append(f"{offset} {position}")
 
-    threads = [threading.Thread(target=work, args=(offset,)) for offset in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))  # raises what they raise
     assert not failures
 
 

@@ -129,16 +129,25 @@ def test_signature(name: str) -> None:
 # Values
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 3, 224, 224), (1, 3, 97, 131), (3, 3, 97, 131)], ids=lambda s: "x".join(map(str, s))
-)
-@torch.no_grad()
-def test_eval_outputs(pair: Pair, shape: tuple[int, ...]) -> None:
+def check_eval_outputs(pair: Pair, *shape: int) -> None:
     x = images(*shape)
     expected = pair.theirs(x)
     assert expected.isfinite().all()
     for layout in (torch.contiguous_format, torch.channels_last):
         assert relative(pair.ours(x.contiguous(memory_format=layout)), expected) <= 1e-5, layout
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_eval_outputs(pair: Pair, batch: int) -> None:
+    check_eval_outputs(pair, batch, 3, 97, 131)
+
+
+@pytest.mark.parametrize("pair", ["resnet18", "resnet50", "resnext50_32x4d"], indirect=True)
+@torch.no_grad()
+def test_eval_outputs_of_usual_images(pair: Pair) -> None:
+    """Of one network of each kind: the others have more of the same layers."""
+    check_eval_outputs(pair, 1, 3, 224, 224)
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ import copy
 import io
 import multiprocessing
 import pickle
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -327,11 +327,8 @@ def test_two_threads_at_once(pair: tuple[nn.Module, nn.Module], image: Tensor) -
                 if not close(ours(images[k]), wanted[k]):
                     wrong.append(f"thread {offset}, image {k}")
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))  # raises what they raise
     assert not wrong
 
 

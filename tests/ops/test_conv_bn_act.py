@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
-import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -438,16 +438,13 @@ def test_threads() -> None:
     a = {name: t.float() for name, t in problem(1, 16, 13, 13, 16, 3).items() if t is not None}
     want, wrong = rf.ops.conv_bn_act(**a), []
 
-    def work() -> None:
+    def work(_: int) -> None:
         for _ in range(30):
             if not torch.allclose(rf.ops.conv_bn_act(**a), want, rtol=1e-5, atol=1e-5):
                 wrong.append(1)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))  # raises what they raise
     assert not wrong
 
 
