@@ -197,7 +197,9 @@ def faults(compiled: Compiled, gpu: GPU) -> list[str]:
     boxes = convolution and config.boxes
     # A warp group multiplies 64 rows at once; a config with fewer was chosen to use more multiprocessors.
     rows = config.block_n if boxes else getattr(config, "block_m", 0)
-    matrix = ops.get(case.op).matrix and case.problem.precision != "fp32" and rows >= 64
+    op = ops.get(case.op)
+    multiplies = op.matrix and compiled.task.part == op.product
+    matrix = multiplies and case.problem.precision != "fp32" and rows >= 64
     if matrix and gpu.capability == 90 and "HGMMA" not in resources.matrix:
         found.append(f"multiplies with {resources.matrix or 'nothing'} instead of HGMMA")
     if resources.serialised and not _serialised_anyway(compiled.task):
