@@ -123,13 +123,13 @@ def lookup(op: str, problem: str, gpu: str) -> dict[str, Any] | None:
 
 _LARGEST_VALUE = 4096
 #: Fields that count something else than elements or warps, which come in powers of two.
-_ANY_COUNT = ("num_stages", "stages", "slice_stages", "rows")
+_ANY_COUNT = ("num_stages", "stages", "slice_stages", "rows", "persistent")
 
 
 #: What can be launched at all: warps and stages of a program, and 16 values of a step through a product.
 _RANGES = {
     "num_warps": (1, 32), "num_stages": (1, 8), "stages": (1, 8), "slice_stages": (1, 8),
-    "block_k": (16, 4096), "block_c": (16, 4096),
+    "block_k": (16, 4096), "block_c": (16, 4096), "persistent": (0, 4096),
 }  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def measured(op: str, problem: str, gpu: str, kind: type[Choice]) -> Choice | No
     found = lookup(op, problem, gpu)
     if found is None:
         return None
-    values = {field.name: found.get(field.name) for field in fields(kind)}  # type: ignore[arg-type]
+    values = {field.name: found.get(field.name, field.default) for field in fields(kind)}  # type: ignore[arg-type]
     for field in fields(kind):  # type: ignore[arg-type]
         value = values[field.name]
         if field.type == "bool":

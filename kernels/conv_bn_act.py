@@ -7,11 +7,16 @@ Floor: x read once, out written once, residual read once; 2 * N * P * Q * K * R 
 computes a tile of BLOCK_M pixels by BLOCK_N channels; neighbouring programs share the pixels, so that x comes from
 memory once and then from the level-2 cache, where all the weights stay too.
 
-Two forms:
+Three forms:
     boxes   for GPUs with a copy engine (capability 9.0 and up), one group, no dilation, strides 1 and 2: the pixels
             of a tile are a box [images, rows, columns] of the output, and each tap is one copy of that box, moved by
             (r, s). What lies outside the image the copy engine fills with zeros, and that is the padding: no masks.
-            The product is transposed, weights times pixels, which lets both come from shared memory on Hopper.
+            The product is transposed, weights times pixels, which lets both come from shared memory on Hopper. Programs
+        may be fewer than tiles and take them in turn; the first copies of the next tile are then on their way while
+        one is finished.
+    resident    for such a plain product with a residual and few channels: a program keeps the weights of its output
+        channels in shared memory and takes tiles of pixels in turn. A tile is one step, all of it copied ahead, the
+        residual too: in a loop of steps Triton would wait for that at the end of each tile.
     gather  for everything else, with masked loads from computed addresses: any stride, dilation, groups, channel count.
 
 In training (``launch_raw``) the output is the convolution alone, to be normalised later. Two options save passes over
@@ -78,6 +83,12 @@ def _finish(
     if scale is not None:
         y = y * tl.load(scale + channel, mask=inside, other=0.0)[None, :]
         y += tl.load(shift + channel, mask=inside, other=0.0)[None, :]
+    return _activated(y, residual, dtype, RELU, RESIDUAL)
+
+
+@triton.jit
+def _activated(y, residual, dtype: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr):
+    """What _finish does behind scale and shift."""
     if RESIDUAL == 1:
         y += residual.to(tl.float32)
     if RELU:
@@ -228,41 +239,18 @@ def _gather(
         _leave_moments(y, inside_m, workspace, tile_m, tiles_m, channel, inside_k, K, counts)
 
 
-@triton.jit(do_not_specialize=["TILES_P", "TILES_Q", "PAD_H", "PAD_W", "N", "P", "Q"])
-def _boxes(
-    x,  # descriptor of [N, H, W, C], with stride 2 of [N, H/2, 2, W/2, 2 C]
-    weight,  # descriptor of [K, R * S * C]
-    scale,  # [K] float32
-    shift,  # [K] float32
-    residual,  # descriptor of [N, P, Q, K]
-    out,  # descriptor of [N, P, Q, K]
-    K,
-    TILES_P,
-    TILES_Q,
-    PAD_H,
-    PAD_W,
-    C: tl.constexpr,  # with a length that ptxas does not know, it lets no product of the loop overlap another
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDED: tl.constexpr,  # whether the stride is 2
-    RELU: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BOX_N: tl.constexpr,
-    BOX_P: tl.constexpr,
-    BOX_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    N=None,  # out's sizes, which only the moments need
-    P=None,
-    Q=None,
-    workspace=None,  # for the moments of out's boxes
-):
+@triton.jit
+def _box(
+    tile, x, weight, scale, shift, residual, out, K, TILES_P, TILES_Q, PAD_H, PAD_W, C: tl.constexpr, R: tl.constexpr,
+    S: tl.constexpr, STRIDED: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    BOX_N: tl.constexpr, BOX_P: tl.constexpr, BOX_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    N, P, Q, workspace,
+):  # fmt: skip
+    """One tile of _boxes, whose arguments these are: the ``tile % tiles_n``-th channels of the next box of pixels."""
     BLOCK_M: tl.constexpr = BOX_N * BOX_P * BOX_Q
     tiles_n = tl.cdiv(K, BLOCK_N)
-    pid = tl.program_id(0)
-    k = (pid % tiles_n) * BLOCK_N
-    box = pid // tiles_n
+    k = (tile % tiles_n) * BLOCK_N
+    box = tile // tiles_n
     q = (box % TILES_Q) * BOX_Q
     p = (box // TILES_Q % TILES_P) * BOX_P
     n = (box // (TILES_Q * TILES_P)) * BOX_N
@@ -295,9 +283,96 @@ def _boxes(
         _leave_moments(y, valid, workspace, box, slices, channel, inside, K, k == 0)
 
 
+@triton.jit(do_not_specialize=["TILES_P", "TILES_Q", "PAD_H", "PAD_W", "TILES", "N", "P", "Q"])
+def _boxes(
+    x,  # descriptor of [N, H, W, C], with stride 2 of [N, H/2, 2, W/2, 2 C]
+    weight,  # descriptor of [K, R * S * C]
+    scale,  # [K] float32
+    shift,  # [K] float32
+    residual,  # descriptor of [N, P, Q, K]
+    out,  # descriptor of [N, P, Q, K]
+    K,
+    TILES_P,
+    TILES_Q,
+    PAD_H,
+    PAD_W,
+    TILES,  # how many there are
+    C: tl.constexpr,  # with a length that ptxas does not know, it lets no product of the loop overlap another
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDED: tl.constexpr,  # whether the stride is 2
+    RELU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BOX_N: tl.constexpr,
+    BOX_P: tl.constexpr,
+    BOX_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PERSISTENT: tl.constexpr = False,  # whether the programs take the tiles in turn; else each has one
+    N=None,  # out's sizes, which only the moments need
+    P=None,
+    Q=None,
+    workspace=None,  # for the moments of out's boxes
+):
+    if not PERSISTENT:
+        _box(
+            tl.program_id(0), x, weight, scale, shift, residual, out, K, TILES_P, TILES_Q, PAD_H, PAD_W, C, R, S,
+            STRIDED, RELU, RESIDUAL, PRECISION, BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, N, P, Q, workspace,
+        )  # fmt: skip
+    else:
+        # Made one loop with that of the steps, so that a tile's last copies and products stand beside the next's first.
+        for tile in tl.range(tl.program_id(0), TILES, tl.num_programs(0), flatten=True):
+            _box(
+                tile, x, weight, scale, shift, residual, out, K, TILES_P, TILES_Q, PAD_H, PAD_W, C, R, S,
+                STRIDED, RELU, RESIDUAL, PRECISION, BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, N, P, Q, workspace,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["PIXELS"])
+def _resident(
+    x,  # descriptor of [PIXELS, C]
+    weight,  # descriptor of [K, C]
+    scale,  # [K] float32
+    shift,  # [K] float32
+    residual,  # descriptor of [PIXELS, K]
+    out,  # descriptor of [PIXELS, K]
+    K,
+    PIXELS,
+    RELU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    tiles_n = tl.cdiv(K, BLOCK_N)
+    pid = tl.program_id(0)
+    k = (pid % tiles_n) * BLOCK_N
+    channel = k + tl.arange(0, BLOCK_N)
+    inside = channel < K
+    # Outside of the loop, or they would be copied into shared memory again for each tile.
+    factor = tl.load(scale + channel, mask=inside, other=0.0)[None, :]
+    offset = tl.load(shift + channel, mask=inside, other=0.0)[None, :]
+    weights = weight.load([k, 0])
+    every = tl.num_programs(0) // tiles_n * BLOCK_M
+    # Stages that are given here, not as an option, count for the residual too, which no product takes.
+    for m in tl.range(pid // tiles_n * BLOCK_M, PIXELS, every, num_stages=STAGES):
+        pixels = x.load([m, 0])
+        added = None
+        if RESIDUAL:
+            added = residual.load([m, k])
+        y = dot(weights, pixels.T, tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32), PRECISION).T
+        out.store([m, k], _activated(y * factor + offset, added, out.dtype, RELU, RESIDUAL))
+
+
 @dataclass(frozen=True)
 class Config:
-    """A launch choice: tile sizes, warps, pipeline stages, and whether the copy engine fetches the pixels in boxes."""
+    """A launch choice: tile sizes, warps, pipeline stages, and whether the copy engine fetches the pixels in boxes.
+
+    Attributes:
+        persistent: how many programs take all the tiles in turn, in the form boxes; 0: a program for each tile.
+    """
 
     block_m: int
     block_n: int
@@ -305,26 +380,45 @@ class Config:
     num_warps: int
     num_stages: int
     boxes: bool
+    persistent: int = 0
+
+    def resident(self, problem: Problem) -> bool:
+        """Return whether the form is ``resident``: persistent, with all of a plain product's depth in one step."""
+        return self.persistent > 0 and self.block_k == problem.c and _plain(problem)
 
     def shared_memory(self, problem: Problem) -> int:
-        """Bytes of shared memory a program takes at most: the operands of every stage, or the output tile."""
+        """Bytes of shared memory a program takes at most: the operands of every stage, or the output tile.
+
+        A persistent program has both at once.
+        """
         item = ITEMSIZE[problem.precision]
+        tile = self.block_m * self.block_n * item
+        if self.resident(problem):
+            residuals = (self.num_stages - 1) * tile if problem.residual else 0
+            return (self.block_m * self.num_stages + self.block_n) * self.block_k * item + residuals + tile
         operands = (self.block_m + self.block_n) * self.block_k * item * self.num_stages
-        staged = self.block_m * self.block_n * item if self.boxes else 0
-        return max(operands, staged)
+        if self.persistent:
+            return operands + tile * (2 if problem.residual else 1)
+        return max(operands, tile if self.boxes else 0)
 
     @property
     def most_programs(self) -> int:
         """How many programs at once a multiprocessor should have registers for: two hide each other's epilogues.
 
-        One, if the sums of a large tile stand beside the addresses of what is gathered.
+        One, if the sums of a large tile fill them, or stand beside the addresses of what is gathered.
         """
-        return 1 if not self.boxes and self.block_m * self.block_n >= 128 * 128 else 2
+        area = self.block_m * self.block_n
+        return 1 if area > 128 * 128 or (not self.boxes and area == 128 * 128) else 2
 
     def programs(self, problem: Problem, gpu: GPU) -> int:
         """Return how many programs the choice means a multiprocessor to hold at once, at most two."""
         room = gpu.shared_memory_per_multiprocessor // (self.shared_memory(problem) + 1024)
         return min(self.most_programs, room)
+
+    def gathered(self) -> Config:
+        """Return the choice for the form ``gather`` if an address keeps the copy engine from this one's tensors."""
+        steps = min(self.block_k, 64), min(self.num_stages, 4)
+        return Config(min(self.block_m, 128), min(self.block_n, 128), steps[0], self.num_warps, steps[1], False)
 
 
 def supports_boxes(problem: Problem, gpu: GPU) -> bool:
@@ -334,6 +428,12 @@ def supports_boxes(problem: Problem, gpu: GPU) -> bool:
     even = problem.h % 2 == 0 and problem.w % 2 == 0
     strides = problem.stride == (1, 1) or (problem.stride == (2, 2) and even)
     return gpu.capability >= 90 and plain and strides and not problem.normalised
+
+
+def _plain(problem: Problem) -> bool:
+    """Return whether the convolution is a plain product of pixels and weights, with nothing around the pixels."""
+    ones = problem.kernel == problem.stride == (1, 1)
+    return ones and problem.padding == (0, 0) and problem.groups == 1
 
 
 def _widest_k(problem: Problem, boxes: bool) -> int:
@@ -358,7 +458,63 @@ def _fits(config: Config, problem: Problem, gpu: GPU) -> bool:
 
 
 def heuristic(problem: Problem, gpu: GPU) -> Config:
-    """Return a launch choice from the shape alone: the largest tile that still gives every multiprocessor work."""
+    """Return a launch choice from the shape alone."""
+    return _keeping_weights(problem, gpu) or _wide(problem, gpu) or tiled(problem, gpu)
+
+
+def _hopper(problem: Problem, gpu: GPU) -> bool:
+    """Return whether the forms and tiles made for Hopper's warp groups can compute the problem."""
+    return gpu.capability == 90 and problem.precision in ("fp16", "bf16") and supports_boxes(problem, gpu)
+
+
+def _keeping_weights(problem: Problem, gpu: GPU) -> Config | None:
+    """Return the form ``resident`` for a product with a residual of which every program has at least four tiles."""
+    if not _hopper(problem, gpu) or not problem.residual or not takes_resident(problem):
+        return None
+    config = Config(64, power_of_two(problem.k, 64, 128), problem.c, 8, 3, True, 1)
+    if not _fits(config, problem, gpu):
+        return None
+    config = replace(config, persistent=gpu.multiprocessors * config.programs(problem, gpu))
+    programs = blocks(problem, config)
+    columns = cdiv(problem.k, config.block_n)
+    return config if programs and cdiv(problem.pixels, config.block_m) * columns >= 4 * programs else None
+
+
+def takes_resident(problem: Problem) -> bool:
+    """Return whether a step can be the whole depth of the problem: a power of two of channels, at most 256."""
+    return _plain(problem) and problem.c & (problem.c - 1) == 0 and problem.c <= 256
+
+
+#: Tiles, pixels by channels, of as many sums as two warp groups hold in registers. Tiles of 128 x 128 read a third more
+#: through the level-2 cache than 256 x 128, 128 x 64 two thirds more than 512 x 64, and that is what limits them.
+_WIDE = {64: 512, 128: 256}
+
+
+def _wide(problem: Problem, gpu: GPU) -> Config | None:
+    """Return a tile of twice the usual size for a deep product, if at most a quarter of the GPU is idle then."""
+    block_n = power_of_two(problem.k, 64, 128)
+    window = problem.kernel != (1, 1)
+    if not _hopper(problem, gpu) or (not window and (block_n == 64 or problem.residual)):
+        return None
+    block_k = _widest_k(problem, True)
+    config = Config(_WIDE[block_n], block_n, block_k, 8, _most_stages(problem, block_k, True), True)
+    count = blocks(problem, config)
+    # In one round the tiles count as they are, those beyond the image too; in several, what they compute does.
+    useful = problem.pixels / config.block_m * cdiv(problem.k, block_n) if count > gpu.multiprocessors else count
+    if config.num_stages < 4 or useful < 0.75 * cdiv(count, gpu.multiprocessors) * gpu.multiprocessors:
+        return None
+    # A program of several tiles would wait for a residual at the end of each, as programs of one do.
+    if count > gpu.multiprocessors and not problem.residual:
+        persistent = replace(config, num_stages=3, persistent=gpu.multiprocessors)
+        if _fits(persistent, problem, gpu):
+            return persistent
+    while not _fits(config, problem, gpu):
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config
+
+
+def tiled(problem: Problem, gpu: GPU) -> Config:
+    """Return the usual choice: the largest tile, up to 128 x 128, that still gives every multiprocessor work."""
     boxes = supports_boxes(problem, gpu)
     block_k = _widest_k(problem, boxes)
     per_group = problem.k // problem.groups
@@ -399,6 +555,7 @@ def _most_stages(problem: Problem, block_k: int, boxes: bool) -> int:
 
 def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
     """Every launch choice worth measuring: within the GPU's shared memory, tiles no wider than the problem."""
+    yield from _large(problem, gpu)
     per_group = problem.k // problem.groups
     forms = (True, False) if supports_boxes(problem, gpu) else (False,)
     tiles = (
@@ -436,6 +593,28 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
                         yield config
 
 
+def _large(problem: Problem, gpu: GPU) -> Iterator[Config]:
+    """The forms and tiles for many pixels that are worth measuring: persistent ones, and the largest tile."""
+    if not _hopper(problem, gpu):
+        return
+    block_k = _widest_k(problem, True)
+    per_program = [(64, 64, problem.c), (64, 128, problem.c), (128, 64, problem.c)] if takes_resident(problem) else []
+    steps = _most_stages(problem, block_k, True)
+    if problem.kernel != (1, 1) and problem.k <= 64 and problem.pixels >= 512:
+        yield from (c for c in (Config(512, 64, block_k, 8, 3, True),) if steps >= 3 and _fits(c, problem, gpu))
+    if not problem.residual:  # it would be waited for at the end of each tile
+        per_program += [(m, n, block_k) for m, n in ((128, 128), (256, 64), (256, 128)) if block_k < problem.c]
+        per_program += [(m, n, block_k) for m, n in ((256, 64), (256, 128)) if problem.kernel != (1, 1)]
+    for block_m, block_n, step in dict.fromkeys(per_program):
+        for num_stages in (3, 4):
+            config = Config(block_m, block_n, step, 8, num_stages, True, 1)
+            if block_n > max(64, problem.k) or not _fits(config, problem, gpu):
+                continue
+            config = replace(config, persistent=gpu.multiprocessors * config.programs(problem, gpu))
+            if blocks(problem, config) < blocks(problem, replace(config, persistent=0)):
+                yield config
+
+
 @_tables.remembers
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, gpu: GPU) -> Config:
@@ -447,6 +626,10 @@ def choose(problem: Problem, gpu: GPU) -> Config:
 def takes(config: Config, problem: Problem, gpu: GPU) -> bool:
     """Return whether the kernel computes the problem with this choice on ``gpu``."""
     boxes = supports_boxes(problem, gpu) and problem.c % config.block_k == 0
+    if config.resident(problem) and not (takes_resident(problem) and blocks(problem, config)):
+        return False
+    if config.persistent and not config.boxes:
+        return False
     return _fits(config, problem, gpu) and (boxes or not config.boxes)
 
 
@@ -476,8 +659,9 @@ def launch(
     tensors = (x, weight, scale, shift, residual, out)
     flags = {"RELU": activation == "relu", "RESIDUAL": where}
     if config.boxes and aligned(x, weight, residual, out):
-        return _launch_boxes(tensors, problem, config, flags)
-    return _launch_gather(tensors, problem, config, flags)
+        make = _launch_resident if config.resident(problem) else _launch_boxes
+        return make(tensors, problem, config, flags)
+    return _launch_gather(tensors, problem, config.gathered() if config.boxes else config, flags)
 
 
 def launch_raw(
@@ -499,6 +683,7 @@ def launch_raw(
             dtype, and padded with zeros behind the activation; or None. By the form ``gather``, whatever the config.
         workspace: ``workspace_size`` numbers of float32 for ``batch_norm_act.merge``, or None.
     """
+    config = replace(config, persistent=0)  # moments are of a tile, and take registers
     tensors = (x, weight, None, None, None, out)
     flags: dict[str, Any] = {"RELU": False, "RESIDUAL": 0}
     if workspace is not None:
@@ -508,15 +693,28 @@ def launch_raw(
         return _launch_boxes(tensors, problem, config, flags), tiles(problem, config, True)
     if scale_in is not None:
         flags |= {"scale_in": scale_in, "shift_in": shift_in}
+    config = config.gathered() if config.boxes else config
     return _launch_gather(tensors, problem, config, flags), tiles(problem, config, False)
 
 
 def tiles(problem: Problem, config: Config, boxes: bool) -> int:
     """Return how many tiles of pixels cover the output."""
     if not boxes:
-        return cdiv(problem.pixels, config.block_m)
+        return cdiv(problem.pixels, (config.gathered() if config.boxes else config).block_m)
     (n, _, _), (_, p, q) = _box_sizes(problem)
     return math.prod(map(cdiv, (n, p, q), image_box(n, p, q, config.block_m)))
+
+
+def blocks(problem: Problem, config: Config) -> int:
+    """Return how many programs a launch has: one for each tile, or as many as take them in turn.
+
+    In the form ``resident`` all columns of tiles have equally many; 0 if there are not that many programs.
+    """
+    columns = cdiv(problem.k // problem.groups, config.block_n) * problem.groups
+    rows = tiles(problem, config, config.boxes)
+    if config.resident(problem):
+        return min(config.persistent // columns, rows) * columns
+    return min(config.persistent or rows * columns, rows * columns)
 
 
 def workspace_size(problem: Problem, config: Config) -> int:
@@ -528,7 +726,7 @@ def workspace_size(problem: Problem, config: Config) -> int:
 def _box_sizes(problem: Problem) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """N, H, W and N, P, Q as boxes see them: a plain product is one long row of pixels."""
     p, q = problem.output
-    if problem.kernel == (1, 1) and problem.stride == (1, 1) and problem.padding == (0, 0):
+    if _plain(problem):
         return (1, 1, problem.n * problem.h * problem.w), (1, 1, problem.pixels)
     return (problem.n, problem.h, problem.w), (problem.n, p, q)
 
@@ -569,13 +767,35 @@ def _launch_boxes(tensors: tuple[Any, ...], problem: Problem, config: Config, fl
         cdiv(p, box[1]),
         cdiv(q, box[2]),
         *problem.padding,
+        blocks(problem, replace(config, persistent=0)),
     )
     options = {"C": c, "R": kernel_r, "S": kernel_s, **flags, **_options(problem, config)}
     options |= {"STRIDED": strided, "BOX_N": box[0], "BOX_P": box[1], "BOX_Q": box[2]}
     if "workspace" in flags:
         options |= {"N": n, "P": p, "Q": q}
-    grid = (tiles(problem, config, True) * cdiv(k, config.block_n),)
-    return Launch(_boxes, grid, args, options)
+    if config.persistent:
+        options["PERSISTENT"] = True
+    return Launch(_boxes, (blocks(problem, config),), args, options)
+
+
+def _launch_resident(tensors: tuple[Any, ...], problem: Problem, config: Config, flags: dict[str, Any]) -> Launch:
+    x, weight, scale, shift, residual, out = tensors
+    c, k, pixels = problem.c, problem.k, problem.pixels
+    outputs = [pixels, k], [k, 1], [config.block_m, config.block_n]
+    written = TensorDescriptor(out, *outputs)
+    args = (
+        TensorDescriptor(x, [pixels, c], [c, 1], [config.block_m, c]),
+        TensorDescriptor(weight, [k, c], [c, 1], [config.block_n, c]),
+        scale,
+        shift,
+        written if residual is None else TensorDescriptor(residual, *outputs),
+        written,
+        k,
+        pixels,
+    )
+    options = {**flags, "PRECISION": dot_precision(problem.precision), "BLOCK_M": config.block_m}
+    options |= {"BLOCK_N": config.block_n, "STAGES": config.num_stages, "num_warps": config.num_warps}
+    return Launch(_resident, (blocks(problem, config),), args, options)
 
 
 def _launch_gather(tensors: tuple[Any, ...], problem: Problem, config: Config, flags: dict[str, Any]) -> Launch:
@@ -594,5 +814,5 @@ def _launch_gather(tensors: tuple[Any, ...], problem: Problem, config: Config, f
         "WIDE": wide(x, out, weight),
         "BLOCK_M": config.block_m,
     }
-    grid = (tiles(problem, config, False) * cdiv(per_group[1], config.block_n) * problem.groups,)
+    grid = (blocks(problem, config),)
     return Launch(_gather, grid, args, options)

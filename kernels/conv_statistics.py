@@ -27,12 +27,12 @@ NAME = "conv_statistics"
 
 def heuristic(problem: Problem, gpu: GPU) -> Config:
     """Return a launch choice from the shape alone: conv_bn_act's with a residual, as moments take registers, too."""
-    return conv_bn_act.heuristic(replace(problem, residual=True), gpu)
+    return conv_bn_act.tiled(replace(problem, residual=True), gpu)
 
 
 def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
-    """Every launch choice worth measuring."""
-    return conv_bn_act.candidates(problem, gpu)
+    """Every launch choice worth measuring, but those of programs that take several tiles: moments take registers."""
+    return (config for config in conv_bn_act.candidates(problem, gpu) if not config.persistent)
 
 
 @_tables.remembers

@@ -86,6 +86,8 @@ class Loop:
         rows, columns, depth: of a step's product. each: seconds that a step takes besides.
         instructions: of a thread in a step, where they are many beside its products. products: that each wait for the
             one before.
+        ahead: steps that pass while a copy is on its way; None: one less than there are stages, if there are several.
+        whole: whether a step is a tile with its end, during which copies go on, of a program that takes several.
     """
 
     steps: int
@@ -97,6 +99,8 @@ class Loop:
     each: float = 0.0
     instructions: int = 0
     products: int = 1
+    ahead: int | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,10 @@ class Program:
     Attributes:
         tiles: of the output, of the whole launch. programs: blocks; fewer than tiles where each takes several.
         loops: one behind the other, for a tile. area: outputs that are written behind them.
-        exposed: loads that nothing overlaps, such as a residual's behind the loops.
+        exposed: loads of a tile that nothing overlaps, such as a residual's behind the loops.
         l2: bytes that all programs read through the level-2 cache.
         prepared: bytes that a launch before this one reads and writes, 0 if there is none.
+        first: loads that a program waits for one after the other before its first product.
     """
 
     tiles: int
@@ -118,6 +123,7 @@ class Program:
     exposed: int
     l2: int
     prepared: int = 0
+    first: int = 1
 
 
 @dataclass(frozen=True)
@@ -199,24 +205,32 @@ def _chain(
         rate: bytes per second that the multiprocessor gets from the level-2 cache. tiles: that the program computes.
     """
     loops, causes = 0.0, {"block start and end": 0.0}
+    size = max(0.25, program.area / AREA)
+    ends = (assumed.epilogue + assumed.store) * size if program.area else 0.0
     for loop in program.loops:
-        step, why = _step(loop, code, precision, latency, rate, beside, assumed)
+        within = ends if loop.whole else 0.0
+        step, why = _step(loop, code, precision, latency, rate, beside, within, assumed)
         loops += loop.steps * step
         causes[why] = causes.get(why, 0.0) + loop.steps * step
-    size = max(0.25, program.area / AREA)
-    # A program of several tiles fetches the next one's operands, the residual among them, during the last one's end.
-    exposed = program.exposed * latency if tiles == 1 else 0.0
-    ends = (assumed.epilogue + assumed.store) * min(size, 1.0) if program.area else 0.0
-    fixed = assumed.start + latency
+    # A program of several tiles fetches the next one's operands during the last one's end. Not so a residual, unless it
+    # is fetched as they are: Triton's loop over tiles and steps waits for it where it is added.
+    exposed = program.exposed * latency
+    ends = 0.0 if any(loop.whole for loop in program.loops) else ends
+    fixed = assumed.start + program.first * latency
     causes["block start and end"] = fixed + tiles * (ends + exposed)
     found = fixed + tiles * (loops + ends + exposed)
     return found, max(causes, key=causes.__getitem__)
 
 
 def _step(
-    loop: Loop, code: Code, precision: str, latency: float, rate: float, beside: int, assumed: Assumptions
-) -> tuple[float, str]:
-    """Return the seconds of one step of a loop, and what most of it is."""
+    loop: Loop, code: Code, precision: str, latency: float, rate: float, beside: int, within: float,
+    assumed: Assumptions,
+) -> tuple[float, str]:  # fmt: skip
+    """Return the seconds of one step of a loop, and what most of it is.
+
+    Args:
+        within: seconds of a tile's end that the step has behind its product.
+    """
     flops = 2.0 * loop.rows * loop.columns * loop.depth
     product = flops / dict(assumed.flops)[precision] / assumed.clock
     through = code.a == "registers"
@@ -226,12 +240,13 @@ def _step(
     overhead = (assumed.registers_step if through else assumed.step) / assumed.clock
     own = loop.instructions * assumed.pace / assumed.clock
     name = "instructions" if own > product else "products that wait" if code.serialised else "product"
+    ahead = loop.stages - 1 if loop.ahead is None else loop.ahead
     limits = {
-        name: own + product + waits + copied + overhead,
+        name: own + product + waits + copied + overhead + within,
         "issue of instructions": beside * code.warps * loop.instructions / assumed.issue / assumed.clock,
         "matrix units": beside * product / assumed.reached,
         "L2 traffic": beside * loop.bytes / rate,
-        "load latency": latency / max(1, loop.stages - 1) if loop.steps > 1 else 0.0,
+        "load latency": latency / max(1, ahead) if loop.steps > 1 or loop.whole else 0.0,
     }
     why = max(limits, key=limits.__getitem__)
     return limits[why] + loop.each, why
@@ -249,8 +264,14 @@ def conv(problem: ConvBNAct, config: Any, tiles: int, programs: int) -> Program:
     """
     m, n, k, item = config.block_m, config.block_n, config.block_k, ITEMSIZE[problem.precision]
     depth = math.prod(problem.kernel) * problem.c // problem.groups
+    if config.resident(problem):
+        # A tile's copies begin behind the epilogue of the one that had their place, all but one stage before.
+        fetched = (m * k + (m * n if problem.residual else 0)) * item
+        loop = Loop(1, m, n, k, fetched, config.num_stages, ahead=max(0, config.num_stages - 2), whole=True)
+        return Program(tiles, programs, (loop,), m * n, 0, tiles * fetched + programs * n * k * item, first=2)
     shares = max(1, programs // tiles)
-    loop = Loop(math.ceil(math.ceil(depth / k) / shares), m, n, k, (m + n) * k * item, config.num_stages)
+    steps = math.ceil(math.ceil(depth / k) / shares)
+    loop = Loop(steps, m, n, k, (m + n) * k * item, config.num_stages)
     residual = problem.pixels * problem.k * item if problem.residual else 0
     exposed = int(problem.residual) + int(shares > 1)
     return Program(tiles * shares, programs, (loop,), m * n, exposed, tiles * (m + n) * depth * item + residual)
@@ -291,8 +312,8 @@ def stem(problem: Stem, config: Any, programs: int) -> Program:
     loop = Loop(steps, m, n, 4 * row, fetched, 2, 0.0, STEM_INSTRUCTIONS[problem.precision], 2 * waiting)
     squares = problem.n * 4 * (p + 9) * (q + 2) * row // 4 * item
     image = problem.n * problem.h * problem.w * problem.c * (1 if problem.uint8 else item)
-    area = m * n * config.rows
-    return Program(programs, programs, (loop,), area, 0, programs * steps * fetched, squares + image)
+    # The instructions of a row's end are among those of the steps.
+    return Program(programs, programs, (loop,), m * n, 0, programs * steps * fetched, squares + image)
 
 
 def head(problem: Head, config: Any, programs: int) -> Program:

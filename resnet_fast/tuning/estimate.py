@@ -252,7 +252,10 @@ def ranked(case: Case, configs: Sequence[Any], gpu: GPU) -> tuple[Any, ...]:
 
     def cost(config: Any) -> tuple[bool, float]:
         """Masked gathers, which the model does not tell from boxes, come last where there are boxes."""
-        program = _program(case.problem, config, _tiles(case.problem, config))
+        tiles = _tiles(case.problem, config)
+        persistent = getattr(config, "persistent", 0)
+        grid = ops.get(case.op).kernel.blocks(case.problem, config) if persistent else tiles
+        program = _program(case.problem, config, grid)
         code = Code(0, _blocks(case.problem, config, gpu), config.num_warps)
         return not getattr(config, "boxes", True), estimate.estimate(case.problem, program, code, gpu).seconds
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from resnet_fast.cli import roofline as command
-from resnet_fast.kernels import bottleneck_tail_choice, gpus
+from resnet_fast.kernels import bottleneck_tail_choice, conv_bn_act, gpus
 from resnet_fast.kernels import stem as stem_kernel
 from resnet_fast.kernels.problems import AddAct, BottleneckTail, ConvBNAct, Head, Stem
 from resnet_fast.roofline import estimate
@@ -25,12 +25,11 @@ pytest.importorskip("triton")
 H200 = gpus.known("h200")
 
 
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    block_m: int = 128
-    block_n: int = 128
-    block_k: int = 64
-    num_stages: int = 3
+def tile(m: int = 128, n: int = 128, k: int = 64, stages: int = 3, persistent: int = 0) -> conv_bn_act.Config:
+    return conv_bn_act.Config(m, n, k, 4, stages, True, persistent)
+
+
+USUAL = tile()
 
 
 def conv(n: int = 128, side: int = 14, c: int = 256, k: int = 256, taps: int = 3, residual: bool = False) -> ConvBNAct:
@@ -39,9 +38,11 @@ def conv(n: int = 128, side: int = 14, c: int = 256, k: int = 256, taps: int = 3
     )  # fmt: skip
 
 
-def of(problem: ConvBNAct, code: Code, tile: Tile = Tile(), programs: int | None = None, **gpu: Any) -> Estimate:
-    tiles = -(-problem.pixels // tile.block_m) * -(-problem.k // tile.block_n)
-    program = estimate.conv(problem, tile, tiles, tiles if programs is None else programs)
+def of(
+    problem: ConvBNAct, code: Code, config: conv_bn_act.Config = USUAL, programs: int | None = None, **gpu: Any
+) -> Estimate:
+    tiles = -(-problem.pixels // config.block_m) * -(-problem.k // config.block_n)
+    program = estimate.conv(problem, config, tiles, tiles if programs is None else programs)
     return estimate.estimate(problem, program, code, dataclasses.replace(H200, **gpu))
 
 
@@ -66,7 +67,7 @@ def test_a_3x3_by_hand() -> None:
 
 
 def test_a_large_copy_is_bound_by_memory() -> None:
-    found = of(conv(side=56, c=256, k=64, taps=1), Code(64, 8, 4), Tile(block_n=64))
+    found = of(conv(side=56, c=256, k=64, taps=1), Code(64, 8, 4), tile(n=64))
     bytes_moved = 128 * 3136 * (256 + 64) * 2 + 64 * 256 * 2 + 64 * 8
     assert found.binds == "memory" and found.seconds == pytest.approx(bytes_moved / (0.92 * 4.3e12) + 2e-6)
 
@@ -80,26 +81,59 @@ def test_what_makes_a_launch_slower(n: int, taps: int) -> None:
         of(conv(n, taps=taps), Code(90, 2, 4, serialised=True)),
         of(conv(n, taps=taps), Code(90, 2, 4, a="registers")),
         of(conv(n, taps=taps, residual=True), Code(90, 2, 4)),
-        of(conv(n, taps=taps), Code(90, 2, 4), Tile(num_stages=2)),
+        of(conv(n, taps=taps), Code(90, 2, 4), tile(stages=2)),
         of(conv(n, taps=taps), Code(90, 2, 4), l2_bandwidth=2e12),
         of(conv(n, taps=taps), Code(90, 2, 4), bandwidth=1e12),
     ):
         assert worse.seconds >= base.seconds
-    serial = of(conv(1, taps=taps), Code(90, 1, 4, serialised=True), Tile(64, 64, 64, 8))
-    assert serial.seconds > of(conv(1, taps=taps), Code(90, 1, 4), Tile(64, 64, 64, 8)).seconds
+    serial = of(conv(1, taps=taps), Code(90, 1, 4, serialised=True), tile(64, 64, 64, 8))
+    assert serial.seconds > of(conv(1, taps=taps), Code(90, 1, 4), tile(64, 64, 64, 8)).seconds
     assert "products that wait" in serial.binds or taps == 1
 
 
-def test_shared_sums_shorten_the_loop_and_persistent_blocks_hide_the_residual() -> None:
+def test_shared_sums_shorten_the_loop() -> None:
     few = conv(1, side=7, c=512, k=512)
-    whole, split = (of(few, Code(90, 2, 4), Tile(64, 64, 64, 4), 8 * shares) for shares in (1, 4))
+    whole, split = (of(few, Code(90, 2, 4), tile(64, 64, 64, 4), 8 * shares) for shares in (1, 4))
     assert whole.binds.startswith("few blocks") and split.seconds < 0.5 * whole.seconds
+
+
+def test_a_persistent_block_starts_once_and_waits_for_each_residual() -> None:
+    """Its loop over tiles and steps fetches operands across tiles, a residual where it is added (seen in its code)."""
     wide = conv(side=14, c=256, k=1024, taps=1, residual=True)
-    each, persistent = of(wide, Code(90, 2, 4)), of(wide, Code(90, 2, 4), programs=264)
-    assert persistent.programs == 264 and persistent.seconds < each.seconds
     bare = dataclasses.replace(wide, residual=False)
-    assert persistent.chain == of(bare, Code(90, 2, 4), programs=264).chain
-    assert each.chain == pytest.approx(of(bare, Code(90, 2, 4)).chain + ASSUMED.memory)
+    for problem, waits in ((wide, 1), (bare, 0)):
+        each, persistent = (of(problem, Code(90, 2, 4), programs=programs) for programs in (None, 264))
+        assert persistent.programs == 264 and persistent.seconds < each.seconds
+        fixed = ASSUMED.start + ASSUMED.memory
+        assert persistent.chain == pytest.approx(fixed + 6 * (each.chain - fixed))  # 1568 tiles
+        assert each.chain == pytest.approx(of(bare, Code(90, 2, 4)).chain + waits * ASSUMED.memory)
+
+
+@pytest.mark.parametrize(("stages", "latencies"), [(2, 1.0), (3, 1.0), (4, 0.5)])
+def test_blocks_that_keep_their_weights_by_hand(stages: int, latencies: float) -> None:
+    """A step is a tile with its end; copies are asked for behind the end of the tile that had their place."""
+    found = {}
+    for side, c, k in ((14, 256, 1024), (28, 128, 512), (56, 64, 256)):
+        problem, config = conv(side=side, c=c, k=k, taps=1, residual=True), tile(64, 128, c, stages, 132)
+        programs = conv_bn_act.blocks(problem, config)
+        assert config.resident(problem) and programs == 132 // (k // 128) * (k // 128)
+        launch = of(problem, Code(69, 1, 8), config, programs)
+        product = 2 * 64 * 128 * c / 4096 / 1.755e9 + 100 / 1.755e9 + 0.9e-6 / 2
+        fetched = (64 * c + 64 * 128) * 2
+        step = max(product, fetched * 132 / 8.5e12, latencies * ASSUMED.memory)
+        taken = -(-128 * side * side // 64 * (k // 128) // programs)
+        assert launch.chain == pytest.approx(ASSUMED.start + 2 * ASSUMED.memory + taken * step)
+        assert launch.l2 * 8.5e12 == 128 * side * side // 64 * (k // 128) * fetched + programs * 128 * c * 2
+        found[c] = step == product
+    assert found[256] and found[64] is (stages == 4)
+
+
+@pytest.mark.parametrize(("m", "n"), [(64, 64), (128, 128), (256, 128), (512, 64)])
+def test_the_end_of_a_tile_by_hand(m: int, n: int) -> None:
+    """Twice the outputs take twice as long to scale and to store, whatever the number of warps."""
+    found = of(conv(c=64, k=n, side=56, taps=1), Code(160, 1, 8), tile(m, n, 64, 1))
+    step = max((m + n) * 64 * 2 * 132 / 8.5e12, 2 * m * n * 64 / 4096 / 1.755e9 + 100 / 1.755e9)
+    assert found.chain == pytest.approx(0.8e-6 + 0.85e-6 + step + 0.9e-6 * m * n / 128**2)
 
 
 def test_other_ops() -> None:
@@ -112,7 +146,7 @@ def test_other_ops() -> None:
     found, alone = (estimate.estimate(stem, program, Code(168, blocks, 4), H200) for blocks in (3, 1))
     assert found.binds == "part of a wave, L2 traffic" and alone.binds.endswith("instructions")
     assert alone.chain == pytest.approx(
-        45 * (520 * 2.5 + 2 * 64 * 64 * 256 / 4096 + 8 * 20 + 80) / 1.755e9 + 0.8e-6 + 0.85e-6 + 0.9e-6
+        45 * (520 * 2.5 + 2 * 64 * 64 * 256 / 4096 + 8 * 20 + 80) / 1.755e9 + 0.8e-6 + 0.85e-6 + 0.9e-6 / 4
     )
     before = program.prepared / (0.92 * 4.3e12) + 2e-6
     assert found.seconds == pytest.approx(2e-6 + before + 2 * found.chain + alone.chain, rel=0.01)
@@ -131,7 +165,7 @@ def test_other_ops() -> None:
 
 @pytest.mark.parametrize("name", ["a100", "b200", "rtx4090"])
 def test_no_estimate_where_the_latencies_are_not_known(name: str) -> None:
-    program = estimate.conv(conv(), Tile(), 392, 392)
+    program = estimate.conv(conv(), USUAL, 392, 392)
     with pytest.raises(ValueError, match=f"no estimate for {name}: .* known are h100 and h200"):
         estimate.estimate(conv(), program, Code(128, 2, 4), gpus.known(name))
 
@@ -217,7 +251,7 @@ def test_measured_times_stand_beside_the_estimate(capsys: pytest.CaptureFixture[
     problem = conv()
     case = launches.Case("conv_bn_act", problem)
     launch = launches.Launch(
-        ("layer3.1.conv2",), case, Tile(), Code(128, 2, 4, True, "registers"), of(problem, Code(128, 2, 4))
+        ("layer3.1.conv2",), case, tile(), Code(128, 2, 4, True, "registers"), of(problem, Code(128, 2, 4))
     )
     subject = command.Subject("resnet50", 128, 224, command.Arithmetic("fp16"))
     sums = (command.Sum(128, "planned", 1, 1e-6, 3e-6, 2.5e-6), command.Sum(128, "per-conv", 1, 1e-6, 3e-6, None))
