@@ -317,9 +317,9 @@ def stem(problem: Stem, config: Any, programs: int) -> Program:
 
 
 def head(problem: Head, config: Any, programs: int) -> Program:
-    """Return the program of a head: pooled in rounds, each of which waits for its loads."""
+    """Return the program of a head: pooled in rounds, which wait for their loads if few are on their way at once."""
     m, n, c, item = config.block_m, config.block_n, config.block_c, ITEMSIZE[problem.precision]
     pixels = problem.h * problem.w
     rounds = math.ceil(problem.c / c) * math.ceil(pixels / config.block_p)
-    loop = Loop(rounds, m, n, c, (m * min(config.block_p, pixels) + n) * c * item, 2)
+    loop = Loop(rounds, m, n, c, (m * min(config.block_p, pixels) + n) * c * item, config.num_stages)
     return Program(programs, programs, (loop,), m * n, 0, programs * (m * pixels + n) * problem.c * item)

@@ -151,9 +151,12 @@ def test_other_ops() -> None:
     before = program.prepared / (0.92 * 4.3e12) + 2e-6
     assert found.seconds == pytest.approx(2e-6 + before + 2 * found.chain + alone.chain, rel=0.01)
     head = Head(1, 7, 7, 2048, 1000, "fp16")
-    config = type("Config", (), {"block_m": 1, "block_n": 16, "block_c": 256, "block_p": 64})
+    config = type("Config", (), {"block_m": 1, "block_n": 16, "block_c": 256, "block_p": 64, "num_stages": 1})
     found = estimate.estimate(head, estimate.head(head, config, 63), Code(60, 4, 8), H200)
     assert 8 * 0.55e-6 < found.seconds < 10e-6 and found.binds == "few blocks, load latency"
+    config.num_stages = 4
+    ahead = estimate.estimate(head, estimate.head(head, config, 63), Code(142, 1, 8), H200)
+    assert ahead.chain == pytest.approx(found.chain - 8 * (0.55e-6 - 65 * 256 * 2 / (64 * 1.755e9)), abs=0.3e-6)
     block = BottleneckTail(128, 56, 56, 64, 256, 1, None, 64, "fp16")
     choice = bottleneck_tail_choice.choose(block, H200)
     assert choice is not None
