@@ -100,11 +100,17 @@ def kernel_vector(vector: Tensor) -> Tensor:
 # --- the stem's weight
 
 
-def taps_first(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[K, C, 7, 7] in ``dtype``, stored as [7, 7, C, K]: Triton's kernel then reads many output channels at a time."""
-    k, c, r, s = weight.shape
-    stored = torch.empty((r, s, c, k), dtype=dtype, device=weight.device)
-    return stored.permute(3, 2, 0, 1).copy_(weight.detach())
+def squares_apart(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[K, C, 7, 7] as [K, 4, 4, 2, 2, C'] in ``dtype``: a 4x4 stride 1 over squares of 2x2 pixels, as Triton reads it.
+
+    A row and a column of zeros in front make it 8x8; zeros behind make C a power of two C', at least 4.
+    """
+    k, c = weight.shape[:2]
+    padded = max(4, 1 << (c - 1).bit_length())
+    packed = torch.zeros((k, 4, 4, 2, 2, padded), dtype=dtype, device=weight.device)
+    squares = torch.nn.functional.pad(weight.detach(), (1, 0, 1, 0)).view(k, c, 4, 2, 4, 2)
+    packed[..., :c].copy_(squares.permute(0, 2, 4, 3, 5, 1))
+    return packed
 
 
 def squares(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from resnet_fast.kernels.problems import Stem as Problem
 from .. import backends
 from .._random import Random
 from ..backends import Backend, cpu, cuda, packing, triton
-from ..backends.layouts import kernel_vector, owned, squares, taps_first
+from ..backends.layouts import kernel_vector, owned, squares, squares_apart
 from ..backends.packing import Geometry
 from . import checks
 from ._op import Bound, Op, Values
@@ -120,7 +120,7 @@ def normalisation(a: Arguments) -> Tensor | None:
 
 
 #: The weight as each backend's kernel reads it.
-PACKED = {triton.NAME: taps_first, cuda.NAME: squares}
+PACKED = {triton.NAME: squares_apart, cuda.NAME: squares}
 
 
 def problem(a: Arguments) -> Problem:
@@ -155,7 +155,11 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
     if choice.backend is cuda:
         cuda.stem(a.x, weight, scale, shift, normalisation(a), out, asked)
     else:
-        triton.launch(NAME, asked, a.x.device, a.x, weight, scale, shift, normalisation(a), out)
+        from resnet_fast.kernels import stem as kernels
+
+        pixels = out.new_empty(kernels.squares_shape(asked))
+        triton.launch(NAME, asked, a.x.device, a.x, normalisation(a), pixels, function="launch_squares")
+        triton.launch(NAME, asked, a.x.device, pixels, weight, scale, shift, out)
     return out
 
 

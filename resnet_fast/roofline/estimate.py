@@ -31,8 +31,8 @@ class Assumptions:
             of shared memory is over.
         wait: cycles that an instruction waits for the one before where a product cannot be left running. step: cycles
             of barriers and requests in a step; with the first operand through registers ``registers_step``.
-        gather: of a step that collects its operand element by element, three blocks on a multiprocessor: 22,250 thread
-            instructions for a pooled pixel of the stem, at 2.5 instructions a cycle.
+        issue: instructions of all warps that a multiprocessor begins in a cycle. pace: cycles from one instruction of
+            a warp to its next, where it has the multiprocessor to itself.
         port: bytes in a cycle that one multiprocessor takes from the level-2 cache at most.
         reached: of the rates of memory and matrix units, what a good kernel gets.
         few: images up to which activations and weights stay in the level-2 cache.
@@ -51,7 +51,8 @@ class Assumptions:
     wait: int = 40
     step: int = 80
     registers_step: int = 110
-    gather: float = 0.35e-6
+    issue: float = 2.5
+    pace: float = 2.5
     port: int = 64
     reached: float = 0.92
     few: int = 8
@@ -85,6 +86,8 @@ class Loop:
 
     Attributes:
         rows, columns, depth: of a step's product. each: seconds that a step takes besides.
+        instructions: of a thread in a step, where they are many beside its products. products: that each wait for the
+            one before.
         ahead: steps that pass while a copy is on its way; None: one less than there are stages, if there are several.
         whole: whether a step is a tile with its end, during which copies go on, of a program that takes several.
     """
@@ -96,6 +99,8 @@ class Loop:
     bytes: int
     stages: int
     each: float = 0.0
+    instructions: int = 0
+    products: int = 1
     ahead: int | None = None
     whole: bool = False
 
@@ -109,6 +114,7 @@ class Program:
         loops: one behind the other, for a tile. area: outputs that are written behind them.
         exposed: loads of a tile that nothing overlaps, such as a residual's behind the loops.
         l2: bytes that all programs read through the level-2 cache.
+        prepared: bytes that a launch before this one reads and writes, 0 if there is none.
         first: loads that a program waits for one after the other before its first product.
     """
 
@@ -118,6 +124,7 @@ class Program:
     area: int
     exposed: int
     l2: int
+    prepared: int = 0
     first: int = 1
 
 
@@ -183,6 +190,9 @@ def estimate(problem: Problem, program: Program, code: Code, gpu: GPU, assumed: 
     else:
         binds = inside
     total = max(seconds, memory, l2) + assumed.launch
+    if program.prepared:
+        copied = program.prepared / (assumed.reached * gpu.bandwidth)
+        total += max(assumed.start + latency + assumed.store, copied) + assumed.launch
     floor = need.floor(gpu, precision)
     return Estimate(program.programs, code.blocks, waves, first, floor, l2, max(total, floor), binds)
 
@@ -227,14 +237,15 @@ def _step(
     product = flops / dict(assumed.flops)[precision] / assumed.clock
     through = code.a == "registers"
     instructions = max(1, loop.depth * ITEMSIZE[precision] // 32) * max(1, loop.rows // 64 // max(1, code.warps // 4))
-    waits = (instructions * assumed.wait if code.serialised else assumed.wait / 2) / assumed.clock
+    waits = (instructions * assumed.wait if code.serialised else loop.products * assumed.wait / 2) / assumed.clock
     copied = loop.rows * loop.depth * ITEMSIZE[precision] / 128 / assumed.clock if through else 0.0
     overhead = (assumed.registers_step if through else assumed.step) / assumed.clock
+    own = loop.instructions * assumed.pace / assumed.clock
+    name = "instructions" if own > product else "products that wait" if code.serialised else "product"
     ahead = loop.stages - 1 if loop.ahead is None else loop.ahead
-    if loop.depth == 0:
-        return loop.each, "gathering"
     limits = {
-        "products that wait" if code.serialised else "product": product + waits + copied + overhead + within,
+        name: own + product + waits + copied + overhead + within,
+        "issue of instructions": beside * code.warps * loop.instructions / assumed.issue / assumed.clock,
         "matrix units": beside * product / assumed.reached,
         "L2 traffic": beside * loop.bytes / rate,
         "load latency": latency / max(1, ahead) if loop.steps > 1 or loop.whole else 0.0,
@@ -283,18 +294,34 @@ def tail(problem: BottleneckTail, config: Any, programs: int) -> Program:
     return Program(programs, programs, (spatial, slices), m * problem.following, 0, config.l2_reads(problem))
 
 
+STEM_INSTRUCTIONS = {"fp16": 520, "bf16": 520, "tf32": 1330, "fp32": 5400}
+"""Of a thread for each position that it computes, counted in the machine code of triton 3.7.1: 23,433 for the 45
+positions of 64 x 64 outputs that 128 threads walk down in half precision, what comes before and behind included."""
+
+
 def stem(problem: Stem, config: Any, programs: int) -> Program:
-    """Return the program of a stem: a step for each row of taps at each of the pool's three columns."""
-    steps = (2 * config.rows + 1) * 3 * 7
-    # Nothing of a step overlaps another: its loads, barriers and products are all in ``gather``.
-    loop = Loop(steps, 0, 0, 0, 0, 2, ASSUMED.gather)
-    return Program(programs, programs, (loop,), config.block_m * config.block_n * config.rows, 0, 0)
+    """Return the program of a stem: a step for each row of the convolution at each of the pool's three columns.
+
+    The squares of pixels that it reads are written by a launch before.
+    """
+    item = ITEMSIZE[problem.precision]
+    m, n, row = config.block_m, config.block_n, 16 * max(4, 1 << (problem.c - 1).bit_length())
+    steps = (2 * config.rows + 1) * 3
+    p, q = problem.output
+    # Weights that do not stay in shared memory are read in each step.
+    fetched = 4 * row * (m if config.resident else m + n) * item
+    waiting = 4 if config.resident else 4 * row // config.block_k
+    loop = Loop(steps, m, n, 4 * row, fetched, 2, 0.0, STEM_INSTRUCTIONS[problem.precision], 2 * waiting)
+    squares = problem.n * 4 * (p + 9) * (q + 2) * row // 4 * item
+    image = problem.n * problem.h * problem.w * problem.c * (1 if problem.uint8 else item)
+    # The instructions of a row's end are among those of the steps.
+    return Program(programs, programs, (loop,), m * n, 0, programs * steps * fetched, squares + image)
 
 
 def head(problem: Head, config: Any, programs: int) -> Program:
-    """Return the program of a head: pooled in rounds, each of which waits for its loads."""
+    """Return the program of a head: pooled in rounds, which wait for their loads if few are on their way at once."""
     m, n, c, item = config.block_m, config.block_n, config.block_c, ITEMSIZE[problem.precision]
     pixels = problem.h * problem.w
     rounds = math.ceil(problem.c / c) * math.ceil(pixels / config.block_p)
-    loop = Loop(rounds, m, n, c, (m * min(config.block_p, pixels) + n) * c * item, 2)
+    loop = Loop(rounds, m, n, c, (m * min(config.block_p, pixels) + n) * c * item, config.num_stages)
     return Program(programs, programs, (loop,), m * n, 0, programs * (m * pixels + n) * problem.c * item)

@@ -197,12 +197,13 @@ def faults(compiled: Compiled, gpu: GPU) -> list[str]:
     boxes = convolution and config.boxes
     # A warp group multiplies 64 rows at once; a config with fewer was chosen to use more multiprocessors.
     rows = config.block_n if boxes and not integers else getattr(config, "block_m", 0)
-    matrix = ops.get(case.op).matrix and case.problem.precision != "fp32" and rows >= 64
-    product = GROUPED[integers]
-    if matrix and gpu.capability == 90 and product not in resources.matrix:
-        found.append(f"multiplies with {resources.matrix or 'nothing'} instead of {product}")
+    op, instruction = ops.get(case.op), GROUPED[integers]
+    multiplies = op.matrix and compiled.task.part == op.product
+    matrix = multiplies and case.problem.precision != "fp32" and rows >= 64
+    if matrix and gpu.capability == 90 and instruction not in resources.matrix:
+        found.append(f"multiplies with {resources.matrix or 'nothing'} instead of {instruction}")
     if resources.serialised and not _serialised_anyway(compiled.task):
-        found.append(f"lets each {product} wait for the one before: ptxas has serialised them (C7510 to C7515)")
+        found.append(f"lets each {instruction} wait for the one before: ptxas has serialised them (C7510 to C7515)")
     # tf32 is rounded in registers, and bytes are made signed there.
     if boxes and case.problem.precision in ("fp16", "bf16") and "registers" in resources.a:
         found.append("takes the weights, HGMMA's A, through registers")

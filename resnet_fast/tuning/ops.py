@@ -108,6 +108,7 @@ class Op:
 
     Attributes:
         matrix: whether its products are worth Hopper's warp-group instructions.
+        product: which of its launches multiplies, where it has several.
         cases: the cases that a layer or a block of a network brings about; most bring about none.
         launch: fills an example's outputs, of (kernel module, example, case, config): a ``Launch``, or ``Launches``.
         declared: the declaration of the op that computes a case. others: of (arguments, case), an example's.
@@ -127,6 +128,7 @@ class Op:
     plain: bool = False
     native: CudaKernels | None = None
     work: Callable[[Any], Work] = cost.work
+    product: int = 0
 
     @property
     def kernel(self) -> Any:
@@ -385,8 +387,15 @@ def _stem_constants(example: Example, backend: str) -> tuple[Any, ...]:
 
 
 def _stem_launch(kernel: Any, example: Example, case: Case, config: Any) -> Any:
-    constants = _stem_constants(example, triton.NAME)
-    return kernel.launch(_stem_x(example, case), *constants, *example.outputs, case.problem, config)
+    weight, scale, shift, factors = _stem_constants(example, triton.NAME)
+    (out,) = example.outputs
+    squares = out.new_empty(kernel.squares_shape(case.problem))
+    return Launches(
+        (
+            kernel.launch_squares(_stem_x(example, case), factors, squares, case.problem, config),
+            kernel.launch(squares, weight, scale, shift, out, case.problem, config),
+        )
+    )
 
 
 # --- head
@@ -428,7 +437,7 @@ _OPS = {
     for op in (
         Op("conv_bn_act", True, _conv_cases, _conv_launch),
         Op("bottleneck_tail", True, _tail_cases, _tail_launch, parts=lambda example: composed(example.arguments)),
-        Op("stem", True, _stem_cases, _stem_launch),
+        Op("stem", True, _stem_cases, _stem_launch, product=1),
         Op("head", False, _head_cases, _head_launch),
         Op(
             "add_act", False, _add_cases, _add_launch,

@@ -12,6 +12,7 @@ import pytest
 
 from resnet_fast.cli import roofline as command
 from resnet_fast.kernels import bottleneck_tail_choice, conv_bn_act, gpus
+from resnet_fast.kernels import stem as stem_kernel
 from resnet_fast.kernels.problems import AddAct, BottleneckTail, ConvBNAct, Head, Stem
 from resnet_fast.roofline import estimate
 from resnet_fast.roofline.estimate import ASSUMED, Code, Estimate
@@ -136,15 +137,26 @@ def test_the_end_of_a_tile_by_hand(m: int, n: int) -> None:
 
 
 def test_other_ops() -> None:
-    stem = Stem(1, 224, 224, 3, 64, False, False, "fp16")
-    config = type("Config", (), {"rows": 1, "block_m": 32, "block_n": 64})
-    found = estimate.estimate(stem, estimate.stem(stem, config, 98), Code(164, 3, 4), H200)
-    assert found.chain == pytest.approx(63 * 0.35e-6 + 0.8e-6 + 0.55e-6 + 0.9e-6 / 8 * 2, rel=0.02)
-    assert found.binds == "few blocks, gathering"
+    stem = Stem(128, 224, 224, 3, 64, False, False, "fp16")
+    config = stem_kernel.Config(64, 64, 64, 7, 4, 2, True)
+    program = estimate.stem(stem, config, 896)
+    assert program.prepared == 128 * ((56 + 7) * 2 + 4) * (56 * 2 + 4) * 32 + 128 * 224 * 224 * 3 * 2
+    (loop,) = program.loops
+    assert (loop.steps, loop.depth, loop.bytes) == (45, 256, 4 * 64 * 128) and program.l2 == 896 * 45 * loop.bytes
+    found, alone = (estimate.estimate(stem, program, Code(168, blocks, 4), H200) for blocks in (3, 1))
+    assert found.binds == "part of a wave, L2 traffic" and alone.binds.endswith("instructions")
+    assert alone.chain == pytest.approx(
+        45 * (520 * 2.5 + 2 * 64 * 64 * 256 / 4096 + 8 * 20 + 80) / 1.755e9 + 0.8e-6 + 0.85e-6 + 0.9e-6 / 4
+    )
+    before = program.prepared / (0.92 * 4.3e12) + 2e-6
+    assert found.seconds == pytest.approx(2e-6 + before + 2 * found.chain + alone.chain, rel=0.01)
     head = Head(1, 7, 7, 2048, 1000, "fp16")
-    config = type("Config", (), {"block_m": 1, "block_n": 16, "block_c": 256, "block_p": 64})
+    config = type("Config", (), {"block_m": 1, "block_n": 16, "block_c": 256, "block_p": 64, "num_stages": 1})
     found = estimate.estimate(head, estimate.head(head, config, 63), Code(60, 4, 8), H200)
     assert 8 * 0.55e-6 < found.seconds < 10e-6 and found.binds == "few blocks, load latency"
+    config.num_stages = 4
+    ahead = estimate.estimate(head, estimate.head(head, config, 63), Code(142, 1, 8), H200)
+    assert ahead.chain == pytest.approx(found.chain - 8 * (0.55e-6 - 65 * 256 * 2 / (64 * 1.755e9)), abs=0.3e-6)
     block = BottleneckTail(128, 56, 56, 64, 256, 1, None, 64, "fp16")
     choice = bottleneck_tail_choice.choose(block, H200)
     assert choice is not None

@@ -175,7 +175,7 @@ def test_every_candidate_computes(dtype: torch.dtype) -> None:
 
     problem = kernel.Problem(5, 3, 5, 40, 37, triton.precision(dtype, "matmul"))
     a = ops.ALL["head"].example(problem, torch.device(TRITON_DEVICE))
-    configs = [*kernel.candidates(problem, triton.gpu_of(a.x.device)), kernel.Config(2, 16, 16, 4, 4)]
+    configs = [*kernel.candidates(problem, triton.gpu_of(a.x.device)), kernel.Config(2, 16, 16, 4, 4, 1)]
     assert len(configs) > 3
     for config in configs[:: 4 if triton.interpreted() else 1] + configs[-1:]:
         out = ops.ALL["head"].empty(a)

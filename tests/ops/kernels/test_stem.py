@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import resnet_fast as rf
 from resnet_fast import backends, ops
 from resnet_fast.backends import triton
-from resnet_fast.backends.layouts import squares, taps_first
+from resnet_fast.backends.layouts import squares, squares_apart
 from resnet_fast.kernels import gpus
 from resnet_fast.roofline.measure import tf32
 from tests.cuda_device import doubled
@@ -51,6 +51,11 @@ def judge(ours: Tensor, given: dict[str, Any], ceil_mode: bool = False) -> None:
     assert_obeys_error_rule(ours.cpu(), same, exact)
 
 
+def once(kind: Kind) -> list[str]:
+    """Return the launches of one call."""
+    return ["stem_squares", "stem"] if kind.name == "triton" else ["stem"]
+
+
 def check(
     kind: Kind,
     given: dict[str, Any],
@@ -63,7 +68,7 @@ def check(
     there["x"] = layout(there["x"])
     assert torch.equal(there["x"].nan_to_num(), given["x"].nan_to_num().to(kind.device))
     ours = rf.ops.stem(**there, ceil_mode=ceil_mode)
-    assert launched == ["stem"] * (ours.numel() > 0) and ours.device.type == kind.device
+    assert launched == once(kind) * (ours.numel() > 0) and ours.device.type == kind.device
     judge(ours, given, ceil_mode)
     return ours.cpu()
 
@@ -123,7 +128,7 @@ def test_expanded_images_and_strided_constants(kind: Kind, launched: list[str]) 
     there["weight"] = there["weight"].repeat_interleave(2, 3)[..., ::2]
     there["scale"], there["shift"] = there["scale"][:1].expand(20), there["shift"].repeat_interleave(2)[::2]
     ours = rf.ops.stem(**there)
-    assert launched == ["stem"]
+    assert launched == once(kind)
     judge(ours, {name: t.cpu() for name, t in there.items()})
 
 
@@ -131,7 +136,7 @@ def test_expanded_images_and_strided_constants(kind: Kind, launched: list[str]) 
 def test_weight_in_float32_beside_narrower_images(kind: Kind, dtype: torch.dtype, launched: list[str]) -> None:
     given = problem(kind, 1, 3, 9, 8, dtype=dtype) | {"weight": torch.randn(20, 3, 7, 7) / 12}
     ours = rf.ops.stem(**kind.put(given))
-    assert launched == ["stem"]
+    assert launched == once(kind)
     judge(ours, given | {"weight": given["weight"].to(dtype)})
 
 
@@ -159,7 +164,7 @@ def test_bytes_are_normalised_before_the_zero_padding(
         for form in (there, there.repeat(1, 1, 2, 1)[:, :, :21], there.transpose(1, 2).contiguous().transpose(1, 2)):
             launched.clear()
             ours = rf.ops.stem(form, **kind.put(constants), mean=MEAN, std=STD, ceil_mode=ceil_mode)
-            assert launched == ["stem"]
+            assert launched == once(kind)
             assert_obeys_error_rule(ours.cpu(), same, exact)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -217,10 +222,15 @@ def test_the_packed_weight_is_the_7x7_over_squares_of_pixels() -> None:
         assert torch.equal(packed, want) and packed.is_contiguous()
 
 
-def test_tritons_weight_is_stored_with_output_channels_innermost() -> None:
-    weight = torch.randn(6, 3, 7, 7)
-    stored = taps_first(weight, torch.float16)
-    assert torch.equal(stored, weight.half()) and stored.stride() == (1, 6, 7 * 3 * 6, 3 * 6)
+def test_tritons_weight_has_a_place_for_each_pixel_of_a_square() -> None:
+    for c, padded in ((1, 4), (3, 4), (5, 8)):
+        weight = torch.randn(2, c, 7, 7)
+        want = torch.zeros(2, 4, 4, 2, 2, padded)
+        for r in range(7):
+            for s in range(7):
+                want[:, (r + 1) // 2, (s + 1) // 2, (r + 1) % 2, (s + 1) % 2, :c] = weight[:, :, r, s]
+        packed = squares_apart(weight, torch.float32)
+        assert torch.equal(packed, want) and packed.is_contiguous()
 
 
 # --- gradients, tracing
@@ -282,7 +292,7 @@ def test_bound(kind: Kind, dtype: torch.dtype, ceil_mode: bool, launched: list[s
     assert stem.backend == kind.name and stem.backend_for(x.to("meta")) == kind.name
     first, second = stem(x), stem(x)
     assert stem(x[:0]).shape == (0, *first.shape[1:])
-    assert launched == ["stem"] * 2 and torch.equal(first, second)
+    assert launched == once(kind) * 2 and torch.equal(first, second)
     judge(first, given, ceil_mode)
     assert ops.ALL["stem"].bind(weight, *vectors, backend="reference").backend == "reference"
 
@@ -340,21 +350,42 @@ def test_bytes_of_other_channel_counts(c: int) -> None:
 @pytest.mark.parametrize(
     ("config", "dtype", "ceil_mode"),
     [
-        ((16, 16, 32, 1, 4), torch.bfloat16, False),  # two blocks of channels
-        ((32, 32, 16, 2, 4), torch.float16, True),  # two steps for a row of taps; rows that do not divide the height
-        ((32, 32, 32, 3, 4), torch.float32, False),
-        ((16, 32, 32, 5, 8), torch.bfloat16, True),  # more rows than there are
+        ((16, 16, 64, 1, 4, 1, False), torch.bfloat16, False),  # two blocks of channels
+        ((32, 32, 32, 2, 4, 1, False), torch.float16, True),  # two steps for a row of taps; a last strip that runs over
+        ((32, 32, 32, 3, 4, 1, False), torch.float32, False),
+        ((16, 32, 64, 8, 8, 1, False), torch.bfloat16, True),  # more rows than there are
+        ((64, 32, 64, 5, 4, 2, True), torch.float16, False),  # weights that stay
     ],
 )
-def test_rows_per_program(config: tuple[int, int, int, int, int], dtype: torch.dtype, ceil_mode: bool) -> None:
+def test_rows_per_program(config: tuple[Any, ...], dtype: torch.dtype, ceil_mode: bool) -> None:
     from resnet_fast.kernels import stem as kernel
 
-    described = kernel.Problem(1, 18, 15, 3, 20, False, ceil_mode, triton.precision(dtype))
+    described = kernel.Problem(2, 18, 37, 3, 20, False, ceil_mode, triton.precision(dtype))
+    chosen = kernel.Config(*config)
     a = ops.ALL["stem"].example(described, torch.device(TRITON_DEVICE))
     out = ops.ALL["stem"].empty(a).fill_(float("nan"))
-    with triton.on(a.x.device):  # the weight is channels_last, the other way to store it
-        kernel.launch(*a[:4], None, out, described, kernel.Config(*config))()
+    # With NaN behind it, and in the last rows, which only strips that run over the image may read.
+    pixels = torch.full(kernel.squares_shape(described), float("nan"), dtype=dtype, device=a.x.device)
+    constants = squares_apart(a.weight, dtype), a.scale, a.shift
+    with triton.on(a.x.device):
+        kernel.launch_squares(a.x, None, pixels, described, chosen)()
+        kernel.launch(pixels, *constants, out, described, chosen)()
+    assert not pixels.isnan().any()
     judge(out, {name: getattr(a, name).cpu() for name in ("x", "weight", "scale", "shift")}, ceil_mode)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_nan_stays_with_the_windows_that_see_it(ceil_mode: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pixel at a time, at every place in a square and at the borders: an 8x8 window would see it once more."""
+    kind = KINDS["triton"]
+    with kind.kernels():
+        launched = kind.watch(monkeypatch)
+        for y, x in ((0, 0), (0, 7), (4, 4), (4, 5), (5, 4), (5, 5), (12, 0), (12, 10)):
+            given = problem(kind, 1, 3, 13, 11, 8, torch.float32)
+            given["x"][0, 1, y, x] = float("nan")
+            ours = check(kind, given, launched, ceil_mode)
+            assert torch.equal(ours.isnan(), plain(**given, ceil_mode=ceil_mode).isnan()), (y, x)
 
 
 @pytest.mark.triton
@@ -374,4 +405,7 @@ def test_choices(name: str, precision: str) -> None:
             assert kernel.choose(described, gpu) == chosen
             assert all(config.shared_memory(described) <= gpu.shared_memory for config in configs)
             assert precision != "fp32" or all(config.block_m <= 32 for config in configs)
-            assert chosen.rows == (1 if n == 1 else 8 if n >= 128 else chosen.rows)
+            assert chosen.rows == 1 if n == 1 else chosen.rows <= kernel.MOST_ROWS
+            assert chosen.resident is (name == "h100" and precision in ("fp16", "bf16"))
+            launched = kernel.programs(described, chosen.block_m, chosen.block_n, chosen.rows)
+            assert n < 128 or launched >= gpu.multiprocessors

@@ -160,7 +160,7 @@ for capability, name in list(check.ARCHITECTURES.items())[:2]:
         if not ops.get(case.op).matrix or (case.op, case.problem.precision) in seen:
             continue
         seen.add((case.op, case.problem.precision))
-        launch, *_ = launches(case, kernel.heuristic(case.problem, gpu))
+        launch = launches(case, kernel.heuristic(case.problem, gpu))[ops.get(case.op).product]
         ptx = launch.compile().asm["ptx"]
         print(capability, case.op, case.problem.precision, ptx.count("cvt.rna.tf32"), ".tf32.tf32" in ptx)
 """
