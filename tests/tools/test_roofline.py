@@ -569,5 +569,5 @@ def test_a_gpu_that_is_not_built_in_is_asked_for(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.usefixtures("no_gpu")
 def test_wrong_options_exit_with_2() -> None:
-    for arguments in (["--dtype", "int8"], ["--batch-size", "0"], ["--image-size", "0"]):
+    for arguments in (["--dtype", "int4"], ["--batch-size", "0"], ["--image-size", "0"]):
         run(*arguments).failed(code=2)
