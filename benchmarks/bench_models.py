@@ -42,7 +42,7 @@ ON_CPU: tuple[Case, ...] = (
     *itertools.product(("resnet18", "resnet152"), ("fp32", "bf16"), (1, 16)),
 )
 """What the README's table is made of, the most important first."""
-IN_INT8: tuple[Case, ...] = tuple((arch, "int8", batch) for arch in ("resnet50", "resnet18") for batch in (1, 16))
+IN_INT8: tuple[Case, ...] = tuple(itertools.product(("resnet50", "resnet18", "resnet152"), ("int8",), (1, 16)))
 """What ``--dtype int8`` measures."""
 SHARED: Case = ("resnet50", "fp32", 1)
 """What is measured beside a busy process too, and by one thread."""
