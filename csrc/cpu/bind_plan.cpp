@@ -244,8 +244,8 @@ void bind_plan(py::module_& m) {
 
   py::class_<Plan>(m, "Plan", "A network as one call. Values are numbered in the order in which they are made.")
       .def(py::init([](Index near) {
-             if (near < 0) {
-               throw std::invalid_argument("plan: near must be bytes, or 0 for what suits this machine, got " +
+             if (near < 0 || near > Index{1} << 50) {
+               throw std::invalid_argument("plan: near must be bytes, at most 2^50, or 0 for what suits this machine, got " +
                                            std::to_string(near));
              }
              return std::make_unique<Plan>(near == 0 ? near_caches * static_cast<Index>(caches().l2) : near);

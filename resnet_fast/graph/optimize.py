@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -16,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from resnet_fast import backends
+from resnet_fast._warn import reworded, warn
 from resnet_fast.backends import cuda, triton
 from resnet_fast.backends.layouts import suggests_channels_last
 from resnet_fast.kernels import gpus
@@ -113,7 +113,7 @@ def _quantized(model: nn.Module, calibration: Any, check: bool, *others: Any) ->
     """Return what ``quantize`` gives, with errors in the words of ``optimize``'s arguments."""
     from .quantize import quantize
 
-    if others != (None, "auto", "auto", None):
+    if others[0] is not None or others[1:] != ("auto", "auto", None):
         raise ValueError(
             "optimize: example_inputs, cuda_graphs, backend and gpu are not taken with dtype=torch.int8: the "
             "calibration batches are the examples"
@@ -123,8 +123,10 @@ def _quantized(model: nn.Module, calibration: Any, check: bool, *others: Any) ->
     try:
         return quantize(model, calibration, check=check)
     except (TypeError, ValueError) as error:
-        said = str(error).replace("quantize: ", "optimize: ", 1).replace("calibration_batches", "calibration")
-        raise type(error)(said) from error
+        said = reworded(error, "quantize", "optimize", "calibration_batches", "calibration")
+        if said is error:
+            raise
+        raise said from error
 
 
 def unplanned(
@@ -152,7 +154,7 @@ def unplanned(
         said = (
             f"forward hooks are not called by the frozen snapshot, what they return is part of it: {', '.join(hooks)}"
         )
-        warnings.warn(f"optimize: {said}", stacklevel=3)
+        warn(f"optimize: {said}")
     own = copies.copied(model)
     if mixed:
         own.to(target)
@@ -305,13 +307,16 @@ def _in_parts(own: nn.Module, args: tuple[Any, ...], options: _Options, why: str
         except Refused as error:
             why = f"{why}; with its parts fused, {error}"
             result = parts.assemble(own, {}, reasons, why, options.target, options.original)
-    warnings.warn(f"optimize: {result.report().notes[0]}", stacklevel=4)
+    warn(f"optimize: {result.report().notes[0]}")
     return result
 
 
 def _check_options(dtype: Any, cuda_graphs: Any, backend: Any, device: torch.device) -> None:
     if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"optimize: dtype is {dtype!r}; it must be None or one of {', '.join(map(str, _DTYPES))}")
+        raise ValueError(
+            f"optimize: dtype is {dtype!r}; it must be None or one of {', '.join(map(str, _DTYPES))}, or "
+            "torch.int8 with calibration"
+        )
     if not (cuda_graphs is True or cuda_graphs is False or cuda_graphs == "auto"):
         raise ValueError(f"optimize: cuda_graphs is {cuda_graphs!r}; it must be 'auto', True or False")
     if cuda_graphs is True and device.type != "cuda":

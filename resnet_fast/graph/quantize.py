@@ -12,7 +12,6 @@ import fnmatch
 import inspect
 import itertools
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from resnet_fast._warn import reworded, warn
 from resnet_fast.backends import onednn_int8
 from resnet_fast.ops.stem import pool
 
@@ -118,8 +118,10 @@ def quantize(
     try:
         fast = unplanned(model, dtype=dtype, example_inputs=_positional(model, calls[0]), check=check)
     except (TypeError, ValueError) as error:  # in the words of this function's arguments
-        said = str(error).replace("optimize: ", "quantize: ", 1).replace("example_inputs", "calibration_batches[0]")
-        raise type(error)(said) from error
+        said = reworded(error, "optimize", "quantize", "example_inputs", "calibration_batches[0]")
+        if said is error:
+            raise
+        raise said from error
     if isinstance(fast, PartlyOptimizedModule):
         holders = {name: module.__dict__.get("forward") for name, module in fast.model.named_modules()}
         parts = {f"{name}.": part for name, part in holders.items() if isinstance(part, OptimizedModule)}
@@ -553,7 +555,7 @@ def _finished(
             top1_agreement=measured.top1.agreement,
         )
     for note in notes:
-        warnings.warn(f"quantize: {note}", stacklevel=3)
+        warn(f"quantize: {note}")
     int8 = {
         graph.layers[node]: graph.quantized.get_submodule(str(graph.convolutions[node].target)).backend
         for graph in graphs

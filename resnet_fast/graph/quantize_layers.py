@@ -61,6 +61,8 @@ class Quantized(nn.Module):
         if name not in self._affines and f"{name}_scale" in self._buffers:
             scale, zero_point = self._buffers[f"{name}_scale"], self._buffers[f"{name}_zero_point"]
             assert scale is not None and zero_point is not None
+            if scale.is_meta:  # of which only sizes are asked
+                return Affine(1.0, 0)
             self._affines[name] = Affine(float(scale), int(zero_point))
         return self._affines.get(name)
 
@@ -256,6 +258,8 @@ class Convolution(Quantized):
         if key not in self._bound:
             x, out = self.affine("x"), self.affine("out")
             assert x is not None
+            if residual and residual.zero_point and added and self.relu == "first":
+                raise RuntimeError("conv_int8: a residual with a zero point is added behind the ReLU")
             (padding, stride, dilation, _), largest = self.window, torch.finfo(torch.float32).max
             step = 1.0 if out is None else out.scale
             scale = self.weight_scale.double() * (x.scale / step)

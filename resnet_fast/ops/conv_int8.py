@@ -202,7 +202,7 @@ def conv_int8(
     Args:
         x: [N, C, H, W] uint8, any strides (channels_last is read without a copy).
         weight: [K, C, R, S] int8.
-        scale, shift: [K] float32. A zero point of the residual goes into shift.
+        scale, shift: [K] float32. A zero point of a residual that is added before the activation goes into shift.
         zero_point: what stands for 0 in x; padding is that.
         out: dtype of the result and the residual: "uint8", "fp16", "bf16" or "fp32".
         out_zero_point, largest: what stands for 0, and the largest value, in a result of uint8.

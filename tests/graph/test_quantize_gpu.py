@@ -122,29 +122,6 @@ def test_one_snapshot_gives_the_same_answers_on_both() -> None:
         assert (fast(images().cpu()) - found).norm() < 0.01 * here.norm()
 
 
-def test_optimize_spells_it_too() -> None:
-    model, calibration = network(), [images().cpu()]
-    assert torch.equal(
-        rf.optimize(model, dtype=torch.int8, calibration=calibration, check=False)(calibration[0]),
-        rf.quantize(model, calibration, check=False)(calibration[0]),
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"dtype": torch.int8}, "optimize: dtype=torch.int8 needs calibration"),
-        ({"calibration": []}, "optimize: calibration goes with dtype=torch.int8, and dtype is None"),
-        ({"dtype": torch.int8, "calibration": []}, "optimize: calibration holds no image"),
-        ({"dtype": torch.int8, "calibration": [torch.full((1, 3, 8, 8), float("nan"))]}, r"optimize: calibration\[0\]"),
-        ({"dtype": torch.int8, "calibration": [], "backend": "cpu"}, "are not taken with dtype=torch.int8"),
-    ],
-)
-def test_what_optimize_refuses(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        rf.optimize(network(), **options)
-
-
 def test_half_precision_stands_beside_it() -> None:
     with kernels(FORMS[0]):
         model = network().to(DEVICE)
