@@ -376,6 +376,9 @@ def test_bad_arguments_have_words() -> None:
     def pool(kernel: int = 2, stride: int = 1, padding: int = 0, dilation: int = 1) -> None:
         plan.max_pool(value, (2, kernel), (1, stride), (0, padding), (1, dilation), False)
 
+    for near in (-1, 2**50 + 1):
+        with pytest.raises(ValueError, match=f"near must be bytes, at most 2.50, .* got {near}"):
+            _cpu.Plan(near)
     with pytest.raises(ValueError, match="must have channels, got 0"):
         plan.input(0)
     with pytest.raises(ValueError, match="no value has the number 7"):
