@@ -741,8 +741,21 @@ def _options(problem: Problem, config: Config) -> dict[str, Any]:
     }
 
 
-def _launch_boxes(tensors: tuple[Any, ...], problem: Problem, config: Config, flags: dict[str, Any]) -> Launch:
-    x, weight, scale, shift, residual, out = tensors
+def boxed(
+    x: Any,
+    weight: Any,
+    vectors: tuple[Any, ...],
+    residual: Any,
+    out: Any,
+    problem: Any,
+    config: Any,
+    given: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what launches by boxes have in common: arguments up to the padding, and options.
+
+    Args:
+        vectors: arguments between the weight and the residual. given: options between the sizes and those of the box.
+    """
     c, k, (kernel_r, kernel_s) = problem.c, problem.k, problem.kernel
     (n, h, w), (_, p, q) = _box_sizes(problem)
     strided = problem.stride == (2, 2)
@@ -759,23 +772,29 @@ def _launch_boxes(tensors: tuple[Any, ...], problem: Problem, config: Config, fl
     args = (
         TensorDescriptor(x, shape, strides, x_box),
         TensorDescriptor(weight, [k, depth], [depth, 1], [config.block_n, config.block_k]),
-        scale,
-        shift,
+        *vectors,
         written if residual is None else TensorDescriptor(residual, *outputs),
         written,
         k,
         cdiv(p, box[1]),
         cdiv(q, box[2]),
         *problem.padding,
-        blocks(problem, replace(config, persistent=0)),
     )
-    options = {"C": c, "R": kernel_r, "S": kernel_s, **flags, **_options(problem, config)}
-    options |= {"STRIDED": strided, "BOX_N": box[0], "BOX_P": box[1], "BOX_Q": box[2]}
+    options = {"C": c, "R": kernel_r, "S": kernel_s, **given}
+    return args, options | {"STRIDED": strided, "BOX_N": box[0], "BOX_P": box[1], "BOX_Q": box[2]}
+
+
+def _launch_boxes(tensors: tuple[Any, ...], problem: Problem, config: Config, flags: dict[str, Any]) -> Launch:
+    x, weight, scale, shift, residual, out = tensors
+    given = {**flags, **_options(problem, config)}
+    args, options = boxed(x, weight, (scale, shift), residual, out, problem, config, given)
     if "workspace" in flags:
+        _, (n, p, q) = _box_sizes(problem)
         options |= {"N": n, "P": p, "Q": q}
     if config.persistent:
         options["PERSISTENT"] = True
-    return Launch(_boxes, (blocks(problem, config),), args, options)
+    programs = blocks(problem, config)
+    return Launch(_boxes, (programs,), (*args, blocks(problem, replace(config, persistent=0))), options)
 
 
 def _launch_resident(tensors: tuple[Any, ...], problem: Problem, config: Config, flags: dict[str, Any]) -> Launch:

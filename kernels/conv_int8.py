@@ -29,7 +29,6 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _tables, conv_bn_act
 from ._language import relu, rounded
@@ -392,38 +391,11 @@ def _options(config: Config) -> dict[str, Any]:
 def _launch_boxes(
     tensors: tuple[Any, ...], scalars: tuple[Any, ...], problem: Problem, config: Config, flags: dict[str, Any]
 ) -> Launch:
-    x, weight, scale, shift, offset, residual, out = tensors
-    c, k, (kernel_r, kernel_s) = problem.c, problem.k, problem.kernel
-    (n, h, w), (_, p, q) = conv_bn_act._box_sizes(problem)
-    strided = problem.stride == (2, 2)
-    box = image_box(n, p, q, config.block_m)
-    if strided:
-        shape, strides = [n, h // 2, 2, w // 2, 2 * c], [h * w * c, 2 * w * c, w * c, 2 * c, 1]
-        x_box = [box[0], box[1], 1, box[2], config.block_k]
-    else:
-        shape, strides = [n, h, w, c], [h * w * c, w * c, c, 1]
-        x_box = [*box, config.block_k]
-    depth = kernel_r * kernel_s * c
-    outputs = [n, p, q, k], [p * q * k, q * k, k, 1], [*box, config.block_n]
-    written = TensorDescriptor(out, *outputs)
-    args = (
-        TensorDescriptor(x, shape, strides, x_box),
-        TensorDescriptor(weight, [k, depth], [depth, 1], [config.block_n, config.block_k]),
-        scale,
-        shift,
-        offset,
-        written if residual is None else TensorDescriptor(residual, *outputs),
-        written,
-        k,
-        cdiv(p, box[1]),
-        cdiv(q, box[2]),
-        *problem.padding,
-        *scalars,
-    )
-    options = {"C": c, "R": kernel_r, "S": kernel_s, **flags, **_options(config)}
-    options |= {"STRIDED": strided, "BOX_N": box[0], "BOX_P": box[1], "BOX_Q": box[2]}
-    grid = (tiles(problem, config, True) * cdiv(k, config.block_n),)
-    return Launch(_boxes, grid, args, options)
+    x, weight, *vectors, residual, out = tensors
+    given = {**flags, **_options(config)}
+    args, options = conv_bn_act.boxed(x, weight, tuple(vectors), residual, out, problem, config, given)
+    grid = (tiles(problem, config, True) * cdiv(problem.k, config.block_n),)
+    return Launch(_boxes, grid, (*args, *scalars), options)
 
 
 def _launch_gather(
