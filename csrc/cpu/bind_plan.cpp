@@ -245,14 +245,14 @@ void bind_plan(py::module_& m) {
   py::class_<Plan>(m, "Plan", "A network as one call. Values are numbered in the order in which they are made.")
       .def(py::init([](Index near) {
              if (near < 0 || near > Index{1} << 50) {
-               throw std::invalid_argument("plan: near must be bytes, at most 2^50, or 0 for what suits this machine, got " +
-                                           std::to_string(near));
+               throw std::invalid_argument(
+                   "plan: near must be bytes, at most 2^50, or 0 for what suits this machine, got " +
+                   std::to_string(near));
              }
              return std::make_unique<Plan>(near == 0 ? near_caches * static_cast<Index>(caches().l2) : near);
            }),
            "near"_a = 0,
-           "near: bytes of values a thread for which a layer finds them fast, 0 for what suits this machine. As many "
-           "images of a "
+           "near: bytes of values a thread that a layer finds fast, 0 for what suits this machine. As many images of a "
            "batch run together through the first layers.")
       .def(
           "input",

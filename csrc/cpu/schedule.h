@@ -54,7 +54,7 @@ class Schedule {
   Step step(const Plan& plan, std::size_t layer, const Shape& from, const Shape& to) const;
   void check_addresses(const Plan& plan, const std::vector<Image>& inputs,
                        const std::vector<std::byte*>& outputs) const;
-  // The images of a value in part `part` of a segment.
+  // A value's images in a part of a segment, in one of those with one more if `larger`.
   Shape part_of(const Shape& shape, const Segment& segment, bool larger) const;
 
   int threads_;
