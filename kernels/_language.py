@@ -10,6 +10,24 @@ _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _ROUNDS_TF32 = tl.constexpr(False)
 
 
+@tl.core.extern
+def _launched_early(_semantic=None):
+    """Whether the kernel is compiled to be launched while the one before it still runs."""
+    return tl.constexpr(bool(getattr(_semantic.builder.options, "launch_pdl", False)))
+
+
+@triton.jit
+def wait_for_earlier_kernels():
+    """The first statement of every kernel: what earlier kernels write is there from now on, and they read no more.
+
+    With programmatic dependent launch the blocks of a kernel start while the last blocks of the one before still run.
+    That one has waited likewise, so all before it are over, too. From here on the next kernel may start, and wait.
+    """
+    if not _INTERPRETED and _launched_early():
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 @triton.jit
 def relu(x):
     """max(x, 0) of a float32 tile; NaN stays NaN, which a plain maximum would turn into 0."""

@@ -5,8 +5,11 @@ A kernel's file makes a ``Launch`` out of tensors, a problem and a config; whoev
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,11 +37,39 @@ class Launch:
 
     def __call__(self) -> None:
         """Put it on the current stream of the current device (or run it in Triton's interpreter)."""
-        self.kernel[self.grid](*self.args, **self.options)
+        self.kernel[self.grid](*self.args, **self.options, **_dependency(self.kernel))
 
     def compile(self) -> Any:
         """Compile for the active driver's target and return Triton's compiled kernel; nothing is launched."""
-        return self.kernel.warmup(*self.args, grid=self.grid, **self.options)
+        return self.kernel.warmup(*self.args, grid=self.grid, **self.options, **_dependency(self.kernel))
+
+
+def _dependency(kernel: Any) -> dict[str, bool]:
+    """Return the option of programmatic dependent launch if the current GPU has it, from capability 9.0 on.
+
+    Kernels compiled with it wait first (``_language.wait_for_earlier_kernels``), so they may follow any other.
+    ``RESNET_FAST_PDL=0`` switches it off.
+    """
+    if not hasattr(kernel, "device_caches") or os.environ.get("RESNET_FAST_PDL") == "0":  # interpreted, or not wanted
+        return {}
+    from triton.runtime import driver
+
+    target = driver.active.get_current_target()
+    early = target.backend == "cuda" and target.arch >= 90 and _driver_version() >= _RECORDS_EDGES
+    return {"launch_pdl": True} if early else {}
+
+
+#: The driver's version of CUDA from which on a graph can hold such a launch.
+_RECORDS_EDGES = 12030
+
+
+@lru_cache(maxsize=1)
+def _driver_version() -> int:
+    """Return the version of CUDA that the driver has, as 12030; without a driver, where nothing runs, that one."""
+    version = ctypes.c_int(_RECORDS_EDGES)
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 #: Addresses of one tensor whose maps are kept; allocators give the same few again and again.

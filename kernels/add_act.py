@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from . import _tables
-from ._language import relu, rounded
+from ._language import relu, rounded, wait_for_earlier_kernels
 from ._launch import ITEMSIZE, WIDE_FROM, Launch, cdiv
 from .gpus import GPU
 from .problems import AddAct as Problem
@@ -42,6 +42,7 @@ def _open(grad, output):
 
 @triton.jit(do_not_specialize=["LENGTH"])
 def _forward(x, y, out, LENGTH, RELU: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    wait_for_earlier_kernels()
     pid = tl.program_id(0)
     start = (pid.to(tl.int64) if WIDE else pid) * BLOCK
     at = start + tl.arange(0, BLOCK)
@@ -56,6 +57,7 @@ def _forward(x, y, out, LENGTH, RELU: tl.constexpr, WIDE: tl.constexpr, BLOCK: t
 
 @triton.jit(do_not_specialize=["LENGTH"])
 def _backward(grad, output, out, LENGTH, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    wait_for_earlier_kernels()
     pid = tl.program_id(0)
     start = (pid.to(tl.int64) if WIDE else pid) * BLOCK
     at = start + tl.arange(0, BLOCK)

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 
 from . import _tables
-from ._language import relu, rounded
+from ._language import relu, rounded, wait_for_earlier_kernels
 from ._launch import ITEMSIZE, WIDE_FROM, Launch, cdiv, power_of_two
 from .gpus import GPU
 from .problems import BatchNormAct as Problem
@@ -86,6 +86,7 @@ def _slice_moments(
     LANES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    wait_for_earlier_kernels()
     TILE: tl.constexpr = GROUP * LANES
     index, first, count, c = _slice(ROWS, SLICE_ROWS, C, WIDE, BLOCK_C)
     inside = c < C
@@ -159,6 +160,7 @@ def _thin_moments(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    wait_for_earlier_kernels()
     columns = tl.cdiv(C, BLOCK_C)
     group = (tl.program_id(0) // columns).to(tl.int64)
     column = tl.program_id(0) % columns
@@ -215,6 +217,7 @@ def _merge_moments(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    wait_for_earlier_kernels()
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     plane = SLICES.to(tl.int64) * C
@@ -272,6 +275,7 @@ def _finish(
     C,
     BLOCK_C: tl.constexpr,
 ):
+    wait_for_earlier_kernels()
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     spread = tl.load(variance + c, mask=inside, other=0.0).to(tl.float64)
@@ -301,6 +305,7 @@ def _apply(
     LANES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    wait_for_earlier_kernels()
     _, first, count, c = _slice(ROWS, SLICE_ROWS, C, WIDE, BLOCK_C)
     inside = c < C
     center = tl.load(mean + c, mask=inside, other=0.0)[None, None, :]
@@ -339,6 +344,7 @@ def _slice_sums(
     LANES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    wait_for_earlier_kernels()
     index, first, count, c = _slice(ROWS, SLICE_ROWS, C, WIDE, BLOCK_C)
     inside = c < C
     center = tl.load(mean + c, mask=inside, other=0.0)[None, None, :]
@@ -369,6 +375,7 @@ def _merge_sums(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    wait_for_earlier_kernels()
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     plane = SLICES.to(tl.int64) * C
@@ -405,6 +412,7 @@ def _backward(
     LANES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    wait_for_earlier_kernels()
     _, first, count, c = _slice(ROWS, SLICE_ROWS, C, WIDE, BLOCK_C)
     inside = c < C
     if grad_x is not None:

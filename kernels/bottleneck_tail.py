@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._language import dot, relu, rounded
+from ._language import dot, relu, rounded, wait_for_earlier_kernels
 from ._launch import Launch, aligned, cdiv, dividing_power_of_two, dot_precision, image_box, wide
 from .bottleneck_tail_choice import NAME, Config, Problem, candidates, choose, heuristic, supports
 
@@ -67,6 +67,7 @@ def _boxes(
     STAGES: tl.constexpr,
     SLICE_STAGES: tl.constexpr,
 ):
+    wait_for_earlier_kernels()
     BLOCK_M: tl.constexpr = BOX_N * BOX_P * BOX_Q
     BLOCKS_C: tl.constexpr = MID // BLOCK_C
     pid = tl.program_id(0)
@@ -156,6 +157,7 @@ def _gather(
     STAGES: tl.constexpr,
     SLICE_STAGES: tl.constexpr,
 ):
+    wait_for_earlier_kernels()
     BLOCKS_C: tl.constexpr = MID // BLOCK_C
     tile = tl.program_id(0)
     pixels = N * P * Q

@@ -41,7 +41,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _tables
-from ._language import dot, relu, rounded
+from ._language import dot, relu, rounded, wait_for_earlier_kernels
 from ._launch import (
     ITEMSIZE,
     Launch,
@@ -163,6 +163,7 @@ def _gather(
     shift_in=None,  # [C] float32
     workspace=None,  # for the moments of out's tiles
 ):
+    wait_for_earlier_kernels()
     tiles_n = tl.cdiv(GROUP_K, BLOCK_N)
     pixels = N * P * Q
     if WIDE:
@@ -315,6 +316,7 @@ def _boxes(
     Q=None,
     workspace=None,  # for the moments of out's boxes
 ):
+    wait_for_earlier_kernels()
     if not PERSISTENT:
         _box(
             tl.program_id(0), x, weight, scale, shift, residual, out, K, TILES_P, TILES_Q, PAD_H, PAD_W, C, R, S,
@@ -346,6 +348,7 @@ def _resident(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    wait_for_earlier_kernels()
     tiles_n = tl.cdiv(K, BLOCK_N)
     pid = tl.program_id(0)
     k = (pid % tiles_n) * BLOCK_N

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 from . import _tables, conv_bn_act
-from ._language import relu, rounded
+from ._language import relu, rounded, wait_for_earlier_kernels
 from ._launch import Launch, aligned, cdiv, dividing_power_of_two, image_box, power_of_two, wide
 from .gpus import GPU
 from .problems import ConvInt8 as Problem
@@ -110,6 +110,7 @@ def _boxes(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_earlier_kernels()
     BLOCK_M: tl.constexpr = BOX_N * BOX_P * BOX_Q
     tiles_n = tl.cdiv(K, BLOCK_N)
     pid = tl.program_id(0)
@@ -178,6 +179,7 @@ def _gather(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_earlier_kernels()
     tiles_n = tl.cdiv(K, BLOCK_N)
     pixels = N * P * Q
     if WIDE:

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from . import _tables
-from ._language import dot, rounded
+from ._language import dot, rounded, wait_for_earlier_kernels
 from ._launch import ITEMSIZE, Launch, cdiv, dot_precision, power_of_two, wide
 from .gpus import GPU
 from .problems import Head as Problem
@@ -65,6 +65,7 @@ def _head(
     BLOCK_P: tl.constexpr,
     ONCE: tl.constexpr,  # whether BLOCK_P are all pixels: a loop of one round would keep the copies from running ahead
 ):
+    wait_for_earlier_kernels()
     tiles_n = tl.cdiv(K, BLOCK_N)
     pid = tl.program_id(0)
     m = (pid // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)

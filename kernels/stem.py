@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 
 from . import _tables
-from ._language import _INTERPRETED, dot, relu, rounded
+from ._language import _INTERPRETED, dot, relu, rounded, wait_for_earlier_kernels
 from ._launch import ITEMSIZE, WIDE_FROM, Launch, cdiv, dot_precision, image_box, power_of_two, wide
 from .gpus import GPU
 from .problems import Stem as Problem
@@ -66,6 +66,7 @@ def _squares(
     WIDE: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
+    wait_for_earlier_kernels()
     blocks = tl.cdiv(WIDTH, BLOCK_W)
     pid = tl.program_id(0)
     column = (pid % blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -159,6 +160,7 @@ def _stem(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_earlier_kernels()
     BLOCK_M: tl.constexpr = BOX_S * BOX_Q
     LINE: tl.constexpr = 16 * PADDED_C  # numbers of a row of taps
     tiles_n = tl.cdiv(K, BLOCK_N)

@@ -2,8 +2,9 @@
 
 ``python -m resnet_fast.tuning.compile`` shows what was compiled; it fails on spills, on too much shared memory, on
 fewer programs at once than a launch choice means, on products that miss Hopper's matrix units or do not overlap in
-them, with ``--check`` also on rows that differ from ``kernels/resources.csv``; ``--write`` makes this Triton's rows of
-that table anew. No GPU is used or needed.
+them, on kernels that start before others are over and do not wait for them first, with ``--check`` also on rows that
+differ from ``kernels/resources.csv``; ``--write`` makes this Triton's rows of that table anew. No GPU is used or
+needed.
 """
 
 from __future__ import annotations
@@ -214,6 +215,13 @@ def faults(compiled: Compiled, gpu: GPU) -> list[str]:
         found.append(f"multiplies float32 with {resources.matrix}, which rounds to tf32")
     if resources.drops_nan:
         found.append("takes a maximum that drops NaN (propagate_nan is not set)")
+    if resources.early and resources.waits != "first":
+        wait = "may touch memory before it waits for it" if resources.waits else "never waits for it"
+        found.append(f"is launched while the kernel before still runs, and {wait}")
+    if resources.waits and not resources.early:
+        found.append("waits for the kernel before, which is over when it is launched")
+    if resources.early is not (gpu.capability >= 90):
+        found.append(f"is launched {'before' if resources.early else 'when'} the kernel before is over")
     return found
 
 
@@ -333,6 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
     os.environ.pop("TRITON_INTERPRET", None)  # before the first import of triton
+    os.environ.pop("RESNET_FAST_PDL", None)
     import triton
 
     from resnet_fast.kernels import _tables, gpus

@@ -38,6 +38,15 @@ GROUPED = ("HGMMA", "IGMMA")
 #: one that begins them, the next eight bits below are how many may be left unfinished.
 _WARPGROUP, _WAITS = 0x1C5, 1 << 16
 
+#: The wait for the kernel before (ACQBULK), the branch and the exit, in the same nine bits.
+_WAIT, _BRANCH, _EXIT = 0x02E, 0x147, 0x14D
+
+#: What reads or writes memory of the device, or fetches it into a cache: LD, LDG, ST, STG, ATOM, RED, CCTL, ATOMG,
+#: LDGSTS, UTMALDG, UTMASTG, UTMAPF, UBLKCP, UBLKRED, UBLKPF.
+_MEMORY = frozenset(
+    (0x180, 0x181, 0x185, 0x186, 0x18A, 0x18E, 0x18F, 0x1A8, 0x1AE, 0x1B4, 0x1B5, 0x1B8, 0x1BA, 0x1BB, 0x1BC)
+)
+
 #: Of HGMMA's and IGMMA's twelve bits, the one that says that the first operand comes from registers.
 _FROM_REGISTERS = 1 << 10
 
@@ -80,6 +89,8 @@ class Resources:
         serialised: whether ptxas makes each HGMMA or IGMMA wait for the one before (its warnings C7510 to C7515).
         a: where those take their first operand from: "shared", "registers", both joined by "+", "" without any.
         drops_nan: whether it takes a floating point maximum that turns NaN into the other operand.
+        early: whether it is launched while the kernel before still runs. waits: whether it waits for that kernel:
+            "first", "late" if it may touch memory without, "" not at all.
     """
 
     registers: int
@@ -92,6 +103,8 @@ class Resources:
     serialised: bool = False
     a: str = ""
     drops_nan: bool = False
+    early: bool = False
+    waits: str = ""
 
     @property
     def spills(self) -> bool:
@@ -197,20 +210,23 @@ def _resources(kernel: Any) -> Resources:
         serialised=code.serialised,
         a="+".join(sorted(code.a)),
         drops_nan=bool(_MAXIMUM.search(kernel.asm["ptx"])),
+        early=metadata.launch_pdl,
+        waits=code.waits,
     )
 
 
 @dataclass(frozen=True)
 class Code:
-    """What machine code says of its products: see :class:`Resources`."""
+    """What machine code says of its products and of its wait: see :class:`Resources`."""
 
     multiplies: frozenset[str]
     serialised: bool
     a: frozenset[str]
+    waits: str
 
 
 def read_code(cubin: bytes) -> Code:
-    """Return which multiply instructions (named in ``OPCODES``) the machine code of a 64-bit ELF file holds, and how.
+    """Return what the machine code in a 64-bit ELF file multiplies with (named in ``OPCODES``), and if it waits first.
 
     Read from the code itself: nvdisasm takes longer for one kernel than compiling it.
     """
@@ -220,11 +236,19 @@ def read_code(cubin: bytes) -> Code:
     strings = headers[named][4]
     found, a = set(), set()
     products: list[bool] = []  # of each warp-group product, whether all products are waited for before the next
+    waits, touched, furthest = "", False, 0  # until the wait: was memory touched, or does a branch lead past it
     for name, _, _, _, offset, length in headers:
         if not cubin.startswith(b".text.", strings + name):
             continue
         for at in range(offset, offset + length, 16):  # instructions have 128 bits, the opcode comes first
             low, high = struct.unpack_from("<QQ", cubin, at)
+            if not waits:
+                touched |= low & 0x1FF in _MEMORY or low & 0x1FF == _EXIT
+                if low & 0x1FF == _BRANCH:
+                    furthest = max(furthest, _target(at, low))
+                if low & 0x1FF == _WAIT:
+                    always = low >> 12 & 15 == 7  # no predicate
+                    waits = "first" if always and not touched and furthest <= at else "late"
             if low & 0x1FF == _WARPGROUP:
                 if products and high & _WAITS and not high >> 8 & 0xFF:
                     products[-1] = True
@@ -236,7 +260,13 @@ def read_code(cubin: bytes) -> Code:
                 a.add("registers" if low & _FROM_REGISTERS else "shared")
                 products.append(False)
     # One product alone is waited for at once in any case.
-    return Code(frozenset(found), len(products) > 1 and all(products), frozenset(a))
+    return Code(frozenset(found), len(products) > 1 and all(products), frozenset(a), waits)
+
+
+def _target(at: int, low: int) -> int:
+    """Return where the branch at ``at`` leads: a signed number of words from the next instruction on."""
+    words = low >> 34 << 8 | low >> 16 & 0xFF
+    return at + 16 + 4 * (words - (1 << 38 if words >> 37 else 0))
 
 
 def _begin(environment: dict[str, str]) -> None:

@@ -109,6 +109,11 @@ class Driver:
         return int(self._library.fake_launches())
 
     @property
+    def early(self) -> int:
+        """How many of them may start before the kernel before is over."""
+        return int(self._library.fake_early())
+
+    @property
     def tensor_maps(self) -> int:
         """How many were asked for so far."""
         return int(self._library.fake_tensor_maps())

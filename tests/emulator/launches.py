@@ -54,13 +54,15 @@ def tensors(launch: Any) -> Iterator[Tensor]:
 
 def fault(driver: Driver, launch: Any) -> str:
     """Launch it; return what the driver, or Triton, has against it, "" if nothing."""
-    before = driver.launches
+    before, early = driver.launches, driver.early
     try:
         with driver.memory(tensors(launch)):
             launch()
     except Exception as error:
         return f"{type(error).__name__}: {str(error).removeprefix('Triton Error [CUDA]: ').splitlines()[0]}"
-    return "" if driver.launches == before + 1 else f"{launch.kernel.__name__}: nothing was launched"
+    if driver.launches != before + 1:
+        return f"{launch.kernel.__name__}: nothing was launched"
+    return "" if driver.early == early + 1 else f"{launch.kernel.__name__}: it starts when the kernel before is over"
 
 
 def sweep(driver: Driver, cases: Iterable[ops.Case], gpu: GPU) -> Iterator[tuple[int, list[str]]]:

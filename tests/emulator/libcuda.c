@@ -1,6 +1,7 @@
 // A libcuda.so.1 for machines without a GPU: as much of the driver as Triton's loader, launcher and tensor-map encoder
 // call, for one GPU of capability 9.0. It computes nothing. It refuses what the CUDA driver API documents as wrong, and
-// says which value was wrong and what would be right, in the words of the real error followed by a sentence.
+// says which value was wrong and what would be right, in the words of the real error followed by a sentence. It refuses
+// one race, too: a kernel that may start before the one before it is over, and does not wait for it.
 #include "cuda.h"
 
 #include <elf.h>
@@ -23,6 +24,8 @@ enum {
   PARAMETERS = 256,
   MEMORIES = 256,
   TENSOR_MAP_ALIGNMENT = 64,
+  INSTRUCTION_BYTES = 16,
+  ACQBULK = 0x02e,  // the lowest nine bits of the instruction that griddepcontrol.wait becomes
 };
 
 typedef struct {
@@ -34,6 +37,7 @@ typedef struct {
   char name[256];
   const char* image;
   int registers, local, threads_required, shared_allowed, parameters;
+  int waits;                                 // for the kernel before (griddepcontrol.wait)
   unsigned parameter_bytes, parameter_bank;  // where in the constant bank parameters begin
   Parameter parameter[PARAMETERS];
 } Function;
@@ -50,7 +54,7 @@ _Static_assert(sizeof(Map) <= sizeof(CUtensorMap), "a tensor map has 128 bytes")
 static const char MAGIC[8] = "tensormp";
 
 static char message[768];
-static long launches, maps;
+static long launches, early, maps;
 static struct {
   uintptr_t begin, end;
 } memory[MEMORIES];
@@ -82,6 +86,7 @@ void fake_refuse(const char* kernel, int error) {
 }
 
 long fake_launches(void) { return launches; }
+long fake_early(void) { return early; }
 long fake_tensor_maps(void) { return maps; }
 
 // From now on the launches are written down, as bytes that are equal for equal launches.
@@ -238,6 +243,18 @@ static const Elf64_Shdr* section(const char* image, const char* name) {
   return NULL;
 }
 
+static int waits(const char* image, const char* kernel) {
+  char called[300];
+  snprintf(called, sizeof called, ".text.%s", kernel);
+  const Elf64_Shdr* code = section(image, called);
+  for (uint64_t at = 0; code && at < code->sh_size; at += INSTRUCTION_BYTES) {
+    uint64_t instruction;
+    memcpy(&instruction, image + code->sh_offset + at, sizeof instruction);
+    if ((instruction & 0x1ff) == ACQBULK) return 1;
+  }
+  return 0;
+}
+
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
   const Elf64_Ehdr* header = image;
   if (memcmp(image, ELFMAG, SELFMAG) || header->e_machine != EM_CUDA)
@@ -261,6 +278,7 @@ CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* 
   snprintf(f->name, sizeof f->name, "%s", name);
   f->image = image;
   f->shared_allowed = SHARED_WITHOUT_OPT_IN;
+  f->waits = waits(image, name);
   if (all) read_attributes(f, image + all->sh_offset, image + all->sh_offset + all->sh_size);
   read_attributes(f, image + own->sh_offset, image + own->sh_offset + own->sh_size);
   *function = (CUfunction)f;
@@ -428,8 +446,15 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void** p
                       (unsigned long long)pointer);
     }
   }
+  int started_early = 0;
+  for (unsigned i = 0; i < c->numAttrs; i++)
+    if (c->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+      started_early = c->attrs[i].value.programmaticStreamSerializationAllowed;
+  if (started_early && !f->waits)
+    return refuse(wrong, "%s: it may start before the kernel before it is over, and never waits for it", f->name);
+  early += started_early;
   if (recording) {
-    unsigned shape[] = {c->gridDimX, c->gridDimY, c->gridDimZ, threads, c->sharedMemBytes, c->numAttrs};
+    unsigned shape[] = {c->gridDimX, c->gridDimY, c->gridDimZ, threads, c->sharedMemBytes, c->numAttrs, started_early};
     write_down(&f->image, sizeof f->image);
     write_down(shape, sizeof shape);
     write_down(&c->hStream, sizeof c->hStream);

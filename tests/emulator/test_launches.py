@@ -56,7 +56,7 @@ def planted() -> dict[str, str]:
     import torch
     import triton
 
-    from resnet_fast.kernels import conv_bn_act, gpus
+    from resnet_fast.kernels import _launch, conv_bn_act, gpus
     from resnet_fast.tuning import ops
     from tests.emulator.launches import fault, launches, tensors
 
@@ -123,6 +123,15 @@ def planted() -> dict[str, str]:
     attempt("another GPU's cubin", lambda: utils.load_binary("_boxes", bytes(cubin), 0, 0))
     with fake.refusing("_boxes", 700):
         said["an error of before"] = fault(fake, good)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESNET_FAST_PDL", "0")
+        said["one after the other"] = fault(fake, good)
+        patch.delenv("RESNET_FAST_PDL")
+        patch.setattr(_launch, "_driver_version", lambda: 12020)
+        said["an old driver"] = fault(fake, good)
+        # The same kernel, which does not wait, launched early.
+        patch.setattr(good.compile().run, "launch_pdl", True)
+        said["no wait"] = fault(fake, good)
     said["nothing again"] = fault(fake, good)
     return said
 
@@ -149,6 +158,9 @@ SAID = {
     "no cubin": "the module is no cubin",
     "another GPU's cubin": "the cubin is of capability 80, the GPU of 90",
     "an error of before": "an illegal memory access was encountered",
+    "one after the other": "_boxes: it starts when the kernel before is over",
+    "an old driver": "_boxes: it starts when the kernel before is over",
+    "no wait": "_boxes: it may start before the kernel before it is over, and never waits for it",
     "nothing again": "",
 }
 

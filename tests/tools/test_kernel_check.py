@@ -24,8 +24,9 @@ from resnet_fast.tuning import compiler, ops, shapes
 
 H100 = gpus.known("h100")
 RESOURCES = compiler.Resources(
-    registers=100, stack=0, local=0, shared=49152, threads=128, tensor_columns=0, matrix="HGMMA", a="shared"
-)
+    registers=100, stack=0, local=0, shared=49152, threads=128, tensor_columns=0, matrix="HGMMA", a="shared",
+    early=True, waits="first",
+)  # fmt: skip
 
 
 def problem(**changes: Any) -> conv_bn_act.Problem:
@@ -124,7 +125,7 @@ def test_faults() -> None:
     assert str(H100.shared_memory + 1) in shared and str(H100.shared_memory) in shared
     (matrix,) = check.faults(outcome(matrix="HMMA"), H100)
     assert "HMMA instead of HGMMA" in matrix
-    assert check.faults(outcome(matrix="HMMA"), gpus.known("a100")) == []
+    assert check.faults(outcome(matrix="HMMA", early=False, waits=""), gpus.known("a100")) == []
     assert (
         check.faults(compiler.Compiled(task(precision="fp32"), dataclasses.replace(RESOURCES, matrix="FFMA")), H100)
         == []
@@ -133,6 +134,14 @@ def test_faults() -> None:
     assert "HGMMA, which rounds to tf32" in rounds
     (nan,) = check.faults(outcome(drops_nan=True), H100)
     assert "drops NaN" in nan
+    (never,) = check.faults(outcome(waits=""), H100)
+    assert "never waits for it" in never
+    (late,) = check.faults(outcome(waits="late"), H100)
+    assert "may touch memory before it waits" in late
+    assert check.faults(outcome(early=False, waits=""), H100) == ["is launched when the kernel before is over"]
+    assert len(check.faults(outcome(early=False), H100)) == 2
+    (early,) = check.faults(outcome(matrix="HMMA"), gpus.known("a100"))
+    assert early == "is launched before the kernel before is over"
     (serialised,) = check.faults(outcome(serialised=True), H100)
     assert "wait for the one before" in serialised and "C7515" in serialised
     for a in ("registers", "registers+shared"):
@@ -445,6 +454,115 @@ def test_a_length_known_at_run_time_and_pixels_first_serialise_the_products(tmp_
     assert found["sound"] == []
     serialised, registers = found["planted"]
     assert "lets each HGMMA wait for the one before" in serialised and "through registers" in registers
+
+
+_UNORDERED = """
+import importlib.util, json, sys
+from pathlib import Path
+from resnet_fast.kernels import add_act, gpus
+from resnet_fast.tuning import compile as check, compiler, ops
+
+source, path = Path(add_act.__file__).read_text(), Path(sys.argv[1])
+wait = "    wait_for_earlier_kernels()\\n"
+assert source.count(wait) == 2
+case = ops.Case("add_act", add_act.Problem(4096, "fp16"), "relu")
+found = {}
+for name, instead in (
+    ("sound", wait),
+    ("left out", ""),
+    ("behind a store", "    tl.store(out, tl.load(x))\\n" + wait),
+    ("of some programs", "    if tl.program_id(0) > 0:\\n    " + wait),
+):
+    path.write_text(source.replace(wait, instead))
+    spec = importlib.util.spec_from_file_location("resnet_fast.kernels.add_act", path)
+    sys.modules[spec.name] = planted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(planted)
+    for gpu in map(gpus.known, ("a100", "h100", "b200")):
+        task = check.tasks(gpu, [case]).popitem()[1]
+        found[f"{name}, {gpu.name}"] = check.faults(compiler.compile_task(task), gpu)
+    kernel = compiler.launch(task)
+    plain = kernel.kernel.warmup(*kernel.args, grid=kernel.grid, **kernel.options)
+    found[f"{name}, one after the other"] = compiler._resources(plain).waits
+print(json.dumps(found))
+"""
+
+
+def test_a_kernel_that_does_not_wait_for_the_one_before_is_a_fault(tmp_path: Path) -> None:
+    """Left out, behind a write or in some programs only; without early launches nothing waits, nor on older GPUs."""
+    path = tmp_path / "planted.py"
+    found = succeed(f"import sys; sys.argv.append({str(path)!r})\n{_UNORDERED}", tmp_path)
+    said = {"sound": [], "left out": ["never waits for it"]}
+    for name in ("sound", "left out", "behind a store", "of some programs"):
+        wanted = said.get(name, ["may touch memory before it waits for it"])
+        for gpu in ("h100", "b200"):
+            assert [fault.rpartition(", and ")[2] for fault in found[f"{name}, {gpu}"]] == wanted, (name, gpu)
+        assert found[f"{name}, a100"] == [] and found[f"{name}, one after the other"] == "", name
+
+
+#: Instructions of PTX before the wait, and what the machine code's wait is then.
+_BEFORE = {
+    "": "first",
+    "add.u32 r, n, 1;": "first",
+    "mov.u32 r, %tid.x;": "first",
+    "st.shared.u32 [sm], n;": "first",
+    "prefetch.tensormap [a];": "first",
+    "@c bra BEFORE; add.u32 n, n, n; BEFORE:": "first",
+    "@c bra BEHIND;": "late",
+    "@c ret;": "late",
+    "ld.u32 r, [a];": "late",
+    "st.u32 [a], n;": "late",
+    "ld.global.u32 r, [b];": "late",
+    "st.global.u32 [b], n;": "late",
+    "atom.global.add.u32 r, [b], n;": "late",
+    "red.global.add.u32 [b], n;": "late",
+    "atom.add.u32 r, [a], n;": "late",
+    "prefetch.global.L2 [b];": "late",
+    "cp.async.cg.shared.global [sm], [b], 16;": "late",
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [sm], [b], 64, [barrier];": "late",
+    "cp.async.bulk.global.shared::cta.bulk_group [b], [sm], 64;": "late",
+    "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32 [b], [sm], 64;": "late",
+    "cp.async.bulk.prefetch.L2.global [b], 64;": "late",
+    "cp.async.bulk.prefetch.tensor.2d.L2.global.tile [a, {n, n}];": "late",
+    "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [sm], [a, {n, n}], [barrier];":
+        "late",
+    "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [a, {n, n}], [sm];": "late",
+}  # fmt: skip
+
+_PTX = """
+.version 8.6
+.target {target}
+.address_size 64
+.visible .entry kernel(.param .u64 first, .param .u64 second, .param .u32 number)
+{{
+  .reg .u64 a, b; .reg .u32 r, n; .reg .pred c;
+  .shared .align 128 .b8 sm[1024]; .shared .align 8 .b64 barrier;
+  ld.param.u64 a, [first]; ld.param.u64 b, [second]; ld.param.u32 n, [number];
+  cvta.to.global.u64 b, b;
+  setp.gt.u32 c, n, 5; mov.u32 r, n;
+  {before}
+  griddepcontrol.wait;
+  BEHIND: st.global.u32 [b+64], r; st.global.u32 [b+128], n;
+  ret;
+}}
+"""
+
+
+@pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
+def test_what_stands_before_the_wait_in_machine_code(target: str, tmp_path: Path) -> None:
+    """Each instruction that touches memory, as the assembler writes it."""
+    from triton import knobs
+
+    ptxas = knobs.nvidia.ptxas_blackwell if target == "sm_100a" else knobs.nvidia.ptxas
+    source, made = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
+    found = {}
+    for before in _BEFORE:
+        source.write_text(_PTX.format(target=target, before=before))
+        subprocess.run([ptxas.path, f"-arch={target}", source, "-o", made], check=True)
+        found[before] = compiler.read_code(made.read_bytes()).waits
+    assert found == _BEFORE
+    source.write_text(_PTX.format(target=target, before="").replace("griddepcontrol.wait;", ""))
+    subprocess.run([ptxas.path, f"-arch={target}", source, "-o", made], check=True)
+    assert compiler.read_code(made.read_bytes()).waits == ""
 
 
 @pytest.fixture(scope="module")
