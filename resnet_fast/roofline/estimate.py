@@ -24,7 +24,10 @@ class Assumptions:
 
     Attributes:
         clock: cycles per second under load. flops: of a multiprocessor in a cycle, by precision.
-        launch: from one kernel of a graph to the next: the grid drains and fills.
+        launch: from one kernel of a graph to the next, one after the other: the grid drains and fills.
+        hidden: of that, what programmatic dependent launch does while the kernel before still runs: all that launching
+            an empty kernel of a graph takes on an H100 (hazyresearch.stanford.edu/blog/2025-05-27-no-bubbles). The
+            rest is from the end of the last block to the end of the next ones' wait.
         start: of a block: its launch, addresses, barriers, descriptors.
         memory, cache: from the request of a box to its arrival, from device memory and from the level-2 cache.
         epilogue, store: behind the last product of 128 x 128 outputs: scale, shift and rounding; until its copy out
@@ -43,6 +46,7 @@ class Assumptions:
         ("int8", 8192), ("fp16", 4096), ("bf16", 4096), ("tf32", 2048), ("fp32", 256)
     )  # fmt: skip
     launch: float = 2.0e-6
+    hidden: float = 1.3e-6
     start: float = 0.8e-6
     memory: float = 0.85e-6
     cache: float = 0.55e-6
@@ -56,6 +60,11 @@ class Assumptions:
     port: int = 64
     reached: float = 0.92
     few: int = 8
+
+    @property
+    def gap(self) -> float:
+        """From one kernel to the next."""
+        return self.launch - self.hidden
 
 
 ASSUMED = Assumptions()
@@ -189,10 +198,10 @@ def estimate(problem: Problem, program: Program, code: Code, gpu: GPU, assumed: 
         binds = f"part of a wave, {inside}"
     else:
         binds = inside
-    total = max(seconds, memory, l2) + assumed.launch
+    total = max(seconds, memory, l2) + assumed.gap
     if program.prepared:
         copied = program.prepared / (assumed.reached * gpu.bandwidth)
-        total += max(assumed.start + latency + assumed.store, copied) + assumed.launch
+        total += max(assumed.start + latency + assumed.store, copied) + assumed.gap
     floor = need.floor(gpu, precision)
     return Estimate(program.programs, code.blocks, waves, first, floor, l2, max(total, floor), binds)
 
