@@ -6,7 +6,7 @@ Pointers are ints (``tensor.data_ptr()``, 0 for none) and nothing is checked: ``
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
-Isa = Literal["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"]
+Isa = Literal["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
 
 class BuildInfo(TypedDict):
     interface: int

@@ -6,6 +6,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
@@ -36,6 +40,16 @@ std::uint64_t saved_registers() {
   return std::uint64_t{high} << 32 | low;
 }
 
+// Asks for the registers of tiles, which Linux gives to processes that do; other systems give them to all.
+bool tiles_granted() {
+#ifdef __linux__
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return true;
+#endif
+}
+
 Features detect() {
   Features f;
   const Registers one = cpuid(1);
@@ -53,8 +67,13 @@ Features detect() {
   f.avx512 = zmm && bit(seven.b, 16) && bit(seven.b, 17) && bit(seven.b, 30) && bit(seven.b, 31);
   f.avx512_bf16 = f.avx512 && bit(seven_one.a, 5);
   f.avx512_vnni = f.avx512 && bit(seven.c, 11);
-  f.amx_bf16 = tiles && bit(seven.d, 24) && bit(seven.d, 22);
-  f.amx_int8 = tiles && bit(seven.d, 24) && bit(seven.d, 25);
+  if (tiles && bit(seven.d, 24) && tiles_granted()) {
+    f.amx_bf16 = bit(seven.d, 22);
+    f.amx_int8 = bit(seven.d, 25);
+  }
+#ifdef RESNET_FAST_EMULATED_TILES
+  f.amx_bf16 = f.amx_int8 = f.avx512_bf16 && f.avx512_vnni;
+#endif
   return f;
 }
 
@@ -139,6 +158,9 @@ constexpr Isa kCompiled[] = {
 #ifdef RESNET_FAST_AVX512_BF16
     Isa::avx512_bf16,
 #endif
+#ifdef RESNET_FAST_AMX
+    Isa::amx,
+#endif
 };
 
 bool runs(Isa isa, const Features& f) {
@@ -153,6 +175,8 @@ bool runs(Isa isa, const Features& f) {
       return runs(Isa::avx512, f) && f.avx512_vnni;
     case Isa::avx512_bf16:
       return runs(Isa::avx512_vnni, f) && f.avx512_bf16;
+    case Isa::amx:
+      return runs(Isa::avx512_bf16, f) && f.amx_bf16 && f.amx_int8;
   }
   return false;
 }
@@ -198,7 +222,7 @@ Isa choose(const Features& features, std::span<const Isa> among, std::string_vie
   const auto* const named = std::find(kIsaNames.begin(), kIsaNames.end(), wanted);
   if (named == kIsaNames.end()) {
     throw std::invalid_argument(
-        was + "; it must be one of 'portable', 'avx2', 'avx512', 'avx512_vnni', 'avx512_bf16', or empty for the best");
+        was + "; it must be one of 'portable', 'avx2', 'avx512', 'avx512_vnni', 'avx512_bf16', 'amx', or empty for the best");
   }
   const Isa isa = static_cast<Isa>(named - kIsaNames.begin());
   if (std::find(among.begin(), among.end(), isa) == among.end()) {
@@ -226,10 +250,13 @@ const Features& features() {
         f.avx512 = false;
       }
       if (isa() < Isa::avx512_vnni) {
-        f.avx512_vnni = f.amx_int8 = false;
+        f.avx512_vnni = false;
       }
       if (isa() < Isa::avx512_bf16) {
-        f.avx512_bf16 = f.amx_bf16 = false;
+        f.avx512_bf16 = false;
+      }
+      if (isa() < Isa::amx) {
+        f.amx_bf16 = f.amx_int8 = false;
       }
     }
     return f;

@@ -12,9 +12,10 @@ namespace resnet_fast::cpu {
 
 // The instruction sets that kernels are compiled for, each in a file of its own (isa_<name>.cpp). A later one includes
 // the earlier ones.
-enum class Isa { portable, avx2, avx512, avx512_vnni, avx512_bf16 };
+enum class Isa { portable, avx2, avx512, avx512_vnni, avx512_bf16, amx };
 
-inline constexpr std::array<std::string_view, 5> kIsaNames{"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
+inline constexpr std::array<std::string_view, 6> kIsaNames{"portable",    "avx2",        "avx512",
+                                                           "avx512_vnni", "avx512_bf16", "amx"};
 
 constexpr std::string_view name_of(Isa isa) { return kIsaNames[static_cast<std::size_t>(isa)]; }
 
@@ -27,7 +28,7 @@ struct Features {
   bool avx512 = false;  // F, BW, DQ and VL together
   bool avx512_bf16 = false;
   bool avx512_vnni = false;
-  bool amx_bf16 = false;  // a process must ask Linux for the tiles before it uses them
+  bool amx_bf16 = false;  // and Linux has granted this process the tiles
   bool amx_int8 = false;
 };
 

@@ -5,6 +5,15 @@
 namespace resnet_fast::cpu {
 
 const Kernels* kernels_for(Element in, Element out) {
+#ifdef RESNET_FAST_AMX
+  if (isa() >= Isa::amx) {
+    for (const Kernels& kernels : kernels_amx) {
+      if (kernels.element == in && kernels.out_element == out) {
+        return &kernels;
+      }
+    }
+  }
+#endif
   if (in == Element::uint8 || out == Element::uint8) {
 #ifdef RESNET_FAST_AVX512_BF16
     if (isa() >= Isa::avx512_bf16 && in == Element::float32) {

@@ -33,6 +33,7 @@ constexpr int chunk = 64;
 constexpr int chunk_stride = 80;
 
 constexpr int largest_block = 16;  // tiles of an item
+constexpr int tile_side = 16;      // rows of a matrix tile, and words of a row
 
 // Channels whose products are added up in registers before their sum is added to the total, if Winograd's output
 // transform is to enlarge its rounding error.
@@ -96,6 +97,7 @@ struct Direct {
   void* out;
   Index out_pixel;
   bool narrow_groups;  // of 1, 2, 4 or 8 channels, fewer than a vector has: a vector holds several groups
+  Index run_words;     // Kernels'
   // blocking
   bool merged;  // a filter row's pixels are one run of words
   Reading reading;
@@ -112,6 +114,10 @@ struct Direct {
   Index panels;  // of panel_width output channels in a group
   Index panels_per_item, splits;
   Index items;
+  // With matrix tiles, instead of tiles and tiles_per_block.
+  Index blocks_y, blocks_x;  // of each image; if it is read as it is, a block is a run of pixels of all images
+  Index row_pixels;          // from a row of a block's outputs to the next, in steps from one output to the next
+  Index plane_distance;      // elements from one plane of copied lines to the next
 };
 
 // A 3x3 convolution of stride 1 by Winograd's minimal filtering F(m x m, 3 x 3).
@@ -159,6 +165,8 @@ struct Kernels {
   int lanes;
   int tile_rows;
   int panel_width;  // 2 * lanes
+  int run_words;    // a run's packed words are a multiple of it
+  bool tiles;       // `direct` multiplies matrix tiles of tile_side rows and run_words words
   void (*direct)(const Direct&, Index item, float* scratch);
   void (*winograd_transform)(const Winograd&, Index item, float* scratch);
   void (*winograd)(const Winograd&, Index item, float* scratch);
@@ -186,6 +194,8 @@ extern const Kernels kernels_avx512[2];
 extern const Kernels kernels_avx512_vnni[3];
 // Images of bfloat16; images of float32, rounded to bfloat16, and outputs of uint8. The rest is as before.
 extern const Kernels kernels_avx512_bf16[2];
+// The same two, and images of uint8 with outputs of uint8 and of float32.
+extern const Kernels kernels_amx[4];
 
 // Those of the instruction set that isa() says; null if it has none for such images and outputs.
 const Kernels* kernels_for(Element in, Element out);
@@ -194,6 +204,7 @@ const Kernels* kernels_for(Element in, Element out);
 constexpr Index window_floats(Index windows) { return (windows * Index{sizeof(char*) / sizeof(float)} + 15) / 16 * 16; }
 
 Index direct_scratch(const Direct& layer, const Kernels& kernels);
+Index tiles_scratch(const Direct& layer, const Kernels& kernels);
 Index winograd_scratch(const Winograd& layer, const Kernels& kernels);
 
 }  // namespace resnet_fast::cpu

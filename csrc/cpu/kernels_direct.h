@@ -79,7 +79,8 @@ struct Runs {
 template <typename Form>
 inline Runs runs_of(const Direct& d) {
   const Index c = d.in.c / d.groups;
-  return {d.merged ? d.window.r : d.window.r * d.window.s, quotient(d.merged ? d.window.s * c : c, Form::word)};
+  const Index words = quotient(d.merged ? d.window.s * c : c, Form::word);
+  return {d.merged ? d.window.r : d.window.r * d.window.s, quotient(words, d.run_words) * d.run_words};
 }
 
 // A word of what lies outside the image, for each element of a vector.
@@ -106,6 +107,9 @@ inline void gather(const Direct& d, Index group, Index pixel, float* row) {
   const Index top = y * window.stride_h - window.pad_h;
   const Index left = x * window.stride_w - window.pad_w;
   const Runs runs = runs_of<Form>(d);
+  if (d.run_words > 1) {
+    fill(row, zero(), runs.count * runs.length);
+  }
   for (Index r = 0; r < window.r; ++r) {
     const Index in_y = top + r * window.dilation_h;
     const bool outside = in_y < 0 || in_y >= d.in.h;

@@ -344,31 +344,30 @@ inline bool all_finite(const Vector (&sums)[rows][vectors]) {
   return finite(check);
 }
 
-template <typename Form, int rows, int vectors>
-void product_finished(const Product<Pointed>& product, const Epilogue& epilogue,
-                      const Target<typename Form::Result>& target) {
-  using Value = typename Form::Result;
-  Vector sums[rows][vectors];
+// Asks for what is added to `rows` rows of `vectors` vectors: it was written long ago.
+template <typename Form, int vectors>
+inline void prefetch_residual(const Epilogue& epilogue, const void* residual, Index rows, Index row_bytes) {
   const bool bytes = Form::in_steps && epilogue.residual_element == Element::uint8;
-  const Index residual_row = epilogue.residual_pixel * (bytes ? 1 : Index{sizeof(Value)});
-  const char* const residuals = static_cast<const char*>(target.residual);
-  if (residuals != nullptr) {  // it was written long ago
-    const Index width = vectors * lanes * (bytes ? 1 : Index{sizeof(Value)});
-    for (int row = 0; row < rows; ++row) {
-      for (Index at = 0; at < width; at += 64) {
-        __builtin_prefetch(residuals + row * residual_row + at);
-      }
+  const Index width = vectors * lanes * (bytes ? 1 : Index{sizeof(typename Form::Result)});
+  for (Index row = 0; row < rows; ++row) {
+    for (Index at = 0; at < width; at += 64) {
+      __builtin_prefetch(static_cast<const char*>(residual) + row * row_bytes + at);
     }
   }
-  // What float32 loses in a sum is nothing beside the rounding to fewer bits.
-  constexpr Index most = sizeof(Value) == sizeof(float) && !Form::exact ? partial_sum : unlimited;
-  const float start = Form::exact && epilogue.steps.short_sums ? steps_start : 0;
-  multiply<typename Form::Gathered, rows, vectors, chunk, most>(sums, product, broadcast(start));
-  if constexpr (same<typename Form::Gathered, Bfloat16> && !Form::in_steps) {
-    if (target.infinite != nullptr) {
-      *target.infinite = !all_finite(sums);
-    }
-  }
+}
+
+// Of a residual, from one pixel to the next.
+template <typename Form>
+inline Index residual_bytes(const Epilogue& epilogue) {
+  const bool bytes = Form::in_steps && epilogue.residual_element == Element::uint8;
+  return epilogue.residual_pixel * (bytes ? 1 : Index{sizeof(typename Form::Result)});
+}
+
+// Stores what becomes of sums.
+template <typename Form, int rows, int vectors>
+inline __attribute__((always_inline)) void finish_sums(Vector (&sums)[rows][vectors], const Epilogue& epilogue,
+                                                       const Target<typename Form::Result>& target) {
+  using Value = typename Form::Result;
 #ifdef __AVX512F__
   if constexpr (Form::exact && same<Value, Uint8> && vectors == 2) {
     if (target.columns == 2 * lanes) {
@@ -387,13 +386,32 @@ void product_finished(const Product<Pointed>& product, const Epilogue& epilogue,
 #ifdef __AVX512F__
     if constexpr (Form::in_steps) {
       const Vector scale = load_some(target.scale + v * lanes, count);
-      finish_steps<Form>(sums, v, count, epilogue, target, bias, scale, residual_row);
+      finish_steps<Form>(sums, v, count, epilogue, target, bias, scale, residual_bytes<Form>(epilogue));
     } else
 #endif
     {
       finish_rows<Value>(sums, v, count, epilogue, target, bias);
     }
   }
+}
+
+template <typename Form, int rows, int vectors>
+void product_finished(const Product<Pointed>& product, const Epilogue& epilogue,
+                      const Target<typename Form::Result>& target) {
+  Vector sums[rows][vectors];
+  if (target.residual != nullptr) {
+    prefetch_residual<Form, vectors>(epilogue, target.residual, rows, residual_bytes<Form>(epilogue));
+  }
+  // What float32 loses in a sum is nothing beside the rounding to fewer bits.
+  constexpr Index most = same<typename Form::Result, float> && !Form::exact ? partial_sum : unlimited;
+  const float start = Form::exact && epilogue.steps.short_sums ? steps_start : 0;
+  multiply<typename Form::Gathered, rows, vectors, chunk, most>(sums, product, broadcast(start));
+  if constexpr (same<typename Form::Gathered, Bfloat16> && !Form::in_steps) {
+    if (target.infinite != nullptr) {
+      *target.infinite = !all_finite(sums);
+    }
+  }
+  finish_sums<Form>(sums, epilogue, target);
 }
 
 template <int rows, int vectors>

@@ -12,8 +12,6 @@
 namespace resnet_fast::cpu {
 namespace {
 
-Index quotient(Index a, Index b) { return (a + b - 1) / b; }
-
 // Output channels that the packed weights of `k` channels have room for: panels, the last one of half the width if
 // that is enough.
 Index padded(Index k, const Kernels& kernels) {
@@ -226,7 +224,7 @@ void Convolution::quantize(const float* weight, const Quantization& of) {
   const double largest_scale = reads ? of.x.scale * *std::max_element(of.weight_scale, of.weight_scale + k_) / step : 1;
   // With larger scales the bias, which is rounded, would be off by more than 1/300 of a step.
   steps_.short_sums =
-      reads && writes && static_cast<double>(depth) * largest_product < 0x1p22 && largest_scale <= 0x1p-9;
+      !kernels.tiles && reads && writes && static_cast<double>(depth) * largest_product < 0x1p22 && largest_scale <= 0x1p-9;
   double most = 0;
   for (Index k = 0; k < k_; ++k) {
     const double unit = reads ? static_cast<double>(of.x.scale) * static_cast<double>(of.weight_scale[k]) : 1;
@@ -301,7 +299,10 @@ bool Convolution::merged() const {
 
 Index Convolution::runs() const { return merged() ? window_.r : window_.r * window_.s; }
 Index Convolution::length() const { return merged() ? window_.s * c_ : c_ / groups_; }
-Index Convolution::words() const { return quotient(length(), machine_.kernels->word_elements); }
+Index Convolution::words() const {
+  const Kernels& kernels = *machine_.kernels;
+  return quotient(length(), kernels.word_elements * kernels.run_words) * kernels.run_words;
+}
 
 bool Convolution::winograd_worthwhile() const { return winograd_possible() && c_ >= 32 && k_ >= 32; }
 
@@ -311,7 +312,8 @@ Algorithm Convolution::choose(Index h, Index w) const {
     return measured->second;
   }
   // Pairs of bfloat16 are multiplied at twice the rate of the floats that F(2x2) saves 5/9 of.
-  if (!winograd_worthwhile() || (machine_.kernels->word_elements == 2 && !winograd4_chosen_)) {
+  const Kernels& kernels = *machine_.kernels;
+  if (!winograd_worthwhile() || kernels.tiles || (kernels.word_elements == 2 && !winograd4_chosen_)) {
     return Algorithm::direct;
   }
   // Not by the batch, so that an image gives the same bits in any batch; and, if nothing was measured, a layer has one
@@ -413,12 +415,17 @@ Direct Convolution::direct(const Map& in, int threads) const {
   d.epilogue.residual_element = residual_stored_ ? Element::uint8 : kernels.out_element;
   d.epilogue.steps = steps_;
   d.out_pixel = k_;
+  d.run_words = kernels.run_words;
   d.narrow_groups = narrow_groups();
   if (d.narrow_groups) {
     d.items = in.n * d.p;
     return d;
   }
   d.merged = merged();
+  if (kernels.tiles) {
+    divide_tiles(d, threads);
+    return d;
+  }
   const Index pixels = in.n * d.p * d.q;
   d.tiles = quotient(pixels, kernels.tile_rows);
   d.panels = quotient(k_ / groups_, kernels.panel_width);
@@ -447,6 +454,9 @@ Direct Convolution::direct(const Map& in, int threads) const {
 Index direct_scratch(const Direct& d, const Kernels& kernels) {
   if (d.narrow_groups) {
     return 0;
+  }
+  if (kernels.tiles) {
+    return tiles_scratch(d, kernels);
   }
   const Index window = d.checked ? d.window.r * d.window.s * d.in.c : 0;
   return window_floats(d.tiles_per_block * kernels.tile_rows) + d.copied_floats + window;

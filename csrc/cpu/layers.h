@@ -12,6 +12,8 @@
 
 namespace resnet_fast::cpu {
 
+constexpr Index quotient(Index a, Index b) { return (a + b - 1) / b; }
+
 // What blocking is made for.
 struct Machine {
   const Kernels* kernels;
@@ -96,6 +98,8 @@ class Convolution {
   Index length() const;
   Index words() const;
   Index set_reading(Direct& layer) const;
+  void divide_tiles(Direct& layer, int threads) const;
+  void set_planes(Direct& layer) const;
   const float* filters(int m) const;
   void quantize(const float* weight, const Quantization& quantization);
 

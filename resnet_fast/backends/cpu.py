@@ -116,7 +116,7 @@ _FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _DTYPES = {**_FLOATS, torch.uint8: "uint8"}
 
 #: Instruction sets with kernels for uint8.
-_WITH_UINT8 = ("avx512_vnni", "avx512_bf16")
+_WITH_UINT8 = ("avx512_vnni", "avx512_bf16", "amx")
 #: How many products of 255 and 127 are added up in 32 bits.
 _MOST_PRODUCTS = (2**31 - 1) // (255 * 127)
 
@@ -153,8 +153,8 @@ def slower(dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> str:
     if module().isa() == "portable":
         return "the engine has no kernels for this processor's vector instructions"
     for each, feature in ((torch.bfloat16, "amx_bf16"), (torch.uint8, "amx_int8")):
-        if dtype is each and module().features()[feature]:
-            return f"oneDNN multiplies {_DTYPES[dtype]} by AMX, the engine does not"
+        if dtype is each and module().isa() != "amx" and module().features(of_machine=True)[feature]:
+            return f"oneDNN multiplies {_DTYPES[dtype]} by AMX, the engine here does not"
     made, read = weight_shape[0] // groups, weight_shape[1]
     if dtype is torch.uint8:
         return "groups of fewer channels than a vector holds" if groups > 1 and made < 16 else ""

@@ -397,7 +397,8 @@ def test_features_are_those_that_the_system_lists(built: Any) -> None:
 
 
 X86 = {"avx2": True, "fma": True, "avx512": True}
-ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
+TILES = {"avx512_vnni": True, "avx512_bf16": True, "amx_bf16": True, "amx_int8": True}
 
 
 @pytest.mark.parametrize(
@@ -406,7 +407,11 @@ ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
         (X86, "avx512"),
         (X86 | {"avx512_vnni": True}, "avx512_vnni"),
         (X86 | {"avx512_vnni": True, "avx512_bf16": True}, "avx512_bf16"),
-        (X86 | {"avx512_bf16": True}, "avx512"),  # as no processor has
+        (X86 | TILES, "amx"),
+        (X86 | TILES | {"amx_int8": False}, "avx512_bf16"),  # as no processor has, nor the next three
+        (X86 | TILES | {"avx512_bf16": False}, "avx512_vnni"),
+        (TILES, "portable"),
+        (X86 | {"avx512_bf16": True}, "avx512"),
         (X86 | {"avx512": False, "avx512_vnni": True, "avx512_bf16": True}, "avx2"),
         (X86 | {"avx2": False}, "portable"),  # and AVX-512, as no processor has
         (X86 | {"fma": False}, "portable"),

@@ -77,6 +77,10 @@ SIZES = [
     _problem(2, 6, (40, 33), 35, (3, 3), padding=(9, 12), dilation=(9, 12), residual="after"),
     _problem(1, 5, (12, 23), 35, (2, 1), (3, 4), (1, 0), groups=5),
     _problem(1, 3, (56, 56), 16, (4, 4), (4, 4)),
+    # A line that does not fit into the cache; strides and dilations without a common divisor; less than 16 outputs.
+    _problem(1, 512, (3, 1900), 8, (3, 3), padding=(1, 1)),
+    _problem(2, 64, (19, 23), 40, (3, 4), (3, 2), (2, 3), (2, 3), residual="before"),
+    _problem(1, 96, (3, 5), 130, (1, 1), residual="after"),
 ]
 
 
@@ -93,7 +97,7 @@ def test_random_problems() -> None:
     assert sweep(200, seed=0) > 250
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"])
 def test_other_instruction_sets(isa: str) -> None:
     """The tests of this folder that depend on it, in a process that has read RESNET_FAST_ISA."""
     if _cpu.build_info()["sanitizer"]:
