@@ -222,7 +222,8 @@ Isa choose(const Features& features, std::span<const Isa> among, std::string_vie
   const auto* const named = std::find(kIsaNames.begin(), kIsaNames.end(), wanted);
   if (named == kIsaNames.end()) {
     throw std::invalid_argument(
-        was + "; it must be one of 'portable', 'avx2', 'avx512', 'avx512_vnni', 'avx512_bf16', 'amx', or empty for the best");
+        was +
+        "; it must be one of 'portable', 'avx2', 'avx512', 'avx512_vnni', 'avx512_bf16', 'amx', or empty for the best");
   }
   const Isa isa = static_cast<Isa>(named - kIsaNames.begin());
   if (std::find(among.begin(), among.end(), isa) == among.end()) {

@@ -1,4 +1,5 @@
-// The kernels for AMX's tiles of bfloat16 and of 8 bits; CMakeLists.txt compiles each of these files with its own flags.
+// The kernels for AMX's tiles of bfloat16 and of 8 bits; CMakeLists.txt compiles each of these files with its own
+// flags.
 #include "simd_amx.h"
 
 #include "kernels_isa.h"

@@ -1,4 +1,5 @@
-// Convolutions as products of matrix tiles: 16 outputs' pixels by 16 channels, 32 of each at a time. Part of isa_amx.cpp.
+// Convolutions as products of matrix tiles: 16 outputs' pixels by 16 channels, 32 of each at a time. Part of
+// isa_amx.cpp.
 //
 // A tile's rows lie at one distance from each other in memory, so what a window sees from one output to the next must,
 // too. In an image that 1x1 windows see it does. Else a block's lines are copied with their padding, and, if windows
@@ -15,7 +16,7 @@ namespace {
 struct Block {
   Index image, y, x;
   Index rows, columns, row_pixels;
-  Index pixel;  // the first one's number in the batch
+  Index pixel;         // the first one's number in the batch
   Index image_pixels;  // in a row of the outputs
   Index count() const { return (rows - 1) * row_pixels + columns; }
 };
@@ -27,7 +28,8 @@ inline Block block_of(const Direct& d, Index block) {
     const Index last = least(all * (block + 1) / d.blocks * tile_side, pixels);
     return {0, 0, 0, 1, last - first, last - first, first, pixels};
   }
-  const Index of_x = block % d.blocks_x, of_y = block / d.blocks_x % d.blocks_y, image = block / d.blocks_x / d.blocks_y;
+  const Index of_x = block % d.blocks_x, of_y = block / d.blocks_x % d.blocks_y,
+              image = block / d.blocks_x / d.blocks_y;
   const Index y = d.p * of_y / d.blocks_y, x = d.q * of_x / d.blocks_x;
   const Index rows = d.p * (of_y + 1) / d.blocks_y - y, columns = d.q * (of_x + 1) / d.blocks_x - x;
   return {image, y, x, rows, columns, d.row_pixels, (image * d.p + y) * d.q + x, d.q};

@@ -223,8 +223,8 @@ void Convolution::quantize(const float* weight, const Quantization& of) {
   constexpr double largest_product = 255.0 * 127;
   const double largest_scale = reads ? of.x.scale * *std::max_element(of.weight_scale, of.weight_scale + k_) / step : 1;
   // With larger scales the bias, which is rounded, would be off by more than 1/300 of a step.
-  steps_.short_sums =
-      !kernels.tiles && reads && writes && static_cast<double>(depth) * largest_product < 0x1p22 && largest_scale <= 0x1p-9;
+  steps_.short_sums = !kernels.tiles && reads && writes && static_cast<double>(depth) * largest_product < 0x1p22 &&
+                      largest_scale <= 0x1p-9;
   double most = 0;
   for (Index k = 0; k < k_; ++k) {
     const double unit = reads ? static_cast<double>(of.x.scale) * static_cast<double>(of.weight_scale[k]) : 1;

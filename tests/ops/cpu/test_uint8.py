@@ -91,7 +91,8 @@ class Case:
         largest = float(self.real.abs().max()) if real.numel() else 0.0
         self.out = (float(torch.tensor(largest / 90 or 1.0)), a.out_zero)
         products = self.weight[0].numel()
-        halves = (1 + 2.0**-8) ** 2 - 1 if not stored and _cpu.isa() in ("avx512_bf16", "amx") else 0.0  # both in bfloat16
+        in_bfloat16 = not stored and _cpu.isa() in ("avx512_bf16", "amx")  # both factors
+        halves = (1 + 2.0**-8) ** 2 - 1 if in_bfloat16 else 0.0
         self.error = magnitude * (halves + EPS * (8 if stored else products + 8))
         if stored:  # a sum of few products may begin at 1.5 * 2^23, of which the bias is rounded as it is taken away
             self.error = self.error + 0.75 * a.x[0] * scale.view(-1, 1, 1)
