@@ -266,7 +266,8 @@ struct Outputs {
   };
 
   // Of a block's rows [first, first + 32), that are in tiles of which each begins with a row of its own.
-  Outputs(const Block& block, Index first, const Index (&begin)[2]) {
+  void set(const Block& block, Index first, const Index (&begin)[2]) {
+    count = 0;
     for (int i = 0; i < 2; ++i) {
       const Index from = first + i * tile_side, to = least(from + tile_side, block.count());
       for (Index row = from / block.row_pixels; row < block.rows && row * block.row_pixels < to; ++row) {
@@ -386,12 +387,14 @@ void tiled(const Direct& d, Index item, float* scratch) {
   Tiles tiles;
   const Index first_panel = split * d.panels_per_item, last_panel = least(first_panel + d.panels_per_item, d.panels);
   const TilePanel<Form> panels(d, group, first_panel);
+  Outputs pairs[2];  // of tiles: these and those before, whose sums may be unfinished
   for (Index row = 0; row < block.count(); row += 2 * tile_side) {
     const bool both = row + tile_side < block.count();
     // A tile must not read what is behind the image; it begins earlier then.
     const Index begin[2] = {least(row, room - tile_side), least(row + tile_side, room - tile_side)};
     const char* const rows[2] = {first + begin[0] * product.distance, first + begin[1] * product.distance};
-    const Outputs outputs(block, row, begin);
+    Outputs& outputs = pairs[row / (2 * tile_side) % 2];
+    outputs.set(block, row, begin);
     TilePanel<Form> panel = panels;
     for (Index of = first_panel; of < last_panel; ++of, panel.advance()) {
       if (d.epilogue.residual != nullptr) {
@@ -407,8 +410,8 @@ void tiled(const Direct& d, Index item, float* scratch) {
       unfinished.finish(tiles, group, windows);
       unfinished.add(panel, outputs);
     }
-    unfinished.finish(tiles, group, windows);
   }
+  unfinished.finish(tiles, group, windows);
 }
 
 template <typename Form>
