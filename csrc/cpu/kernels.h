@@ -203,6 +203,9 @@ const Kernels* kernels_for(Element in, Element out);
 // Of scratch, for pointers to as many windows.
 constexpr Index window_floats(Index windows) { return (windows * Index{sizeof(char*) / sizeof(float)} + 15) / 16 * 16; }
 
+// Of a copy of one window, as Convolution packs its weights.
+Index window_words(const Direct& layer, const Kernels& kernels);
+
 Index direct_scratch(const Direct& layer, const Kernels& kernels);
 Index tiles_scratch(const Direct& layer, const Kernels& kernels);
 Index winograd_scratch(const Winograd& layer, const Kernels& kernels);

@@ -282,7 +282,8 @@ inline __attribute__((always_inline)) void finish_steps(Vector (&sums)[rows][vec
     if constexpr (same<Value, Uint8>) {
       if constexpr (!Form::exact) {
         value = epilogue.relu ? relu(value) : value;  // of minus infinity, a number
-        check = add(check, subtract(value, value));
+        const Vector there = first_of(value, count);  // weights of 0 have made NaN of infinity behind the last channel
+        check = add(check, subtract(there, there));
       }
       value = limited(value, low, high);
       count == lanes ? store_steps(to, value, steps.zero) : store_steps(to, value, steps.zero, count);

@@ -451,6 +451,12 @@ Direct Convolution::direct(const Map& in, int threads) const {
   return d;
 }
 
+Index window_words(const Direct& d, const Kernels& kernels) {
+  const Index runs = d.merged ? d.window.r : d.window.r * d.window.s;
+  const Index length = d.merged ? d.window.s * d.in.c : d.in.c / d.groups;
+  return runs * quotient(length, kernels.word_elements * kernels.run_words) * kernels.run_words;
+}
+
 Index direct_scratch(const Direct& d, const Kernels& kernels) {
   if (d.narrow_groups) {
     return 0;
@@ -458,7 +464,7 @@ Index direct_scratch(const Direct& d, const Kernels& kernels) {
   if (kernels.tiles) {
     return tiles_scratch(d, kernels);
   }
-  const Index window = d.checked ? d.window.r * d.window.s * d.in.c : 0;
+  const Index window = d.checked ? window_words(d, kernels) : 0;
   return window_floats(d.tiles_per_block * kernels.tile_rows) + d.copied_floats + window;
 }
 
@@ -508,8 +514,7 @@ Index winograd_scratch(const Winograd& w, const Kernels& kernels) {
   const Index positions = (w.m + 2) * (w.m + 2);
   const Index transformed =
       w.shared ? 0 : positions * quotient(w.direct.in.c, chunk) * w.tiles_per_block * chunk_stride;
-  const Index fallback = 9 * w.direct.in.c;
-  return transformed + positions * w.tiles_per_block * kernels.panel_width + fallback;
+  return transformed + positions * w.tiles_per_block * kernels.panel_width + window_words(w.direct, kernels);
 }
 
 Index Convolution::bytes() const {

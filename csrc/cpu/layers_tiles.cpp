@@ -108,11 +108,9 @@ void Convolution::divide_tiles(Direct& d, int threads) const {
 }
 
 Index tiles_scratch(const Direct& d, const Kernels& kernels) {
-  const Index runs = d.merged ? d.window.r : d.window.r * d.window.s;
-  const Index length = d.merged ? d.window.s * d.in.c : d.in.c / d.groups;
-  const Index words = quotient(length, kernels.word_elements * kernels.run_words) * kernels.run_words;
-  const Index sums = tile_side * kernels.panel_width, offsets = window_floats(runs);
-  return 4 * sums + offsets + d.copied_floats + (d.checked ? sums + runs * words + offsets : 0);
+  const Index sums = tile_side * kernels.panel_width;
+  const Index offsets = window_floats(d.merged ? d.window.r : d.window.r * d.window.s);
+  return 4 * sums + offsets + d.copied_floats + (d.checked ? sums + window_words(d, kernels) + offsets : 0);
 }
 
 }  // namespace resnet_fast::cpu

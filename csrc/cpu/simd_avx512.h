@@ -103,6 +103,7 @@ inline Vector multiply_add_quads(Vector a, Vector b, Vector c) {
       _mm512_dpbusd_epi32(_mm512_castps_si512(c), _mm512_castps_si512(a), _mm512_castps_si512(b)));
 }
 #endif
+inline Vector first_of(Vector a, int count) { return _mm512_maskz_mov_ps(first(count), a); }
 inline Vector from_integers(Vector a) { return from_integers(_mm512_castps_si512(a)); }
 inline Vector smaller(Vector a, Vector b) { return _mm512_min_ps(a, b); }
 // Of NaN, the limit.

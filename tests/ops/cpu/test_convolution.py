@@ -124,6 +124,36 @@ def test_other_instruction_sets(isa: str) -> None:
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
 
 
+_BEHIND = """
+import ctypes, mmap, sys, torch
+from torch.nn import functional as F
+from tests.ops.cpu.engine import packed
+size = 1 << 20
+memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(address + size), mmap.PAGESIZE, 0) == 0
+for c, h, w, kernel in ((64, 3, 11, 1), (64, 7, 7, 1), (64, 3, 5, 1), (17, 5, 7, 1), (17, 5, 7, 3), (3, 31, 9, 7)):
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.ones(40, c, kernel, kernel)
+        layer = packed(weight, torch.zeros(40), padding=(kernel // 2, kernel // 2), dtype=dtype)
+        count = c * h * w
+        begin = size - count * dtype.itemsize
+        x = torch.frombuffer(memory, dtype=dtype, count=count, offset=begin).view(1, h, w, c).fill_(1)
+        out = torch.empty(1, h, w, 40, dtype=dtype)
+        layer.run(x.data_ptr(), 1, h, w, 0, out.data_ptr(), False, False, 1)
+        wanted = F.conv2d(torch.ones(1, c, h, w), weight, padding=kernel // 2).to(dtype)
+        assert torch.equal(out.permute(0, 3, 1, 2), wanted), (c, h, w, kernel, dtype)
+"""
+
+
+def test_nothing_is_read_behind_an_image() -> None:
+    """Images end where a page begins that no process may read."""
+    if _cpu.build_info()["sanitizer"]:
+        pytest.skip("the process would have the module without a sanitizer")
+    run = subprocess.run([sys.executable, "-c", _BEHIND], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
 def test_empty_batch() -> None:
     layer = packed(torch.ones(4, 3, 3, 3), torch.zeros(4))
     problem = Problem(torch.empty(0, 3, 8, 8), torch.ones(4, 3, 3, 3), torch.zeros(4))

@@ -226,8 +226,9 @@ def test_images_of_any_strides() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_no_number_is_said(value: float) -> None:
-    case = Case(Problem(reads=torch.float32, c=6))
+@pytest.mark.parametrize("k", [35, 64])  # 35: the last vector has places without a channel, of weights 0
+def test_what_is_no_number_is_said(value: float, k: int) -> None:
+    case = Case(Problem(reads=torch.float32, c=6, k=k))
     case.run()
     case.image[1, 4, 4, 3] = value
     with pytest.raises(cpu.NotFiniteError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -139,6 +140,18 @@ def test_the_choice_of_the_tile_is_by_the_weights() -> None:
     assert few.algorithm(2, 2) == "direct"
     thin = Problem(torch.empty(0), normal_weight(31, 64), torch.zeros(31), padding=(1, 1)).layer()
     assert thin.algorithm(56, 56) == "direct"
+
+
+@pytest.mark.parametrize("c", range(1, 7))
+def test_memory_for_the_window_of_a_tile_with_nan(c: int) -> None:
+    """In a thread of its own, whose memory is what this layer asks for, as sanitizers see."""
+    x = torch.ones(1, c, 4, 4)
+    x[0, 0, 0, 0] = torch.nan
+    problem = Problem(x, torch.ones(16, c, 3, 3), torch.zeros(16), padding=(1, 1), name=f"{c} channels")
+    with ThreadPoolExecutor(1) as pool:
+        for dtype in DTYPES:
+            found = pool.submit(lambda each: each.run("winograd2", 1), problem.to(dtype)).result()
+            assert bool(found[..., :2, :2].isnan().all()) and int(found.isnan().sum()) == 16 * 4
 
 
 def test_the_choice_for_bfloat16_is_by_its_rate() -> None:
