@@ -74,7 +74,8 @@ void Convolution::divide_tiles(Direct& d, int threads) const {
       continue;
     }
     const double share = weight_bytes / static_cast<double>(splits);
-    const Index most = d.reading == Reading::image ? std::min<Index>(tiles, 16 * threads) : d.p;
+    const Index blocks_there = d.reading == Reading::image ? tiles : d.p;
+    const Index most = std::max(least_y, std::min<Index>(blocks_there, 16 * threads));
     for (Index blocks = least_y; blocks <= most; ++blocks) {
       double rows, bytes;
       if (d.reading == Reading::image) {
