@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -48,3 +49,32 @@ def _errors(ours: Tensor, same_dtype: Tensor, exact: Tensor, what: str) -> tuple
     finite = torch.isfinite(same_dtype) & torch.isfinite(exact)
     a, b, e = ours[finite].double(), same_dtype[finite].double(), exact[finite]
     return (a - e).norm().item(), 2 * (b - e).norm().item() + unit_roundoff(ours.dtype) * e.norm().item()
+
+
+def conv2d_in_order(
+    x: Tensor,
+    weight: Tensor,
+    bias: None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Compute conv2d as a GPU does: one float32 sum for each output, product after product, rounded once to x's dtype.
+
+    A reference for emulated kernels, because torch's convolution on a CPU depends on the processor: some sum in as many
+    parts as a vector has places, leave out products of NaN with padding, or, in bfloat16 on AMX, multiply memory that
+    nobody wrote by zeros (images one pixel wide become NaN).
+    """
+    if groups > 1:
+        parts = zip(x.chunk(groups, 1), weight.chunk(groups), strict=True)
+        return torch.cat([conv2d_in_order(*part, bias, stride, padding, dilation) for part in parts], 1)
+    columns = F.unfold(x.float(), weight.shape[2:], dilation, padding, stride)
+    total = torch.zeros(x.shape[0], weight.shape[0], columns.shape[2])
+    for i, factors in enumerate(weight.float().flatten(1).unbind(1)):
+        total = total + factors[:, None] * columns[:, None, i]
+    p, q = (
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    )
+    return total.unflatten(2, (p, q)).to(x.dtype).contiguous(memory_format=torch.channels_last)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from resnet_fast._dtypes import DTYPES
 from tests.emulator.cases._tensors import Results, asserted, case, placed, rounded_to_tf32, spoil
 from tests.emulator.harness import Case
+from tests.numerics import conv2d_in_order
 
 HALF_TILES = (
     "128x128x32_4", "256x64x32_4", "128x64x32_4", "64x128x32_4", "64x64x64_4", "64x32x64_4", "32x64x64_4",
@@ -66,7 +67,8 @@ def conv(problem: Problem, x: Tensor, weight: Tensor) -> Tensor:
     top, bottom, left, right = problem.padding
     x = nn.functional.pad(x.permute(0, 3, 1, 2), (left, right, top, bottom))
     w = weight.permute(0, 3, 1, 2)
-    return nn.functional.conv2d(x, w, None, problem.stride, 0, problem.dilation, problem.groups)
+    conv2d = nn.functional.conv2d if x.dtype is torch.float64 else conv2d_in_order
+    return conv2d(x, w, None, problem.stride, (0, 0), problem.dilation, problem.groups)
 
 
 def plain(problem: Problem, tensors: dict[str, Tensor], precision: str) -> Tensor:

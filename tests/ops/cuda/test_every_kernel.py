@@ -26,7 +26,7 @@ from tests.cuda_device import (
     doubled,
     installed,
 )
-from tests.numerics import assert_obeys_error_rule
+from tests.numerics import assert_obeys_error_rule, conv2d_in_order
 from tests.ops.test_conv_bn_act import plain
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("poisoned_memory")]
@@ -78,32 +78,14 @@ def launch(name: str, problem: ConvBNAct, given: dict[str, Any]) -> Tensor:
     return out.cpu()
 
 
-def in_order(
-    x: Tensor, weight: Tensor, bias: None, stride: Any, padding: Any, dilation: Any, groups: int
-) -> Tensor:  # fmt: skip
-    """Compute conv2d with one sum for each output, product after product, those with padding too."""
-    assert groups == 1
-    columns = F.unfold(x, weight.shape[2:], dilation, padding, stride)
-    total = torch.zeros(x.shape[0], weight.shape[0], columns.shape[2], dtype=x.dtype)
-    for i, factors in enumerate(weight.flatten(1).unbind(1)):
-        total = total + factors[:, None] * columns[:, None, i]
-    size = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
-        for i in range(2)
-    ]
-    return total.view(*total.shape[:2], *size).contiguous(memory_format=torch.channels_last)
-
-
 def references(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return what torch's layers make of it in the same dtype, and in float64.
 
-    If kernels are emulated, the first is a CPU's, and its convolution of float16 and float32 would depend on the
-    processor: some sum in as many parts as a vector has places, or leave out products of NaN with padding. So these
-    are sums of float32 in order, as a GPU's, rounded once.
+    If kernels are emulated, the first takes its convolution from ``conv2d_in_order``, whatever the processor is.
     """
     with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu" and given["x"].dtype is not torch.bfloat16:
-            patch.setattr(F, "conv2d", lambda x, w, *rest: in_order(x.float(), w.float(), *rest).to(x.dtype))
+        if DEVICE == "cpu":
+            patch.setattr(F, "conv2d", conv2d_in_order)
         same_dtype = plain(**given)
     return same_dtype, plain(**doubled(given))
 
