@@ -105,17 +105,18 @@ def test_the_folder_kernels_leaves_its_name_to_an_installed_package(
 def test_import_is_cheap(tmp_path: Path) -> None:
     code = """
 import json, sys, time
-import torch
-before = set(sys.modules)
 began = time.process_time()  # not the clock: other processes may run
+import torch
+between, before = time.process_time(), set(sys.modules)
 import resnet_fast
-seconds = time.process_time() - began
-print(json.dumps([seconds, sorted({name.split(".")[0] for name in set(sys.modules) - before})]))
+share = (time.process_time() - between) / (between - began)
+print(json.dumps([share, sorted({name.split(".")[0] for name in set(sys.modules) - before})]))
 """
     runs = [json.loads(succeed("-c", code, cwd=tmp_path)) for _ in range(3)]
     costly = "PIL matplotlib onnx onnxruntime openvino rich safetensors sklearn torchvision triton typer"
     assert not set(costly.split()) & set(runs[0][1])
-    assert min(seconds for seconds, _ in runs) < 0.3, runs
+    # Of torch's own time, about 0.9 s where nothing else runs: what slows the processor slows both.
+    assert min(share for share, _ in runs) < 1 / 3, runs
 
 
 @pytest.mark.parametrize(("choice", "left"), [("keep", True), ("off", False), ("auto", False)])
