@@ -66,7 +66,7 @@ constexpr float steps_start = 12582912;
 // What happens to a sum before it is stored.
 struct Epilogue {
   const float* bias;         // [k]
-  const void* residual;      // pixels of k elements, or null
+  const void* residual;      // pixels of k elements, or null; they may lie where the outputs are stored
   Index residual_pixel;      // elements from one pixel of the residual to the next
   Element residual_element;  // the output's, or uint8
   bool relu;

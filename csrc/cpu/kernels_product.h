@@ -108,6 +108,10 @@ inline const char* row_of(const From<Strided, rows>& from, int row) {
   return row_of(Strided{from.first}, row);
 }
 
+// Weights are asked for so many bytes before their products: in a network they come from memory, and from there no
+// processor fetches far enough ahead by itself while it multiplies.
+constexpr Index weights_ahead = 4096;
+
 template <typename Words, int rows, int vectors, typename Rows>
 inline __attribute__((always_inline)) void multiply_chunk(Vector (&sums)[rows][vectors], const Rows& from, Index offset,
                                                           const float* weights, Index length) {
@@ -116,6 +120,10 @@ inline __attribute__((always_inline)) void multiply_chunk(Vector (&sums)[rows][v
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
       weight[v] = load(weights + v * lanes);
+    }
+#pragma GCC unroll 4
+    for (Index at = 0; at < vectors * lanes * Index{sizeof(float)}; at += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(weights) + weights_ahead + at);
     }
     weights += vectors * lanes;
 #pragma GCC unroll 16

@@ -133,19 +133,17 @@ void transform_tile(const Winograd& w, Index tile, Index first, Index last, floa
   }
 }
 
-// The outputs of one tile's panel from its products, [position][tiles][panel_width]; whether all were numbers.
+// The outputs of one tile's panel from its products, [position][tiles][panel_width]; false, and nothing is stored, if
+// one is no finite number. (What is added to them may lie where they are stored.)
 template <typename Value, int m>
 bool finish_tile(const Winograd& w, Index tile, Index panel, const float* products, Index position_distance) {
   constexpr int n = m + 2;
   const Direct& d = w.direct;
   const Tile at = tile_at(w, tile);
-  bool numbers = true;
-  for (int v = 0; v < 2; ++v) {
-    const Index channel = panel * panel_width + v * lanes;
-    const int count = static_cast<int>(least(lanes, d.k - channel));
-    if (count <= 0) {
-      break;
-    }
+  const Index rows = least(m, d.p - at.y), columns = least(m, d.q - at.x);
+  const int vectors = d.k - panel * panel_width > lanes ? 2 : 1;
+  Vector outputs[2][m][m], check = zero();
+  for (int v = 0; v < vectors; ++v) {
     Vector half[m][n];
     for (int x = 0; x < n; ++x) {
       Vector column[n], y[m];
@@ -159,16 +157,25 @@ bool finish_tile(const Winograd& w, Index tile, Index panel, const float* produc
         half[i][x] = y[i];
       }
     }
+    for (Index i = 0; i < rows; ++i) {
+      Transform<m>::output(half[i], outputs[v][i]);
+      for (Index j = 0; j < columns; ++j) {
+        check = add(check, subtract(outputs[v][i][j], outputs[v][i][j]));
+      }
+    }
+  }
+  if (!finite(check)) {
+    return false;
+  }
+  for (int v = 0; v < vectors; ++v) {
+    const Index channel = panel * panel_width + v * lanes;
+    const int count = static_cast<int>(least(lanes, d.k - channel));
     const Vector bias = load_some(d.epilogue.bias + channel, count);
-    Vector check = zero();
-    for (int i = 0; i < m && at.y + i < d.p; ++i) {
-      Vector y[m];
-      Transform<m>::output(half[i], y);
-      for (int j = 0; j < m && at.x + j < d.q; ++j) {
-        check = add(check, subtract(y[j], y[j]));
+    for (Index i = 0; i < rows; ++i) {
+      for (Index j = 0; j < columns; ++j) {
         const Index pixel = (at.image * d.p + at.y + i) * d.q + at.x + j;
         const Value* residual = residual_at<Value>(d.epilogue, pixel, channel);
-        const Vector value = finish(y[j], bias, residual, count, d.epilogue);
+        const Vector value = finish(outputs[v][i][j], bias, residual, count, d.epilogue);
         Value* to = static_cast<Value*>(d.out) + pixel * d.out_pixel + channel;
         if (count == lanes) {
           store(to, value);
@@ -177,9 +184,8 @@ bool finish_tile(const Winograd& w, Index tile, Index panel, const float* produc
         }
       }
     }
-    numbers = numbers && finite(check);
   }
-  return numbers;
+  return true;
 }
 
 // A tile's panel without Winograd, for what is no number or overflows on the way: an infinity would spread.

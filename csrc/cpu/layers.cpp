@@ -304,6 +304,13 @@ Index Convolution::words() const {
   return quotient(length(), kernels.word_elements * kernels.run_words) * kernels.run_words;
 }
 
+bool Convolution::recomputes() const {
+  const Kernels& kernels = *machine_.kernels;
+  const bool looks_behind =
+      kernels.element == Element::bfloat16 || (kernels.tiles && kernels.element != Element::uint8);
+  return looks_behind && length() % (kernels.word_elements * kernels.run_words) != 0;
+}
+
 bool Convolution::winograd_worthwhile() const { return winograd_possible() && c_ >= 32 && k_ >= 32; }
 
 Algorithm Convolution::choose(Index h, Index w) const {
@@ -390,7 +397,7 @@ Index Convolution::set_reading(Direct& d) const {
     d.copied_floats = pixels * d.window_distance;
     return d.copied_floats * word_bytes;
   }
-  d.checked = !whole && kernels.element == Element::bfloat16;
+  d.checked = recomputes();
   d.line_pixel = c * element >= 512 && c * element % 512 == 0 ? c + 64 / element : c;
   d.line_distance = quotient(columns * d.line_pixel * element + word_bytes, 64) * 64 / element;
   // Rows of outputs, and how many images' they may be.

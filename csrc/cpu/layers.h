@@ -85,6 +85,9 @@ class Convolution {
   bool winograd_possible() const;
   // Whether a vector holds several groups: as many channels in as out, 1, 2, 4 or 8, and fewer than it has.
   bool narrow_groups() const;
+  // Whether a run of pixels ends within a word, where infinity or NaN behind it, times a weight of 0, would be NaN:
+  // outputs that are no finite numbers may be computed again, behind what was stored.
+  bool recomputes() const;
   // The layer for images [n, h, w, c] that are dense, with blocking, weights and bias, for the caller to fill in the
   // data and the rest of the epilogue.
   Direct direct(const Map& in, int threads) const;

@@ -46,7 +46,7 @@ void Convolution::divide_tiles(Direct& d, int threads) const {
   const Index pixels = d.in.n * d.p * d.q;
   const bool as_they_are = bytes_of(kernels.element) == element;
   d.panels = quotient(k_ / groups_, kernels.panel_width);
-  d.checked = !whole && kernels.element != Element::uint8;
+  d.checked = recomputes();
   d.reading = pointwise && whole && as_they_are && pixels >= tile_side ? Reading::image : Reading::lines;
   d.blocks_x = d.blocks_y = 1;
   d.copied_floats = 0;

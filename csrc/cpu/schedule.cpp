@@ -172,8 +172,28 @@ void Schedule::place(const Plan& plan) {
       }
     }
   }
+  // A result is stored on its residual, if nobody reads that later: it is near, and no other memory is fetched.
+  std::vector<int> under(count, -1);
+  std::vector<bool> covered(count, false);
+  for (std::size_t i = 0; i < count; ++i) {
+    const Plan::Layer& layer = plan.layers_[i];
+    if (layer.kind != Plan::Kind::convolution || layer.b < 0 || layer.b == layer.a) {
+      continue;
+    }
+    const std::size_t residual = static_cast<std::size_t>(layer.b);
+    const Value &to = values_[i], &from = values_[residual];
+    if (placed[i] && placed[residual] && last[residual] == i && to.whole == from.whole && to.pixel == from.pixel &&
+        layer.element == plan.layers_[residual].element && !layer.convolution->recomputes()) {
+      under[i] = layer.b;
+      covered[residual] = true;
+    }
+  }
   Space space;
   const auto take = [&](std::size_t i, Index images) {
+    if (under[i] >= 0) {
+      values_[i].offset = values_[under[i]].offset;
+      return;
+    }
     const Index floats = (images * values_[i].image_bytes + Index{sizeof(float)} - 1) / Index{sizeof(float)};
     values_[i].offset = space.take(floats);
   };
@@ -211,7 +231,7 @@ void Schedule::place(const Plan& plan) {
         }
       }
       for (std::size_t made = 0; made <= i; ++made) {
-        if (placed[made] && end[made] == i) {
+        if (placed[made] && end[made] == i && !covered[made]) {
           space.free(values_[made].offset);
         }
       }

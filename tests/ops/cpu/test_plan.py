@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.numerics import assert_obeys_error_rule
-from tests.ops.cpu.engine import DTYPES, Buffer, _cpu, given, name_of, packed, run_plan, same, same_bits
+from tests.ops.cpu.engine import ALGORITHMS, DTYPES, Buffer, _cpu, given, name_of, packed, run_plan, same, same_bits
 from tests.ops.cpu.sweep import whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,30 +144,35 @@ def test_the_same_bits_however_few_images_run_together(dtype: torch.dtype) -> No
                     assert same_bits(ours, each[:batch])
 
 
-def _random_plan(seed: int, near: int) -> _cpu.Plan:
-    """Layers of any kind over values of 8 channels, each of any two earlier ones, some of them outputs."""
+def _random_plan(
+    seed: int, near: int, dtype: torch.dtype = torch.float32, c: int = 8, all_given_back: bool = False
+) -> tuple[_cpu.Plan, list[int]]:
+    """Layers of any kind over values of ``c`` channels, each of any two earlier ones, and which are to be outputs."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     plan = _cpu.Plan(near)
-    values = [(plan.input(8), 0) for _ in range(2)]  # with how often their sides were halved
+    values = [(plan.input(c, name_of(dtype)), 0) for _ in range(2)]  # with how often their sides were halved
 
     for _ in range(draw.randint(4, 14)):
         x, halved = draw.choice(values)
         like = draw.choice([value for value, times in values if times == halved])
-        kind = draw.choice(["1x1", "3x3", "down", "pool", "add", "residual"])
+        kind = draw.choice(["1x1", "3x3", "down", "pool", "add", "residual", "residual of 1x1"])
         stride = 2 if kind in ("down", "pool") and halved < 3 else 1
         if kind == "pool":
             made = plan.max_pool(x, (3, 3), (stride, stride), (1, 1), (1, 1), False)
         elif kind == "add":
             made = plan.add(x, like, draw.random() < 0.5)
         else:
-            side = 1 if kind == "1x1" else 3
-            weight, bias = torch.randn(8, 8, side, side, generator=generator) / 4, torch.randn(8, generator=generator)
-            residual = like if kind == "residual" else -1
-            made = conv(plan, x, weight, bias, stride, side // 2, residual=residual, relu=draw.random() < 0.5)
+            side = 1 if "1x1" in kind else 3
+            weight, bias = torch.randn(c, c, side, side, generator=generator) / 4, torch.randn(c, generator=generator)
+            residual = like if "residual" in kind else -1
+            algorithm = draw.choice(ALGORITHMS) if side == 3 and stride == 1 else "auto"
+            how = {"residual": residual, "relu": draw.random() < 0.5, "residual_after_relu": draw.random() < 0.5}
+            made = conv(plan, x, weight, bias, stride, side // 2, dtype, algorithm=algorithm, **how)
         values.append((made, halved + (stride == 2)))
-    for value, _ in draw.sample(values, draw.randint(1, min(4, len(values)))):
+    outputs = [value for value, _ in draw.sample(values, draw.randint(1, min(4, len(values))))]
+    for value in [value for value, _ in values] if all_given_back else outputs:
         plan.output(value)
-    return plan
+    return plan, outputs
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -176,12 +181,76 @@ def test_random_plans_have_the_same_bits_however_few_images_run_together(seed: i
     inputs[1] = inputs[1].to(memory_format=torch.channels_last)
 
     def run(near: int, first: int, last: int) -> list[Tensor]:
-        return run_plan(_random_plan(seed, near), *(each[first:last] for each in inputs), threads=2)
+        return run_plan(_random_plan(seed, near)[0], *(each[first:last] for each in inputs), threads=2)
 
     alone = [torch.cat(parts) for parts in zip(*(run(1 << 40, i, i + 1) for i in range(5)), strict=True)]
     for near in (1, 3_000, 12_000, 25_000, 50_000):
         for ours, each in zip(run(near, 0, 5), alone, strict=True):
             assert same_bits(ours, each), near
+
+
+@pytest.mark.parametrize("c", [7, 8, 40, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_stored_on_their_residuals_are_what_they_are_elsewhere(dtype: torch.dtype, c: int) -> None:
+    """If every value is given back, none may lie where another one was; NaN and infinities are computed twice."""
+    for seed in range(60 if c < 128 else 25):
+        inputs = [torch.randn(5, c, 13, 10).to(dtype) for _ in range(2)]
+        inputs[0][1, 3, 4, 5], inputs[1][2, 0, 12, 9], inputs[1][0, c - 1, 0, 0] = torch.nan, torch.inf, -torch.inf
+        image = inputs[0][0].numel() * dtype.itemsize
+        for near in (1 << 40, image // 2, 2 * image):
+            plan, outputs = _random_plan(seed, near, dtype, c)
+            everything = run_plan(_random_plan(seed, near, dtype, c, all_given_back=True)[0], *inputs)
+            for value, ours in zip(outputs, run_plan(plan, *inputs, threads=2), strict=True):
+                assert same_bits(ours, everything[value]), (seed, near, value)
+
+
+@pytest.mark.parametrize("side", [1, 3])
+def test_a_result_does_not_lie_where_its_own_image_does(side: int) -> None:
+    generator, c = torch.Generator().manual_seed(0), 96
+    x, bias = whole((1, c, 40, 40), 1, generator), whole((c,), 9, generator)
+    weights = [(torch.rand(c, c, side, side, generator=generator) < 0.01).float() for _ in range(2)]
+    plan = _cpu.Plan()
+    y = conv(plan, plan.input(c), weights[0], bias, 1, side // 2)
+    y = conv(plan, y, weights[1], bias, 1, side // 2, residual=y, algorithm="direct")
+    plan.output(plan.max_pool(y, (1, 1), (1, 1), (0, 0), (1, 1), False))
+    first = F.conv2d(x, weights[0], bias, padding=side // 2)
+    assert torch.equal(run_plan(plan, x, threads=2)[0], F.conv2d(first, weights[1], bias, padding=side // 2) + first)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_tile_that_is_computed_twice_takes_its_residual_once(algorithm: str) -> None:
+    """Of a panel's channels one alone is no finite number."""
+    weight, x = torch.randn(32, 32, 3, 3) / 20, torch.randn(1, 32, 12, 12)
+    weight[20, 3, 1, 1] = torch.inf
+    pointwise, bias = torch.randn(32, 32, 1, 1), torch.ones(32)
+    results = []
+    for kept in (False, True):  # kept, the residual lies elsewhere
+        plan = _cpu.Plan()
+        image = plan.input(32)
+        residual = conv(plan, image, pointwise, bias)
+        y = conv(plan, image, weight, bias, 1, 1, residual=residual, algorithm=algorithm)
+        plan.output(plan.max_pool(y, (1, 1), (1, 1), (0, 0), (1, 1), False))
+        if kept:
+            plan.output(residual)
+        results.append(run_plan(plan, x)[0])
+    assert results[0].isfinite().sum() == 31 * 144
+    assert same_bits(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_chain_of_residuals_takes_the_memory_of_one_and_of_what_is_added(algorithm: str, dtype: torch.dtype) -> None:
+    image, weight, bias = torch.randn(1, 32, 64, 64).to(dtype), torch.randn(32, 32, 3, 3) / 40, torch.randn(32)
+    plan = _cpu.Plan()
+    x = conv(plan, plan.input(32, name_of(dtype)), weight, bias, 1, 1, dtype)
+    for _ in range(5):
+        inner = conv(plan, x, weight, bias, 1, 1, dtype, relu=True)
+        x = conv(plan, inner, weight, bias, 1, 1, dtype, residual=x, algorithm=algorithm)
+    plan.output(conv(plan, x, weight, bias, 1, 1, dtype))
+    run_plan(plan, image)
+    size = image.numel() * image.itemsize
+    transformed = 0 if algorithm == "direct" else 36 * 80 * 4 * (64 * 64 // 4)  # where it is shared
+    assert plan.arena_bytes <= 2 * size + size // 8 + transformed + 4096
 
 
 def test_a_value_that_is_read_part_by_part_keeps_its_memory() -> None:
