@@ -152,6 +152,8 @@ def _key(task: Task, made: Any) -> Key:
     known = []
     for parameter, argument in zip(made.kernel.params, made.args, strict=False):
         known += _known(parameter, argument)
+    # Beside int8 operands outputs and residuals may be of another type.
+    known += [f"out:{out}" for out in (getattr(task.case.problem, "out", "uint8"),) if out != "uint8"]
     options = " ".join(f"{name}={int(v) if isinstance(v, bool) else v}" for name, v in made.options.items())
     dtype = STORED[task.case.problem.precision]
     types = {STORED[name]: name for name in ("fp16", "bf16", "fp32", "int8")}

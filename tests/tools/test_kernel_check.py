@@ -338,6 +338,25 @@ print(json.dumps(found))
     assert succeed(code, tmp_path) == [[False, True, True]] * 2
 
 
+def test_int8_kernels_of_other_outputs_are_other_rows(tmp_path: Path) -> None:
+    code = """
+import dataclasses
+import json
+from resnet_fast.kernels import conv_int8, gpus
+from resnet_fast.tuning import compile as check, compiler, ops
+found = []
+for name in ("h100", "a100"):
+    gpu = gpus.known(name)
+    problem = conv_int8.Problem(1, 7, 7, 64, 64, (1, 1), (1, 1), (0, 0), (1, 1), 1, "int8", True)
+    config = conv_int8.heuristic(problem, gpu)
+    cases = [ops.Case("conv_int8", dataclasses.replace(problem, out=out), "relu") for out in ("uint8", "fp16", "bf16")]
+    keys = [check.key(compiler.Task(gpu.capability, case, config)) for case in cases]
+    found.append([len({*keys}), *(key.constants.endswith(" out:fp16") for key in keys)])
+print(json.dumps(found))
+"""
+    assert succeed(code, tmp_path) == [[3, False, True, False]] * 2
+
+
 def test_tables_of_launch_choices_are_compiled(tmp_path: Path) -> None:
     case = problem(n=3, h=56, w=56)
     fields = dataclasses.asdict(conv_bn_act.Config(64, 32, 32, 4, 2, True))
