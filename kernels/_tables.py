@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
@@ -98,6 +99,15 @@ def _load(gpu: str) -> dict[tuple[str, str], dict[str, Any]]:
                 continue
             found |= {(op, key): choice for op, problems in table.items() for key, choice in problems.items()}
     return found
+
+
+def described(gpu: str) -> str:
+    """Return how many measured choices of each op launches on a GPU are looked up in, and where they are from."""
+    counts = Counter(op for op, _ in _load(gpu))
+    if not counts:
+        return f"none measured: there is no table {gpu}.json in {user_folder()}"
+    paths = [str(path) for path in (user_folder() / f"{gpu}.json", _CHECKED_IN / f"{gpu}.json") if path.is_file()]
+    return f"{', '.join(f'{op} {count}' for op, count in sorted(counts.items()))} of {' and '.join(paths)}"
 
 
 def forget() -> None:

@@ -225,4 +225,7 @@ class BatchNormAct:
 Problem = ConvBNAct | BottleneckTail | Stem | Head | AddAct | BatchNormAct
 
 #: The problems of the ops whose kernels are tuned, by the op's name. The last two run in training only.
-OPS = {problem.op: problem for problem in (ConvBNAct, BottleneckTail, Stem, Head, AddAct, BatchNormAct, ConvStatistics)}
+OPS = {
+    problem.op: problem
+    for problem in (ConvBNAct, BottleneckTail, Stem, Head, AddAct, ConvInt8, BatchNormAct, ConvStatistics)
+}

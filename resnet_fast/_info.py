@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import backends
-from .backends import cpu, cuda
+from .backends import cpu, cuda, triton
 
 _PACKAGES = ("triton", "torchvision", "numpy", "safetensors", "Pillow", "protobuf", "onnxruntime", "openvino")
 
@@ -28,6 +28,7 @@ class Info:
     torch: str
     packages: dict[str, str]
     gpus: list[str]
+    choices: dict[str, str]
     engine: dict[str, Any]
     native: dict[str, Any]
     backend: str
@@ -53,6 +54,7 @@ class Info:
             ("torch", f"{self.torch}, {self.threads} threads"),
             ("cpu", f"{self.cpu} ({self.cpu_capability})"),
             ("gpus", ", ".join(self.gpus) or "none that torch can use"),
+            *(("choices", f"{name}: {line}") for name, line in self.choices.items()),
             ("engine", _engine(self.engine)),
             ("native", _native(self.native)),
             ("packages", ", ".join(f"{name} {version}" for name, version in self.packages.items())),
@@ -117,6 +119,7 @@ def info() -> Info:
         torch=torch.__version__,
         packages={name: version for name, version in found.items() if version},
         gpus=gpus,
+        choices=triton.described(),
         engine=cpu.described(),
         native=cuda.described(),
         backend=backends.current(),

@@ -6,13 +6,20 @@ import sys
 import warnings
 
 
-def warn(message: str) -> None:
-    """Warn at the line that called this package, through whichever of its functions that was."""
+def warn(message: str, *functions: str) -> None:
+    """Warn at the line that called this package, through whichever of its functions that was.
+
+    Args:
+        functions: which of the package's the message may be of: it begins with the outermost that is running, or the
+            first one.
+    """
     package = __name__.partition(".")[0]
-    level, frame = 2, sys._getframe(1)
+    level, frame, called = 2, sys._getframe(1), functions[0]
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        if frame.f_code.co_name in functions:
+            called = frame.f_code.co_name
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(f"{called}: {message}", stacklevel=level)
 
 
 def reworded(error: Exception, old: str, new: str, argument: str, renamed: str) -> Exception:

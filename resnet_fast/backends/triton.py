@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fast.kernels import gpus
+from resnet_fast.kernels import _tables, gpus
 
 NAME = "triton"
 _OLDEST = (3, 6)
@@ -93,6 +93,13 @@ def gpu_of(device: torch.device) -> gpus.GPU:
     if device.type != "cuda":
         return gpus.known("h100")
     return _described(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def described() -> dict[str, str]:
+    """Return which measured choices the launches on each GPU here are looked up in, by the name of the GPU."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = [gpu_of(torch.device("cuda", index)) for index in range(count)]
+    return {gpu.name: _tables.described(gpu.name) for gpu in ([_assumed] if _assumed is not None else found)}
 
 
 @contextmanager

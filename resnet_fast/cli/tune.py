@@ -63,7 +63,8 @@ def tune(
             "--dtype",
             parser=arithmetic,
             metavar="|".join(NAMES),
-            help="How to multiply, by default float16, on the CPU float32; repeatable.",
+            help="How to multiply, by default float16, on the CPU float32; int8: as quantize() makes the network for a "
+            "GPU, with float16 beside it; repeatable.",
         ),
     ] = None,
     chosen: Annotated[
@@ -112,8 +113,6 @@ def tune(
 
     The most expensive layers come first, and the table is written after each, so that it can be stopped at any time.
     """
-    if Arithmetic.int8 in (precisions or ()):
-        raise UserError("--dtype int8: the kernels of quantized networks are not tuned, they go by their shapes")
     names = tuple(check_arch(name) for name in (models or ["resnet50"]))
     if device is not Device.cuda and device.found == "cpu":
         for option, given in (("--op", chosen), ("--gpu", gpu_name), ("--checked-in", checked_in)):
@@ -134,10 +133,13 @@ def tune(
     from resnet_fast.kernels import _tables
     from resnet_fast.tuning import ops, shapes, sweep
 
-    wanted = [each.precision for each in (precisions or [Arithmetic.float16])]
+    asked = precisions or [Arithmetic.float16]
+    wanted = [each.precision for each in asked if each is not Arithmetic.int8]
     with as_user_errors(ValueError):
         training = any(op in shapes.TRAINING for op in chosen or ())
         cases = shapes.problems(names, batches or [128], wanted, image_size, gpu, training)
+        if Arithmetic.int8 in asked:
+            cases += shapes.quantized(names, batches or [128], image_size, gpu)
     if chosen:
         cases = tuple(case for case in cases if case.op in chosen)
     cases = needed = ops.with_cuda(cases, gpu)
@@ -149,9 +151,9 @@ def tune(
     with as_user_errors(ValueError, OSError):
         table = _tables.read(path) if path.is_file() else {}
     if not needed:
-        asked = f"{', '.join(names)} at batch {', '.join(map(str, batches or [128]))}"
+        network = f"{', '.join(names)} at batch {', '.join(map(str, batches or [128]))}"
         what = f"{', '.join(chosen)} launch" if chosen else "launch"
-        raise UserError(f"tune: {asked} has no {what} that is worth one on {gpu.name}")
+        raise UserError(f"tune: {network} has no {what} that is worth one on {gpu.name}")
     waiting = sweep.pending(cases, gpu, table, again)
     if dry_run:
         return _list(waiting, gpu, most)
@@ -276,6 +278,8 @@ def _tune_cpu(
 
     if len(batches) > 1:
         raise UserError("--batch-size may be given once with --device cpu: a choice holds for any batch")
+    if Arithmetic.int8 in precisions:
+        raise UserError("--dtype int8: in int8 the CPU engine has one algorithm, so there is nothing to measure")
     for each in precisions:
         if reason := cpu.unsupported(each.dtype) if each is not Arithmetic.tf32 else "the CPU engine has no tf32":
             raise UserError(f"tune: nothing can be measured here: {reason}")

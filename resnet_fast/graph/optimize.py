@@ -154,7 +154,7 @@ def unplanned(
         said = (
             f"forward hooks are not called by the frozen snapshot, what they return is part of it: {', '.join(hooks)}"
         )
-        warn(f"optimize: {said}")
+        warn(said, "optimize", "quantize")
     own = copies.copied(model)
     if mixed:
         own.to(target)
@@ -307,7 +307,7 @@ def _in_parts(own: nn.Module, args: tuple[Any, ...], options: _Options, why: str
         except Refused as error:
             why = f"{why}; with its parts fused, {error}"
             result = parts.assemble(own, {}, reasons, why, options.target, options.original)
-    warn(f"optimize: {result.report().notes[0]}")
+    warn(result.report().notes[0], "optimize", "quantize")
     return result
 
 

@@ -555,7 +555,7 @@ def _finished(
             top1_agreement=measured.top1.agreement,
         )
     for note in notes:
-        warn(f"quantize: {note}")
+        warn(note, "quantize", "optimize")
     int8 = {
         graph.layers[node]: graph.quantized.get_submodule(str(graph.convolutions[node].target)).backend
         for graph in graphs

@@ -13,7 +13,7 @@ from typing import Any
 
 from resnet_fast._dtypes import ITEMSIZE
 from resnet_fast.kernels.gpus import GPU
-from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct, Head, Problem, Stem
+from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct, ConvInt8, Head, Problem, Stem
 
 from .cost import work
 
@@ -125,6 +125,7 @@ class Program:
         l2: bytes that all programs read through the level-2 cache.
         prepared: bytes that a launch before this one reads and writes, 0 if there is none.
         first: loads that a program waits for one after the other before its first product.
+        finishing: instructions of a thread for an output behind the products, if they are many.
     """
 
     tiles: int
@@ -135,6 +136,7 @@ class Program:
     l2: int
     prepared: int = 0
     first: int = 1
+    finishing: int = 0
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,8 @@ def _chain(
     """
     loops, causes = 0.0, {"block start and end": 0.0}
     size = max(0.25, program.area / AREA)
-    ends = (assumed.epilogue + assumed.store) * size if program.area else 0.0
+    issued = beside * program.area / 32 * program.finishing / assumed.issue / assumed.clock
+    ends = max(assumed.epilogue * size, issued) + assumed.store * size if program.area else 0.0
     for loop in program.loops:
         within = ends if loop.whole else 0.0
         step, why = _step(loop, code, precision, latency, rate, beside, within, assumed)
@@ -266,6 +269,11 @@ def _step(
 # --- the programs of the ops, whose launch choices are those of their kernels' modules
 
 
+FINISHING = 10, 14
+"""Instructions of a thread for an output of an int8 kernel, without and with a residual, counted in the machine code of
+triton 3.7.1: 9 to 12 and 13 to 16 in the forms in which a program takes several tiles, the loop's own included."""
+
+
 def conv(problem: ConvBNAct, config: Any, tiles: int, programs: int) -> Program:
     """Return the program of a convolution's launch.
 
@@ -275,17 +283,19 @@ def conv(problem: ConvBNAct, config: Any, tiles: int, programs: int) -> Program:
     """
     m, n, k, item = config.block_m, config.block_n, config.block_k, ITEMSIZE[problem.precision]
     depth = math.prod(problem.kernel) * problem.c // problem.groups
+    finishing = FINISHING[problem.residual] if isinstance(problem, ConvInt8) else 0
     if config.resident(problem):
         # A tile's copies begin behind the epilogue of the one that had their place, all but one stage before.
         fetched = (m * k + (m * n if problem.residual else 0)) * item
         loop = Loop(1, m, n, k, fetched, config.num_stages, ahead=max(0, config.num_stages - 2), whole=True)
-        return Program(tiles, programs, (loop,), m * n, 0, tiles * fetched + programs * n * k * item, first=2)
+        return Program(tiles, programs, (loop,), m * n, 0, tiles * fetched + programs * n * k * item, 0, 2, finishing)
     shares = max(1, programs // tiles)
     steps = math.ceil(math.ceil(depth / k) / shares)
     loop = Loop(steps, m, n, k, (m + n) * k * item, config.num_stages)
     residual = problem.pixels * problem.k * item if problem.residual else 0
     exposed = int(problem.residual) + int(shares > 1)
-    return Program(tiles * shares, programs, (loop,), m * n, exposed, tiles * (m + n) * depth * item + residual)
+    l2 = tiles * (m + n) * depth * item + residual
+    return Program(tiles * shares, programs, (loop,), m * n, exposed, l2, finishing=finishing)
 
 
 def tail(problem: BottleneckTail, config: Any, programs: int) -> Program:

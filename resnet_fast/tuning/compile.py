@@ -35,7 +35,7 @@ ARCHITECTURES = {80: "a100", 90: "h100", 100: "b200"}
 
 #: The ops whose launches are checked: not the convolutions with statistics, which run only if a sweep has measured
 #: them, and has refused what spills.
-CHECKED = (*(name for name in ops.names() if name != "conv_statistics"), "conv_int8")
+CHECKED = tuple(name for name in ops.names() if name != "conv_statistics")
 
 _COLUMNS = (
     "triton",
@@ -152,6 +152,8 @@ def _key(task: Task, made: Any) -> Key:
     known = []
     for parameter, argument in zip(made.kernel.params, made.args, strict=False):
         known += _known(parameter, argument)
+    # Beside int8 operands outputs and residuals may be of another type.
+    known += [f"out:{out}" for out in (getattr(task.case.problem, "out", "uint8"),) if out != "uint8"]
     options = " ".join(f"{name}={int(v) if isinstance(v, bool) else v}" for name, v in made.options.items())
     dtype = STORED[task.case.problem.precision]
     types = {STORED[name]: name for name in ("fp16", "bf16", "fp32", "int8")}

@@ -21,11 +21,13 @@ from resnet_fast.roofline.measure import tf32
 from . import ops
 from .compiler import Compiler, tasks
 from .ops import Case, Example
+from .shapes import QUANTIZED
 
 if TYPE_CHECKING:
     from resnet_fast.kernels.gpus import GPU
 
 #: The relative error, in the 2-norm, that a launch's answer may have: a few roundings of what it stores or multiplies.
+#: Not of "int8", whose answers are exact.
 ALLOWED = {"fp16": 4 * 2.0**-11, "bf16": 4 * 2.0**-8, "tf32": 4 * 2.0**-11, "fp32": 1e-5}
 
 _SECONDS = 2e-3
@@ -40,8 +42,11 @@ def error(ours: Tensor, exact: Tensor, precision: str) -> str:
     """Return what is wrong with an answer beside the exact one, "" if nothing is.
 
     The error must be within ``ALLOWED`` of the exact answer's size, and no single element off by more than 16 times
-    that, so that one wrong pixel among millions shows too.
+    that, so that one wrong pixel among millions shows too. In "int8" every bit must be right.
     """
+    if precision == QUANTIZED:
+        different = int((ours != exact).sum())  # NaN is different, too
+        return f"{different} of {exact.numel()} elements differ from the integer reference" if different else ""
     allowed = ALLOWED[precision]
     difference = (ours.to(exact.dtype) - exact).abs()
     if not bool(difference.isfinite().all()):
@@ -55,6 +60,15 @@ def error(ours: Tensor, exact: Tensor, precision: str) -> str:
     if worst > 16 * allowed:
         return f"an element is off by {worst:.2e} of its size, allowed is {16 * allowed:.2e}"
     return ""
+
+
+def poison(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    """Fill the outputs with what is right nowhere: NaN, of integers the complement of the right answer."""
+    for output, right in zip(outputs, exact, strict=True):
+        if output.is_floating_point():
+            output.fill_(math.nan)
+        elif output.numel():
+            output.copy_(right.bitwise_not())
 
 
 def wrong(outputs: Sequence[Tensor], exact: Sequence[Tensor], precision: str) -> str:
@@ -123,8 +137,7 @@ class CudaRunner:
 
         case, example = self._case, self._sets[0]
         assert case is not None
-        for output in example.outputs:
-            output.fill_(math.nan)  # what the launch does not write shows
+        poison(example.outputs, self._exact)  # what the launch does not write shows
         try:
             with torch.cuda.device(self.device):
                 self._launch_on(config, example)()

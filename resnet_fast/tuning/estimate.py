@@ -19,7 +19,7 @@ import torch
 
 from resnet_fast.graph import fuse_tail, inventory, optimize, schedules
 from resnet_fast.kernels._launch import cdiv
-from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct, Head, Stem
+from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct, ConvInt8, Head, Stem
 from resnet_fast.roofline import Seconds, estimate
 from resnet_fast.roofline.estimate import Code, Estimate
 
@@ -240,7 +240,7 @@ def known(case: Case, gpu: GPU) -> bool:
         estimate.require(gpu)
     except ValueError:
         return False
-    return not ops.is_cuda(case) and case.op in (*_ESTIMATED, BottleneckTail.op)
+    return not ops.is_cuda(case) and case.op in (*_ESTIMATED, BottleneckTail.op, ConvInt8.op)
 
 
 def ranked(case: Case, configs: Sequence[Any], gpu: GPU) -> tuple[Any, ...]:
@@ -258,7 +258,8 @@ def ranked(case: Case, configs: Sequence[Any], gpu: GPU) -> tuple[Any, ...]:
         persistent = getattr(config, "persistent", 0)
         grid = ops.get(case.op).kernel.blocks(case.problem, config) if persistent else tiles
         program = _program(case.problem, config, grid)
-        code = Code(0, _blocks(case.problem, config, gpu), config.num_warps)
+        a = "registers" if case.op == ConvInt8.op else ""  # bytes are made signed there
+        code = Code(0, _blocks(case.problem, config, gpu), config.num_warps, a=a)
         return not getattr(config, "boxes", True), estimate.estimate(case.problem, program, code, gpu).seconds
 
     return tuple(sorted(configs, key=cost))

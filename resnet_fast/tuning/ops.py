@@ -177,12 +177,12 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> Op:
-    """Return the adapter of an op's Triton kernel, ``conv_int8`` too, or as ``conv_bn_act.cuda`` of its CUDA kernels.
+    """Return the adapter of an op's Triton kernel, or as ``conv_bn_act.cuda`` of its CUDA kernels.
 
     Raises:
         ValueError: there is none of that name.
     """
-    found = _OPS.get(name) or _CUDA_OPS.get(name) or {_INT8.name: _INT8}.get(name)
+    found = _OPS.get(name) or _CUDA_OPS.get(name)
     if found is None:
         raise ValueError(f"no kernel of an op {name!r} is tuned or checked; there are {', '.join((*_OPS, *_CUDA_OPS))}")
     return found
@@ -439,6 +439,7 @@ _OPS = {
         Op("bottleneck_tail", True, _tail_cases, _tail_launch, parts=lambda example: composed(example.arguments)),
         Op("stem", True, _stem_cases, _stem_launch, product=1),
         Op("head", False, _head_cases, _head_launch),
+        Op("conv_int8", True, _int8_cases, _int8_launch, lambda case: CONV_INT8, lambda a, case: (offset(a),)),
         Op(
             "add_act", False, _add_cases, _add_launch,
             lambda case: ADD_ACT_BACKWARD if case.form == "backward" else ALL["add_act"],
@@ -450,10 +451,6 @@ _OPS = {
         ),
     )
 }  # fmt: skip
-
-
-#: Of quantized networks. No sweep measures it: its choices are the heuristic's, or a table's that somebody writes.
-_INT8 = Op("conv_int8", True, _int8_cases, _int8_launch, lambda case: CONV_INT8, lambda a, case: (offset(a),))
 
 
 # --- CUDA kernels: the same cases and examples; what is packed is packed before the launch is timed

@@ -68,6 +68,34 @@ def problems(
     return tuple(found)
 
 
+def quantized(
+    models: Sequence[str], batches: Iterable[int], image_size: int = 224, gpu: GPU | None = None
+) -> tuple[Case, ...]:
+    """Return every case of these networks as ``quantize`` makes them for a GPU, with float16 beside int8.
+
+    Args:
+        models, image_size: as for :func:`problems`. gpu: on which a case must have a kernel; None: any.
+
+    Raises:
+        ValueError: as :func:`problems`.
+    """
+    from resnet_fast.graph import inventory, schedules
+
+    batches = tuple(batches)
+    found: dict[Case, None] = {}
+    for model in models:
+        fused = [layer for layer in fused_ops(model, image_size) if isinstance(layer, inventory.Layer)]
+        for batch in batches:
+            layers = [layer.at(batch, "fp16") for layer in fused]
+            for layer, integers in zip(layers, schedules.int8_problems(layers), strict=True):
+                if integers is not None:
+                    cases: Iterable[Case] = (Case(integers.op, integers, layer.activation),)
+                else:
+                    cases = ops.get(layer.op).cases(layer)
+                found |= dict.fromkeys(case for case in cases if gpu is None or ops.supported(case, gpu))
+    return tuple(found)
+
+
 @cache
 def fused_ops(model: str, image_size: int) -> tuple[Layer | Block, ...]:
     """Return every fused op of the network's graph, then every block that one kernel might compute."""

@@ -97,6 +97,8 @@ def test_warnings_are_at_the_line_of_the_call(call: str, change: Callable[[nn.Mo
     assert bool(seen) == (call != "float" or change is _hooked)
     line = CALLS[call].__code__.co_firstlineno
     assert {(warning.filename, warning.lineno) for warning in seen} <= {(__file__, line)}
+    called = "quantize" if call == "quantize" else "optimize"
+    assert {str(warning.message).partition(": ")[0] for warning in seen} <= {called}
 
 
 def test_sizes_alone() -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from resnet_fast.cli import roofline as command
-from resnet_fast.kernels import bottleneck_tail_choice, conv_bn_act, gpus
+from resnet_fast.kernels import bottleneck_tail_choice, conv_bn_act, conv_int8, gpus
 from resnet_fast.kernels import stem as stem_kernel
-from resnet_fast.kernels.problems import AddAct, BottleneckTail, ConvBNAct, Head, Stem
+from resnet_fast.kernels.problems import AddAct, BottleneckTail, ConvBNAct, ConvInt8, Head, Stem
 from resnet_fast.roofline import estimate
 from resnet_fast.roofline.estimate import ASSUMED, Code, Estimate
 from resnet_fast.tuning import estimate as launches
@@ -134,6 +134,23 @@ def test_the_end_of_a_tile_by_hand(m: int, n: int) -> None:
     found = of(conv(c=64, k=n, side=56, taps=1), Code(160, 1, 8), tile(m, n, 64, 1))
     step = max((m + n) * 64 * 2 * 132 / 8.5e12, 2 * m * n * 64 / 4096 / 1.755e9 + 100 / 1.755e9)
     assert found.chain == pytest.approx(0.8e-6 + 0.85e-6 + step + 0.9e-6 * m * n / 128**2)
+
+
+@pytest.mark.parametrize(("residual", "count"), [(False, 10), (True, 14)])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_an_int8_end_is_its_instructions(residual: bool, count: int, blocks: int) -> None:
+    """All blocks' of a multiprocessor, where they take longer than an end in half precision."""
+    floats = conv(side=56, c=64, k=256, taps=1, residual=residual)
+    problem = ConvInt8(**vars(dataclasses.replace(floats, precision="int8")))
+    config = conv_int8.Config(64, 64, 64, 4, 3, True, 132 * blocks)
+    assert config.resident(problem)
+    launch = of(problem, Code(108, blocks, 4), config, conv_int8.blocks(problem, config))
+    issued = blocks * 64 * 64 / 32 * count / 2.5 / 1.755e9
+    step = 2 * 64 * 64 * 64 / 8192 / 1.755e9 + 100 / 1.755e9 + max(issued, 0.5e-6 / 4) + 0.4e-6 / 4
+    taken = -(-128 * 56 * 56 // 64 * 4 // launch.programs)
+    assert launch.chain == pytest.approx(ASSUMED.start + 2 * ASSUMED.memory + taken * max(step, ASSUMED.memory))
+    half = of(floats, Code(108, blocks, 4), tile(64, 64, 64, 3, 132 * blocks))
+    assert issued > 0.5e-6 / 4 and half.chain <= launch.chain
 
 
 def test_other_ops() -> None:

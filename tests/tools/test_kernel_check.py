@@ -298,12 +298,22 @@ def test_the_committed_convolutions_on_hopper_overlap_and_hide_each_other() -> N
                 assert (matrix, a) == ("HGMMA", "shared"), (version, key)
 
 
+INT8_FORMS = ("conv_int8._boxes", "conv_int8._resident")
+
+
 def test_the_committed_int8_kernels_on_hopper_overlap_and_hide_each_other() -> None:
     for version, table in check.read_table(check.table_path()).items():
-        rows = [row for key, row in table.items() if (key.arch, key.kernel) == ("sm_90", "conv_int8._boxes")]
-        assert len(rows) > 50, version
-        for _, _, occupancy, matrix, serialised, a in rows:
-            assert (matrix, serialised, a) == ("IGMMA", "no", "registers") and int(occupancy) >= 2, version
+        rows = {key: row for key, row in table.items() if key.arch == "sm_90" and key.kernel in INT8_FORMS}
+        assert len(rows) > 50 and {key.kernel for key in rows} == {*INT8_FORMS}, version
+        for key, (_, _, occupancy, matrix, serialised, a) in rows.items():
+            assert (matrix, serialised, a) == ("IGMMA", "no", "registers"), (version, key)
+            stated = dict(word.split("=") for word in key.constants.split() if "=" in word and word[0].isupper())
+            if key.kernel == "conv_int8._resident":  # with 512 channels two, with half precision behind them one
+                shallow = "x[64x512]" not in key.constants
+                assert int(occupancy) >= (3 if shallow else 1), (version, key)
+                continue
+            pixels = math.prod(int(stated[f"BOX_{axis}"]) for axis in "NPQ")
+            assert int(occupancy) >= (1 if pixels * int(stated["BLOCK_N"]) > 128 * 128 else 2), (version, key)
 
 
 def test_int8_kernels_round_every_product(tmp_path: Path) -> None:
@@ -326,6 +336,25 @@ for name in ("h100", "a100"):
 print(json.dumps(found))
 """
     assert succeed(code, tmp_path) == [[False, True, True]] * 2
+
+
+def test_int8_kernels_of_other_outputs_are_other_rows(tmp_path: Path) -> None:
+    code = """
+import dataclasses
+import json
+from resnet_fast.kernels import conv_int8, gpus
+from resnet_fast.tuning import compile as check, compiler, ops
+found = []
+for name in ("h100", "a100"):
+    gpu = gpus.known(name)
+    problem = conv_int8.Problem(1, 7, 7, 64, 64, (1, 1), (1, 1), (0, 0), (1, 1), 1, "int8", True)
+    config = conv_int8.heuristic(problem, gpu)
+    cases = [ops.Case("conv_int8", dataclasses.replace(problem, out=out), "relu") for out in ("uint8", "fp16", "bf16")]
+    keys = [check.key(compiler.Task(gpu.capability, case, config)) for case in cases]
+    found.append([len({*keys}), *(key.constants.endswith(" out:fp16") for key in keys)])
+print(json.dumps(found))
+"""
+    assert succeed(code, tmp_path) == [[3, False, True, False]] * 2
 
 
 def test_tables_of_launch_choices_are_compiled(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import math
+import pickle
 import re
 import subprocess
 import sys
@@ -20,15 +21,17 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
+import resnet_fast
 from resnet_fast import backends
 from resnet_fast._dtypes import DTYPES
 from resnet_fast.backends import cuda as native
 from resnet_fast.backends import triton
 from resnet_fast.cli import app
-from resnet_fast.kernels import _tables, bottleneck_tail, conv_bn_act, conv_statistics, cuda_choice, gpus
+from resnet_fast.kernels import _tables, bottleneck_tail, conv_bn_act, conv_int8, conv_statistics, cuda_choice, gpus
 from resnet_fast.tuning import compile, cuda, ops, shapes, sweep
 from tests.cuda_device import DEVICE as CUDA_DEVICE
 from tests.cuda_device import installed
+from tests.triton_device import kernels
 
 H100 = gpus.known("h100")
 LITTLE = dataclasses.replace(H100, multiprocessors=2)  # on which small images are worth a fused block
@@ -368,9 +371,10 @@ def test_other_choices_in_the_table_stay(tmp_path: Path) -> None:
 def some_cases() -> list[ops.Case]:
     """A small case of every kind that the networks have. Not made at the import, for which every collection waits."""
     found: dict[tuple[Any, ...], ops.Case] = {}
-    for each in shapes.problems(["resnet18", "resnet50", "resnext50_32x4d"], [2], ["fp16"], 32, LITTLE, training=True):
+    models, types = ["resnet18", "resnet50", "resnext50_32x4d"], ["fp16", shapes.QUANTIZED]
+    for each in shapes.problems(models, [2], types, 32, LITTLE, training=True):
         given = each.problem
-        names = ("residual", "uint8", "kernel", "groups", "step", "relu", "normalised")
+        names = ("residual", "uint8", "kernel", "groups", "step", "relu", "normalised", "out")
         kind = (each.op, each.form, *(getattr(given, name, None) for name in names))
         if each.op == "bottleneck_tail":
             kind = (each.op, given.shortcut is None, given.following > 0, given.stride)
@@ -398,8 +402,9 @@ def assert_described(given: ops.Case) -> None:
     op = ops.get(given.op)
     example = op.example(given, CPU)
     for output, answer in zip(example.outputs, example.exact(torch.float64), strict=True):
-        assert output.shape == answer.shape and answer.dtype is torch.float64
-        assert not answer.numel() or (answer.isfinite().all() and 0.05 < answer.std() < 50)
+        dtype = output.dtype if given.problem.precision == shapes.QUANTIZED else torch.float64
+        assert output.shape == answer.shape and answer.dtype is dtype
+        assert not answer.numel() or (answer.isfinite().all() and 0.05 < answer.double().std() < 100)
     assert sweep.floor(given, LITTLE) > 0
     configs = sweep.configs(given, LITTLE)
     assert {type(config) for config in configs} == {op.kernel.Config}
@@ -409,10 +414,10 @@ def assert_described(given: ops.Case) -> None:
 
 
 def assert_passes_the_gate(given: ops.Case, example: ops.Example, exact: Sequence[torch.Tensor], config: Any) -> None:
-    """A launch fills its outputs, NaN before, with the right answer."""
+    """A launch fills its outputs, which are right nowhere before, with the right answer."""
     op = ops.get(given.op)
-    for output in example.outputs:
-        output.fill_(math.nan)
+    cuda.poison(example.outputs, exact)
+    assert cuda.wrong(example.outputs, exact, given.problem.precision) != ""
     op.launch(op.kernel, example, given, config)()
     assert cuda.wrong(example.outputs, exact, given.problem.precision) == "", (str(given), config)
 
@@ -423,7 +428,7 @@ def test_launches_pass_the_gate(op: str) -> None:
     kinds: dict[tuple[Any, ...], ops.Case] = {}
     for each in sorted(cases_of(op), key=lambda each: -ops.get(op).work(each.problem).flops):
         following = getattr(each.problem, "following", 0) > 0
-        names = ("residual", "shortcut", "step", "normalised")
+        names = ("residual", "shortcut", "step", "normalised", "out")
         kinds[(each.form, *(getattr(each.problem, name, None) for name in names), following)] = each
     adapter = ops.get(op)
     for given in list(kinds.values())[-(8 if op == "batch_norm_act" else 4) :]:
@@ -456,6 +461,77 @@ def test_one_wrong_element_among_a_million_shows() -> None:
     ours = exact.half()
     ours[12345] = exact[12345] + 0.5
     assert "an element is off" in cuda.error(ours, exact, "fp16")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_the_gate_of_int8_is_every_bit(dtype: torch.dtype) -> None:
+    exact = torch.randint(0, 255, (4, 64, 5, 5)).to(dtype)
+    ours = exact.clone()
+    assert cuda.error(ours, exact, "int8") == ""
+    ours[1, 2, 3, 4] += 1
+    assert cuda.error(ours, exact, "int8") == "1 of 6400 elements differ from the integer reference"
+    cuda.poison([ours], [exact])
+    assert cuda.error(ours, exact, "int8") == "6400 of 6400 elements differ from the integer reference"
+
+
+# --- quantized networks
+
+
+def int8_case(**changes: Any) -> ops.Case:
+    given = {"n": 128, "c": 128, "k": 128, "kernel": (3, 3), "padding": (1, 1), "precision": "int8"} | changes
+    return ops.Case("conv_int8", conv_int8.Problem(**{**vars(problem()), **given}), "relu")
+
+
+@pytest.mark.parametrize("changes", [{}, {"kernel": (1, 1), "padding": (0, 0), "residual": True}, {"out": "fp16"}])
+def test_an_int8_choice_is_measured_among_few_and_read_at_run_time(
+    folders: tuple[Path, Path], changes: dict[str, Any]
+) -> None:
+    given, other = int8_case(**changes), int8_case(**changes, shifted=True)
+    every, few = sweep.configs(given, H100), sweep.configs(given, H100, most=6)
+    assert few[0] == conv_int8.heuristic(given.problem, H100) and len(few) == 6 < len(every) and set(few) <= set(every)
+    assert all(config.boxes for config in few)
+    runner, path = Pretender(slowness=4.0), folders[1] / "h100.json"
+    runner.times = {few[3]: 2 * sweep.floor(given, H100)}
+    run(runner, [given], path, most=6)
+    assert runner.asked == list(few)
+    assert list(_tables.read(path)) == ["conv_int8"] and list(_tables.read(path)["conv_int8"]) == [given.problem.key()]
+    assert conv_int8.choose(given.problem, H100) == few[3] != few[0]
+    assert conv_int8.choose(other.problem, H100) == conv_int8.heuristic(other.problem, H100)
+    with triton.assume(H100):
+        assert resnet_fast.info().choices == {"h100": f"conv_int8 1 of {path}"}
+        assert f"h100: conv_int8 1 of {path}" in str(resnet_fast.info())
+
+
+def test_info_says_that_nothing_was_measured(folders: tuple[Path, Path]) -> None:
+    with triton.assume(H100):
+        assert resnet_fast.info().choices == {"h100": f"none measured: there is no table h100.json in {folders[1]}"}
+
+
+def test_int8_problems_are_those_that_a_quantized_network_looks_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = importlib.import_module("resnet_fast.ops.conv_int8")
+    image, asked = torch.rand(2, 3, 32, 32), set()
+
+    def watching(among: Any, a: Any, bound: Any = None) -> torch.Tensor:
+        asked.add(op.problem(a))
+        return op.reference(a)
+
+    fast = pickle.dumps(resnet_fast.quantize(resnet_fast.resnet18().eval(), [image], check=False))
+    with kernels("h100"):
+        monkeypatch.setattr(op.OP, "by_kernel", watching)
+        pickle.loads(fast)(image)
+    cases = shapes.quantized(["resnet18"], [2], 32, H100)
+    found = {each.problem for each in cases if each.op == "conv_int8"}
+    assert {each.out for each in found} == {"uint8", "fp16"} and {each.out for each in asked} == {"uint8", "fp32"}
+    floats = {"fp16": "fp32"}  # what a network that was quantized on a CPU has beside int8
+    assert {dataclasses.replace(each, out=floats.get(each.out, each.out)) for each in found} == asked and len(asked) > 8
+    assert {each.op for each in cases} == {"stem", "head", "conv_int8"}
+    assert {each.problem.precision for each in cases if each.op != "conv_int8"} == {"fp16"}
+
+
+def test_groups_stay_in_half_precision() -> None:
+    cases = shapes.quantized(["resnext50_32x4d"], [1], gpu=H100)
+    grouped = [each for each in cases if getattr(each.problem, "groups", 1) > 1]
+    assert grouped and {(each.op, each.problem.precision) for each in grouped} == {("conv_bn_act", "fp16")}
 
 
 # --- CUDA's kernels beside Triton's
@@ -663,6 +739,20 @@ def test_dry_run_lists_problems_and_counts(folders: tuple[Path, Path]) -> None:
     assert not folders[1].exists()
 
 
+def test_dry_run_of_int8_lists_what_quantize_makes() -> None:
+    arguments = ["--dry-run", "--gpu", "h200", "--arch", "resnet18", "--batch-size", "128", "--dtype", "int8"]
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    h200 = gpus.known("h200")
+    waiting = sweep.pending(shapes.quantized(["resnet18"], [128], gpu=h200), h200, {})
+    counts = [len(sweep.configs(each, h200, 6)) for each in waiting]
+    assert f"{len(waiting)} problems, {sum(counts)} candidates" in result.output and max(counts) == 6
+    assert all(each.problem.key() in result.output for each in waiting)
+    assert "conv_bn_act" not in result.output
+    both = invoke(*arguments, "--dtype", "float16", "--op", "conv_int8", "--op", "conv_bn_act").output
+    assert "conv_int8" in both and "conv_bn_act" in both and "stem" not in both
+
+
 def test_training_is_measured_where_it_is_named() -> None:
     arguments = ["--dry-run", "--arch", "resnet18", "--batch-size", "4"]
     plain = invoke(*arguments).output
@@ -748,6 +838,7 @@ def test_without_a_gpu_one_line_says_so() -> None:
         (["--gpu", "h100"], "--gpu goes with --dry-run"),
         (["--dry-run", "--op", "pool"], "pool"),
         (["--dry-run", "--batch-size", "0"], "greater"),
+        (["--device", "cpu", "--dtype", "int8"], "in int8 the CPU engine has one algorithm"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], said: str) -> None:

@@ -170,22 +170,130 @@ def test_any_strides(layout: str, form: str, launched: list[str]) -> None:
     assert launched == ["_boxes" if layout != "odd address" and form == "h100" else "_gather"]
 
 
+def run(a: Any, problem: Problem, config: Any) -> str:
+    """A launch of this choice gives the reference's bits in an output that is right nowhere before; its kernel."""
+    kernel = importlib.import_module("resnet_fast.kernels.conv_int8")
+    wanted = reference(a)
+    stale = wanted.bitwise_not() if wanted.dtype is torch.uint8 else torch.full_like(wanted, float("nan"))
+    out = conv_int8.empty(a).copy_(stale).to(DEVICE)
+    tensors = [*a[:4], conv_int8.offset(a), a.residual]
+    names = "residual_scale", "activation", "residual_after_activation", "zero_point", "out_zero_point", "largest"
+    options = {name: getattr(a, name) for name in names}
+    there = [None if each is None else each.to(DEVICE) for each in tensors]
+    made = kernel.launch(*there, out, problem, config, **options)
+    made()
+    assert torch.equal(out.cpu(), wanted), (problem, config, (out.cpu() != wanted).sum())
+    return str(made.kernel.fn.__name__)
+
+
+ODD = [
+    ({"kernel": (1, 1), "padding": (0, 0), "c": 64, "k": 80}, (64, 64, 64), "_resident"),
+    ({"kernel": (1, 1), "padding": (0, 0), "c": 32, "k": 16, "n": 1}, (64, 64, 32), "_resident"),  # less than a tile
+    ({"kernel": (1, 1), "padding": (0, 0), "c": 64, "k": 144}, (64, 128, 64), "_resident"),
+    ({"kernel": (1, 1), "padding": (0, 0), "c": 96}, (64, 64, 32), "_boxes"),
+    ({"kernel": (1, 1), "padding": (0, 0), "h": 10, "w": 6, "stride": (2, 2), "k": 80}, (32, 64, 32), "_boxes"),
+    ({"k": 80}, (64, 64, 32), "_boxes"),
+    ({"h": 10, "w": 6, "stride": (2, 2)}, (16, 64, 32), "_boxes"),
+    ({"kernel": (2, 3), "padding": (0, 1), "n": 5, "h": 4, "w": 3}, (64, 64, 32), "_boxes"),
+    ({"n": 33, "h": 5, "w": 5, "k": 64}, (512, 64, 32), "_boxes"),
+    ({"n": 11, "h": 5, "w": 5, "k": 272}, (128, 256, 32), "_boxes"),
+]
+
+
+@pytest.mark.parametrize(("changes", "tile", "name"), ODD)
+@pytest.mark.parametrize("programs", [1, 2, 5, 1000])
+@pytest.mark.parametrize("residual", [False, True])
+def test_programs_that_take_tiles_in_turn(
+    changes: dict[str, Any], tile: tuple[int, int, int], name: str, programs: int, residual: bool
+) -> None:
+    """Sizes that tiles do not divide; more programs than tiles, and one for all of them."""
+    kernel = importlib.import_module("resnet_fast.kernels.conv_int8")
+    problem = dataclasses.replace(PLAIN, **changes, residual=residual)
+    config = kernel.Config(*tile, 4, 3, True, programs)
+    if not kernel.takes(config, problem, H100):
+        assert name == "_resident" and programs < -(-problem.k // config.block_n)  # not one for each column
+        return
+    assert run(example(problem), problem, config) == name
+
+
+@pytest.mark.parametrize("problem", [PLAIN, dataclasses.replace(POINTWISE, c=64)])
+@pytest.mark.parametrize("out", list(conv_int8.OUTPUTS))
+@pytest.mark.parametrize(("activation", "zero"), [("relu", 0), ("relu", 7), ("none", 0), ("none", 101)])
+@pytest.mark.parametrize("where", ["none", "before", "after"])
+def test_what_is_stored_by_programs_of_several_tiles(
+    problem: Problem, out: str, activation: str, zero: int, where: str
+) -> None:
+    kernel = importlib.import_module("resnet_fast.kernels.conv_int8")
+    problem = dataclasses.replace(problem, n=1, out=out, residual=where != "none")
+    a = example(problem, activation=activation, residual_after_activation=where == "after")
+    a = a._replace(out_zero_point=zero, largest=200) if out == "uint8" else a
+    run(a, problem, kernel.Config(16 if problem.kernel == (3, 3) else 64, 64, problem.c, 4, 3, True, 2))
+
+
+@pytest.mark.parametrize("layout", ["x", "out"])
+def test_an_odd_address_leaves_large_tiles_to_the_other_form(layout: str) -> None:
+    kernel = importlib.import_module("resnet_fast.kernels.conv_int8")
+    for problem, tile in ((PLAIN, (512, 64, 32)), (dataclasses.replace(POINTWISE, c=64), (64, 64, 64))):
+        a = example(problem)
+        out = conv_int8.empty(a)
+        x, to = (
+            torch.cat([t.flatten()[:1], t.permute(0, 2, 3, 1).flatten()])[1:]
+            .view(t.shape[0], *t.shape[2:], t.shape[1])
+            .permute(0, 3, 1, 2)
+            if layout == which
+            else t
+            for which, t in (("x", a.x), ("out", out))
+        )
+        config = kernel.Config(*tile, 8, 3, True, 2)
+        made = kernel.launch(
+            *(each.to(DEVICE) for each in (x, *a[1:4], conv_int8.offset(a))), None, to, problem, config
+        )
+        assert made.kernel.fn.__name__ == "_gather" and made.options["BLOCK_M"] <= 128
+        made()
+        assert torch.equal(to, reference(a))
+
+
+def test_large_problems_have_programs_of_several_tiles() -> None:
+    kernel = importlib.import_module("resnet_fast.kernels.conv_int8")
+    plain = Problem(256, 56, 56, 64, 256, (1, 1), (1, 1), (0, 0), (1, 1), 1, "int8", residual=True)
+    window = dataclasses.replace(plain, kernel=(3, 3), padding=(1, 1), residual=False)
+    found = kernel.heuristic(plain, H100)
+    assert found.resident(plain) and found.persistent == 3 * 132 and kernel.blocks(plain, found) == 396
+    assert kernel.heuristic(dataclasses.replace(plain, residual=False), H100).persistent == 4 * 132
+    for c, k, tile in ((64, 64, (512, 64)), (128, 128, (256, 128)), (256, 256, (128, 256))):
+        found = kernel.heuristic(dataclasses.replace(window, c=c, k=k, h=28, w=28), H100)
+        assert (found.block_m, found.block_n, found.persistent, found.num_warps) == (*tile, 132, 8)
+    for few in (dataclasses.replace(plain, n=1), dataclasses.replace(window, n=1), dataclasses.replace(plain, c=1024)):
+        assert not kernel.heuristic(few, H100).persistent
+    for gpu in ("a100", "b200"):
+        assert not kernel.heuristic(plain, gpus.known(gpu)).persistent
+        assert not any(each.persistent for each in kernel.candidates(window, gpus.known(gpu)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "config"),
+    [
+        ({}, (64, 64, 32, 4, 3, False, 132)),  # not in boxes
+        ({"kernel": (1, 1), "padding": (0, 0), "k": 256}, (64, 64, 32, 4, 3, True, 3)),  # less than its columns
+        ({"kernel": (1, 1), "padding": (0, 0), "c": 1024}, (64, 64, 1024, 4, 3, True, 132)),
+        ({}, (512, 256, 32, 8, 8, True, 132)),  # more shared memory than there is
+    ],
+)
+def test_choices_that_cannot_be(changes: dict[str, Any], config: tuple[Any, ...]) -> None:
+    kernel = importlib.import_module("resnet_fast.kernels.conv_int8")
+    assert not kernel.takes(kernel.Config(*config), dataclasses.replace(PLAIN, **changes), H100)
+
+
 @pytest.mark.parametrize("problem", [PLAIN, dataclasses.replace(POINTWISE, c=128, residual=True)])
 def test_every_candidate(problem: Problem) -> None:
     kernel = importlib.import_module("resnet_fast.kernels.conv_int8")
     problem = dataclasses.replace(problem, n=1, h=4, w=4)
-    a, wanted = example(problem), None
-    tiles = {}
-    for config in kernel.candidates(dataclasses.replace(problem, n=64), H100):
-        tiles.setdefault((config.block_m, config.block_n, config.boxes), config)
-    assert len(tiles) > 6
+    a, tiles = example(problem), {}
+    for config in kernel.candidates(dataclasses.replace(problem, n=8192), H100):
+        tiles.setdefault((config.block_m, config.block_n, config.boxes, config.persistent > 0), config)
+    assert len(tiles) > 6 and any(config.persistent for config in tiles.values())
     for config in tiles.values():
-        wanted = reference(a) if wanted is None else wanted
-        out = conv_int8.empty(a).fill_(99).to(DEVICE)
-        tensors = [*a[:4], conv_int8.offset(a), a.residual]
-        there = [None if each is None else each.to(DEVICE) for each in tensors]
-        kernel.launch(*there, out, problem, config, residual_scale=a.residual_scale)()
-        assert torch.equal(out.cpu(), wanted), config
+        run(a, problem, config)
 
 
 def test_empty_batches() -> None:
