@@ -125,6 +125,7 @@ class Program:
         l2: bytes that all programs read through the level-2 cache.
         prepared: bytes that a launch before this one reads and writes, 0 if there is none.
         first: loads that a program waits for one after the other before its first product.
+        summed: bytes of sums that the programs leave, and a launch behind this one adds up; 0 if there is none.
     """
 
     tiles: int
@@ -135,6 +136,7 @@ class Program:
     l2: int
     prepared: int = 0
     first: int = 1
+    summed: int = 0
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,8 @@ def estimate(problem: Problem, program: Program, code: Code, gpu: GPU, assumed: 
     if program.prepared:
         copied = program.prepared / (assumed.reached * gpu.bandwidth)
         total += max(assumed.start + latency + assumed.store, copied) + assumed.gap
+    if program.summed:
+        total += assumed.start + latency + program.summed / gpu.l2_bandwidth + assumed.store + assumed.gap
     floor = need.floor(gpu, precision)
     return Estimate(program.programs, code.blocks, waves, first, floor, l2, max(total, floor), binds)
 
@@ -284,8 +288,11 @@ def conv(problem: ConvBNAct, config: Any, tiles: int, programs: int) -> Program:
     steps = math.ceil(math.ceil(depth / k) / shares)
     loop = Loop(steps, m, n, k, (m + n) * k * item, config.num_stages)
     residual = problem.pixels * problem.k * item if problem.residual else 0
-    exposed = int(problem.residual) + int(shares > 1)
-    return Program(tiles * shares, programs, (loop,), m * n, exposed, tiles * (m + n) * depth * item + residual)
+    fetched = tiles * (m + n) * depth * item
+    if shares > 1:  # what is behind the sums, the residual too, is the second launch's
+        summed = shares * problem.pixels * problem.k * 4
+        return Program(tiles * shares, programs, (loop,), m * n, 0, fetched + summed, summed=summed)
+    return Program(tiles, programs, (loop,), m * n, int(problem.residual), fetched + residual)
 
 
 def tail(problem: BottleneckTail, config: Any, programs: int) -> Program:
