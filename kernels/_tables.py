@@ -133,7 +133,7 @@ def lookup(op: str, problem: str, gpu: str) -> dict[str, Any] | None:
 
 _LARGEST_VALUE = 4096
 #: Fields that count something else than elements or warps, which come in powers of two.
-_ANY_COUNT = ("num_stages", "stages", "slice_stages", "rows", "persistent")
+_ANY_COUNT = ("num_stages", "stages", "slice_stages", "rows", "persistent", "shares")
 
 
 #: What can be launched at all: warps and stages of a program, and 16 values of a step through a product.

@@ -19,6 +19,10 @@ Three forms:
         residual too: in a loop of steps Triton would wait for that at the end of each tile.
     gather  for everything else, with masked loads from computed addresses: any stride, dilation, groups, channel count.
 
+Where few programs would each walk over many steps, several ``shares`` of them divide the steps of a tile in the form
+boxes. Each leaves its sums in float32, and a second launch adds them up in order and finishes them: no atomics, so the
+same bits at each run and at any place of a batch.
+
 In training (``launch_raw``) the output is the convolution alone, to be normalised later. Two options save passes over
 memory then, each of one read of a tensor: the epilogue can leave the moments of its tile's rounded outputs, for
 batch_norm_act to merge; the form ``gather`` can normalise x on its way in, which was never written normalised.
@@ -44,6 +48,7 @@ from . import _tables
 from ._language import dot, relu, rounded, wait_for_earlier_kernels
 from ._launch import (
     ITEMSIZE,
+    WIDE_FROM,
     Launch,
     aligned,
     cdiv,
@@ -245,10 +250,18 @@ def _box(
     tile, x, weight, scale, shift, residual, out, K, TILES_P, TILES_Q, PAD_H, PAD_W, C: tl.constexpr, R: tl.constexpr,
     S: tl.constexpr, STRIDED: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
     BOX_N: tl.constexpr, BOX_P: tl.constexpr, BOX_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    N, P, Q, workspace,
+    N, P, Q, workspace, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of _boxes, whose arguments these are: the ``tile % tiles_n``-th channels of the next box of pixels."""
+    """One tile of _boxes, whose arguments these are: the ``tile % tiles_n``-th channels of the next box of pixels.
+
+    With several shares ``tile`` counts the shares of each tile, one behind the other.
+    """
     BLOCK_M: tl.constexpr = BOX_N * BOX_P * BOX_Q
+    STEPS: tl.constexpr = R * S * C // BLOCK_K // SHARES
+    share = 0
+    if SHARES > 1:
+        share = tile % SHARES
+        tile = tile // SHARES
     tiles_n = tl.cdiv(K, BLOCK_N)
     k = (tile % tiles_n) * BLOCK_N
     box = tile // tiles_n
@@ -258,7 +271,8 @@ def _box(
     # Transposed, [channels, pixels]: the weights, which come as they are stored, are the first operand, which is read
     # from shared memory only if nothing stands between its load and the product; the second always is.
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for step in range(0, R * S * C // BLOCK_K):
+    for step_of_share in range(0, STEPS):
+        step = share * STEPS + step_of_share
         tap = step // (C // BLOCK_K)
         c = step % (C // BLOCK_K) * BLOCK_K
         h = tap // S - PAD_H
@@ -276,7 +290,7 @@ def _box(
     if RESIDUAL:
         added = residual.load([n, p, q, k]).reshape(BLOCK_M, BLOCK_N)
     y = _finish(accumulator.T, scale, shift, channel, inside, added, out.dtype, RELU, RESIDUAL)
-    out.store([n, p, q, k], y.reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
+    out.store([n, p, q, share * K + k], y.reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
     if workspace is not None:
         pixel = tl.arange(0, BLOCK_M)
         valid = (n + pixel // (BOX_P * BOX_Q) < N) & (p + pixel // BOX_Q % BOX_P < P) & (q + pixel % BOX_Q < Q)
@@ -291,7 +305,7 @@ def _boxes(
     scale,  # [K] float32
     shift,  # [K] float32
     residual,  # descriptor of [N, P, Q, K]
-    out,  # descriptor of [N, P, Q, K]
+    out,  # descriptor of [N, P, Q, K], with several shares of [N, P, Q, SHARES * K] in float32
     K,
     TILES_P,
     TILES_Q,
@@ -315,19 +329,20 @@ def _boxes(
     P=None,
     Q=None,
     workspace=None,  # for the moments of out's boxes
+    SHARES: tl.constexpr = 1,  # programs that divide the steps of a tile
 ):
     wait_for_earlier_kernels()
     if not PERSISTENT:
         _box(
             tl.program_id(0), x, weight, scale, shift, residual, out, K, TILES_P, TILES_Q, PAD_H, PAD_W, C, R, S,
-            STRIDED, RELU, RESIDUAL, PRECISION, BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, N, P, Q, workspace,
+            STRIDED, RELU, RESIDUAL, PRECISION, BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, N, P, Q, workspace, SHARES,
         )  # fmt: skip
     else:
         # Made one loop with that of the steps, so that a tile's last copies and products stand beside the next's first.
         for tile in tl.range(tl.program_id(0), TILES, tl.num_programs(0), flatten=True):
             _box(
                 tile, x, weight, scale, shift, residual, out, K, TILES_P, TILES_Q, PAD_H, PAD_W, C, R, S,
-                STRIDED, RELU, RESIDUAL, PRECISION, BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, N, P, Q, workspace,
+                STRIDED, RELU, RESIDUAL, PRECISION, BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, N, P, Q, workspace, SHARES,
             )  # fmt: skip
 
 
@@ -369,12 +384,58 @@ def _resident(
         out.store([m, k], _activated(y * factor + offset, added, out.dtype, RELU, RESIDUAL))
 
 
+@triton.jit(do_not_specialize=["PIXELS"])
+def _sum(
+    sums,  # [PIXELS, SHARES, K] float32
+    scale,  # [K] float32
+    shift,  # [K] float32
+    residual,  # [PIXELS, K]
+    out,  # [PIXELS, K]
+    PIXELS,
+    K,  # a multiple of BLOCK_N
+    SHARES: tl.constexpr,
+    RELU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What the shares of _boxes left, added up from the first to the last and finished."""
+    wait_for_earlier_kernels()
+    tiles_n = K // BLOCK_N
+    pid = tl.program_id(0)
+    m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (m < PIXELS)[:, None] & (channel < K)[None, :]
+    offset = m[:, None] * K + channel[None, :]
+    added = None
+    if RESIDUAL:
+        added = tl.load(residual + offset, mask=mask, other=0.0)
+    first = sums + m[:, None] * (SHARES * K) + channel[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for share in tl.static_range(SHARES):
+        total += tl.load(first + share * K, mask=mask, other=0.0)
+    y = _finish(total, scale, shift, channel, channel < K, added, out.dtype.element_ty, RELU, RESIDUAL)
+    tl.store(out + offset, y, mask=mask)
+
+
+#: The tile and the warps of _sum: a sum for each thread, so that the registers that ptxas gives it hold all that it
+#: loads, and it waits once; with four sums it would ask for some of the shares when others have come.
+_SUM = {"BLOCK_M": 4, "BLOCK_N": 64, "num_warps": 8}
+_MOST_SHARES = 16
+
+
+#: Bytes of a sum of a share.
+_SUMS_ITEM = 4
+
+
 @dataclass(frozen=True)
 class Config:
     """A launch choice: tile sizes, warps, pipeline stages, and whether the copy engine fetches the pixels in boxes.
 
     Attributes:
         persistent: how many programs take all the tiles in turn, in the form boxes; 0: a program for each tile.
+        shares: how many programs divide the steps of a tile, in the form boxes, each the same number; their sums are
+            added up by a second launch. 1: a tile is one program's.
     """
 
     block_m: int
@@ -384,6 +445,7 @@ class Config:
     num_stages: int
     boxes: bool
     persistent: int = 0
+    shares: int = 1
 
     def resident(self, problem: Problem) -> bool:
         """Return whether the form is ``resident``: persistent, with all of a plain product's depth in one step."""
@@ -395,7 +457,7 @@ class Config:
         A persistent program has both at once.
         """
         item = ITEMSIZE[problem.precision]
-        tile = self.block_m * self.block_n * item
+        tile = self.block_m * self.block_n * (item if self.shares == 1 else _SUMS_ITEM)
         if self.resident(problem):
             residuals = (self.num_stages - 1) * tile if problem.residual else 0
             return (self.block_m * self.num_stages + self.block_n) * self.block_k * item + residuals + tile
@@ -462,7 +524,7 @@ def _fits(config: Config, problem: Problem, gpu: GPU) -> bool:
 
 def heuristic(problem: Problem, gpu: GPU) -> Config:
     """Return a launch choice from the shape alone."""
-    return _keeping_weights(problem, gpu) or _wide(problem, gpu) or _narrow(problem, gpu) or tiled(problem, gpu)
+    return _keeping_weights(problem, gpu) or _wide(problem, gpu) or _few(problem, gpu) or tiled(problem, gpu)
 
 
 def _hopper(problem: Problem, gpu: GPU) -> bool:
@@ -516,16 +578,54 @@ def _wide(problem: Problem, gpu: GPU) -> Config | None:
     return config
 
 
-def _narrow(problem: Problem, gpu: GPU) -> Config | None:
-    """Return a tile of 16 pixels if tiles of 32 would leave three quarters of the GPU idle.
+#: Of Hopper, and of its launches of few programs, as ``resnet_fast.roofline.estimate`` assumes them, which says more:
+#: bytes a second that a multiprocessor takes from the level-2 cache at most; seconds from the request of a copy to its
+#: arrival, of what a step has besides its product, of the end of 128 x 128 sums, and of a second launch.
+_PORT = 64 * 1.755e9
+_ARRIVAL = 0.55e-6
+_STEP = 100 / 1.755e9
+_END = 0.9e-6
+_SECOND = 2.45e-6
+#: Tiles, pixels by channels, that few programs may have.
+_FEW = ((16, 64), (32, 64), (64, 64), (64, 128), (128, 64), (128, 128))
 
-    Weights are most of what a tile's steps read then, and twice as many programs share what all multiprocessors can.
+
+def _few(problem: Problem, gpu: GPU) -> Config | None:
+    """Return the tile and the number of its shares that take the least time, if the usual tiles are few.
+
+    Small tiles are many programs, but read more through the level-2 cache. Shares of large tiles read less and are
+    many, too, but take a second launch.
     """
-    if not _hopper(problem, gpu):
+    usual = tiled(problem, gpu)
+    if not _hopper(problem, gpu) or blocks(problem, usual) > 2 * gpu.multiprocessors:
         return None
     block_k = _widest_k(problem, True)
-    config = Config(16, 64, block_k, 4, _most_stages(problem, block_k, True), True)
-    return config if 4 * blocks(problem, replace(config, block_m=32)) <= gpu.multiprocessors else None
+    steps, found = _steps(problem, block_k), [usual]
+    for block_m, block_n in _FEW:
+        one = Config(block_m, block_n, block_k, _warps(problem, block_m, block_n, True), 1, True)
+        most = gpu.multiprocessors // blocks(problem, one) if block_n <= max(64, problem.k) else 0
+        for shares in (shares for shares in range(1, min(most, _MOST_SHARES) + 1) if steps % shares == 0):
+            config = replace(one, shares=shares, num_warps=one.num_warps if shares == 1 else 4)
+            if takes(config, problem, gpu):
+                found.append(_staged(config, problem, gpu))
+    # As an estimate is no measurement, a second launch must save a tenth.
+    return min(found, key=lambda config: _seconds(config, problem, gpu) * (1.0 if config.shares == 1 else 1.1))
+
+
+def _seconds(config: Config, problem: Problem, gpu: GPU) -> float:
+    """Return an estimate of what launches by boxes take besides what all do, if all programs run at once."""
+    m, n, k, item = config.block_m, config.block_n, config.block_k, ITEMSIZE[problem.precision]
+    programs, cache = blocks(problem, config), gpu.l2_bandwidth or math.inf
+    beside = cdiv(programs, gpu.multiprocessors)
+    rate = min(_PORT, cache / min(programs, gpu.multiprocessors))
+    product = 2 * m * n * k * gpu.multiprocessors / gpu.rate(problem.precision)
+    steps = _steps(problem, k) // config.shares
+    arrival = _ARRIVAL / max(1, config.num_stages - 1) if steps > 1 else 0.0
+    step = max(beside * (m + n) * k * item / rate, beside * product, product + _STEP, arrival)
+    seconds = steps * step + _END * max(0.25, m * n / 128**2)
+    if config.shares == 1:
+        return seconds + (_ARRIVAL if problem.residual else 0.0)
+    return seconds + _SECOND + _SUMS_ITEM * math.prod(sums_shape(problem, config)) / cache
 
 
 def tiled(problem: Problem, gpu: GPU) -> Config:
@@ -551,26 +651,43 @@ def tiled(problem: Problem, gpu: GPU) -> Config:
             block_m //= 2
         else:
             break
-    # One warp group has registers for the sums of 128 x 128, and two programs of one group each wait less than one of
-    # two groups. With a residual on top of the sums it has none left, and two programs of two groups fit as well.
-    warps = 8 if block_m * block_n >= 128 * 128 and (problem.residual or not boxes) else 4
-    config = Config(block_m, block_n, block_k, warps, _most_stages(problem, block_k, boxes), boxes)
+    return _staged(Config(block_m, block_n, block_k, _warps(problem, block_m, block_n, boxes), 1, boxes), problem, gpu)
+
+
+def _warps(problem: Problem, block_m: int, block_n: int, boxes: bool) -> int:
+    """Return the warps of a tile of up to 128 x 128.
+
+    One warp group has registers for the sums of 128 x 128, and two programs of one group each wait less than one of two
+    groups. With a residual on top of the sums it has none left, and two programs of two groups fit as well.
+    """
+    return 8 if block_m * block_n >= 128 * 128 and (problem.residual or not boxes) else 4
+
+
+def _staged(config: Config, problem: Problem, gpu: GPU) -> Config:
+    """Return the choice with as many stages as there can be and leave room for as many programs as are meant."""
+    config = replace(config, num_stages=_most_stages(problem, config.block_k, config.boxes, config.shares))
     while config.num_stages > 2 and config.programs(problem, gpu) < config.most_programs:
         config = replace(config, num_stages=config.num_stages - 1)
     return config
 
 
-def _most_stages(problem: Problem, block_k: int, boxes: bool) -> int:
+def _steps(problem: Problem, block_k: int) -> int:
+    """Return how many steps the product of a tile has in the form boxes."""
+    return math.prod(problem.kernel) * problem.c // block_k
+
+
+def _most_stages(problem: Problem, block_k: int, boxes: bool, shares: int = 1) -> int:
     """Return how many steps of the product may be on their way at once: no more than there are.
 
     Copies into shared memory take no registers, so boxes may be many: a small tile's step has few bytes.
     """
-    return min(8, math.prod(problem.kernel) * problem.c // block_k) if boxes else 4
+    return min(8, _steps(problem, block_k) // shares) if boxes else 4
 
 
 def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
     """Every launch choice worth measuring: within the GPU's shared memory, tiles no wider than the problem."""
     yield from _large(problem, gpu)
+    yield from _divided(problem, gpu)
     per_group = problem.k // problem.groups
     forms = (True, False) if supports_boxes(problem, gpu) else (False,)
     tiles = (
@@ -607,6 +724,17 @@ def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
                     if config not in seen and _fits(config, problem, gpu):
                         seen.add(config)
                         yield config
+
+
+def _divided(problem: Problem, gpu: GPU) -> Iterator[Config]:
+    """The tiles worth measuring whose steps several programs share: at most a program for each multiprocessor."""
+    if not _hopper(problem, gpu):
+        return
+    for block_m, block_n in _FEW:
+        one = Config(block_m, block_n, _widest_k(problem, True), 4, 1, True)
+        for shares in range(2, min(gpu.multiprocessors // blocks(problem, one), _MOST_SHARES) + 1):
+            if takes(config := replace(one, shares=shares), problem, gpu):
+                yield _staged(config, problem, gpu)
 
 
 def _large(problem: Problem, gpu: GPU) -> Iterator[Config]:
@@ -646,6 +774,13 @@ def takes(config: Config, problem: Problem, gpu: GPU) -> bool:
         return False
     if config.persistent and not config.boxes:
         return False
+    if config.shares > 1:
+        # A tile may not run over the last channel of its share: there the next share's sums begin.
+        whole = config.boxes and not config.persistent and problem.k % config.block_n == 0 and config.block_n % 64 == 0
+        if not whole or config.shares > _MOST_SHARES or _steps(problem, config.block_k) % config.shares:
+            return False
+        if math.prod(sums_shape(problem, config)) >= WIDE_FROM // 2:
+            return False
     return _fits(config, problem, gpu) and (boxes or not config.boxes)
 
 
@@ -669,15 +804,61 @@ def launch(
         weight: [K, C / groups, R, S], dense channels_last, of that dtype.
         scale, shift: [K] float32, dense.
         config: for the form ``boxes`` every tensor must begin at a multiple of 16 bytes; where one does not, the same
-            tile is fetched by the form ``gather``.
+            tile is fetched by the form ``gather``. Its ``shares`` do not count here: see :func:`launch_shares`.
     """
-    where = 0 if residual is None else 2 if residual_after_activation else 1
+    config = replace(config, shares=1)
     tensors = (x, weight, scale, shift, residual, out)
-    flags = {"RELU": activation == "relu", "RESIDUAL": where}
+    flags = _flags(residual, activation, residual_after_activation)
     if config.boxes and aligned(x, weight, residual, out):
         make = _launch_resident if config.resident(problem) else _launch_boxes
         return make(tensors, problem, config, flags)
     return _launch_gather(tensors, problem, config.gathered() if config.boxes else config, flags)
+
+
+def sums_shape(problem: Problem, config: Config) -> tuple[int, ...]:
+    """Return the shape of the sums that the shares of a choice leave: [N, P, Q, shares, K]."""
+    return (problem.n, *problem.output, config.shares, problem.k)
+
+
+def takes_shares(x: Any, weight: Any, config: Config) -> bool:
+    """Return whether the tiles of these tensors have several shares: the copy engine must be able to address them."""
+    return config.shares > 1 and aligned(x, weight)
+
+
+def launch_shares(x: Any, weight: Any, sums: Any, problem: Problem, config: Config) -> Launch:
+    """Return the first of two launches: it fills ``sums``, for :func:`launch_sum`.
+
+    Args:
+        x, weight: as for :func:`launch`, both beginning at a multiple of 16 bytes. sums: ``sums_shape`` in float32,
+            dense.
+    """
+    flags = {"RELU": False, "RESIDUAL": 0, "SHARES": config.shares}
+    return _launch_boxes((x, weight, None, None, None, sums), problem, config, flags)
+
+
+def launch_sum(
+    sums: Any,
+    scale: Any,
+    shift: Any,
+    residual: Any,
+    out: Any,
+    problem: Problem,
+    config: Config,
+    *,
+    activation: str = "relu",
+    residual_after_activation: bool = False,
+) -> Launch:
+    """Return the second launch, which fills ``out`` from what the first left; arguments as for :func:`launch`."""
+    args = (sums, scale, shift, out if residual is None else residual, out, problem.pixels, problem.k)
+    options = {"SHARES": config.shares, **_flags(residual, activation, residual_after_activation), **_SUM}
+    programs = cdiv(problem.pixels, _SUM["BLOCK_M"]) * (problem.k // _SUM["BLOCK_N"])
+    return Launch(_sum, (programs,), args, options)
+
+
+def _flags(residual: Any, activation: str, residual_after_activation: bool) -> dict[str, Any]:
+    """Return what the end of a kernel is told."""
+    where = 0 if residual is None else 2 if residual_after_activation else 1
+    return {"RELU": activation == "relu", "RESIDUAL": where}
 
 
 def launch_raw(
@@ -699,7 +880,7 @@ def launch_raw(
             dtype, and padded with zeros behind the activation; or None. By the form ``gather``, whatever the config.
         workspace: ``workspace_size`` numbers of float32 for ``batch_norm_act.merge``, or None.
     """
-    config = replace(config, persistent=0)  # moments are of a tile, and take registers
+    config = replace(config, persistent=0, shares=1)  # moments are of a tile, and take registers
     tensors = (x, weight, None, None, None, out)
     flags: dict[str, Any] = {"RELU": False, "RESIDUAL": 0}
     if workspace is not None:
@@ -722,7 +903,7 @@ def tiles(problem: Problem, config: Config, boxes: bool) -> int:
 
 
 def blocks(problem: Problem, config: Config) -> int:
-    """Return how many programs a launch has: one for each tile, or as many as take them in turn.
+    """Return how many programs a launch has: one for each tile or share of one, or as many as take tiles in turn.
 
     In the form ``resident`` all columns of tiles have equally many; 0 if there are not that many programs.
     """
@@ -730,7 +911,7 @@ def blocks(problem: Problem, config: Config) -> int:
     rows = tiles(problem, config, config.boxes)
     if config.resident(problem):
         return min(config.persistent // columns, rows) * columns
-    return min(config.persistent or rows * columns, rows * columns)
+    return min(config.persistent or rows * columns, rows * columns) * config.shares
 
 
 def workspace_size(problem: Problem, config: Config) -> int:
@@ -766,11 +947,13 @@ def boxed(
     problem: Any,
     config: Any,
     given: dict[str, Any],
+    shares: int = 1,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return what launches by boxes have in common: arguments up to the padding, and options.
 
     Args:
         vectors: arguments between the weight and the residual. given: options between the sizes and those of the box.
+        shares: that ``out`` has beside each other at each pixel.
     """
     c, k, (kernel_r, kernel_s) = problem.c, problem.k, problem.kernel
     (n, h, w), (_, p, q) = _box_sizes(problem)
@@ -783,7 +966,8 @@ def boxed(
         shape, strides = [n, h, w, c], [h * w * c, w * c, c, 1]
         x_box = [*box, config.block_k]
     depth = kernel_r * kernel_s * c
-    outputs = [n, p, q, k], [p * q * k, q * k, k, 1], [*box, config.block_n]
+    width = shares * k
+    outputs = [n, p, q, width], [p * q * width, q * width, width, 1], [*box, config.block_n]
     written = TensorDescriptor(out, *outputs)
     args = (
         TensorDescriptor(x, shape, strides, x_box),
@@ -803,14 +987,15 @@ def boxed(
 def _launch_boxes(tensors: tuple[Any, ...], problem: Problem, config: Config, flags: dict[str, Any]) -> Launch:
     x, weight, scale, shift, residual, out = tensors
     given = {**flags, **_options(problem, config)}
-    args, options = boxed(x, weight, (scale, shift), residual, out, problem, config, given)
+    args, options = boxed(x, weight, (scale, shift), residual, out, problem, config, given, config.shares)
     if "workspace" in flags:
         _, (n, p, q) = _box_sizes(problem)
         options |= {"N": n, "P": p, "Q": q}
     if config.persistent:
         options["PERSISTENT"] = True
     programs = blocks(problem, config)
-    return Launch(_boxes, (programs,), (*args, blocks(problem, replace(config, persistent=0))), options)
+    tiles_of_all = blocks(problem, replace(config, persistent=0, shares=1))
+    return Launch(_boxes, (programs,), (*args, tiles_of_all), options)
 
 
 def _launch_resident(tensors: tuple[Any, ...], problem: Problem, config: Config, flags: dict[str, Any]) -> Launch:

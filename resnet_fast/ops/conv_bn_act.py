@@ -150,7 +150,15 @@ def kernel(among: tuple[Backend, ...], a: Arguments, bound: Bound[Arguments] | N
     if choice.backend is cuda:
         cuda.conv_bn_act(choice.kernel, x, weight, scale, shift, residual, out, asked, **form)
     elif choice.backend is triton:
-        triton.launch(NAME, asked, x.device, x, weight, scale, shift, residual, out, **form)
+        from resnet_fast.kernels import conv_bn_act as kernels
+
+        config = kernels.choose(asked, triton.gpu_of(x.device))
+        if kernels.takes_shares(x, weight, config):
+            sums = torch.empty(kernels.sums_shape(asked, config), dtype=torch.float32, device=x.device)
+            triton.launch(NAME, asked, x.device, x, weight, sums, function="launch_shares")
+            triton.launch(NAME, asked, x.device, sums, scale, shift, residual, out, function="launch_sum", **form)
+        else:
+            triton.launch(NAME, asked, x.device, x, weight, scale, shift, residual, out, **form)
     return None if choice.backend is None else out
 
 

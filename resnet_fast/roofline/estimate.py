@@ -126,6 +126,7 @@ class Program:
         prepared: bytes that a launch before this one reads and writes, 0 if there is none.
         first: loads that a program waits for one after the other before its first product.
         finishing: instructions of a thread for an output behind the products, if they are many.
+        summed: bytes of sums that the programs leave, and a launch behind this one adds up; 0 if there is none.
     """
 
     tiles: int
@@ -137,6 +138,7 @@ class Program:
     prepared: int = 0
     first: int = 1
     finishing: int = 0
+    summed: int = 0
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,8 @@ def estimate(problem: Problem, program: Program, code: Code, gpu: GPU, assumed: 
     if program.prepared:
         copied = program.prepared / (assumed.reached * gpu.bandwidth)
         total += max(assumed.start + latency + assumed.store, copied) + assumed.gap
+    if program.summed:
+        total += assumed.start + latency + program.summed / gpu.l2_bandwidth + assumed.store + assumed.gap
     floor = need.floor(gpu, precision)
     return Estimate(program.programs, code.blocks, waves, first, floor, l2, max(total, floor), binds)
 
@@ -293,9 +297,12 @@ def conv(problem: ConvBNAct, config: Any, tiles: int, programs: int) -> Program:
     steps = math.ceil(math.ceil(depth / k) / shares)
     loop = Loop(steps, m, n, k, (m + n) * k * item, config.num_stages)
     residual = problem.pixels * problem.k * item if problem.residual else 0
-    exposed = int(problem.residual) + int(shares > 1)
-    l2 = tiles * (m + n) * depth * item + residual
-    return Program(tiles * shares, programs, (loop,), m * n, exposed, l2, finishing=finishing)
+    fetched = tiles * (m + n) * depth * item
+    if shares > 1:  # what is behind the sums, the residual too, is the second launch's
+        summed = shares * problem.pixels * problem.k * 4
+        return Program(tiles * shares, programs, (loop,), m * n, 0, fetched + summed, summed=summed)
+    exposed = int(problem.residual)
+    return Program(tiles, programs, (loop,), m * n, exposed, fetched + residual, finishing=finishing)
 
 
 def tail(problem: BottleneckTail, config: Any, programs: int) -> Program:

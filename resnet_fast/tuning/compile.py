@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import io
 import os
 import re
@@ -133,11 +134,12 @@ def table_tasks(gpu: GPU, folder: Path) -> tuple[dict[Key, Task], list[str]]:
                 if op.endswith(".cuda"):
                     continue  # of kernels that are compiled already: resnet_fast.tuning.native looks at those
                 config = ops.get(op).kernel.Config
-                try:
-                    chosen = config(**{field: fields[field] for field in config.__dataclass_fields__})
-                except KeyError as missing:
-                    wrong.append(f"{path.name}: {op} {name}: has no {missing.args[0]}")
+                needed = {each.name for each in dataclasses.fields(config) if each.default is dataclasses.MISSING}
+                if missing := sorted(needed - set(fields)):
+                    wrong.append(f"{path.name}: {op} {name}: has no {missing[0]}")
                     continue
+                known = {each.name for each in dataclasses.fields(config)} & set(fields)
+                chosen = config(**{field: fields[field] for field in known})
                 for case in cases[op, name]:
                     _add(found, gpu, case, chosen)
     return found, wrong

@@ -144,7 +144,8 @@ def estimates(
 
 def tasks(wanted: Sequence[tuple[tuple[str, ...], Case]], gpu: GPU) -> dict[resources.Key, compiler.Task]:
     """Return what is compiled for launches, each kernel once."""
-    made = (_made(case, gpu)[0] for case in dict.fromkeys(case for _, case in wanted))
+    cases = dict.fromkeys(case for _, case in wanted)
+    made = (task for case in cases for task in compiler.tasks(gpu.capability, case, _chosen(case, gpu)))
     return {resources.key(task): task for task in made}
 
 
@@ -153,12 +154,18 @@ def kernel_name(case: Case, gpu: GPU) -> str:
     return str(compiler.launch(_made(case, gpu)[0]).kernel.__name__)
 
 
-def _made(case: Case, gpu: GPU) -> tuple[compiler.Task, int]:
+def _chosen(case: Case, gpu: GPU) -> Any:
     config = ops.get(case.op).kernel.choose(case.problem, gpu)
     if config is None:
         raise ValueError(f"{case}: there is no launch for it on {gpu.name}")
-    made = compiler.launches(case, config)
-    return compiler.Task(gpu.capability, case, config, len(made) - 1), made[-1].grid[0]
+    return config
+
+
+def _made(case: Case, gpu: GPU) -> tuple[compiler.Task, int]:
+    """Return what is compiled for the launch that multiplies, and its programs."""
+    config = _chosen(case, gpu)
+    part = ops.get(case.op).product  # the model of its program has the launches before and behind it
+    return compiler.Task(gpu.capability, case, config, part), compiler.launches(case, config)[part].grid[0]
 
 
 def _program(problem: Any, config: Any, grid: int) -> estimate.Program:
@@ -255,8 +262,8 @@ def ranked(case: Case, configs: Sequence[Any], gpu: GPU) -> tuple[Any, ...]:
     def cost(config: Any) -> tuple[bool, float]:
         """Masked gathers, which the model does not tell from boxes, come last where there are boxes."""
         tiles = _tiles(case.problem, config)
-        persistent = getattr(config, "persistent", 0)
-        grid = ops.get(case.op).kernel.blocks(case.problem, config) if persistent else tiles
+        several = getattr(config, "persistent", 0) or getattr(config, "shares", 1) > 1
+        grid = ops.get(case.op).kernel.blocks(case.problem, config) if several else tiles
         program = _program(case.problem, config, grid)
         a = "registers" if case.op == ConvInt8.op else ""  # bytes are made signed there
         code = Code(0, _blocks(case.problem, config, gpu), config.num_warps, a=a)

@@ -224,8 +224,16 @@ def _conv_cases(layer: Layer | Block) -> Iterator[Case]:
 
 
 def _conv_launch(kernel: Any, example: Example, case: Case, config: Any) -> Any:
-    a = example.arguments
-    return kernel.launch(*a[:5], *example.outputs, case.problem, config, activation=a.activation)
+    a, (out,) = example.arguments, example.outputs
+    if config.shares == 1:
+        return kernel.launch(*a[:5], out, case.problem, config, activation=a.activation)
+    sums = out.new_empty(kernel.sums_shape(case.problem, config), dtype=torch.float32)
+    return Launches(
+        (
+            kernel.launch_shares(*a[:2], sums, case.problem, config),
+            kernel.launch_sum(sums, *a[2:5], out, case.problem, config, activation=a.activation),
+        )
+    )
 
 
 # --- conv_int8

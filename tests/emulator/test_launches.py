@@ -262,12 +262,28 @@ def repeated() -> dict[str, list[bool]]:
             form,
         )
 
+    def shared(function: str) -> Any:
+        """A layer whose tiles have several shares, by two launches."""
+        geometry = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+        problem = conv_bn_act.Problem(1, 7, 7, 512, 512, *geometry, "fp16", False)
+        config = conv_bn_act.choose(problem, gpu)
+
+        def tensors() -> list[Any]:
+            sums = torch.empty(conv_bn_act.sums_shape(problem, config))
+            if function == "launch_shares":
+                return [image(1, 512, 7, 7), image(512, 512, 3, 3), sums]
+            return [sums, torch.empty(512), torch.empty(512), image(1, 512, 7, 7), image(1, 512, 7, 7)]
+
+        return conv_bn_act, problem, tensors, function, {"activation": "relu"} if function == "launch_sum" else {}
+
     cases = {
         "boxes": conv(64, 64, 3, 1, False),
         "residual": conv(64, 128, 1, 1, True),
         "residual behind": conv(64, 128, 1, 1, True, residual_after_activation=True, activation="none"),
         "stride 2": conv(64, 64, 3, 2, False),
         "gather": conv(17, 24, 3, 1, True),
+        "shares": shared("launch_shares"),
+        "their sum": shared("launch_sum"),
         "float32": conv(64, 32, 1, 1, False, dtype=torch.float32),
         "head": classifier(True),
         "head without a bias": classifier(False),
@@ -302,6 +318,8 @@ def repeated() -> dict[str, list[bool]]:
             fake.stream = 7
             found[name + ", another stream"] = compared(given := tensors(), True)
             fake.stream = 0
+            if function == "launch_shares":
+                continue  # the op gives it none that is not aligned
             odd = torch.empty(given[0].numel() + 8, dtype=given[0].dtype)[1:][: given[0].numel()]
             odd = odd.as_strided(given[0].shape, given[0].stride())
             found[name + ", unaligned"] = [*compared([odd, *given[1:]], False), *compared(given, True)]

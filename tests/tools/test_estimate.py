@@ -91,10 +91,49 @@ def test_what_makes_a_launch_slower(n: int, taps: int) -> None:
     assert "products that wait" in serial.binds or taps == 1
 
 
-def test_shared_sums_shorten_the_loop() -> None:
+def test_shared_sums_shorten_the_loop_and_take_another_launch() -> None:
     few = conv(1, side=7, c=512, k=512)
     whole, split = (of(few, Code(90, 2, 4), tile(64, 64, 64, 4), 8 * shares) for shares in (1, 4))
-    assert whole.binds.startswith("few blocks") and split.seconds < 0.5 * whole.seconds
+    ends = 0.8e-6 + 0.55e-6 + 0.9e-6 / 4
+    assert whole.binds.startswith("few blocks") and split.chain - ends == pytest.approx((whole.chain - ends) / 4)
+    sums = 4 * 49 * 512 * 4
+    second = 0.7e-6 + 0.8e-6 + 0.55e-6 + 0.4e-6 + sums / 8.5e12
+    assert split.seconds == pytest.approx(split.chain + 0.7e-6 + second)
+    assert split.l2 == pytest.approx(whole.l2 + sums / 8.5e12)
+    late = dataclasses.replace(few, residual=True)  # which the second launch reads beside the sums
+    whole_late, split_late = (of(late, Code(90, 2, 4), tile(64, 64, 64, 4), 8 * shares) for shares in (1, 4))
+    assert whole_late.chain == pytest.approx(whole.chain + 0.55e-6) and split_late.chain == split.chain
+
+
+def test_the_heuristic_of_few_programs_knows_the_same_gpu() -> None:
+    assert ASSUMED.port * ASSUMED.clock == conv_bn_act._PORT and ASSUMED.cache == conv_bn_act._ARRIVAL
+    assert ASSUMED.epilogue + ASSUMED.store == conv_bn_act._END
+    assert (ASSUMED.step + ASSUMED.wait / 2) / ASSUMED.clock == conv_bn_act._STEP
+    second = ASSUMED.gap + ASSUMED.start + ASSUMED.cache + ASSUMED.store
+    assert second == pytest.approx(conv_bn_act._SECOND)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "wide_resnet50_2"])
+@pytest.mark.parametrize("batch", [1, 2, 8, 32])
+def test_few_programs_are_the_better_choice_by_the_estimate(arch: str, batch: int) -> None:
+    """Against the usual tiles; several shares also against every candidate that has one, second launch included."""
+    gains = []
+    for case in dict.fromkeys(case for _, case in launches.launched(launches.PER_CONV, arch, batch, 224, "fp16", H200)):
+        if case.op != "conv_bn_act" or conv_bn_act._few(case.problem, H200) is None:
+            continue
+
+        def seconds(config: conv_bn_act.Config, asked: ConvBNAct = case.problem) -> float:
+            program = estimate.conv(asked, config, launches._tiles(asked, config), conv_bn_act.blocks(asked, config))
+            code = Code(0, launches._blocks(asked, config, H200), config.num_warps)
+            return estimate.estimate(asked, program, code, H200).seconds
+
+        chosen, usual = conv_bn_act.heuristic(case.problem, H200), conv_bn_act.tiled(case.problem, H200)
+        assert seconds(chosen) <= 1.01 * seconds(usual), (case, chosen, usual)
+        gains.append(seconds(usual) - seconds(chosen))
+        if chosen.shares > 1:
+            others = [c for c in conv_bn_act.candidates(case.problem, H200) if c.shares == 1 and c.boxes]
+            assert seconds(chosen) < 0.95 * min(map(seconds, others)), (case, chosen)
+    assert sum(gains) > 2e-6
 
 
 def test_a_persistent_block_starts_once_and_waits_for_each_residual() -> None:

@@ -89,6 +89,20 @@ def test_the_users_choice_comes_before_the_packages(folders: tuple[Path, Path]) 
     assert conv_bn_act.choose(mine, gpus.known("a100")) == conv_bn_act.heuristic(mine, gpus.known("a100"))
 
 
+def test_tables_from_before_a_field_are_read(folders: tuple[Path, Path]) -> None:
+    deep = problem(n=1, h=7, w=7, c=512, k=512, kernel=(3, 3), padding=(1, 1))
+    shared = dataclasses.replace(conv_bn_act.heuristic(deep, H100), shares=6)
+    fields = dataclasses.asdict(shared)
+    older = {name: value for name, value in fields.items() if name not in ("persistent", "shares")}
+    path = folders[1] / "h100.json"
+    for given, chosen in ((fields, shared), (older, dataclasses.replace(shared, shares=1))):
+        _tables.write(path, "h100", WITH, {"conv_bn_act": {deep.key(): given}})
+        assert conv_bn_act.choose(deep, H100) == chosen != conv_bn_act.heuristic(deep, H100) or given is older
+    for wrong in (0, 5, 2.0, True):  # 5 does not divide the steps
+        _tables.write(path, "h100", WITH, {"conv_bn_act": {deep.key(): fields | {"shares": wrong}}})
+        assert conv_bn_act.choose(deep, H100) == conv_bn_act.heuristic(deep, H100)
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "{}", '{"format": 2, "choices": {}}', '{"format": 1, "choices": {"conv_bn_act": 3}}', "\xff"],
