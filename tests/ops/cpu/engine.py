@@ -170,6 +170,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     )
 
 
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Return whether numbers have the same bits, and NaN of any bits stands where the other has it."""
+    nan = torch.tensor(torch.nan, dtype=a.dtype)
+    return a.dtype is b.dtype and same_bits(torch.where(a.isnan(), nan, a), torch.where(b.isnan(), nan, b))
+
+
 def given(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     """Return how a plan takes a tensor: address, shape, strides."""
     return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())

@@ -12,7 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.numerics import assert_obeys_error_rule
-from tests.ops.cpu.engine import ALGORITHMS, DTYPES, Buffer, _cpu, given, name_of, packed, run_plan, same, same_bits
+from tests.ops.cpu.engine import (
+    ALGORITHMS,
+    DTYPES,
+    Buffer,
+    _cpu,
+    given,
+    name_of,
+    packed,
+    run_plan,
+    same,
+    same_bits,
+    same_numbers,
+)
 from tests.ops.cpu.sweep import whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -189,11 +201,11 @@ def test_random_plans_have_the_same_bits_however_few_images_run_together(seed: i
             assert same_bits(ours, each), near
 
 
-@pytest.mark.parametrize("c", [7, 8, 40, 128])
+@pytest.mark.parametrize("c", [7, 8, 40, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_stored_on_their_residuals_are_what_they_are_elsewhere(dtype: torch.dtype, c: int) -> None:
     """If every value is given back, none may lie where another one was; NaN and infinities are computed twice."""
-    for seed in range(60 if c < 128 else 25):
+    for seed in range(60 if c < 256 else 15):
         inputs = [torch.randn(5, c, 13, 10).to(dtype) for _ in range(2)]
         inputs[0][1, 3, 4, 5], inputs[1][2, 0, 12, 9], inputs[1][0, c - 1, 0, 0] = torch.nan, torch.inf, -torch.inf
         image = inputs[0][0].numel() * dtype.itemsize
@@ -201,7 +213,7 @@ def test_results_stored_on_their_residuals_are_what_they_are_elsewhere(dtype: to
             plan, outputs = _random_plan(seed, near, dtype, c)
             everything = run_plan(_random_plan(seed, near, dtype, c, all_given_back=True)[0], *inputs)
             for value, ours in zip(outputs, run_plan(plan, *inputs, threads=2), strict=True):
-                assert same_bits(ours, everything[value]), (seed, near, value)
+                assert same_numbers(ours, everything[value]), (seed, near, value)
 
 
 @pytest.mark.parametrize("side", [1, 3])
@@ -234,7 +246,7 @@ def test_a_tile_that_is_computed_twice_takes_its_residual_once(algorithm: str) -
             plan.output(residual)
         results.append(run_plan(plan, x)[0])
     assert results[0].isfinite().sum() == 31 * 144
-    assert same_bits(*results)
+    assert same_numbers(*results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
