@@ -460,6 +460,7 @@ found = {"sound": check.faults(compiler.compile_task(check.tasks(gpu, [case]).po
 source = Path(conv_bn_act.__file__).read_text()
 for count, before, after in (
     (2, "C: tl.constexpr,", "C,"),
+    (1, "STEPS: tl.constexpr = ", "STEPS = "),
     (1, "accumulator = tl.zeros((BLOCK_N, BLOCK_M)", "accumulator = tl.zeros((BLOCK_M, BLOCK_N)"),
     (1, "dot(weight.load([k, step * BLOCK_K]), pixels.T,", "dot(pixels, weight.load([k, step * BLOCK_K]).T,"),
     (1, "_finish(accumulator.T,", "_finish(accumulator,"),
