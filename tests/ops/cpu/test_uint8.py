@@ -317,7 +317,8 @@ def test_results_stored_on_their_residuals_are_what_they_are_elsewhere(a: Proble
         try:
             found.append(network.run([case.image, case.residual])[0])
         except cpu.NotFiniteError:
-            assert a.reads is torch.float32
+            # There a run that ends within a word sees the infinity of a neighbour: an error that is none.
+            assert a.reads is torch.float32 and a.c % 2 and _cpu.isa() == "avx512_bf16"
             found.append(torch.empty(0))
     assert torch.equal(*found)
     if a.reads is torch.uint8:
