@@ -248,7 +248,7 @@ def _hash(*parts: str) -> str:
 def _run_into(output: Path, command: list[str]) -> None:
     """Runs a compiler that writes ``output``, which appears complete or not at all."""
     fresh = output.with_name(f"{output.name}.{os.getpid()}")
-    done = subprocess.run(["nice", *command, "-o", str(fresh)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     os.replace(fresh, output)
