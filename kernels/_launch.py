@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import dis
 import inspect
 import os
 from collections.abc import Callable, Sequence
@@ -50,13 +51,30 @@ def _dependency(kernel: Any) -> dict[str, bool]:
     Kernels compiled with it wait first (``_language.wait_for_earlier_kernels``), so they may follow any other.
     ``RESNET_FAST_PDL=0`` switches it off.
     """
-    if not hasattr(kernel, "device_caches") or os.environ.get("RESNET_FAST_PDL") == "0":  # interpreted, or not wanted
+    if not hasattr(kernel, "device_caches"):  # interpreted
+        return {}
+    settle(kernel)
+    if os.environ.get("RESNET_FAST_PDL") == "0":
         return {}
     from triton.runtime import driver
 
     target = driver.active.get_current_target()
     early = target.backend == "cuda" and target.arch >= 90 and _driver_version() >= _RECORDS_EDGES
     return {"launch_pdl": True} if early else {}
+
+
+def settle(kernel: Any) -> None:
+    """Let Triton compute the cache key of what ``kernel`` calls before its own.
+
+    The key has the constants that those functions read only if Triton knows them by then, so otherwise it would depend
+    on what the process has compiled before, and the cache would not find what another process has left there.
+    """
+    if getattr(kernel, "hash", "") is not None:  # known already
+        return
+    for instruction in dis.get_instructions(kernel.fn):
+        if instruction.opname == "LOAD_GLOBAL":  # not an attribute of the same name, as dot of tl.dot
+            settle(kernel.fn.__globals__.get(instruction.argval))
+    kernel.cache_key  # noqa: B018 - computed when first asked for
 
 
 #: The driver's version of CUDA from which on a graph can hold such a launch.

@@ -687,6 +687,35 @@ if __name__ == "__main__":
 """
 
 
+_CACHE_KEYS = """
+import importlib, json, pkgutil
+from triton.runtime.jit import JITFunction
+from resnet_fast import kernels
+from resnet_fast.kernels import _launch
+
+functions = {}
+for module in pkgutil.iter_modules(kernels.__path__):
+    for value in vars(importlib.import_module(f"resnet_fast.kernels.{module.name}")).values():
+        if isinstance(value, JITFunction):
+            functions[f"{value.__module__}.{value.__name__}"] = value
+
+def keys(order):
+    for function in functions.values():
+        function.hash, function.used_global_vals = None, {}
+    for name in order:
+        _launch.settle(functions[name])
+    return {name: functions[name].cache_key for name in sorted(functions)}
+
+print(json.dumps([keys(functions), keys(reversed(functions))]))
+"""
+
+
+def test_a_kernels_key_in_the_cache_does_not_depend_on_what_was_compiled_before(tmp_path: Path) -> None:
+    """Or another process, such as `make launches` after `make kernels`, would compile it anew."""
+    forth, back = succeed(_CACHE_KEYS, tmp_path)
+    assert len(forth) > 40 and forth == back
+
+
 @pytest.mark.slow
 def test_the_command_fails_on_a_planted_spill_and_on_a_changed_row(tmp_path: Path) -> None:
     """One launch in place of the networks', once absurdly large."""

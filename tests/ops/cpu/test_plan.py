@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Callable
@@ -156,15 +157,22 @@ def test_the_same_bits_however_few_images_run_together(dtype: torch.dtype) -> No
                     assert same_bits(ours, each[:batch])
 
 
+@functools.lru_cache(maxsize=14)  # those of one plan, which is made several times
+def _random_layer(seed: int, number: int, c: int, side: int, stride: int, dtype: torch.dtype) -> _cpu.Convolution:
+    generator = torch.Generator().manual_seed(100 * seed + number)
+    weight, bias = torch.randn(c, c, side, side, generator=generator) / 4, torch.randn(c, generator=generator)
+    return packed(weight, bias, (stride, stride), (side // 2, side // 2), dtype=dtype)
+
+
 def _random_plan(
     seed: int, near: int, dtype: torch.dtype = torch.float32, c: int = 8, all_given_back: bool = False
 ) -> tuple[_cpu.Plan, list[int]]:
     """Layers of any kind over values of ``c`` channels, each of any two earlier ones, and which are to be outputs."""
-    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    draw = random.Random(seed)
     plan = _cpu.Plan(near)
     values = [(plan.input(c, name_of(dtype)), 0) for _ in range(2)]  # with how often their sides were halved
 
-    for _ in range(draw.randint(4, 14)):
+    for number in range(draw.randint(4, 14)):
         x, halved = draw.choice(values)
         like = draw.choice([value for value, times in values if times == halved])
         kind = draw.choice(["1x1", "3x3", "down", "pool", "add", "residual", "residual of 1x1"])
@@ -175,11 +183,10 @@ def _random_plan(
             made = plan.add(x, like, draw.random() < 0.5)
         else:
             side = 1 if "1x1" in kind else 3
-            weight, bias = torch.randn(c, c, side, side, generator=generator) / 4, torch.randn(c, generator=generator)
             residual = like if "residual" in kind else -1
             algorithm = draw.choice(ALGORITHMS) if side == 3 and stride == 1 else "auto"
             how = {"residual": residual, "relu": draw.random() < 0.5, "residual_after_relu": draw.random() < 0.5}
-            made = conv(plan, x, weight, bias, stride, side // 2, dtype, algorithm=algorithm, **how)
+            made = plan.convolution(x, _random_layer(seed, number, c, side, stride, dtype), algorithm=algorithm, **how)
         values.append((made, halved + (stride == 2)))
     outputs = [value for value, _ in draw.sample(values, draw.randint(1, min(4, len(values))))]
     for value in [value for value, _ in values] if all_given_back else outputs:
@@ -205,9 +212,10 @@ def test_random_plans_have_the_same_bits_however_few_images_run_together(seed: i
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_stored_on_their_residuals_are_what_they_are_elsewhere(dtype: torch.dtype, c: int) -> None:
     """If every value is given back, none may lie where another one was; NaN and infinities are computed twice."""
-    for seed in range(60 if c < 256 else 15):
-        inputs = [torch.randn(5, c, 13, 10).to(dtype) for _ in range(2)]
-        inputs[0][1, 3, 4, 5], inputs[1][2, 0, 12, 9], inputs[1][0, c - 1, 0, 0] = torch.nan, torch.inf, -torch.inf
+    seeds, n, size = (60, 5, (13, 10)) if c < 256 else (15, 3, (7, 6))  # a wide layer's time is its multiplications
+    for seed in range(seeds):
+        inputs = [torch.randn(n, c, *size).to(dtype) for _ in range(2)]
+        inputs[0][1, 3, 4, 5], inputs[1][2, 0, -1, -1], inputs[1][0, c - 1, 0, 0] = torch.nan, torch.inf, -torch.inf
         image = inputs[0][0].numel() * dtype.itemsize
         for near in (1 << 40, image // 2, 2 * image):
             plan, outputs = _random_plan(seed, near, dtype, c)
