@@ -93,6 +93,7 @@ def heuristic(problem: Problem, gpu: GPU) -> Config | None:
     largest, projected = max(mid, following), problem.shortcut is not None
     few = cdiv(problem.pixels, 128) < gpu.multiprocessors
     boxes = supports_boxes(problem, gpu, 16)
+    num_warps = 8
     if precision == "fp32":
         if mid > 64 or following > 128 or (gpu.capability >= 90 and projected and following):
             return None
@@ -113,6 +114,10 @@ def heuristic(problem: Problem, gpu: GPU) -> Config | None:
         hopper = gpu.capability == 90
         if largest <= 128:
             tile = (64 if few else 128, 64, 64, 3 if mid <= 64 else 2, 2)
+            if hopper and following and not few and (projected if largest <= 64 else not projected):
+                # By one warp group, with narrow slices: registers for two programs, which hide each other's copies.
+                num_warps = 4
+                tile = (128, 32 if mid <= 64 else 16, 64, 3 if mid <= 64 else 2, 3)
         elif largest == 256:
             tile = (64, 64 if hopper and not projected else 32, 64, 2, 2)
         elif hopper and (mid, following) == (256, 512) and not projected:
@@ -128,7 +133,7 @@ def heuristic(problem: Problem, gpu: GPU) -> Config | None:
     block_m, block_n, block_c, stages, slice_stages = tile
     # A box may not run over the last output channel, whose scales it would read beyond their end.
     block_n = dividing_power_of_two(problem.k, block_n) if boxes else power_of_two(problem.k, 16, block_n)
-    config = Config(block_m, block_n, min(block_c, mid), 8, stages, slice_stages, boxes)
+    config = Config(block_m, block_n, min(block_c, mid), num_warps, stages, slice_stages, boxes)
     fills = 2 * cdiv(problem.pixels, block_m) >= gpu.multiprocessors
     return config if fills and config.shared_memory(problem) <= gpu.shared_memory else None
 

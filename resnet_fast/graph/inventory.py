@@ -142,13 +142,16 @@ class Block:
         def floor(problem: Problem) -> float:
             return max(cost.work(problem, itemsize).floor(gpu, problem.precision), least(problem))
 
-        floors = [floor(layer.problem) for layer in self.layers]
-        ways = [Way(SEPARATE, sum(floors), len(floors))]
+        floors = {layer.name: floor(layer.problem) for layer in self.layers}
+        ways = [Way(SEPARATE, sum(floors.values()), len(floors))]
         alone = replace(self, following=None)
-        for form, block in ((TAIL, alone), *(() if self.following is None else ((ROTATED, self),))):
-            problem, rest = block.problem, floors[len(block.layers) :]
-            if problem is not None and feasible(problem):
-                ways.append(Way(form, floor(problem) + sum(rest), 1 + len(rest), block))
+        for form, whole in ((TAIL, alone), *(() if self.following is None else ((ROTATED, self),))):
+            for block in (whole, *(() if self.project is None else (replace(whole, project=None),))):
+                rest = floors.keys() - {layer.name for layer in block.layers}
+                problem = block.problem
+                if problem is not None and feasible(problem):
+                    others = sum(floors[name] for name in floors if name in rest)
+                    ways.append(Way(form, floor(problem) + others, 1 + len(rest), block))
         return ways
 
 

@@ -259,12 +259,14 @@ def _step(
     own = loop.instructions * assumed.pace / assumed.clock
     name = "instructions" if own > product else "products that wait" if code.serialised else "product"
     ahead = loop.stages - 1 if loop.ahead is None else loop.ahead
+    alone = own + product + waits + copied + overhead + within
+    waited = alone if loop.stages == 1 else 0.0  # nothing is on its way while a step multiplies
     limits = {
-        name: own + product + waits + copied + overhead + within,
+        name: alone,
         "issue of instructions": beside * code.warps * loop.instructions / assumed.issue / assumed.clock,
         "matrix units": beside * product / assumed.reached,
         "L2 traffic": beside * loop.bytes / rate,
-        "load latency": latency / max(1, ahead) if loop.steps > 1 or loop.whole else 0.0,
+        "load latency": latency / max(1, ahead) + waited if loop.steps > 1 or loop.whole else 0.0,
     }
     why = max(limits, key=limits.__getitem__)
     return limits[why] + loop.each, why

@@ -422,9 +422,10 @@ def _head_launch(kernel: Any, example: Example, case: Case, config: Any) -> Any:
 
 
 def _tail_cases(layer: Layer | Block) -> Iterator[Case]:
-    """A block with and without the next block's 1x1; which of them is planned depends on the GPU."""
+    """A block with and without the next block's 1x1 and its projection; what is planned depends on the GPU."""
     if isinstance(layer, Block):
-        for block in dict.fromkeys((replace(layer, following=None), layer)):
+        ends = (replace(layer, following=None), layer)
+        for block in dict.fromkeys((*ends, *(replace(end, project=None) for end in ends))):
             if block.problem is not None:
                 yield Case("bottleneck_tail", block.problem)
 

@@ -17,11 +17,12 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock
 
 import resnet_fast as rf
-from resnet_fast.graph import OptimizedModule, fuse_tail, optimize
+from resnet_fast.graph import OptimizedModule, fuse_tail, inventory, optimize
 from resnet_fast.graph.plan import Fused
 from resnet_fast.kernels import bottleneck_tail_choice, gpus
 from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct
 from resnet_fast.roofline import cost
+from resnet_fast.tuning import shapes
 from tests.networks import Lambda, assert_same, conv_bn, randomise, small
 from tests.numerics import assert_obeys_error_rule
 
@@ -422,6 +423,31 @@ def test_strides_of_version_1_blocks(any_size: None) -> None:
     assert list(forms(fused).values()) == ["pf"]
     (tail,) = tails(fused).values()
     assert tail.options == {"stride": (1, 1), "shortcut_stride": (2, 2)}
+
+
+def test_a_projection_may_stay_outside(any_size: None, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
+    """If the kernel has no tile for it, the tail adds its result as a residual."""
+    monkeypatch.setattr(fuse_tail, "feasible", lambda problem, _: problem.shortcut is None)
+    for function in (_projected, _projection_first):
+        fused = planned(block(function))
+        assert list(forms(fused).values()) == ["f"]
+        left = [m for m in fused.graph_module.modules() if isinstance(m, Fused) and m.op == "conv_bn_act"]
+        assert len(left) == 2  # the block's first 1x1, and the projection
+
+
+def test_a_wide_projection_stays_outside() -> None:
+    """Its input is read for each slice of the output: of 256 channels that takes longer than a launch of its own."""
+    found = [each for each in shapes.fused_ops("resnet50", 224) if isinstance(each, inventory.Block)]
+    gpu = gpus.known("h200")
+    ways = [fuse_tail.decide(each.at(128, "fp16"), gpu)[0] for each in found if each.project is not None]
+    narrow, wide = (way.tail for way in ways[:2])
+    assert narrow is not None and narrow.project is not None and ways[0].launches == 1
+    assert wide is not None and wide.project is None and wide.following is not None and ways[1].launches == 2
+    block = next(each for each in found if each.spatial.name == wide.spatial.name).at(128, "fp16")
+    assert block.project is not None and isinstance(block.project.problem, ConvBNAct)
+    work = max(cost.work(block.project.problem).floor(gpu, "fp16"), fuse_tail.l2_seconds(block.project.problem, gpu))
+    assert wide.problem is not None
+    assert ways[1].floor == pytest.approx(work + fuse_tail.l2_seconds(wide.problem, gpu))
 
 
 def test_graphs_that_write_in_place_are_not_planned(any_size: None) -> None:

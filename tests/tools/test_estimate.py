@@ -66,6 +66,15 @@ def test_a_3x3_by_hand() -> None:
     assert found.binds == "part of a wave, L2 traffic"
 
 
+def test_one_stage_waits_for_each_copy() -> None:
+    """With two, a copy is on its way while the step before multiplies; with one, the step takes both."""
+    # One program alone on its multiprocessor, so that nothing but its own copies and products counts.
+    problem = conv(n=16, side=2)
+    one, two = (of(problem, Code(128, 1, 4), tile(stages=stages)) for stages in (1, 2))
+    product = 2 * 128 * 128 * 64 / 4096 / 1.755e9 + 100 / 1.755e9
+    assert one.seconds - two.seconds == pytest.approx(36 * (0.85e-6 + product - max(0.85e-6, product)))
+
+
 def test_a_large_copy_is_bound_by_memory() -> None:
     found = of(conv(side=56, c=256, k=64, taps=1), Code(64, 8, 4), tile(n=64))
     bytes_moved = 128 * 3136 * (256 + 64) * 2 + 64 * 256 * 2 + 64 * 8
@@ -215,7 +224,8 @@ def test_other_ops() -> None:
     assert 8 * 0.55e-6 < found.seconds < 10e-6 and found.binds == "few blocks, load latency"
     config.num_stages = 4
     ahead = estimate.estimate(head, estimate.head(head, config, 63), Code(142, 1, 8), H200)
-    assert ahead.chain == pytest.approx(found.chain - 8 * (0.55e-6 - 65 * 256 * 2 / (64 * 1.755e9)), abs=0.3e-6)
+    product = (2 * 16 * 256 / 4096 + 20 + 80) / 1.755e9  # which one stage adds to the wait for its copy
+    assert ahead.chain == pytest.approx(found.chain - 8 * (0.55e-6 + product - 65 * 256 * 2 / (64 * 1.755e9)))
     block = BottleneckTail(128, 56, 56, 64, 256, 1, None, 64, "fp16")
     choice = bottleneck_tail_choice.choose(block, H200)
     assert choice is not None
