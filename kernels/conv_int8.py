@@ -49,8 +49,11 @@ _ROUNDS_BITS = tl.constexpr(0x4B400000)
 
 @triton.jit
 def _signed(x):
-    """uint8 less 128, as int8."""
-    return x.to(tl.int8, bitcast=True) ^ -128
+    """uint8 less 128, as int8; float8 as it is."""
+    if x.dtype == tl.uint8:
+        return x.to(tl.int8, bitcast=True) ^ -128
+    else:
+        return x
 
 
 @triton.jit
@@ -64,9 +67,9 @@ def _zeros(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _add_products(pixels, weights, sums):
-    """sums + pixels @ weights, of uint8 less 128 and int8 or both of float8."""
-    if pixels.dtype == tl.uint8:
-        return tl.dot(_signed(pixels), weights, sums, out_dtype=tl.int32)
+    """sums + pixels @ weights, both of int8 or of float8."""
+    if pixels.dtype == tl.int8:
+        return tl.dot(pixels, weights, sums, out_dtype=tl.int32)
     else:
         return dot_float8(pixels, weights, sums)
 
@@ -139,7 +142,8 @@ def _box(
             pixels = x.load([n, p + (h >> 1), h & 1, q + (w >> 1), (w & 1) * C + c])
         else:
             pixels = x.load([n, p + h, q + w, c])
-        sums = _add_products(pixels.reshape(BLOCK_M, BLOCK_K), weight.load([k, step * BLOCK_K]).T, sums)
+        pixels = _signed(pixels.reshape(BLOCK_M, BLOCK_K))
+        sums = _add_products(pixels, weight.load([k, step * BLOCK_K]).T, sums)
     channel = k + tl.arange(0, BLOCK_N)
     inside = channel < K
     added = None
@@ -234,7 +238,7 @@ def _resident(
     every = tl.num_programs(0) // tiles_n * BLOCK_M
     # Stages that are given here, not as an option, count for the residual too, which no product takes.
     for m in tl.range(pid // tiles_n * BLOCK_M, PIXELS, every, num_stages=STAGES):
-        pixels = x.load([m, 0])
+        pixels = _signed(x.load([m, 0]))
         added = None
         if RESIDUAL:
             added = residual.load([m, k])
@@ -316,7 +320,7 @@ def _gather(
             x + (base + (h * W + w) * C)[:, None] + c[None, :], mask=valid[:, None] & inside[None, :], other=PADDING
         )
         b = tl.load(taps[None, :] + (tap * C + c)[:, None], mask=inside[:, None] & inside_k[None, :], other=NOTHING)
-        sums = _add_products(a, b, sums)
+        sums = _add_products(_signed(a), b, sums)
     to = m[:, None] * K + channel[None, :]
     mask = inside_m[:, None] & inside_k[None, :]
     added = None
