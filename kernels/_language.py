@@ -50,6 +50,31 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def dot_float8(a, b, accumulator):
+    """accumulator + a @ b of float8 (e4m3), whose sums are added in float32 after 128 products at most.
+
+    Hopper's matrix units keep 13 bits of fraction of float8's sums, beside the largest of them. The sum is written out,
+    since Triton forgets ``max_num_imprecise_acc`` of a product whose first operand comes through registers.
+    """
+    if _INTERPRETED:  # which takes NaN for 480
+        return accumulator + tl.dot(real(a), real(b), input_precision="ieee")
+    return accumulator + tl.dot(a, b, max_num_imprecise_acc=min(a.shape[1], 128))
+
+
+@triton.jit
+def real(x):
+    """A tile in float32; the interpreter takes float8's NaN for 480."""
+    if _INTERPRETED and x.dtype == tl.float8e4nv:
+        bits = x.to(tl.uint8, bitcast=True).to(tl.int32)
+        places = bits & 127
+        small = places.to(tl.float32) * 0.001953125  # steps of 2 ** -9 below 2 ** -6
+        normal = ((places << 20) + 0x3C000000).to(tl.float32, bitcast=True)
+        size = tl.where(places < 8, small, tl.where(places == 127, float("nan"), normal))
+        return tl.where(bits > 127, -size, size)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def _nearest_tf32(x):
     """float32 rounded to tf32's 10 bits of fraction, to nearest and ties away from 0, as cuBLAS and cuDNN round."""
     if _INTERPRETED:  # which runs no PTX
@@ -62,9 +87,21 @@ def _nearest_tf32(x):
 
 @triton.jit
 def rounded(y, dtype: tl.constexpr):
-    """A float32 tile in ``dtype``, rounded to nearest even as the hardware does; the interpreter cuts bfloat16 off."""
+    """A float32 tile in ``dtype``, rounded to nearest even as the hardware does; the interpreter cuts bits off.
+
+    What is beyond float8's 448, infinity too, becomes that; NaN stays NaN.
+    """
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = y.to(tl.uint32, bitcast=True)
         nearest = tl.where(y != y, 0x7FC00000, bits + (0x7FFF + ((bits >> 16) & 1)))
         return (nearest >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    if dtype == tl.float8e4nv:
+        y = tl.clamp(y, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        if _INTERPRETED:
+            bits = tl.abs(y).to(tl.int32, bitcast=True)
+            normal = ((bits + (0x7FFFF + ((bits >> 20) & 1))) >> 20) - 0x3C0
+            small = (tl.abs(y) * 512 + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000  # steps, rounded to even
+            size = tl.where(y != y, 127, tl.where(bits < 0x3C800000, small, normal))
+            sign = tl.where(y.to(tl.int32, bitcast=True) < 0, 128, 0)
+            return (size + sign).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
     return y.to(dtype)

@@ -21,7 +21,7 @@ WIDE_FROM = 2**31
 
 _LARGEST_TILE = 2**16
 
-ITEMSIZE = {"fp16": 2, "bf16": 2, "tf32": 4, "fp32": 4, "int8": 1}
+ITEMSIZE = {"fp16": 2, "bf16": 2, "tf32": 4, "fp32": 4, "int8": 1, "fp8": 1}
 
 #: The copy engine wants addresses and strides in multiples of this many bytes.
 ALIGNMENT = 16

@@ -32,7 +32,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _tables, conv_bn_act
-from ._language import relu, rounded, wait_for_earlier_kernels
+from ._language import dot_float8, real, relu, rounded, wait_for_earlier_kernels
 from ._launch import Launch, aligned, cdiv, dividing_power_of_two, image_box, power_of_two, wide
 from .gpus import GPU
 from .problems import ConvInt8 as Problem
@@ -49,8 +49,29 @@ _ROUNDS_BITS = tl.constexpr(0x4B400000)
 
 @triton.jit
 def _signed(x):
-    """uint8 less 128, as int8."""
-    return x.to(tl.int8, bitcast=True) ^ -128
+    """uint8 less 128, as int8; float8 as it is."""
+    if x.dtype == tl.uint8:
+        return x.to(tl.int8, bitcast=True) ^ -128
+    else:
+        return x
+
+
+@triton.jit
+def _zeros(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Sums of no product yet, of what x describes or points to: int32, of float8 float32."""
+    if x.dtype == tl.uint8 or x.dtype == tl.pointer_type(tl.uint8):
+        return tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    else:
+        return tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+
+
+@triton.jit
+def _add_products(pixels, weights, sums):
+    """sums + pixels @ weights, both of int8 or of float8."""
+    if pixels.dtype == tl.int8:
+        return tl.dot(pixels, weights, sums, out_dtype=tl.int32)
+    else:
+        return dot_float8(pixels, weights, sums)
 
 
 @triton.jit
@@ -73,15 +94,17 @@ def _finish(
         residual: [BLOCK_M, BLOCK_N], or None. RESIDUAL: 0 none, 1 before the activation, 2 after it.
         LOW, HIGH: of the output in steps from its zero point ZERO; that is None for 0.
     """
-    y = (sums + _row(offset, channel, inside)).to(tl.float32)
+    y = sums
+    if offset is not None:
+        y = (sums + _row(offset, channel, inside)).to(tl.float32)
     y = y * _row(scale, channel, inside)
     y = y + _row(shift, channel, inside)
     if RESIDUAL == 1:
-        y = y + residual.to(tl.float32) * residual_scale
+        y = y + real(residual) * residual_scale
     if RELU:
         y = relu(y)
     if RESIDUAL == 2:
-        y = y + residual.to(tl.float32) * residual_scale
+        y = y + real(residual) * residual_scale
     if dtype == tl.uint8:
         if not RELU or RESIDUAL == 2:  # LOW is 0 at most
             y = tl.maximum(y, LOW.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
@@ -108,7 +131,7 @@ def _box(
     q = (box % TILES_Q) * BOX_Q
     p = (box // TILES_Q % TILES_P) * BOX_P
     n = (box // (TILES_Q * TILES_P)) * BOX_N
-    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    sums = _zeros(x, BLOCK_M, BLOCK_N)
     for step in range(0, R * S * C // BLOCK_K):
         tap = step // (C // BLOCK_K)
         c = step % (C // BLOCK_K) * BLOCK_K
@@ -120,7 +143,7 @@ def _box(
         else:
             pixels = x.load([n, p + h, q + w, c])
         pixels = _signed(pixels.reshape(BLOCK_M, BLOCK_K))
-        sums = tl.dot(pixels, weight.load([k, step * BLOCK_K]).T, sums, out_dtype=tl.int32)
+        sums = _add_products(pixels, weight.load([k, step * BLOCK_K]).T, sums)
     channel = k + tl.arange(0, BLOCK_N)
     inside = channel < K
     added = None
@@ -209,7 +232,8 @@ def _resident(
     # Outside of the loop, or they would be copied into shared memory again for each tile.
     inside = channel < K
     scale, shift = _row(scale, channel, inside), _row(shift, channel, inside)
-    offset = _row(offset, channel, inside)
+    if offset is not None:
+        offset = _row(offset, channel, inside)
     weights = weight.load([k, 0])
     every = tl.num_programs(0) // tiles_n * BLOCK_M
     # Stages that are given here, not as an option, count for the residual too, which no product takes.
@@ -218,7 +242,7 @@ def _resident(
         added = None
         if RESIDUAL:
             added = residual.load([m, k])
-        sums = tl.dot(pixels, weights.T, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32), out_dtype=tl.int32)
+        sums = _add_products(pixels, weights.T, _zeros(x, BLOCK_M, BLOCK_N))
         y = _finish(
             sums, scale, shift, offset, None, None, added, residual_scale, ZERO, LOW, HIGH, out.dtype, RELU, RESIDUAL
         )
@@ -279,7 +303,10 @@ def _gather(
     channel = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_k = channel < K
     taps = weight + channel * (R * S * C)
-    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    # Of float8, which no integer becomes.
+    NOTHING: tl.constexpr = 0.0 if weight.dtype.element_ty == tl.float8e4nv else 0
+    NO_RESIDUAL: tl.constexpr = 0.0 if residual.dtype.element_ty == tl.float8e4nv else 0
+    sums = _zeros(x, BLOCK_M, BLOCK_N)
     blocks_c = tl.cdiv(C, BLOCK_K)
     for step in range(0, R * S * blocks_c):
         tap = step // blocks_c
@@ -292,13 +319,13 @@ def _gather(
         a = tl.load(
             x + (base + (h * W + w) * C)[:, None] + c[None, :], mask=valid[:, None] & inside[None, :], other=PADDING
         )
-        b = tl.load(taps[None, :] + (tap * C + c)[:, None], mask=inside[:, None] & inside_k[None, :], other=0)
-        sums = tl.dot(_signed(a), b, sums, out_dtype=tl.int32)
+        b = tl.load(taps[None, :] + (tap * C + c)[:, None], mask=inside[:, None] & inside_k[None, :], other=NOTHING)
+        sums = _add_products(_signed(a), b, sums)
     to = m[:, None] * K + channel[None, :]
     mask = inside_m[:, None] & inside_k[None, :]
     added = None
     if RESIDUAL:
-        added = tl.load(residual + to, mask=mask, other=0)
+        added = tl.load(residual + to, mask=mask, other=NO_RESIDUAL)
     y = _finish(
         sums, scale, shift, offset, channel, inside_k, added, residual_scale, ZERO, LOW, HIGH, out.dtype.element_ty,
         RELU, RESIDUAL,
@@ -331,9 +358,10 @@ class Config:
 
         In the form ``resident`` as many as there are registers for: its programs are nearly all end.
         """
-        most = 1 if self.block_m * self.block_n > 128 * 128 else 2
+        twice = _sums_twice(problem)
+        most = 1 if self.block_m * self.block_n * (1 + twice) > 128 * 128 else 2
         if self.resident(problem) and self.block_m * self.block_n == 64 * 64:
-            most = 3 if problem.residual or problem.c > 256 else 4
+            most = (3 if problem.residual or problem.c > 256 else 4) - (twice and problem.c > 128)
         return min(most, gpu.shared_memory_per_multiprocessor // (self.shared_memory(problem) + 1024))
 
     def shared_memory(self, problem: Problem) -> int:
@@ -354,6 +382,11 @@ class Config:
         """Return the choice for the form ``gather`` if an address keeps the copy engine from this one's tensors."""
         steps = min(self.block_k, 128), min(self.num_stages, 4)
         return Config(min(self.block_m, 128), min(self.block_n, 128), steps[0], self.num_warps, steps[1], False)
+
+
+def _sums_twice(problem: Problem) -> bool:
+    """Return whether sums of some products stand beside the whole ones in registers, as those of float8 do."""
+    return problem.precision == "fp8"
 
 
 def supports(problem: Problem, gpu: GPU) -> bool:
@@ -394,8 +427,12 @@ def _hopper(problem: Problem, gpu: GPU) -> bool:
 
 
 def _takes_resident(problem: Problem) -> bool:
-    """Return whether a step can be the whole depth of the problem: a power of two of channels, at most 512."""
-    return conv_bn_act._plain(problem) and problem.c & (problem.c - 1) == 0 and problem.c <= 512
+    """Return whether a step can be the whole depth of the problem: a power of two of channels, at most 512.
+
+    Of float8 256: more partial sums wait for each other.
+    """
+    most = 256 if _sums_twice(problem) else 512
+    return conv_bn_act._plain(problem) and problem.c & (problem.c - 1) == 0 and problem.c <= most
 
 
 def _in_turn(config: Config, problem: Problem, gpu: GPU) -> Config | None:
@@ -410,7 +447,10 @@ def _keeping_weights(problem: Problem, gpu: GPU) -> Config | None:
     """Return the form ``resident`` for a plain product of which every program has at least four tiles."""
     if not _hopper(problem, gpu) or not _takes_resident(problem):
         return None
-    config = _in_turn(Config(64, 64, problem.c, 4, 3, True, 1), problem, gpu)
+    config = Config(64, 64, problem.c, 4, 3, True, 1)
+    if config.programs(problem, gpu) < 2:  # nothing would hide a tile's end
+        return None
+    config = _in_turn(config, problem, gpu)
     if config is None or blocks(problem, replace(config, persistent=0)) < 4 * blocks(problem, config):
         return None
     return config
@@ -424,13 +464,14 @@ _WIDE = {64: 512, 128: 256, 256: 128}
 def _wide(problem: Problem, gpu: GPU) -> Config | None:
     """Return a tile of twice the usual size for a deep product, if at most a quarter of the GPU is idle then."""
     # Beside the sums of 256 channels a residual has no registers left.
-    block_n = power_of_two(problem.k, 64, 128 if problem.residual else 256)
+    twice = _sums_twice(problem)
+    block_n = power_of_two(problem.k, 64, 128 if problem.residual or twice else 256)
     window = problem.kernel != (1, 1)
     if not _hopper(problem, gpu) or (not window and (block_n == 64 or problem.residual)):
         return None
     block_k = _widest_k(problem, True)
     steps = math.prod(problem.kernel) * problem.c // block_k
-    config = Config(_WIDE[block_n], block_n, block_k, 8, min(steps, 6), True)
+    config = Config(_WIDE[block_n] // (1 + twice), block_n, block_k, 8, min(steps, 6), True)
     count = blocks(problem, config)
     # In one round the tiles count as they are, those beyond the image too; in several, what they compute does.
     useful = problem.pixels / config.block_m * cdiv(problem.k, block_n) if count > gpu.multiprocessors else count
@@ -452,7 +493,8 @@ def _tiled(problem: Problem, gpu: GPU) -> Config:
     # Warp products take more registers beside the sums, and so does a residual if the product is one step.
     one_step = problem.residual and math.prod(problem.kernel) * problem.c == block_k
     whole = boxes and gpu.capability == 90 and not one_step
-    block_m, block_n = 128, power_of_two(problem.k, 32, 128 if whole else 64)
+    block_m = 64 if _sums_twice(problem) else 128
+    block_n = power_of_two(problem.k, 32, 128 if whole else 64)
     while cdiv(problem.pixels, block_m) * cdiv(problem.k, block_n) < gpu.multiprocessors:
         if block_m > 64 and block_m >= block_n:
             block_m //= 2
@@ -563,7 +605,7 @@ def launch(
     residual_scale: float = 1.0,
     activation: str = "relu",
     residual_after_activation: bool = False,
-    zero_point: int = 0,
+    zero_point: float = 0,
     out_zero_point: int = 0,
     largest: int = 255,
 ) -> Launch:
@@ -576,7 +618,7 @@ def launch(
         config: for the form ``boxes`` every tensor must begin at a multiple of 16 bytes; where one does not, the same
             tile is fetched by the form ``gather``.
         residual_scale: of the residual, in steps of ``out`` if that is uint8.
-        zero_point, out_zero_point: of x and out. largest: what out is clipped to. Both are of uint8 only.
+        zero_point, out_zero_point: of x and out, 0.0 of float8. largest: what out is clipped to. All of uint8.
     """
     where = 0 if residual is None else 2 if residual_after_activation else 1
     tensors = (x, weight, scale, shift, offset, residual, out)

@@ -56,7 +56,14 @@ class GPU:
 
 def _flops(fp16: float, tf32: float, fp32: float, int8: float | None = None) -> Mapping[str, float]:
     """From TFLOP/s; bfloat16 runs at float16's rate on all of them, and int8 at the double of it unless given."""
-    rates = {"fp16": fp16, "bf16": fp16, "tf32": tf32, "fp32": fp32, "int8": 2 * fp16 if int8 is None else int8}
+    rates = {
+        "fp16": fp16,
+        "bf16": fp16,
+        "tf32": tf32,
+        "fp32": fp32,
+        "int8": 2 * fp16 if int8 is None else int8,
+        "fp8": 2 * fp16,
+    }
     return MappingProxyType({precision: rate * 1e12 for precision, rate in rates.items()})
 
 
@@ -79,6 +86,10 @@ GPUS: tuple[GPU, ...] = (
     GPU("rtx4090", 89, 128, 99 * _KB, 100 * _KB, 72 * _MB, 1.008e12, _flops(165.2, 82.6, 82.6, 660.6), _SHEET),
     GPU("rtx5090", 120, 170, 99 * _KB, 100 * _KB, 96 * _MB, 1.792e12, _flops(209.5, 104.8, 104.8, 838), _SHEET),
 )  # fmt: skip
+
+
+#: Compute capabilities whose float8 kernels were looked at: Ada's and Hopper's.
+FLOAT8_CAPABILITIES = (89, 90)
 
 
 #: Words that make another chip of a name, or a part of one: fewer multiprocessors, other memory.

@@ -86,11 +86,19 @@ class ConvInt8(ConvBNAct):
     @property
     def out_itemsize(self) -> int:
         """Bytes of an element of the output and of the residual."""
-        return {"uint8": 1, "fp16": 2, "bf16": 2, "fp32": 4}[self.out]
+        return {"uint8": 1, "fp8": 1, "fp16": 2, "bf16": 2, "fp32": 4}[self.out]
 
     def key(self) -> str:
         """Return the problem as tables name it."""
         return f"{super().key()} {self.out}{' shifted' if self.shifted else ''}"
+
+
+@dataclass(frozen=True)
+class ConvFp8(ConvInt8):
+    """A convolution of float8 with a float8 weight; ``precision`` is "fp8". It is never shifted."""
+
+    op: ClassVar[str] = "conv_fp8"
+    out: str = "fp8"
 
 
 @dataclass(frozen=True)
@@ -227,5 +235,5 @@ Problem = ConvBNAct | BottleneckTail | Stem | Head | AddAct | BatchNormAct
 #: The problems of the ops whose kernels are tuned, by the op's name. The last two run in training only.
 OPS = {
     problem.op: problem
-    for problem in (ConvBNAct, BottleneckTail, Stem, Head, AddAct, ConvInt8, BatchNormAct, ConvStatistics)
+    for problem in (ConvBNAct, BottleneckTail, Stem, Head, AddAct, ConvInt8, ConvFp8, BatchNormAct, ConvStatistics)
 }

@@ -70,6 +70,14 @@ def unsupported(dtype: torch.dtype, device: torch.device) -> str:
     return ""
 
 
+def without_float8(device: torch.device) -> str:
+    """Return why the kernels multiply no float8 on this device, or "" if they do."""
+    capability = gpu_of(device).capability
+    if capability not in gpus.FLOAT8_CAPABILITIES:
+        return f"float8 needs compute capability 8.9 or 9.0, this GPU has {capability // 10}.{capability % 10}"
+    return ""
+
+
 def precision(dtype: torch.dtype, product: str = "conv") -> str:
     """Return how the kernels multiply: "fp16", "bf16", and for float32 "tf32" or "fp32", whichever torch is set to.
 

@@ -45,28 +45,37 @@ WIDEST = 170
 
 
 class Arithmetic(str, enum.Enum):
-    """How a convolution multiplies; tf32 is float32 in memory, and beside int8 the rest is float16."""
+    """How a convolution multiplies; tf32 is float32 in memory, beside int8 and float8 the rest is float16."""
 
     float16 = "float16"
     bfloat16 = "bfloat16"
     tf32 = "tf32"
     float32 = "float32"
     int8 = "int8"
+    float8 = "float8"
 
     @classmethod
     def _missing_(cls, value: object) -> Arithmetic | None:
-        return next((each for each in cls if each.precision == value), None)
+        return next((each for each in cls if value in (each.precision, each.quantized)), None)
 
     @property
     def precision(self) -> str:
-        """The short name, which the tables of GPUs and launches have; of int8 the one of what is not quantized."""
-        return {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "fp16"}.get(self.value, self.value)
+        """The short name, which the tables of GPUs and launches have; of int8 and float8 that of what is in neither."""
+        names = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+        return "fp16" if self.quantized else names.get(self.value, self.value)
+
+    @property
+    def quantized(self) -> str:
+        """The short name of what ``quantize`` makes the convolutions, "" if they are not quantized."""
+        return {"int8": "int8", "float8": "fp8"}.get(self.value, "")
 
     @property
     def dtype(self) -> torch.dtype:
         import torch
 
-        found: torch.dtype = getattr(torch, {"tf32": "float32", "int8": "float16"}.get(self.value, self.value))
+        found: torch.dtype = getattr(
+            torch, "float16" if self.quantized else {"tf32": "float32"}.get(self.value, self.value)
+        )
         return found
 
 
@@ -156,12 +165,12 @@ def roofline(
     check_results(json_target, plot_path)
     device = _device_name()
     chosen = _choose(gpu, bandwidth, tflops, capability, device)
-    if precision is Arithmetic.int8 and tflops is not None:
+    if precision.quantized and tflops is not None:
         rates = dict.fromkeys(chosen.flops, tflops * 1e12 / 2)  # of what is not quantized
-        chosen = dataclasses.replace(chosen, flops=rates | {"int8": tflops * 1e12})
+        chosen = dataclasses.replace(chosen, flops=rates | {precision.quantized: tflops * 1e12})
     subject = Subject(arch, batch, image_size, precision)
-    if plot_path is not None and precision is Arithmetic.int8:
-        raise UserError("--plot draws one rate of products, and a network in int8 has two; leave it out")
+    if plot_path is not None and precision.quantized:
+        raise UserError(f"--plot draws one rate of products, and a network in {precision.value} has two; leave it out")
     if estimated:
         _check_estimate(chosen)
     with as_user_errors(ValueError):
@@ -257,14 +266,14 @@ def schedules(subject: Subject, gpu: GPU) -> tuple[Schedule, ...]:
     with torch.device("meta"):
         model = models.get_model(subject.arch).to(dtype).eval()
         image = torch.empty(subject.shape, dtype=dtype)
-    return schedules.schedules(model, image, gpu, subject.precision.precision, subject.precision is Arithmetic.int8)
+    return schedules.schedules(model, image, gpu, subject.precision.precision, subject.precision.quantized)
 
 
 def _measured(subject: Subject, gpu: GPU, device: str | None, asked: str | None) -> tuple[Seconds | None, str]:
     """Seconds of each fused op on this machine's GPU, or None, and a line on what was measured or why nothing was."""
     if device is None:
         return None, "nothing measured: torch sees no CUDA GPU here"
-    if subject.precision is Arithmetic.int8:
+    if subject.precision.quantized:
         return None, "nothing measured: this command runs no quantized network"
     from resnet_fast.kernels import gpus
 
@@ -366,9 +375,9 @@ def _estimates(subject: Subject, gpu: GPU, seconds: Seconds | None) -> Estimates
             show(f"compiling kernels that are not in the table: {done}/{total}", done / total)
 
         for batch in sorted({*shapes.BATCHES, subject.batch}):
-            int8 = subject.precision is Arithmetic.int8
-            taken, image = estimate.measured(f"{subject.arch}-{'int8' if int8 else precision}-b{batch}", gpu)
-            for schedule in (estimate.INT8,) if int8 else (estimate.PER_CONV, estimate.PLANNED):
+            stored = subject.precision.quantized
+            taken, image = estimate.measured(f"{subject.arch}-{stored or precision}-b{batch}", gpu)
+            for schedule in (stored,) if stored else (estimate.PER_CONV, estimate.PLANNED):
                 wanted = estimate.launched(schedule, subject.arch, batch, subject.image_size, precision, gpu)
                 found = estimate.estimates(wanted, gpu, compiling)
                 floor, whole = (sum(getattr(each.estimate, name) for each in found) for name in ("floor", "seconds"))
@@ -399,7 +408,7 @@ def show_estimates(found: Estimates, remark: str) -> None:
         "ESTIMATE us",
         "of floor",
     )
-    schedule = "per convolution" if subject.precision is Arithmetic.int8 else "planned"
+    schedule = "per convolution" if subject.precision.quantized else "planned"
     shown = table(f"ESTIMATE, not measured: {schedule}, {subject}, {escape(gpu.name)}", words, numbers)
     shown.add_column("limited by")
     shown.add_column("measured us", justify="right")
@@ -481,7 +490,9 @@ def show(subject: Subject, gpu: GPU, found: tuple[Schedule, ...], seconds: Secon
         console = Console(highlight=False, width=WIDEST)
     for schedule in found:
         # An eager network's layers are many and say little; its sums are below.
-        if schedule.name in ("per-conv", "rotated", "int8") or (schedule.name == "planned" and seconds):
+        if schedule.name in ("per-conv", "rotated", subject.precision.quantized) or (
+            schedule.name == "planned" and seconds
+        ):
             console.print(_layers(subject, gpu, schedule, seconds))
             console.print()
     console.print(_totals(subject, gpu, found))
@@ -492,8 +503,9 @@ def show(subject: Subject, gpu: GPU, found: tuple[Schedule, ...], seconds: Secon
 
 def _rates(subject: Subject, gpu: GPU) -> str:
     """Return the rates of products that the floors are of."""
-    if subject.precision is Arithmetic.int8:
-        return f"{gpu.rate('int8') / 1e12:.4g} TOP/s in int8, {gpu.flops['fp16'] / 1e12:.4g} TFLOP/s in float16"
+    if stored := subject.precision.quantized:
+        name, unit = subject.precision.value, "TOP/s" if stored == "int8" else "TFLOP/s"
+        return f"{gpu.rate(stored) / 1e12:.4g} {unit} in {name}, {gpu.flops['fp16'] / 1e12:.4g} TFLOP/s in float16"
     rate = gpu.flops[subject.precision.precision]
     return f"{rate / 1e12:.4g} TFLOP/s in {subject.precision.value}"
 

@@ -63,8 +63,8 @@ def tune(
             "--dtype",
             parser=arithmetic,
             metavar="|".join(NAMES),
-            help="How to multiply, by default float16, on the CPU float32; int8: as quantize() makes the network for a "
-            "GPU, with float16 beside it; repeatable.",
+            help="How to multiply, by default float16, on the CPU float32; int8 and float8: as quantize() makes the "
+            "network for a GPU, with float16 beside it; repeatable.",
         ),
     ] = None,
     chosen: Annotated[
@@ -134,12 +134,13 @@ def tune(
     from resnet_fast.tuning import ops, shapes, sweep
 
     asked = precisions or [Arithmetic.float16]
-    wanted = [each.precision for each in asked if each is not Arithmetic.int8]
+    wanted = [each.precision for each in asked if not each.quantized]
     with as_user_errors(ValueError):
         training = any(op in shapes.TRAINING for op in chosen or ())
         cases = shapes.problems(names, batches or [128], wanted, image_size, gpu, training)
-        if Arithmetic.int8 in asked:
-            cases += shapes.quantized(names, batches or [128], image_size, gpu)
+        for each in asked:
+            if each.quantized:
+                cases += shapes.quantized(names, batches or [128], image_size, gpu, each.quantized)
     if chosen:
         cases = tuple(case for case in cases if case.op in chosen)
     cases = needed = ops.with_cuda(cases, gpu)
@@ -278,6 +279,8 @@ def _tune_cpu(
 
     if len(batches) > 1:
         raise UserError("--batch-size may be given once with --device cpu: a choice holds for any batch")
+    if Arithmetic.float8 in precisions:
+        raise UserError("--dtype float8: the CPU engine computes no float8")
     if Arithmetic.int8 in precisions:
         raise UserError("--dtype int8: in int8 the CPU engine has one algorithm, so there is nothing to measure")
     for each in precisions:

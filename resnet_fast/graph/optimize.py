@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from resnet_fast import backends
+from resnet_fast._dtypes import FLOAT8
 from resnet_fast._warn import reworded, warn
 from resnet_fast.backends import cuda, triton
 from resnet_fast.backends.layouts import suggests_channels_last
@@ -68,8 +69,8 @@ def optimize(
             its children that can be captured are fused.
         dtype: what to compute in: torch.float32, bfloat16, float16 or float64; None keeps the parameters' dtype.
             BatchNorm is folded in float64 and each weight rounded once. Results come in the model's own dtype.
-            torch.int8 is :func:`quantize`, which has more options: ``calibration`` is needed then, and the other
-            arguments but ``check`` are not taken.
+            torch.int8 and torch.float8_e4m3fn are :func:`quantize`, which has more options: ``calibration`` is needed
+            then, and the other arguments but ``check`` are not taken.
         example_inputs: a tensor or a sequence of the model's positional arguments, read for its sizes: tensors without
             data (device "meta") do as well. What is planned for a GPU is planned for this batch.
             None: one image (128 to plan for a GPU) of the first convolution's channels for each argument without a
@@ -82,7 +83,7 @@ def optimize(
             model is on; on a CPU nothing is planned.
         check: whether the result is compared with ``model`` on one random image and on two of another size before it is
             returned, which takes about as long as eight images do. A part that differs stays as its author wrote it.
-        calibration: the calibration batches of :func:`quantize`, for torch.int8 alone.
+        calibration: the calibration batches of :func:`quantize`, for torch.int8 and torch.float8_e4m3fn alone.
 
     Raises:
         ValueError: the model or a part of it that minds is in training mode, it does not accept ``example_inputs``, or
@@ -99,29 +100,29 @@ def optimize(
         >>> fast.report()  # one line; print() shows what became of every layer
         <Report: 69 of 69 layers fused, ...>
     """
-    if dtype is torch.int8:
-        return _quantized(model, calibration, check, example_inputs, cuda_graphs, backend, gpu)
+    if dtype in (torch.int8, FLOAT8):
+        return _quantized(model, dtype, calibration, check, example_inputs, cuda_graphs, backend, gpu)
     if calibration is not None:
-        raise ValueError(f"optimize: calibration goes with dtype=torch.int8, and dtype is {dtype!r}")
+        raise ValueError(f"optimize: calibration goes with dtype=torch.int8 or {FLOAT8}, and dtype is {dtype!r}")
     return unplanned(
         model, dtype=dtype, example_inputs=example_inputs, cuda_graphs=cuda_graphs, backend=backend, gpu=gpu,
         check=check, tails=True,
     )  # fmt: skip
 
 
-def _quantized(model: nn.Module, calibration: Any, check: bool, *others: Any) -> OptimizedModule:
+def _quantized(model: nn.Module, dtype: Any, calibration: Any, check: bool, *others: Any) -> OptimizedModule:
     """Return what ``quantize`` gives, with errors in the words of ``optimize``'s arguments."""
     from .quantize import quantize
 
     if others[0] is not None or others[1:] != ("auto", "auto", None):
         raise ValueError(
-            "optimize: example_inputs, cuda_graphs, backend and gpu are not taken with dtype=torch.int8: the "
+            f"optimize: example_inputs, cuda_graphs, backend and gpu are not taken with dtype={dtype}: the "
             "calibration batches are the examples"
         )
     if calibration is None:
-        raise ValueError("optimize: dtype=torch.int8 needs calibration, an iterable of batches, as quantize() does")
+        raise ValueError(f"optimize: dtype={dtype} needs calibration, an iterable of batches, as quantize() does")
     try:
-        return quantize(model, calibration, check=check)
+        return quantize(model, calibration, check=check, dtype=dtype)
     except (TypeError, ValueError) as error:
         said = reworded(error, "quantize", "optimize", "calibration_batches", "calibration")
         if said is error:
@@ -315,7 +316,7 @@ def _check_options(dtype: Any, cuda_graphs: Any, backend: Any, device: torch.dev
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(
             f"optimize: dtype is {dtype!r}; it must be None or one of {', '.join(map(str, _DTYPES))}, or "
-            "torch.int8 with calibration"
+            f"torch.int8 or {FLOAT8} with calibration"
         )
     if not (cuda_graphs is True or cuda_graphs is False or cuda_graphs == "auto"):
         raise ValueError(f"optimize: cuda_graphs is {cuda_graphs!r}; it must be 'auto', True or False")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from resnet_fast._dtypes import FLOAT8, LARGEST_FLOAT8
 from resnet_fast._warn import reworded, warn
 from resnet_fast.backends import onednn_int8
 from resnet_fast.ops.stem import pool
@@ -59,8 +60,9 @@ def quantize(
     round_image: bool = False,
     float_dtype: torch.dtype | None = None,
     check: bool = True,
+    dtype: torch.dtype = torch.int8,
 ) -> OptimizedModule:
-    """Return a frozen copy of ``model`` for inference whose convolutions compute in int8.
+    """Return a frozen copy of ``model`` for inference whose convolutions compute in int8, or in float8 on a GPU.
 
     It is what :func:`optimize` returns, fused in the same way, with its convolutions' inputs as uint8 (one scale and
     zero point for a tensor) and their weights as int8 (symmetric, one scale for an output channel); sums are int32. The
@@ -86,6 +88,9 @@ def quantize(
         float_dtype: what layers that stay floating point compute in, of a model on a GPU: torch.float16, bfloat16 or
             float32. None: the model's half precision, float16 for a model in float32. On a CPU it is float32.
         check: as for :func:`optimize`.
+        dtype: torch.int8, or torch.float8_e4m3fn for a model on a GPU of capability 8.9 and up: both weights and
+            activations are float8 then, scaled by their largest magnitudes without zero points. Elsewhere nothing is
+            quantized, and a warning says why.
 
     Returns:
         The snapshot; its ``quantization`` is a :class:`Quantization`, which ``report()`` shows too.
@@ -113,10 +118,14 @@ def quantize(
         raise TypeError(f"quantize: keep_float is {keep_float!r}; it must be a list of patterns of layers' names")
     if min_sqnr is not None and not (isinstance(min_sqnr, int | float) and min_sqnr == min_sqnr):
         raise TypeError(f"quantize: min_sqnr is {min_sqnr!r}; it must be None or a number of decibels")
-    dtype = _float_dtype(model, float_dtype)
+    if dtype not in (torch.int8, FLOAT8):
+        raise ValueError(f"quantize: dtype is {dtype!r}; it must be torch.int8 or {FLOAT8}")
+    if dtype is FLOAT8 and round_image:
+        raise ValueError("quantize: round_image goes with dtype=torch.int8")
+    rest = _float_dtype(model, float_dtype)
     calls = list(_calls(model, calibration_batches))
     try:
-        fast = unplanned(model, dtype=dtype, example_inputs=_positional(model, calls[0]), check=check)
+        fast = unplanned(model, dtype=rest, example_inputs=_positional(model, calls[0]), check=check)
     except (TypeError, ValueError) as error:  # in the words of this function's arguments
         said = reworded(error, "optimize", "quantize", "example_inputs", "calibration_batches[0]")
         if said is error:
@@ -128,6 +137,8 @@ def quantize(
     else:
         parts = {"": fast}
     graphs = [Graph(prefix, part) for prefix, part in parts.items()]
+    for graph in graphs if dtype is FLOAT8 else ():
+        graph.largest = LARGEST_FLOAT8
     _choose(fast, graphs, keep_float, round_image)
     if any(graph.chosen for graph in graphs):
         _calibrate(fast, graphs, calls)
@@ -251,7 +262,9 @@ def _choose(fast: OptimizedModule, graphs: list[Graph], patterns: Sequence[str],
                 reason = "kept by keep_float"
             if not reason:
                 weight, groups = module.constants()["weight"], module.options.get("groups", 1)
-                if quantize_layers.on_gpu(graph.snapshot._device):
+                if graph.largest == LARGEST_FLOAT8:
+                    reason = quantize_layers.without_float8(groups, graph.snapshot._device)
+                elif quantize_layers.on_gpu(graph.snapshot._device):
                     reason = quantize_layers.without_kernel(weight.shape, groups, graph.snapshot._device)
                 else:
                     backend = quantize_layers.computed_by(weight.shape, groups)
@@ -444,8 +457,12 @@ def _tried(graph: Graph) -> bool:
             reason = f"{_WHOSE[module.backend]} int8 convolution fails: {shapes.first_line(error)}"
         else:
             digits = 1e-4 + (0.0 if module.dtype is torch.float32 else torch.finfo(module.dtype).eps)
-            step = 1.001 * out.scale if out else max(digits * float(meant.abs().max()), _rounding(module))
-            if not float((found - meant).abs().max()) <= step:
+            if module.float8:
+                digits += 2.0**-9
+            step: Any = 1.001 * out.scale if out else max(digits * float(meant.abs().max()), _rounding(module))
+            if module.float8:  # whose steps grow with the values
+                step = meant.abs() / 8 + out.scale / 448 if out else digits * meant.abs().max()
+            if not bool(((found - meant).abs() <= step).all()):
                 reason = f"{_WHOSE[module.backend]} int8 convolution gives other numbers than its definition"
         if reason:
             graph.keep(node, reason)
@@ -526,10 +543,11 @@ def _finished(
     measured, notes = fitted
     qualities: dict[str, LayerQuality] = {}
     moved: dict[str, int | None] = {}
+    name_of = "float8" if graphs and graphs[0].largest == LARGEST_FLOAT8 else "int8"
     for graph in graphs:
         for node, name in graph.layers.items():
             noise = None if measured is None else measured.layers.get(name)
-            precision = "int8" if node in graph.chosen else str(fast.dtype).removeprefix("torch.")
+            precision = name_of if node in graph.chosen else str(fast.dtype).removeprefix("torch.")
             reason, alone = graph.reasons.get(node, ""), graph.trials.get(node)
             sqnr = None if noise is None else noise.sqnr
             stored = _stored(graph, node)
@@ -544,7 +562,8 @@ def _finished(
         why = "; ".join(reasons) or "the model has no convolution that optimize() fuses"
         notes = (f"nothing is quantized: {why}",)
     layers = tuple(_in_order(fast, qualities))
-    quantization = Quantization(layers, bits=min((graph.largest for graph in graphs), default=LARGEST).bit_length())
+    reduced = any(graph.largest == LARGEST_REDUCED for graph in graphs)
+    quantization = Quantization(layers, bits=7 if reduced else 8, precision=name_of)
     if measured is not None:
         quantization = dataclasses.replace(
             quantization,

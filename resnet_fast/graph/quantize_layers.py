@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast import backends
+from resnet_fast._dtypes import FLOAT8, LARGEST_FLOAT8, narrowed
 from resnet_fast.backends import cpu, cuda, onednn_int8, triton
 from resnet_fast.backends.onednn import Window
 from resnet_fast.backends.onednn_int8 import Affine
 from resnet_fast.backends.packing import Layouts
 from resnet_fast.nn.pristine import capturing
 from resnet_fast.ops._op import Bound, readable, unmoded
+from resnet_fast.ops.conv_fp8 import OP as CONV_FP8
+from resnet_fast.ops.conv_fp8 import OUTPUTS as FLOAT8_OUTPUTS
 from resnet_fast.ops.conv_int8 import MOST_PRODUCTS, OUTPUTS
 from resnet_fast.ops.conv_int8 import OP as CONV_INT8
 
@@ -29,9 +32,19 @@ from .guard import TooLarge, in_float, unread
 #: The CPU engine as a report names it where it computes int8.
 ENGINE = "cpu int8"
 #: Likewise Triton's kernels.
-TRITON = "triton int8"
+TRITON, TRITON_FLOAT8 = "triton int8", "triton float8"
 #: The largest stored value, and the largest if products of 8 bits saturate (see onednn_int8.saturates).
 LARGEST, LARGEST_REDUCED = 255, 127
+
+
+def storage(largest: int) -> torch.dtype:
+    """Return the dtype of stored values by the largest of them, which only float8's is 448."""
+    return FLOAT8 if largest == LARGEST_FLOAT8 else torch.uint8
+
+
+def is_stored(x: Tensor) -> bool:
+    """Return whether a tensor holds stored values, not real ones."""
+    return x.dtype in (torch.uint8, FLOAT8)
 
 
 class Quantized(nn.Module):
@@ -119,7 +132,7 @@ class Quantize(_Converter):
 
     def plain(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
         """For shapes."""
-        return x.to(torch.uint8)
+        return x.to(storage(self.largest))
 
 
 class Dequantize(_Converter):
@@ -141,13 +154,15 @@ class MaxPool(Quantized):
         self.window = kernel, stride, padding, dilation, ceil
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_floating_point():
+        if not is_stored(x):
             return torch.max_pool2d(x, *self.window)
+        if x.dtype is FLOAT8:  # which torch does not pool
+            return torch.max_pool2d(x.half(), *self.window).to(FLOAT8)
         return onednn_int8.max_pool(x, *self.window)
 
     def plain(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
         """For shapes."""
-        return torch.max_pool2d(x.float(), *self.window).to(torch.uint8)
+        return torch.max_pool2d(x.float(), *self.window).to(x.dtype)
 
 
 def on_gpu(device: torch.device) -> bool:
@@ -167,6 +182,17 @@ def without_kernel(weight_shape: Sequence[int], groups: int, device: torch.devic
     if products > MOST_PRODUCTS:
         return f"sums of {products} products of uint8 and int8 may not fit in 32 bits"
     return triton.unavailable() or triton.unsupported(torch.float16, device)
+
+
+def without_float8(groups: int, device: torch.device) -> str:
+    """Return why no kernel computes a convolution of float8 there, "" if one does."""
+    if not on_gpu(device):
+        return f"float8 is computed on GPUs only, and the model is on {device}"
+    if backends.current() == cuda.NAME:
+        return "there is no CUDA kernel of float8 convolutions, only Triton's"
+    if groups > 1:
+        return "the Triton kernel of float8 convolutions has no groups"
+    return triton.unavailable() or triton.unsupported(torch.float16, device) or triton.without_float8(device)
 
 
 def computed_by(weight_shape: Sequence[int], groups: int) -> str:
@@ -189,7 +215,7 @@ def incapable(backend: str, largest: int) -> str:
 
 
 class Convolution(Quantized):
-    """A convolution of uint8 with an int8 weight, its bias, residual and ReLU, and one rounding at the end.
+    """A convolution of uint8 with an int8 weight, or of float8 with a float8 one, with all behind it.
 
     Args:
         weight: float [K, C/groups, R, S], the batch norm folded in. bias: float [K].
@@ -215,8 +241,12 @@ class Convolution(Quantized):
         largest: int,
     ) -> None:
         super().__init__(layer)
-        scale = per_channel(weight)
-        self.register_buffer("weight", (weight / scale.double().view(-1, 1, 1, 1)).round().clamp(-127, 127).char())
+        self.float8 = storage(largest) is FLOAT8
+        scale = per_channel(weight, largest if self.float8 else 127)
+        steps = weight / scale.double().view(-1, 1, 1, 1)
+        self.register_buffer(
+            "weight", narrowed(steps, FLOAT8) if self.float8 else steps.round().clamp(-127, 127).char()
+        )
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", bias.float())
         for name, way in (("x", x), ("out", out), ("residual", residual)):
@@ -235,7 +265,9 @@ class Convolution(Quantized):
 
     @property
     def backend(self) -> str:
-        """The name of what computes it in int8; decided at the first use."""
+        """The name of what computes it in 8 bits; decided at the first use."""
+        if self.float8:
+            return TRITON_FLOAT8
         if not self._backend:
             gpu = on_gpu(self.weight.device) or self.dtype in _HALVES
             self._backend = TRITON if gpu else computed_by(self.weight.shape, self.window[3])
@@ -244,6 +276,8 @@ class Convolution(Quantized):
     @property
     def incapable(self) -> str:
         """Why the backend does not compute it here, "" if it does."""
+        if self.float8:
+            return without_float8(self.window[3], self.weight.device)
         if self.backend == TRITON:
             return without_kernel(self.weight.shape, self.window[3], self.weight.device)
         return incapable(self.backend, self.largest)
@@ -264,17 +298,18 @@ class Convolution(Quantized):
             step = 1.0 if out is None else out.scale
             scale = self.weight_scale.double() * (x.scale / step)
             shift = (self.bias.double() - (residual.scale * residual.zero_point if residual else 0.0)) / step
-            names = {dtype: name for name, dtype in OUTPUTS.items()}
+            names = {dtype: name for name, dtype in (FLOAT8_OUTPUTS if self.float8 else OUTPUTS).items()}
+            zero_points = {"zero_point": x.zero_point, "out_zero_point": out.zero_point if out else 0}
             constants: dict[str, Any] = {
                 "weight": self.weight, "scale": scale.clamp(max=largest).float(),
-                "shift": shift.clamp(-largest, largest).float(), "zero_point": x.zero_point,
-                "out": names[self.dtype if out is None else torch.uint8],
-                "out_zero_point": out.zero_point if out else 0, "largest": self.largest,
+                "shift": shift.clamp(-largest, largest).float(),
+                "out": names[self.dtype if out is None else storage(self.largest)],
+                **({} if self.float8 else {**zero_points, "largest": self.largest}),
                 "residual_scale": residual.scale / step if residual else 1.0, "stride": stride, "padding": padding,
                 "dilation": dilation, "activation": "relu" if self.relu else "none",
                 "residual_after_activation": self.relu == "first" and added,
             }  # fmt: skip
-            self._bound[key] = CONV_INT8.bind(**constants)
+            self._bound[key] = (CONV_FP8 if self.float8 else CONV_INT8).bind(**constants)
         return self._bound[key]
 
     def engine(self, residual: Affine | None) -> cpu.Convolution:
@@ -306,16 +341,18 @@ class Convolution(Quantized):
         return weight, constants
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if x.is_floating_point():
+        if not is_stored(x):
             return self.defined(x, residual)
         out, relu = self.affine("out"), bool(self.relu)
         reason = self.incapable
         if reason:
-            backends.fallback("quantize", f"int8 is computed in float32, slowly: {reason}")
+            backends.fallback(
+                "quantize", f"{'float8' if self.float8 else 'int8'} is computed in float32, slowly: {reason}"
+            )
             added = None if residual is None else real(residual, self.affine("residual"))
             y = self.defined(real(x, self.affine("x")), added)
             return y if out is None else stored(y, out, self.largest)
-        if self.backend == TRITON:
+        if self.backend in (TRITON, TRITON_FLOAT8):
             found: Tensor = self.bound(self.affine("residual"), residual is not None)(x, residual)
             return found
         if self.backend == ENGINE:
@@ -338,7 +375,7 @@ class Convolution(Quantized):
     def defined(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute the same of float32 tensors that hold rounded values."""
         padding, stride, dilation, groups = self.window
-        if self.exported:
+        if self.exported and not self.float8:
             zero = torch.zeros_like(self.weight_scale, dtype=torch.int32)
             weight = self.weight.float() * self.weight_scale.view(-1, 1, 1, 1)
             weight = torch.fake_quantize_per_channel_affine(weight, self.weight_scale, zero, 0, -128, 127)
@@ -357,7 +394,7 @@ class Convolution(Quantized):
         """For shapes."""
         padding, stride, dilation, groups = self.window
         y = torch.conv2d(x.float(), state["weight"].float(), None, stride, padding, dilation, groups)
-        return y.to(torch.uint8) if "out_scale" in self._buffers else y.to(self.dtype)
+        return y.to(storage(self.largest)) if "out_scale" in self._buffers else y.to(self.dtype)
 
     def _changed(self) -> None:
         super()._changed()
@@ -369,15 +406,15 @@ class Convolution(Quantized):
     def extra_repr(self) -> str:
         padding, stride, dilation, groups = self.window
         shape = "x".join(map(str, self.weight.shape))
-        kinds = "int8" if "out_scale" in self._buffers else "int8 -> float32"
+        kinds = ("float8" if self.float8 else "int8") + ("" if "out_scale" in self._buffers else " -> float32")
         parts = f"stride={stride}, padding={padding}, dilation={dilation}, groups={groups}, relu={self.relu!r}"
         return f"{shape}, {kinds}, {parts}"
 
 
-def per_channel(weight: Tensor) -> Tensor:
-    """Return float32 scales [K] so that each channel's largest magnitude is stored as 127; 1 for channels of zeros."""
+def per_channel(weight: Tensor, stored_as: float = 127) -> Tensor:
+    """Return float32 scales [K] so that each channel's largest magnitude is stored as that; 1 for channels of zeros."""
     largest = weight.detach().double().abs().flatten(1).amax(1)
-    return torch.where(largest > 0, (largest / 127).clamp_min(_SMALLEST), torch.ones_like(largest)).float()
+    return torch.where(largest > 0, (largest / stored_as).clamp_min(_SMALLEST), torch.ones_like(largest)).float()
 
 
 #: Of a scale: its inverse and its products with others stay normal numbers of float32.
@@ -387,8 +424,11 @@ _SMALLEST = 1e-18
 def affine_of(low: float, high: float, largest: int) -> Affine:
     """Return how values from ``low`` to ``high`` are stored in 0 to ``largest``; 0 itself is always exact.
 
-    Padding is 0, and so is what a ReLU closes: neither may be rounded.
+    Padding is 0, and so is what a ReLU closes: neither may be rounded. float8 has a sign, and no zero point.
     """
+    if storage(largest) is FLOAT8:
+        scale = max(-low, high) / largest
+        return Affine(float(torch.tensor(max(scale, _SMALLEST), dtype=torch.float32)))
     low, high = min(low, 0.0), max(high, 0.0)
     scale = float(torch.tensor(max((high - low) / largest, _SMALLEST), dtype=torch.float32))
     return Affine(scale, min(largest, max(0, round(-low / scale))))
@@ -408,24 +448,29 @@ def _narrowed(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def stored(x: Tensor, affine: Affine, largest: int) -> Tensor:
-    """Return floating point as uint8, channels_last."""
-    zero = affine.zero_point
-    y = (_wide(x) * (1.0 / affine.scale)).round_().clamp_(-zero, largest - zero)
-    y = (y.add_(zero) if zero else y).to(torch.uint8)
+    """Return floating point as uint8 or float8, channels_last."""
+    zero, y = affine.zero_point, _wide(x) * (1.0 / affine.scale)
+    if storage(largest) is FLOAT8:
+        y = narrowed(y, FLOAT8)
+    else:
+        y = y.round_().clamp_(-zero, largest - zero)
+        y = (y.add_(zero) if zero else y).to(torch.uint8)
     return y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 else y
 
 
 def real(x: Tensor, affine: Affine | None) -> Tensor:
-    """Return uint8 as float32; float32 is the real value already."""
-    if affine is None or x.is_floating_point():
+    """Return uint8 or float8 as float32; float32 is the real value already."""
+    if affine is None or not is_stored(x):
         return x
     y = x.float()
     return (y.sub_(affine.zero_point) if affine.zero_point else y).mul_(affine.scale)
 
 
 def fake(x: Tensor, affine: Affine, largest: int, exported: bool = False) -> Tensor:
-    """Return float32 rounded to what uint8 can hold; NaN and infinity stay what they are, except in exports."""
+    """Return float32 rounded to what uint8 or float8 can hold; NaN and infinity stay, except in exports."""
     x, zero = _wide(x), affine.zero_point
+    if storage(largest) is FLOAT8:
+        return torch.where(x.isfinite(), narrowed(x * (1.0 / affine.scale), FLOAT8).float() * affine.scale, x)
     if exported:
         return torch.fake_quantize_per_tensor_affine(x, affine.scale, zero, 0, largest)
     y = (x * (1.0 / affine.scale)).round().clamp(-zero, largest - zero) * affine.scale
@@ -435,5 +480,5 @@ def fake(x: Tensor, affine: Affine, largest: int, exported: bool = False) -> Ten
 def integers(*tensors: Tensor) -> bool:
     """Return whether what goes on from these tensors may be computed in integers."""
     memory = readable(tensors) or all(x.is_cuda and type(x) is Tensor for x in tensors)
-    usual = all(x.dtype in (torch.float32, torch.uint8, *_HALVES) for x in tensors) and memory and unmoded()
+    usual = all(x.dtype in (torch.float32, torch.uint8, FLOAT8, *_HALVES) for x in tensors) and memory and unmoded()
     return usual and backends.current() != "reference"

@@ -13,10 +13,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from resnet_fast._dtypes import FLOAT8
 from resnet_fast.backends.onednn_int8 import Affine
 from resnet_fast.nn.pristine import capturing
 
-from .quantize_layers import affine_of
+from .quantize_layers import affine_of, storage
 
 #: Bins of a histogram on each side of 0. Its ends are a power of two at most twice as far out as the data.
 _BINS = 2048
@@ -91,8 +92,10 @@ class Observer(nn.Module):
         return found
 
     def affine(self, largest: int) -> Affine:
-        """Return how to store such values in 0 to ``largest``."""
+        """Return how to store such values in 0 to ``largest``; in float8 by the largest magnitude."""
         low, high = self.low, self.high
+        if storage(largest) is FLOAT8:
+            return affine_of(low, high if low or high else 1.0, largest)
         if low == high == 0 or not self.limit:
             return affine_of(low, high or 1.0, largest)  # nothing but 0, for which any scale will do
         width = self.limit / _BINS

@@ -16,7 +16,7 @@ class LayerQuality:
 
     Attributes:
         name: of the author's layer that the fused op begins with. op: the fused op, or the layer's kind.
-        precision: "int8" or "float32". reason: why it is not int8; "" if it is.
+        precision: "int8", "float8" or what stays floating point. reason: why it is not quantized; "" if it is.
         alone: signal-to-quantization-noise ratio of its output in dB, on the first image, if it alone is quantized, its
             inputs included.
         sqnr: the same in the quantized network, behind all layers before it, on the first 32 images. None if nothing
@@ -43,12 +43,13 @@ class Quantization:
 
     Attributes:
         layers: the layers in the order in which they run.
-        images: how many images were measured, 0 if nothing is int8.
+        images: how many images were measured, 0 if nothing is quantized.
         sqnr: signal-to-quantization-noise ratio of the outputs in dB; infinite if they are equal.
         largest_error: of an element of the outputs. largest_output: the largest magnitude in the float ones.
         top1_agreement: share of the rows whose largest element is the same; None unless an output is [N, classes].
         bits: of the activations: 8, or 7 on a processor whose 8-bit products saturate.
         notes: remarks.
+        precision: "int8" or "float8", what was asked for.
     """
 
     layers: tuple[LayerQuality, ...]
@@ -59,16 +60,22 @@ class Quantization:
     top1_agreement: float | None = None
     bits: int = 8
     notes: tuple[str, ...] = field(default=())
+    precision: str = "int8"
+
+    @property
+    def quantized(self) -> tuple[LayerQuality, ...]:
+        """The layers that compute in ``precision``."""
+        return tuple(layer for layer in self.layers if layer.precision == self.precision)
 
     @property
     def int8(self) -> tuple[LayerQuality, ...]:
         """The layers that compute in int8."""
-        return tuple(layer for layer in self.layers if layer.precision == "int8")
+        return self.quantized if self.precision == "int8" else ()
 
     @property
     def kept_float(self) -> tuple[LayerQuality, ...]:
-        """The layers that stay float32, with the reason."""
-        return tuple(layer for layer in self.layers if layer.precision != "int8")
+        """The layers that stay floating point, with the reason."""
+        return tuple(layer for layer in self.layers if layer.precision != self.precision)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists, strings and numbers; infinite ratios, of equal values, are None."""
@@ -103,7 +110,7 @@ class Quantization:
         return "\n".join([*text, "", self._summary(), *(f"note: {note}" for note in self.notes)])
 
     def _summary(self) -> str:
-        counted = f"{len(self.int8)} of {len(self.layers)} layers in int8"
+        counted = f"{len(self.quantized)} of {len(self.layers)} layers in {self.precision}"
         if not self.images:
             return counted
         parts = [counted, f"outputs {_decibels(self.sqnr)} dB"]

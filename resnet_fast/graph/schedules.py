@@ -25,12 +25,10 @@ from .report import Report
 from .snapshot import OptimizedModule
 
 
-def schedules(
-    model: nn.Module, image: Tensor, gpu: gpus.GPU, precision: str, int8: bool = False
-) -> tuple[Schedule, ...]:
+def schedules(model: nn.Module, image: Tensor, gpu: gpus.GPU, precision: str, stored: str = "") -> tuple[Schedule, ...]:
     """Return the schedules eager, per-conv, rotated and, on a built-in GPU, planned: what ``optimize`` makes for it.
 
-    With ``int8`` eager, per-conv and int8: what ``quantize`` makes.
+    With ``stored``, "int8" or "fp8", eager, per-conv and that: what ``quantize`` makes.
 
     Args:
         model: a ResNet. image: a batch of the model's dtype; neither needs data.
@@ -44,8 +42,8 @@ def schedules(
     per_conv = of_graph("per-conv", fused, image, precision)
     convolutions = layers(fused.graph_module, (image,), precision)
     plain = eager(model, fused.report(), image)
-    if int8:
-        return plain, per_conv, quantized(per_conv, convolutions)
+    if stored:
+        return plain, per_conv, quantized(per_conv, convolutions, stored)
     found = [plain, per_conv, rotated(per_conv, convolutions, gpu)]
     if gpu in gpus.GPUS:
         with tf32(precision == "tf32"):  # a plan for float32 follows torch's setting
@@ -101,15 +99,15 @@ def of_graph(title: str, fused: OptimizedModule, image: Tensor, precision: str) 
     return Schedule(title, image.shape[0], tuple(kernels))
 
 
-def quantized(per_conv: Schedule, layers: Sequence[Layer]) -> Schedule:
-    """Return ``per_conv`` with the convolutions that :func:`quantize` makes int8, and the pass that makes bytes of what
-    the first layer gives.
+def quantized(per_conv: Schedule, layers: Sequence[Layer], stored: str) -> Schedule:
+    """Return ``per_conv`` with the convolutions that :func:`quantize` makes int8 or float8, and the pass that makes
+    bytes of what the first layer gives.
 
     Args:
-        per_conv: a kernel for each of ``layers``.
+        per_conv: a kernel for each of ``layers``. stored: "int8" or "fp8".
     """
     kernels: list[Kernel] = []
-    for kernel, layer, problem in zip(per_conv.kernels, layers, int8_problems(layers), strict=True):
+    for kernel, layer, problem in zip(per_conv.kernels, layers, quantized_problems(layers, stored), strict=True):
         if problem is None:
             kernels.append(kernel)
             continue
@@ -119,14 +117,16 @@ def quantized(per_conv: Schedule, layers: Sequence[Layer]) -> Schedule:
             kernels.append(Kernel(f"{kernels[-1].name}, rounded", "quantize", kernels[-1].shape, moved))
         made = cost.work(problem)
         kernels.append(dataclasses.replace(kernel, op=problem.op, work=made, precision=problem.precision))
-    return Schedule("int8", per_conv.batch, tuple(kernels))
+    return Schedule(stored, per_conv.batch, tuple(kernels))
 
 
-def int8_problems(layers: Sequence[Layer]) -> list[problems.ConvInt8 | None]:
-    """Return what the int8 kernel computes of each layer of a network: convolutions of one group between bytes.
+def quantized_problems(layers: Sequence[Layer], stored: str = "int8") -> list[problems.ConvInt8 | None]:
+    """Return what the kernel of int8 or float8 computes of each layer of a network: convolutions of one group between
+    bytes.
 
     None for what stays floating point; the last convolution gives floats, as the rest of the network reads them.
     """
+    made_of = problems.ConvFp8 if stored == "fp8" else problems.ConvInt8
     found: list[problems.ConvInt8 | None] = []
     last = next((layer.name for layer in reversed(layers) if layer.op == "conv_bn_act"), "")
     for layer in layers:
@@ -134,8 +134,8 @@ def int8_problems(layers: Sequence[Layer]) -> list[problems.ConvInt8 | None]:
         taken = isinstance(conv, problems.ConvBNAct) and conv.groups == 1 and conv.c > 4
         made = None
         if taken:
-            out = conv.precision if layer.name == last else "uint8"
-            made = problems.ConvInt8(**{**vars(conv), "precision": "int8"}, out=out)
+            out = conv.precision if layer.name == last else made_of.out
+            made = made_of(**{**vars(conv), "precision": stored}, out=out)
         found.append(made)
     return found
 

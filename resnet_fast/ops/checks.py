@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,3 +61,26 @@ def per_channel(op: str, channels: int, weight: str = "weight", /, **vectors: Te
                 f"{op}: {name} has shape {list(vector.shape)}, {weight} has {channels} output channels; "
                 f"{name} must be [{channels}]"
             )
+
+
+def quantized_conv(op: str, a: Any, output_shape: Callable[[Any], list[int]], dtype: torch.dtype) -> None:
+    """The arguments of a quantized convolution fit each other; ``dtype`` is the output's."""
+    x, weight = a.x, a.weight
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(f"{op}: x has {x.shape[1]} channels, weight expects {weight.shape[1]}")
+    device(op, x, weight=weight, scale=a.scale, shift=a.shift, residual=a.residual)
+    activation(op, a.activation)
+    for name, values, least in (("stride", a.stride, 1), ("padding", a.padding, 0), ("dilation", a.dilation, 1)):
+        if len(values) != 2 or min(values) < least:
+            raise ValueError(f"{op}: {name} must be two ints >= {least}, got {list(values)}")
+    shape = output_shape(a)
+    if min(shape[2:]) < 1:
+        raise ValueError(
+            f"{op}: a {x.shape[2]}x{x.shape[3]} image is too small for kernel {list(weight.shape[2:])}, "
+            f"padding {list(a.padding)}, dilation {list(a.dilation)}"
+        )
+    if a.residual is not None and (list(a.residual.shape) != shape or a.residual.dtype is not dtype):
+        raise ValueError(
+            f"{op}: residual is {a.residual.dtype} {list(a.residual.shape)}, the output is {dtype} {shape}; "
+            "they must be the same"
+        )

@@ -52,32 +52,15 @@ def check(a: Arguments) -> None:
         raise TypeError(f"{NAME}: x must be uint8 [N, C, H, W], got {x.dtype} of shape {list(x.shape)}")
     if weight.dim() != 4 or weight.dtype is not torch.int8 or 0 in weight.shape[2:]:
         raise TypeError(f"{NAME}: weight must be int8 [K, C, R, S], got {weight.dtype} of shape {list(weight.shape)}")
-    if x.shape[1] != weight.shape[1]:
-        raise ValueError(f"{NAME}: x has {x.shape[1]} channels, weight expects {weight.shape[1]}")
-    if weight[0].numel() > MOST_PRODUCTS if len(weight) else False:
+    if len(weight) and weight[0].numel() > MOST_PRODUCTS:
         raise ValueError(f"{NAME}: {weight[0].numel()} products may not fit in 32 bits; at most {MOST_PRODUCTS} do")
-    checks.device(NAME, x, weight=weight, scale=a.scale, shift=a.shift, residual=a.residual)
     checks.per_channel(NAME, weight.shape[0], scale=a.scale, shift=a.shift)
-    checks.activation(NAME, a.activation)
     if a.out not in OUTPUTS:
         raise ValueError(f"{NAME}: out is {a.out!r}; it must be one of {list(OUTPUTS)}")
     for name, value in (("zero_point", a.zero_point), ("out_zero_point", a.out_zero_point), ("largest", a.largest)):
         if not 0 <= value <= 255:
             raise ValueError(f"{NAME}: {name} is {value}; it must be from 0 to 255")
-    for name, values, least in (("stride", a.stride, 1), ("padding", a.padding, 0), ("dilation", a.dilation, 1)):
-        if len(values) != 2 or min(values) < least:
-            raise ValueError(f"{NAME}: {name} must be two ints >= {least}, got {list(values)}")
-    shape, dtype = output_shape(a), OUTPUTS[a.out]
-    if min(shape[2:]) < 1:
-        raise ValueError(
-            f"{NAME}: a {x.shape[2]}x{x.shape[3]} image is too small for kernel {list(weight.shape[2:])}, "
-            f"padding {list(a.padding)}, dilation {list(a.dilation)}"
-        )
-    if a.residual is not None and (list(a.residual.shape) != shape or a.residual.dtype is not dtype):
-        raise ValueError(
-            f"{NAME}: residual is {a.residual.dtype} {list(a.residual.shape)}, the output is {dtype} {shape}; "
-            "they must be the same"
-        )
+    checks.quantized_conv(NAME, a, output_shape, OUTPUTS[a.out])
 
 
 def output_shape(a: Arguments) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from resnet_fast._dtypes import ITEMSIZE
 from resnet_fast.kernels.gpus import GPU
-from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct, ConvInt8, Head, Problem, Stem
+from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct, ConvFp8, ConvInt8, Head, Problem, Stem
 
 from .cost import work
 
@@ -43,7 +43,7 @@ class Assumptions:
 
     clock: float = 1.755e9
     flops: tuple[tuple[str, int], ...] = (
-        ("int8", 8192), ("fp16", 4096), ("bf16", 4096), ("tf32", 2048), ("fp32", 256)
+        ("int8", 8192), ("fp8", 8192), ("fp16", 4096), ("bf16", 4096), ("tf32", 2048), ("fp32", 256)
     )  # fmt: skip
     launch: float = 2.0e-6
     hidden: float = 1.3e-6
@@ -290,14 +290,18 @@ def conv(problem: ConvBNAct, config: Any, tiles: int, programs: int) -> Program:
     m, n, k, item = config.block_m, config.block_n, config.block_k, ITEMSIZE[problem.precision]
     depth = math.prod(problem.kernel) * problem.c // problem.groups
     finishing = FINISHING[problem.residual] if isinstance(problem, ConvInt8) else 0
+    # Of float8 each step is waited for, and its sums of at most 128 products are added to the whole ones.
+    added = math.ceil(k / 128) * m * n // (32 * config.num_warps)
+    instructions, products = (added, 2) if isinstance(problem, ConvFp8) else (0, 1)
     if config.resident(problem):
         # A tile's copies begin behind the epilogue of the one that had their place, all but one stage before.
         fetched = (m * k + (m * n if problem.residual else 0)) * item
-        loop = Loop(1, m, n, k, fetched, config.num_stages, ahead=max(0, config.num_stages - 2), whole=True)
+        ahead = max(0, config.num_stages - 2)
+        loop = Loop(1, m, n, k, fetched, config.num_stages, 0.0, instructions, products, ahead, True)
         return Program(tiles, programs, (loop,), m * n, 0, tiles * fetched + programs * n * k * item, 0, 2, finishing)
     shares = max(1, programs // tiles)
     steps = math.ceil(math.ceil(depth / k) / shares)
-    loop = Loop(steps, m, n, k, (m + n) * k * item, config.num_stages)
+    loop = Loop(steps, m, n, k, (m + n) * k * item, config.num_stages, 0.0, instructions, products)
     residual = problem.pixels * problem.k * item if problem.residual else 0
     fetched = tiles * (m + n) * depth * item
     if shares > 1:  # what is behind the sums, the residual too, is the second launch's

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnet_fast._dtypes import STORED
+from resnet_fast._dtypes import QUANTIZED, STORED
 from resnet_fast._files import write_text
 
 from . import ops, shapes
@@ -52,6 +52,9 @@ _COLUMNS = (
     "a",
 )
 _RESOURCES = _COLUMNS[5:]
+
+#: The warp-group products of quantized convolutions.
+_GROUPED_BY = {"int8": "IGMMA", "fp8": "QGMMA"}
 
 
 @dataclass(frozen=True, order=True)
@@ -154,11 +157,12 @@ def _key(task: Task, made: Any) -> Key:
     known = []
     for parameter, argument in zip(made.kernel.params, made.args, strict=False):
         known += _known(parameter, argument)
-    # Beside int8 operands outputs and residuals may be of another type.
-    known += [f"out:{out}" for out in (getattr(task.case.problem, "out", "uint8"),) if out != "uint8"]
+    # Beside int8 and float8 operands outputs and residuals may be of another type.
+    out = getattr(task.case.problem, "out", "")
+    known += [f"out:{out}"] if out not in ("", "uint8", "fp8") else []
     options = " ".join(f"{name}={int(v) if isinstance(v, bool) else v}" for name, v in made.options.items())
     dtype = STORED[task.case.problem.precision]
-    types = {STORED[name]: name for name in ("fp16", "bf16", "fp32", "int8")}
+    types = {STORED[name]: name for name in ("fp16", "bf16", "fp32", *QUANTIZED)}
     return Key(
         f"sm_{task.capability}",
         f"{task.case.op}.{made.kernel.__name__}",
@@ -197,12 +201,12 @@ def faults(compiled: Compiled, gpu: GPU) -> list[str]:
     if resources.shared > gpu.shared_memory:
         found.append(f"takes {resources.shared} bytes of shared memory; {gpu.name} has {gpu.shared_memory}")
     case, config = compiled.task.case, compiled.task.config
-    integers = case.problem.precision == shapes.QUANTIZED
-    convolution = case.op == "conv_bn_act" or integers
+    quantized = case.problem.precision in QUANTIZED
+    convolution = case.op == "conv_bn_act" or quantized
     boxes = convolution and config.boxes
     # A warp group multiplies 64 rows at once; a config with fewer was chosen to use more multiprocessors.
-    rows = config.block_n if boxes and not integers else getattr(config, "block_m", 0)
-    op, instruction = ops.get(case.op), GROUPED[integers]
+    rows = config.block_n if boxes and not quantized else getattr(config, "block_m", 0)
+    op, instruction = ops.get(case.op), _GROUPED_BY.get(case.problem.precision, "HGMMA")
     multiplies = op.matrix and compiled.task.part == op.product
     matrix = multiplies and case.problem.precision != "fp32" and rows >= 64
     if matrix and gpu.capability == 90 and instruction not in resources.matrix:

@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from resnet_fast.kernels.gpus import GPU
 
 #: Multiply instructions by the lowest nine bits of their machine code, the same on capabilities 8.0 to 10.0: warp
-#: products and warp-group products of floating point numbers and of integers, products in tensor memory, and plain
-#: multiply-adds, one or two at a time.
+#: products and warp-group products of floating point numbers, of integers and of float8, products in tensor memory, and
+#: plain multiply-adds, one or two at a time.
 OPCODES = {
-    0x03C: "HMMA", 0x037: "IMMA", 0x1F0: "HGMMA", 0x1F1: "IGMMA", 0x1EA: "UTCHMMA", 0x023: "FFMA", 0x049: "FFMA"
+    0x03C: "HMMA", 0x037: "IMMA", 0x1F0: "HGMMA", 0x1F1: "IGMMA", 0x1F3: "QGMMA", 0x1EA: "UTCHMMA", 0x023: "FFMA",
+    0x049: "FFMA",
 }  # fmt: skip
 #: Of warp groups: they run on while the program goes on, until it waits for them.
-GROUPED = ("HGMMA", "IGMMA")
+GROUPED = ("HGMMA", "IGMMA", "QGMMA")
 
 #: The instruction that waits for warp-group products, in the same nine bits; bit 16 of its upper half tells it from the
 #: one that begins them, the next eight bits below are how many may be left unfinished.
@@ -47,7 +48,7 @@ _MEMORY = frozenset(
     (0x180, 0x181, 0x185, 0x186, 0x18A, 0x18E, 0x18F, 0x1A8, 0x1AE, 0x1B4, 0x1B5, 0x1B8, 0x1BA, 0x1BB, 0x1BC)
 )
 
-#: Of HGMMA's and IGMMA's twelve bits, the one that says that the first operand comes from registers.
+#: Of HGMMA's, IGMMA's and QGMMA's twelve bits, the one that says that the first operand comes from registers.
 _FROM_REGISTERS = 1 << 10
 
 #: A maximum in PTX without ``.NaN``.
@@ -86,7 +87,7 @@ class Resources:
         shared: bytes of shared memory of a block. threads: of a block.
         tensor_columns: of tensor memory, which capability 10 has.
         matrix: its multiply instructions, as named in ``OPCODES``; FFMA only if no matrix unit works, "" without any.
-        serialised: whether ptxas makes each HGMMA or IGMMA wait for the one before (its warnings C7510 to C7515).
+        serialised: whether ptxas makes each of those of warp groups wait for the last (its warnings C7510 to C7515).
         a: where those take their first operand from: "shared", "registers", both joined by "+", "" without any.
         drops_nan: whether it takes a floating point maximum that turns NaN into the other operand.
         early: whether it is launched while the kernel before still runs. waits: whether it waits for that kernel:

@@ -21,14 +21,14 @@ from resnet_fast.roofline.measure import tf32
 from . import ops
 from .compiler import Compiler, tasks
 from .ops import Case, Example
-from .shapes import QUANTIZED
 
 if TYPE_CHECKING:
     from resnet_fast.kernels.gpus import GPU
 
 #: The relative error, in the 2-norm, that a launch's answer may have: a few roundings of what it stores or multiplies.
-#: Not of "int8", whose answers are exact.
-ALLOWED = {"fp16": 4 * 2.0**-11, "bf16": 4 * 2.0**-8, "tf32": 4 * 2.0**-11, "fp32": 1e-5}
+#: Not of "int8", whose answers are exact. Of "fp8" both are rounded to 3 bits of fraction: few are on either side of a
+#: half.
+ALLOWED = {"fp16": 4 * 2.0**-11, "bf16": 4 * 2.0**-8, "tf32": 4 * 2.0**-11, "fp32": 1e-5, "fp8": 2.0**-6}
 
 _SECONDS = 2e-3
 """How long one replay of a graph lasts at least."""
@@ -44,10 +44,12 @@ def error(ours: Tensor, exact: Tensor, precision: str) -> str:
     The error must be within ``ALLOWED`` of the exact answer's size, and no single element off by more than 16 times
     that, so that one wrong pixel among millions shows too. In "int8" every bit must be right.
     """
-    if precision == QUANTIZED:
+    if precision == "int8":
         different = int((ours != exact).sum())  # NaN is different, too
         return f"{different} of {exact.numel()} elements differ from the integer reference" if different else ""
     allowed = ALLOWED[precision]
+    if precision == "fp8":
+        ours, exact = ours.float(), exact.float()
     difference = (ours.to(exact.dtype) - exact).abs()
     if not bool(difference.isfinite().all()):
         return "NaN or infinity in the answer"

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from resnet_fast._dtypes import QUANTIZED
 from resnet_fast.graph import fuse_tail, inventory, optimize, schedules
 from resnet_fast.kernels._launch import cdiv
-from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct, ConvInt8, Head, Stem
+from resnet_fast.kernels.problems import BottleneckTail, ConvBNAct, ConvFp8, ConvInt8, Head, Stem
 from resnet_fast.roofline import Seconds, estimate
 from resnet_fast.roofline.estimate import Code, Estimate
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from resnet_fast.graph.inventory import Layer
     from resnet_fast.kernels.gpus import GPU
 
-PER_CONV, PLANNED, INT8 = "per-conv", "planned", "int8"
+PER_CONV, PLANNED = "per-conv", "planned"
 
 _PROGRAMS: Mapping[type, Callable[[Any, Any, int], Any]] = {
     BottleneckTail: estimate.tail,
@@ -88,8 +89,8 @@ def launched(
 
     Args:
         schedule: ``per-conv``, a kernel for each convolution; ``planned``, with bottleneck blocks fused as
-            ``optimize`` plans it for ``gpu``; or ``int8``, per-conv as ``quantize`` makes it, without what makes bytes
-            of the first layer's result, which are torch's own kernels.
+            ``optimize`` plans it for ``gpu``; or ``int8`` or ``fp8``, per-conv as ``quantize`` makes it, without what
+            makes bytes of the first layer's result, which are torch's own kernels.
 
     Raises:
         ValueError: the network does not take such images, or there is no kernel for one of its ops.
@@ -97,8 +98,8 @@ def launched(
     layers, named = _captured(arch, image_size)
     layers = tuple(layer.at(batch, precision) for layer in layers)
     found: dict[str, tuple[tuple[str, ...], Case] | None] = {}
-    integers = schedules.int8_problems(layers) if schedule == INT8 else [None] * len(layers)
-    for layer, problem in zip(layers, integers, strict=True):
+    quantized = schedules.quantized_problems(layers, schedule) if schedule in QUANTIZED else [None] * len(layers)
+    for layer, problem in zip(layers, quantized, strict=True):
         case = next(_cases(layer), None) if problem is None else Case(problem.op, problem, layer.activation)
         if case is None:
             raise ValueError(f"{layer.name}: no estimate is known for {layer.op}")
@@ -247,7 +248,7 @@ def known(case: Case, gpu: GPU) -> bool:
         estimate.require(gpu)
     except ValueError:
         return False
-    return not ops.is_cuda(case) and case.op in (*_ESTIMATED, BottleneckTail.op, ConvInt8.op)
+    return not ops.is_cuda(case) and case.op in (*_ESTIMATED, BottleneckTail.op, ConvInt8.op, ConvFp8.op)
 
 
 def ranked(case: Case, configs: Sequence[Any], gpu: GPU) -> tuple[Any, ...]:
@@ -265,7 +266,8 @@ def ranked(case: Case, configs: Sequence[Any], gpu: GPU) -> tuple[Any, ...]:
         several = getattr(config, "persistent", 0) or getattr(config, "shares", 1) > 1
         grid = ops.get(case.op).kernel.blocks(case.problem, config) if several else tiles
         program = _program(case.problem, config, grid)
-        a = "registers" if case.op == ConvInt8.op else ""  # bytes are made signed there
+        # Bytes are made signed there, and pixels of a window are reshaped.
+        a = "registers" if isinstance(case.problem, ConvInt8) else ""
         code = Code(0, _blocks(case.problem, config, gpu), config.num_warps, a=a)
         return not getattr(config, "boxes", True), estimate.estimate(case.problem, program, code, gpu).seconds
 
@@ -280,7 +282,8 @@ def _blocks(problem: Any, config: Any, gpu: GPU) -> int:
     """Return how many blocks a multiprocessor can hold at once, as far as the choice tells; at least one."""
     threads = 32 * config.num_warps
     columns = problem.mid + problem.following if isinstance(problem, BottleneckTail) else config.block_n
-    registers = min(255, config.block_m * columns // threads + _BESIDE_SUMS)
+    sums = config.block_m * columns // threads * (2 if isinstance(problem, ConvFp8) else 1)
+    registers = min(255, sums + _BESIDE_SUMS)
     by_shared = gpu.shared_memory_per_multiprocessor // (config.shared_memory(problem) + 1024)
     return max(1, min(gpu.registers // (registers * threads), by_shared, 2048 // threads))
 

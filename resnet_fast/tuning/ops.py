@@ -19,13 +19,14 @@ from resnet_fast import backends
 from resnet_fast.backends import cuda, triton
 from resnet_fast.graph.inventory import Block, Layer
 from resnet_fast.kernels import cuda_choice
-from resnet_fast.kernels.problems import AddAct, BatchNormAct, ConvBNAct, ConvInt8, ConvStatistics, Head, Stem
+from resnet_fast.kernels.problems import AddAct, BatchNormAct, ConvBNAct, ConvFp8, ConvInt8, ConvStatistics, Head, Stem
 from resnet_fast.ops import ALL, checks
 from resnet_fast.ops import Op as Declaration
 from resnet_fast.ops.add_act import BACKWARD as ADD_ACT_BACKWARD
 from resnet_fast.ops.batch_norm_act import BACKWARD, STATISTICS, statistics
 from resnet_fast.ops.batch_norm_act import OP as BATCH_NORM_ACT
 from resnet_fast.ops.bottleneck_tail import composed
+from resnet_fast.ops.conv_fp8 import OP as CONV_FP8
 from resnet_fast.ops.conv_int8 import OP as CONV_INT8
 from resnet_fast.ops.conv_int8 import offset
 from resnet_fast.ops.conv_statistics import OP as CONV_STATISTICS
@@ -236,17 +237,17 @@ def _conv_launch(kernel: Any, example: Example, case: Case, config: Any) -> Any:
     )
 
 
-# --- conv_int8
+# --- conv_int8, conv_fp8
 
 
-def _int8_cases(layer: Layer | Block) -> Iterator[Case]:
+def _quantized_cases(made: type[ConvInt8], layer: Layer | Block) -> Iterator[Case]:
     """Convolutions between bytes; those that end a block also into half precision, in which their reader may be."""
-    if isinstance(layer, Layer) and layer.op == "conv_bn_act" and layer.problem.precision == "int8":
-        for out in ("uint8", "fp16") if layer.problem.residual and not layer.late else ("uint8",):
-            yield Case("conv_int8", ConvInt8(**vars(layer.problem), out=out), layer.activation)
+    if isinstance(layer, Layer) and layer.op == "conv_bn_act" and f"conv_{layer.problem.precision}" == made.op:
+        for out in (made.out, "fp16") if layer.problem.residual and not layer.late else (made.out,):
+            yield Case(made.op, made(**vars(layer.problem), out=out), layer.activation)
 
 
-def _int8_launch(kernel: Any, example: Example, case: Case, config: Any) -> Any:
+def _quantized_launch(kernel: Any, example: Example, case: Case, config: Any) -> Any:
     a, (out,) = example.arguments, example.outputs
     tensors = (*a[:4], *example.others, a.residual, out)
     return kernel.launch(*tensors, case.problem, config, residual_scale=a.residual_scale, activation=a.activation)
@@ -448,7 +449,11 @@ _OPS = {
         Op("bottleneck_tail", True, _tail_cases, _tail_launch, parts=lambda example: composed(example.arguments)),
         Op("stem", True, _stem_cases, _stem_launch, product=1),
         Op("head", False, _head_cases, _head_launch),
-        Op("conv_int8", True, _int8_cases, _int8_launch, lambda case: CONV_INT8, lambda a, case: (offset(a),)),
+        Op(
+            "conv_int8", True, partial(_quantized_cases, ConvInt8), _quantized_launch, lambda case: CONV_INT8,
+            lambda a, case: (offset(a),),
+        ),
+        Op("conv_fp8", True, partial(_quantized_cases, ConvFp8), _quantized_launch, lambda case: CONV_FP8),
         Op(
             "add_act", False, _add_cases, _add_launch,
             lambda case: ADD_ACT_BACKWARD if case.form == "backward" else ALL["add_act"],

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from resnet_fast._dtypes import QUANTIZED
 from resnet_fast.kernels.gpus import PRECISIONS
 
 from . import ops
@@ -28,9 +29,8 @@ BATCHES = (1, 32, 128, 256)
 #: The ops that only training runs.
 TRAINING = ("batch_norm_act", "conv_statistics")
 
-#: How launches compute: as ``kernels.gpus.PRECISIONS``, and quantized convolutions, which have an op of their own.
-QUANTIZED = "int8"
-TYPES = (*PRECISIONS, QUANTIZED)
+#: How launches compute: as ``kernels.gpus.PRECISIONS``, and quantized convolutions, which have ops of their own.
+TYPES = (*PRECISIONS, *QUANTIZED)
 
 
 def problems(
@@ -61,7 +61,7 @@ def problems(
         for batch in batches:
             for precision in precisions:
                 for layer in (layer.at(batch, precision) for layer in layers):
-                    for op in map(ops.get, ["conv_int8"] if precision == QUANTIZED else chosen):
+                    for op in map(ops.get, [f"conv_{precision}"] if precision in QUANTIZED else chosen):
                         for case in op.cases(layer):
                             if gpu is None or ops.supported(case, gpu):
                                 found[case] = None
@@ -69,12 +69,17 @@ def problems(
 
 
 def quantized(
-    models: Sequence[str], batches: Iterable[int], image_size: int = 224, gpu: GPU | None = None
+    models: Sequence[str],
+    batches: Iterable[int],
+    image_size: int = 224,
+    gpu: GPU | None = None,
+    precision: str = "int8",
 ) -> tuple[Case, ...]:
-    """Return every case of these networks as ``quantize`` makes them for a GPU, with float16 beside int8.
+    """Return every case of these networks as ``quantize`` makes them for a GPU, with float16 beside int8 or float8.
 
     Args:
-        models, image_size: as for :func:`problems`. gpu: on which a case must have a kernel; None: any.
+        models, image_size: as for :func:`problems`. precision: "int8" or "fp8".
+        gpu: on which a case must have a kernel; None: any.
 
     Raises:
         ValueError: as :func:`problems`.
@@ -87,9 +92,9 @@ def quantized(
         fused = [layer for layer in fused_ops(model, image_size) if isinstance(layer, inventory.Layer)]
         for batch in batches:
             layers = [layer.at(batch, "fp16") for layer in fused]
-            for layer, integers in zip(layers, schedules.int8_problems(layers), strict=True):
-                if integers is not None:
-                    cases: Iterable[Case] = (Case(integers.op, integers, layer.activation),)
+            for layer, conv in zip(layers, schedules.quantized_problems(layers, precision), strict=True):
+                if conv is not None:
+                    cases: Iterable[Case] = (Case(conv.op, conv, layer.activation),)
                 else:
                     cases = ops.get(layer.op).cases(layer)
                 found |= dict.fromkeys(case for case in cases if gpu is None or ops.supported(case, gpu))

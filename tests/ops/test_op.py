@@ -54,6 +54,8 @@ SCHEMAS = {
     "conv_int8": "Tensor x, Tensor weight, Tensor scale, Tensor shift, SymInt zero_point, str out, "
     "SymInt out_zero_point, SymInt largest, Tensor? residual, float residual_scale, SymInt[] stride, SymInt[] padding, "
     "SymInt[] dilation, str activation, bool residual_after_activation) -> Tensor",
+    "conv_fp8": "Tensor x, Tensor weight, Tensor scale, Tensor shift, str out, Tensor? residual, float residual_scale, "
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, str activation, bool residual_after_activation) -> Tensor",
     "conv_again": f"Tensor x, {_CONV}) -> Tensor",
     "conv_statistics": f"Tensor x, {_BEFORE}, {_CONV}) -> (Tensor, Tensor, Tensor)",
     "norm_act_conv": f"Tensor x, {_NORM}, {_CONV}) -> Tensor",

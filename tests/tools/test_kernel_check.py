@@ -299,6 +299,7 @@ def test_the_committed_convolutions_on_hopper_overlap_and_hide_each_other() -> N
 
 
 INT8_FORMS = ("conv_int8._boxes", "conv_int8._resident")
+FLOAT8_FORMS = ("conv_fp8._boxes", "conv_fp8._resident")
 
 
 def test_the_committed_int8_kernels_on_hopper_overlap_and_hide_each_other() -> None:
@@ -308,12 +309,20 @@ def test_the_committed_int8_kernels_on_hopper_overlap_and_hide_each_other() -> N
         for key, (_, _, occupancy, matrix, serialised, a) in rows.items():
             assert (matrix, serialised, a) == ("IGMMA", "no", "registers"), (version, key)
             stated = dict(word.split("=") for word in key.constants.split() if "=" in word and word[0].isupper())
-            if key.kernel == "conv_int8._resident":  # with 512 channels two, with half precision behind them one
-                shallow = "x[64x512]" not in key.constants
-                assert int(occupancy) >= (3 if shallow else 1), (version, key)
+            if key.kernel == "conv_int8._resident":
+                assert int(occupancy) >= (2 if "x[64x512]" in key.constants else 3), (version, key)
                 continue
             pixels = math.prod(int(stated[f"BOX_{axis}"]) for axis in "NPQ")
             assert int(occupancy) >= (1 if pixels * int(stated["BLOCK_N"]) > 128 * 128 else 2), (version, key)
+
+
+def test_the_committed_float8_kernels_on_hopper_overlap() -> None:
+    for version, table in check.read_table(check.table_path()).items():
+        rows = {key: row for key, row in table.items() if key.arch == "sm_90" and key.kernel in FLOAT8_FORMS}
+        assert len(rows) > 50 and {key.kernel for key in rows} == {*FLOAT8_FORMS}, version
+        for key, (registers, _, occupancy, matrix, serialised, _) in rows.items():
+            assert (matrix, serialised) == ("QGMMA", "no") and int(registers) < 255, (version, key)
+            assert int(occupancy) >= (2 if key.kernel == "conv_fp8._resident" or "num_warps=4" in key.constants else 1)
 
 
 def test_int8_kernels_round_every_product(tmp_path: Path) -> None:
