@@ -302,7 +302,8 @@ class ResNet(nn.Module):
             ValueError: if `x` is not 4-D or has another number of channels than `conv1` takes.
         """
         check_images(x, self.conv1)
-        scores = whole.run(self, x, _BLOCKS) if type(self) is ResNet else None
+        ours = type(self) is ResNet and "_forward_impl" not in self.__dict__
+        scores = whole.run(self, x, _BLOCKS) if ours else None
         return self._forward_impl(x) if scores is None else scores
 
 

@@ -7,6 +7,7 @@ the call is made anew. What the engine does not compute runs layer by layer.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -77,7 +78,7 @@ def run(model: Any, x: Tensor, blocks: Mapping[type[nn.Module], int]) -> Tensor 
             network = None
         if packing.digest(tensors) != digest:
             return None  # somebody is writing into them
-        _kept[model] = kept = Kept(settings, digest, network)
+        _kept[model] = kept = Kept(_held(settings), digest, network)
     if kept.network is None:
         return None
     try:
@@ -100,8 +101,10 @@ def _look(model: nn.Module) -> tuple[list[nn.Module], list[Any], list[Tensor]]:
         for name, value in module.__dict__.items():
             settings.append(name)
             if name == "_modules":
-                settings += value.items()
-                modules += [child for child in value.values() if child is not None]
+                for key, child in value.items():
+                    settings += (key, child)
+                    if child is not None:
+                        modules.append(child)
             elif name in ("_parameters", "_buffers"):
                 for key, tensor in value.items():
                     settings += (key, tensor)
@@ -114,12 +117,18 @@ def _look(model: nn.Module) -> tuple[list[nn.Module], list[Any], list[Tensor]]:
 
 
 #: Settings that are the same if they are equal; others must be the same object.
-_COMPARED = frozenset((int, float, bool, str, tuple, torch.Size))
+_COMPARED = frozenset((int, float, bool, str, tuple, torch.Size, torch.dtype, type(None)))
 
 
-def _same(before: list[Any], now: list[Any]) -> bool:
-    return len(before) == len(now) and all(
-        a is b or (type(a) is type(b) and type(a) in _COMPARED and a == b) for a, b in zip(before, now, strict=True)
+def _held(settings: list[Any]) -> list[Any]:
+    """Return settings to be kept: objects are referred to weakly, or the model, which is one of them, would stay."""
+    return [value if type(value) in _COMPARED else weakref.ref(value) for value in settings]
+
+
+def _same(held: list[Any], now: list[Any]) -> bool:
+    return len(held) == len(now) and all(
+        type(a) is type(b) and a == b if type(b) in _COMPARED else type(a) is weakref.ref and a() is b
+        for a, b in zip(held, now, strict=True)
     )
 
 

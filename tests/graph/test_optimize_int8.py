@@ -44,13 +44,13 @@ def test_it_is_quantize() -> None:
     ("options", "message"),
     [
         ({"dtype": torch.int8}, "optimize: dtype=torch.int8 needs calibration"),
-        ({"calibration": []}, "optimize: calibration goes with dtype=torch.int8, and dtype is None"),
+        ({"calibration": []}, "calibration goes with dtype=torch.int8 or torch.float8_e4m3fn, and dtype is None"),
         ({"dtype": torch.int8, "calibration": []}, "optimize: calibration holds no image"),
         ({"dtype": torch.int8, "calibration": [torch.full((1, 3, 8, 8), float("nan"))]}, r"optimize: calibration\[0\]"),
         ({"dtype": torch.int8, "calibration": [torch.rand(1, 5, 8, 8)]}, r"optimize: .*calibration\[0\]"),
         ({"dtype": torch.int8, "calibration": [], "backend": "cpu"}, "are not taken with dtype=torch.int8"),
         ({"dtype": torch.int8, "calibration": [], "example_inputs": np.ones(3)}, "are not taken with dtype=torch.int8"),
-        ({"dtype": torch.uint8}, "or torch.int8 with calibration"),
+        ({"dtype": torch.uint8}, "or torch.int8 or torch.float8_e4m3fn with calibration"),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], message: str) -> None:
