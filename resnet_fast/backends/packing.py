@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -32,9 +31,6 @@ _SHAPES_KEPT = 256
 _LAYOUTS_KEPT = 2
 #: Weights on one storage of which packed copies are kept: the parts of a bank of weights, say.
 _WEIGHTS_KEPT = 64
-
-#: More do not read memory faster.
-_HASHING_THREADS = 4
 
 #: Stride, padding, dilation and groups of a convolution.
 Geometry: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]
@@ -177,19 +173,15 @@ class EngineConv:
         residual_after_activation: bool = False,
         finite: bool = False,
     ) -> Tensor:
-        if x.dtype is not self.dtype:
-            x = x.to(self.dtype)
-        return self.layer(folded).run(x, residual, activation == "relu", residual_after_activation)
-
-    def layer(self, folded: Folded) -> cpu.Convolution:
-        """Return the engine's convolution."""
         layer = self._layer
         if layer is None:
             weight, keep = folded()
             layer = cpu.Convolution(weight, self.bias, self.geometry, self.dtype)
             if keep:
                 self._layer = layer
-        return layer
+        if x.dtype is not self.dtype:
+            x = x.to(self.dtype)
+        return layer.run(x, residual, activation == "relu", residual_after_activation)
 
 
 #: By storage, so that an entry goes with the last tensor on the weight's memory: a digest, and what it is valid for.
@@ -210,29 +202,6 @@ def _digest(*tensors: Tensor) -> bytes:
         state.update(content.numpy(force=True))
     digest: bytes = state.digest()
     return digest
-
-
-def digest(tensors: Sequence[Tensor]) -> bytes:
-    """Return a hash of all bytes of many tensors, by as many threads as torch computes with, but at most four."""
-    parts: list[list[Tensor]] = [[] for _ in range(min(torch.get_num_threads(), _HASHING_THREADS))]
-    sizes = [0] * len(parts)
-    for tensor in tensors:
-        smallest = sizes.index(min(sizes))
-        parts[smallest].append(tensor)
-        sizes[smallest] += tensor.numel() * tensor.element_size()
-    digests = [b""] * len(parts)
-
-    def hashed(index: int) -> None:
-        digests[index] = _digest(*parts[index])
-
-    # Started anew each time, so that a process that was forked has them, too.
-    threads = [threading.Thread(target=hashed, args=(index,)) for index in range(1, len(parts))]
-    for thread in threads:
-        thread.start()
-    hashed(0)
-    for thread in threads:
-        thread.join()
-    return b"".join(digests)
 
 
 def unsupported(name: str, chosen: bool, dtype: torch.dtype, weight_shape: Sequence[int], groups: int) -> str:

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
-from resnet_fast import ops
-from resnet_fast.models import hub, whole
+from resnet_fast.models import hub
 from resnet_fast.models import weights as _weights
 from resnet_fast.models.checkpoint import WeightsError, load_into, read_checkpoint, read_with_metadata
 from resnet_fast.nn import fused
-from resnet_fast.nn.pristine import hooked, know, ordinary, watched, why_called
+from resnet_fast.nn.pristine import hooked, ordinary, watched, why_called
 
 __all__ = [
     "BasicBlock",
@@ -302,20 +301,8 @@ class ResNet(nn.Module):
             ValueError: if `x` is not 4-D or has another number of channels than `conv1` takes.
         """
         check_images(x, self.conv1)
-        ours = type(self) is ResNet and "_forward_impl" not in self.__dict__
-        scores = whole.run(self, x, _BLOCKS) if ours else None
-        return self._forward_impl(x) if scores is None else scores
+        return self._forward_impl(x)
 
-
-#: How many convolutions a block has.
-_BLOCKS: dict[type[nn.Module], int] = {BasicBlock: 2, Bottleneck: 3}
-for _kind in _BLOCKS:
-    know(_kind, functions=((fused, "conv_bn_act"), (fused, "shortcut"), (fused, "laid_out")))
-know(
-    ResNet,
-    "_forward_impl",
-    functions=((fused, "stem"), (fused, "head"), (ops, "conv_bn_act"), (ops, "stem"), (ops, "head")),
-)
 
 TAKE_CHANNELS_LAST: set[type[nn.Module]] = {nn.Sequential, BasicBlock, Bottleneck, nn.AdaptiveAvgPool2d}
 """Layers of a network that compute the same, and no slower, whatever the memory format of their input."""

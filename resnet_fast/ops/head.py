@@ -120,15 +120,10 @@ def limits(name: str, constants: dict[str, Any], dtype: torch.dtype, chosen: boo
 
 def plan(network: cpu.Network, bound: Bound[Arguments], values: Values) -> int:
     a, (x,) = bound.of(), values
-    return network.convolution(
-        network.average(x), bound.keep(cpu.NAME, lambda: engine(a.weight, a.bias, bound.dtype)), None, relu=False
-    )
-
-
-def engine(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> cpu.Convolution:
-    """Return the linear layer as a 1x1 convolution of the CPU engine, of the mean over all pixels."""
-    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-    return cpu.Convolution(weight[:, :, None, None], bias, ((1, 1), (0, 0), (1, 1), 1), dtype)
+    weight = a.weight[:, :, None, None]
+    bias = a.weight.new_zeros(weight.shape[0]) if a.bias is None else a.bias
+    layer = bound.keep(cpu.NAME, lambda: cpu.Convolution(weight, bias, ((1, 1), (0, 0), (1, 1), 1), bound.dtype))
+    return network.convolution(network.average(x), layer, None, relu=False)
 
 
 OP = Op(
