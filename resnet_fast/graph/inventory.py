@@ -147,11 +147,10 @@ class Block:
         alone = replace(self, following=None)
         for form, whole in ((TAIL, alone), *(() if self.following is None else ((ROTATED, self),))):
             for block in (whole, *(() if self.project is None else (replace(whole, project=None),))):
-                rest = floors.keys() - {layer.name for layer in block.layers}
-                problem = block.problem
+                problem, inside = block.problem, {layer.name for layer in block.layers}
                 if problem is not None and feasible(problem):
-                    others = sum(floors[name] for name in floors if name in rest)
-                    ways.append(Way(form, floor(problem) + others, 1 + len(rest), block))
+                    rest = [seconds for name, seconds in floors.items() if name not in inside]
+                    ways.append(Way(form, floor(problem) + sum(rest), 1 + len(rest), block))
         return ways
 
 

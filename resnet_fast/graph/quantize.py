@@ -433,11 +433,16 @@ def _fit(
     return None, ()
 
 
-_WHOSE = {quantize_layers.ENGINE: "the engine's", onednn_int8.NAME: "oneDNN's", quantize_layers.TRITON: "Triton's"}
+_WHOSE = {
+    quantize_layers.ENGINE: "the engine's int8",
+    onednn_int8.NAME: "oneDNN's int8",
+    quantize_layers.TRITON: "Triton's int8",
+    quantize_layers.TRITON_FLOAT8: "Triton's float8",
+}
 
 
 def _tried(graph: Graph) -> bool:
-    """Run each int8 convolution that is new on its sample image, by itself, and return whether all are right.
+    """Run each quantized convolution that is new on its sample image, by itself, and return whether all are right.
 
     One that fails, or is further from its definition than one step of the output, becomes float32.
     """
@@ -454,7 +459,7 @@ def _tried(graph: Graph) -> bool:
                 found = real(module(*(each.clone() for each in given)), out)
                 meant = module.defined(*(real(each, way) for each, (_, way) in zip(given, pairs, strict=True)))
         except (RuntimeError, ValueError) as error:
-            reason = f"{_WHOSE[module.backend]} int8 convolution fails: {shapes.first_line(error)}"
+            reason = f"{_WHOSE[module.backend]} convolution fails: {shapes.first_line(error)}"
         else:
             digits = 1e-4 + (0.0 if module.dtype is torch.float32 else torch.finfo(module.dtype).eps)
             if module.float8:
@@ -463,7 +468,7 @@ def _tried(graph: Graph) -> bool:
             if module.float8:  # whose steps grow with the values
                 step = meant.abs() / 8 + out.scale / 448 if out else digits * meant.abs().max()
             if not bool(((found - meant).abs() <= step).all()):
-                reason = f"{_WHOSE[module.backend]} int8 convolution gives other numbers than its definition"
+                reason = f"{_WHOSE[module.backend]} convolution gives other numbers than its definition"
         if reason:
             graph.keep(node, reason)
             right = False

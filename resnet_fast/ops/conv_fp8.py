@@ -21,7 +21,8 @@ from ..backends import Backend, triton
 from ..backends.layouts import channels_last, empty_channels_last, kernel_vector, kernel_weight
 from . import checks
 from ._op import Bound, Op
-from .common import conv_output_size, result
+from .common import result
+from .conv_int8 import epilogue, output_shape
 
 NAME = "conv_fp8"
 
@@ -56,11 +57,6 @@ def check(a: Arguments) -> None:
     checks.quantized_conv(NAME, a, output_shape, OUTPUTS[a.out])
 
 
-def output_shape(a: Arguments) -> list[int]:
-    size = conv_output_size(a.x.shape[2:], a.weight.shape[2:], a.stride, a.padding, a.dilation)
-    return [a.x.shape[0], a.weight.shape[0], *size]
-
-
 def empty(a: Arguments) -> Tensor:
     return empty_channels_last(a.x, output_shape(a), OUTPUTS[a.out])
 
@@ -68,16 +64,7 @@ def empty(a: Arguments) -> Tensor:
 def reference(a: Arguments) -> Tensor:
     """Compute the sums in float64, rounded once; then float32, in the order in which kernels do."""
     sums = torch.conv2d(a.x.double(), a.weight.double(), None, a.stride, a.padding, a.dilation)
-    y = sums.float() * a.scale.float().view(1, -1, 1, 1)
-    y = y + a.shift.float().view(1, -1, 1, 1)
-    added = None if a.residual is None else a.residual.float() * a.residual_scale
-    if added is not None and not a.residual_after_activation:
-        y = y + added
-    if a.activation == "relu":
-        y = y.relu()
-    if added is not None and a.residual_after_activation:
-        y = y + added
-    return result(narrowed(y, OUTPUTS[a.out]))
+    return result(narrowed(epilogue(sums.float(), a), OUTPUTS[a.out]))
 
 
 def problem(a: Arguments) -> Problem:

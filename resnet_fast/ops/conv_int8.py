@@ -63,7 +63,8 @@ def check(a: Arguments) -> None:
     checks.quantized_conv(NAME, a, output_shape, OUTPUTS[a.out])
 
 
-def output_shape(a: Arguments) -> list[int]:
+def output_shape(a: Any) -> list[int]:
+    """Return [N, K, P, Q] of any quantized convolution's arguments."""
     size = conv_output_size(a.x.shape[2:], a.weight.shape[2:], a.stride, a.padding, a.dilation)
     return [a.x.shape[0], a.weight.shape[0], *size]
 
@@ -76,7 +77,15 @@ def reference(a: Arguments) -> Tensor:
     """Compute the sums exactly, in float64, which holds them; then float32, in the order in which kernels do."""
     x = a.x.double() - a.zero_point  # so that padding is 0
     sums = torch.conv2d(x, a.weight.double(), None, a.stride, a.padding, a.dilation)
-    y = sums.to(torch.int32).float() * a.scale.float().view(1, -1, 1, 1)
+    y = epilogue(sums.to(torch.int32).float(), a)
+    if a.out == "uint8":
+        y = y.clamp(-a.out_zero_point, a.largest - a.out_zero_point).round() + a.out_zero_point
+    return result(y.to(OUTPUTS[a.out]))
+
+
+def epilogue(sums: Tensor, a: Any) -> Tensor:
+    """Return what becomes of sums in float32, of any quantized convolution's arguments, before it is stored."""
+    y = sums * a.scale.float().view(1, -1, 1, 1)
     y = y + a.shift.float().view(1, -1, 1, 1)
     added = None if a.residual is None else a.residual.float() * a.residual_scale
     if added is not None and not a.residual_after_activation:
@@ -85,9 +94,7 @@ def reference(a: Arguments) -> Tensor:
         y = y.relu()
     if added is not None and a.residual_after_activation:
         y = y + added
-    if a.out == "uint8":
-        y = y.clamp(-a.out_zero_point, a.largest - a.out_zero_point).round() + a.out_zero_point
-    return result(y.to(OUTPUTS[a.out]))
+    return y
 
 
 def problem(a: Arguments) -> Problem:

@@ -8,6 +8,7 @@ import torch
 import resnet_fast as rf
 from resnet_fast import backends
 from resnet_fast._dtypes import FLOAT8
+from resnet_fast.graph.quantize_layers import Convolution
 from tests.graph.test_quantize_gpu import convolutions, images, network
 from tests.triton_device import DEVICE, FORMS, kernels
 
@@ -60,3 +61,20 @@ def test_what_is_refused() -> None:
         rf.quantize(network(), [images()], dtype=torch.float8_e5m2)
     with pytest.raises(ValueError, match=r"round_image goes with dtype=torch.int8"):
         rf.quantize(network(), [images()], dtype=FLOAT8, round_image=True)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_wrong_convolution_stays_in_half_precision(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Convolution.forward
+
+    def broken(self: Convolution, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if fails:
+            raise RuntimeError("no such kernel")
+        return forward(self, x, residual).zero_()
+
+    monkeypatch.setattr(Convolution, "forward", broken)
+    with kernels(FORMS[0]), pytest.warns(UserWarning, match="nothing is quantized"):
+        fast = rf.optimize(network().to(DEVICE), dtype=FLOAT8, calibration=[images()], check=False)
+    said = "fails: no such kernel" if fails else "gives other numbers than its definition"
+    assert fast.quantization is not None and not fast.quantization.quantized
+    assert f"Triton's float8 convolution {said}" in {layer.reason for layer in fast.quantization.layers}
