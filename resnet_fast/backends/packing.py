@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,6 +32,8 @@ _SHAPES_KEPT = 256
 _LAYOUTS_KEPT = 2
 #: Weights on one storage of which packed copies are kept: the parts of a bank of weights, say.
 _WEIGHTS_KEPT = 64
+#: More would wait for memory.
+_HASHING_THREADS = 4
 
 #: Stride, padding, dilation and groups of a convolution.
 Geometry: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]
@@ -155,12 +158,18 @@ class PackedConv:
 
 @dataclass(eq=False)
 class EngineConv:
-    """As :class:`PackedConv`, run by the CPU engine; packed at the first run."""
+    """As :class:`PackedConv`, run by the CPU engine; packed at the first run.
+
+    Attributes:
+        made: the convolution, None before that. network: layers that run as one call, this one first, as
+            `models.stages` keeps them: what they are, and the call.
+    """
 
     bias: Tensor
     geometry: Geometry
     dtype: torch.dtype
-    _layer: cpu.Convolution | None = None
+    made: cpu.Convolution | None = None
+    network: tuple[Any, cpu.Network] | None = None
 
     def run(
         self,
@@ -173,12 +182,12 @@ class EngineConv:
         residual_after_activation: bool = False,
         finite: bool = False,
     ) -> Tensor:
-        layer = self._layer
+        layer = self.made
         if layer is None:
             weight, keep = folded()
             layer = cpu.Convolution(weight, self.bias, self.geometry, self.dtype)
             if keep:
-                self._layer = layer
+                self.made = layer
         if x.dtype is not self.dtype:
             x = x.to(self.dtype)
         return layer.run(x, residual, activation == "relu", residual_after_activation)
@@ -237,6 +246,62 @@ def _pack(backend: str, shift: Tensor, dtype: torch.dtype, shape: torch.Size, ge
     return PackedConv(shift.to(dtype), shape, (list(padding), list(stride), list(dilation), groups))
 
 
+def _able(dtype: torch.dtype, shape: torch.Size, groups: int, device: str) -> tuple[object, ...]:
+    return dtype, shape, groups, torch.backends.mkldnn.enabled, backends.selected, device
+
+
+def _key(weight: Tensor, dtype: torch.dtype, geometry: Geometry, backend: str) -> tuple[object, ...]:
+    stride, padding, dilation, groups = geometry
+    return (
+        weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, dtype, tuple(stride), tuple(padding),
+        tuple(dilation), groups, backend,
+    )  # fmt: skip
+
+
+class Found(NamedTuple):
+    """A packed convolution for a weight, scale and shift if their digest is still this one."""
+
+    tensors: tuple[Tensor, Tensor, Tensor]
+    digest: bytes
+    conv: EngineConv
+    made: cpu.Convolution
+
+
+def find(dtype: torch.dtype, weight: Tensor, scale: Tensor, shift: Tensor, geometry: Geometry) -> Found | None:
+    """Return what :func:`packed` keeps for the CPU engine, None if nothing; :func:`unchanged` is still to be asked."""
+    backend = _runs.get(_able(dtype, weight.shape, geometry[3], weight.device.type), "")
+    entries = _cache.get(weight.untyped_storage(), {})
+    digest, conv = entries.get(_key(weight, dtype, geometry, backend), (b"", None))
+    if not isinstance(conv, EngineConv) or conv.made is None:
+        return None
+    return Found((weight, scale, shift), digest, conv, conv.made)
+
+
+def unchanged(found: Sequence[Found]) -> bool:
+    """Return whether all contents are what they were when they were packed; hashed by as many threads as torch has."""
+    threads = min(torch.get_num_threads(), _HASHING_THREADS)
+    parts: list[list[Found]] = [[] for _ in range(threads)]
+    sizes = [0] * threads
+    for each in sorted(found, key=lambda each: each.tensors[0].nbytes, reverse=True):
+        least = sizes.index(min(sizes))
+        parts[least].append(each)
+        sizes[least] += each.tensors[0].nbytes
+
+    def same(part: list[Found]) -> bool:
+        with torch.no_grad():
+            return all(_digest(*each.tensors) == each.digest for each in part)
+
+    others: list[Future[bool]] = []
+    with ThreadPoolExecutor(max(1, threads - 1), "resnet_fast-hash") as pool:
+        for part in parts[1:]:
+            try:
+                others.append(pool.submit(same, part))
+            except RuntimeError:  # no thread can be started any more
+                parts[0] += part
+        mine = same(parts[0])
+        return mine and all(other.result() for other in others)
+
+
 def packed(
     op: str,
     x: Tensor,
@@ -256,8 +321,7 @@ def packed(
         bound: the op on constants (``ops._op.Bound``), which keeps their packed form and does not look at them again;
             None if they are none.
     """
-    stride, padding, dilation, groups = geometry
-    shape = weight.shape
+    groups, shape = geometry[3], weight.shape
     if bound is not None:
         made: tuple[Packed, Folded] = bound.keep(
             "packed",
@@ -267,7 +331,7 @@ def packed(
         return made
     if not x.numel():
         return None
-    able = (dtype, shape, groups, torch.backends.mkldnn.enabled, backends.selected, x.device.type)
+    able = _able(dtype, shape, groups, x.device.type)
     backend = _runs.get(able)
     if backend is None:
         backend = backends.on_cpu(
@@ -278,10 +342,7 @@ def packed(
         if len(_runs) > _SHAPES_KEPT:
             _runs.clear()
         _runs[able] = backend
-    key = (
-        weight.storage_offset(), shape, weight.stride(), weight.dtype, dtype, tuple(stride), tuple(padding),
-        tuple(dilation), groups, backend,
-    )  # fmt: skip
+    key = _key(weight, dtype, geometry, backend)
     entries = _cache.setdefault(weight.untyped_storage(), {})
     digest = _digest(weight, scale, shift)
     found = entries.get(key)

@@ -40,6 +40,7 @@ from resnet_fast.models.resnet import (
     BasicBlock,
     Bottleneck,
     check_images,
+    run_stages,
     stage_input,
 )
 from resnet_fast.nn import fused
@@ -130,10 +131,13 @@ def _levels(
     else:
         x = fused.stem(images, net.conv1, net.bn1, net.act1, net.maxpool, getattr(net, "memory_efficient", False))
     nchw = fused.torch_gives_nchw(images if type(net.conv1) is nn.Conv2d else x, net.conv1)
-    for level, name in enumerate(_STAGES[:until], 1):
-        stage = getattr(net, name)
-        x = stage_input(x, stage, nchw)
-        x = checkpoint_seq(stage, x) if checkpointing else stage(x)
+    done = 0
+    for level in range(1, until + 1):
+        if level < until and level not in taken and not checkpointing:
+            continue  # together with the next
+        layers = [getattr(net, name) for name in _STAGES[done:level]]
+        x = checkpoint_seq(layers[0], stage_input(x, layers[0], nchw)) if checkpointing else run_stages(x, layers, nchw)
+        done = level
         if level in taken:
             yield fused.laid_out(x, images, net.conv1)
     yield fused.laid_out(x, images, net.conv1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
-from resnet_fast.models import hub
+from resnet_fast.models import hub, stages
 from resnet_fast.models import weights as _weights
 from resnet_fast.models.checkpoint import WeightsError, load_into, read_checkpoint, read_with_metadata
 from resnet_fast.nn import fused
@@ -147,6 +147,10 @@ class Bottleneck(nn.Module):
         identity = x if self.downsample is None else fused.shortcut(x, self.downsample, self.memory_efficient)
         out = last(out, self.conv3, self.bn3, self.relu, identity)
         return fused.laid_out(out, x, self.conv1, self.conv2, self.conv3)
+
+
+for _block, _count in ((BasicBlock, 2), (Bottleneck, 3)):
+    stages.know(_block, _count, functions=((fused, "shortcut"), (fused, "laid_out")))
 
 
 class ResNet(nn.Module):
@@ -285,10 +289,7 @@ class ResNet(nn.Module):
         images = x
         x = fused.stem(x, self.conv1, self.bn1, self.relu, self.maxpool, self.memory_efficient)
         nchw = fused.torch_gives_nchw(images if type(self.conv1) is nn.Conv2d else x, self.conv1)
-        x = self.layer1(stage_input(x, self.layer1, nchw))
-        x = self.layer2(stage_input(x, self.layer2, nchw))
-        x = self.layer3(stage_input(x, self.layer3, nchw))
-        x = self.layer4(stage_input(x, self.layer4, nchw))
+        x = run_stages(x, (self.layer1, self.layer2, self.layer3, self.layer4), nchw)
         return fused.head(stage_input(x, self.avgpool, nchw), self.avgpool, self.fc)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -320,6 +321,16 @@ def stage_input(x: Tensor, layer: nn.Module, nchw: bool) -> Tensor:
     for part in parts:
         seen = seen or type(part) not in TAKE_CHANNELS_LAST or "forward" in part.__dict__
     return x.contiguous() if seen else x.contiguous(memory_format=torch.channels_last)
+
+
+def run_stages(x: Tensor, layers: Sequence[nn.Module], nchw: bool) -> Tensor:
+    """Return what stages, one after the other, make of x; ``nchw`` as for :func:`stage_input`."""
+    made = stages.run(x, *layers)
+    if made is not None:
+        return made
+    for layer in layers:
+        x = layer(stage_input(x, layer, nchw))
+    return x
 
 
 def check_images(x: Tensor, first: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import backends, ops
 from ..backends.layouts import looks_channels_last, nchw, spoils_memory, suggests_channels_last
+from ..backends.packing import Geometry
 from ..ops import conv_statistics as statistics_of_conv
 from ..ops import recompute
 from ..ops._op import unobserved
@@ -25,6 +26,7 @@ from .pristine import capturing, is_frozen_batch_norm, ordinary, watched, why_ca
 __all__ = [
     "Normalised",
     "bn_act",
+    "constants",
     "conv_bn_act",
     "fold_norm",
     "frozen",
@@ -239,15 +241,7 @@ def conv_bn_act(
         conv, bn, act: the layers, called as they are wherever fusing could be noticed.
     """
     # Asked once: if nobody but the op would see the call, neither modes and transforms nor the dispatcher are asked.
-    quiet = (
-        type(x) is Tensor
-        and type(conv) is nn.Conv2d
-        and type(conv.groups) is int
-        and ops.conv_bn_act is _PUBLIC
-        and (type(bn) in _NORMS or is_frozen_batch_norm(bn))
-        and unobserved((x, residual, conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var))
-        and x.dim() == 4
-    )
+    quiet = type(x) is Tensor and _quiet(conv, bn, x, residual) and x.dim() == 4
     if quiet or not must_be_plain(x, residual):
         pairs = _fusable(conv, bn, act, quiet)
         if pairs is not None and (residual is None or _fits(x, conv, residual, pairs)):
@@ -261,6 +255,31 @@ def conv_bn_act(
     if residual is not None:
         out += residual
     return out if act is None else act(out)
+
+
+def _quiet(conv: Any, bn: Any, *images: Tensor | None) -> bool:
+    """Return whether these are a convolution and a norm that nobody but an op would see being computed on."""
+    return (
+        type(conv) is nn.Conv2d
+        and type(conv.groups) is int
+        and ops.conv_bn_act is _PUBLIC
+        and (type(bn) in _NORMS or is_frozen_batch_norm(bn))
+        and unobserved((*images, conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var))
+    )
+
+
+def constants(conv: Any, bn: Any, act: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Geometry] | None:
+    """Weight, scale, shift and geometry of the op that :func:`conv_bn_act` makes of these layers for images of a dtype.
+
+    None if it may not make one, or not of stored statistics, or if they are not in this machine's memory.
+    """
+    pairs = _fusable(conv, bn, act, quiet=True) if _quiet(conv, bn) and _constant_statistics(bn) else None
+    if pairs is None:
+        return None
+    weight, (scale, shift) = conv.weight, scale_and_shift(conv, bn)
+    vectors = scale.shape == shift.shape == weight.shape[:1] and scale.dtype is shift.dtype is torch.float32
+    usual = vectors and weight.dim() == 4 and weight.dtype is dtype and weight.is_cpu and scale.is_cpu and shift.is_cpu
+    return (weight, scale, shift, (*pairs, conv.groups)) if usual else None
 
 
 def _fits(x: Tensor, conv: Any, residual: Tensor, pairs: Pairs) -> bool:
