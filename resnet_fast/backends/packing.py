@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -156,20 +157,27 @@ class PackedConv:
         return y if usual else owned(y)
 
 
+class Kept(NamedTuple):
+    """Layers that `models.stages` runs as one call: what they are, the call, and what watches that all are packed."""
+
+    layers: Any
+    network: cpu.Network
+    others: list[weakref.ref[Any]]
+
+
 @dataclass(eq=False)
 class EngineConv:
     """As :class:`PackedConv`, run by the CPU engine; packed at the first run.
 
     Attributes:
-        made: the convolution, None before that. network: layers that run as one call, this one first, as
-            `models.stages` keeps them: what they are, and the call.
+        made: the convolution, None before that. network: layers that run as one call, this one first, if there are.
     """
 
     bias: Tensor
     geometry: Geometry
     dtype: torch.dtype
     made: cpu.Convolution | None = None
-    network: tuple[Any, cpu.Network] | None = None
+    network: Kept | None = None
 
     def run(
         self,

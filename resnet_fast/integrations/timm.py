@@ -135,9 +135,12 @@ def _levels(
     for level in range(1, until + 1):
         if level < until and level not in taken and not checkpointing:
             continue  # together with the next
-        layers = [getattr(net, name) for name in _STAGES[done:level]]
-        x = checkpoint_seq(layers[0], stage_input(x, layers[0], nchw)) if checkpointing else run_stages(x, layers, nchw)
-        done = level
+        names, done = _STAGES[done:level], level
+        if checkpointing:
+            stage = getattr(net, names[0])
+            x = checkpoint_seq(stage, stage_input(x, stage, nchw))
+        else:
+            x = run_stages(net, names, x, nchw)
         if level in taken:
             yield fused.laid_out(x, images, net.conv1)
     yield fused.laid_out(x, images, net.conv1)

@@ -289,7 +289,7 @@ class ResNet(nn.Module):
         images = x
         x = fused.stem(x, self.conv1, self.bn1, self.relu, self.maxpool, self.memory_efficient)
         nchw = fused.torch_gives_nchw(images if type(self.conv1) is nn.Conv2d else x, self.conv1)
-        x = run_stages(x, (self.layer1, self.layer2, self.layer3, self.layer4), nchw)
+        x = run_stages(self, ("layer1", "layer2", "layer3", "layer4"), x, nchw)
         return fused.head(stage_input(x, self.avgpool, nchw), self.avgpool, self.fc)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -323,13 +323,14 @@ def stage_input(x: Tensor, layer: nn.Module, nchw: bool) -> Tensor:
     return x.contiguous() if seen else x.contiguous(memory_format=torch.channels_last)
 
 
-def run_stages(x: Tensor, layers: Sequence[nn.Module], nchw: bool) -> Tensor:
-    """Return what stages, one after the other, make of x; ``nchw`` as for :func:`stage_input`."""
-    made = stages.run(x, *layers)
+def run_stages(net: nn.Module, names: Sequence[str], x: Tensor, nchw: bool) -> Tensor:
+    """Return what stages of a network, one after the other, make of x; ``nchw`` as for :func:`stage_input`."""
+    made = stages.run(net, names, x)
     if made is not None:
         return made
-    for layer in layers:
-        x = layer(stage_input(x, layer, nchw))
+    for name in names:
+        stage = getattr(net, name)
+        x = stage(stage_input(x, stage, nchw))
     return x
 
 

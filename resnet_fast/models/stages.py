@@ -8,6 +8,7 @@ layer, and what an op would refuse, or compute otherwise, always does.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..backends import cpu, packing
+from ..backends.layouts import suggests_channels_last
 from ..nn import fused, pristine
 from ..ops._op import unobserved
 
@@ -52,53 +54,63 @@ def know(kind: type[nn.Module], convolutions: int, functions: Sequence[tuple[Any
     _convolutions[kind] = convolutions
 
 
-def run(x: Tensor, *stages: Any) -> Tensor | None:
-    """Return the last stage's output, channels_last, for an input [N, C, H, W]; None if they must be called.
+def run(net: Any, names: Sequence[str], x: Tensor) -> Tensor | None:
+    """Return what the last of a network's stages makes of x [N, C, H, W], channels_last; None if they must be called.
 
     They must for gradients, with the batch's statistics, on other devices, and if anybody would notice that stages,
     blocks and layers are not called.
     """
-    if torch.compiler.is_compiling() or any(type(stage) is not nn.Sequential for stage in stages):
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not unobserved((x,)):
         return None
-    if type(x) is not Tensor or not unobserved((x,)):
-        return None
-    usual = x.is_cpu and x.dim() == 4 and x.numel() and backends.selected == "auto"
+    usual = x.is_cpu and x.dim() == 4 and x.numel() and backends.selected == "auto" and suggests_channels_last(x)
     if not usual or cpu.unsupported(x.dtype):
         return None
     found: list[packing.Found] = []
     try:
-        blocks = _look(x, stages, found)
+        blocks = _look([getattr(net, name) for name in names], x.dtype, found)
     except Exception:  # whatever is wrong with a layer, that layer says
         return None
     if not found or not packing.unchanged(found):
         return None
-    first = found[0].conv
-    kept = first.network
+    kept = found[0].conv.network
     try:
-        if kept is None or kept[0] != blocks:
-            first.network = kept = blocks, _network(x, blocks)
-        (y,) = kept[1].run([x])
+        if kept is None or kept.layers != blocks:
+            kept = _keep(found, blocks, _network(x, blocks))
+        (y,) = kept.network.run([x])
     except ValueError:  # layers do not fit each other or the image, for which they have words of their own
         return None
     return y
 
 
-def _look(x: Tensor, stages: Sequence[nn.Sequential], found: list[packing.Found]) -> tuple[Block, ...]:
-    """Return the blocks of these stages, and add what was packed for them to ``found``.
+def _keep(found: Sequence[packing.Found], blocks: tuple[Block, ...], network: cpu.Network) -> packing.Kept:
+    """Keep a call with its first convolution until one of them is packed no more."""
+    first = weakref.ref(found[0].conv)
+
+    def drop(_: Any) -> None:
+        if (conv := first()) is not None:
+            conv.network = None
+
+    kept = packing.Kept(blocks, network, [weakref.ref(each.conv, drop) for each in found[1:]])
+    found[0].conv.network = kept
+    return kept
+
+
+def _look(stages: Sequence[Any], dtype: torch.dtype, found: list[packing.Found]) -> tuple[Block, ...]:
+    """Return the blocks of these stages, and add what was packed of them for images of ``dtype`` to ``found``.
 
     Raises:
         _LayerByLayer: as its name says.
     """
 
     def layer(conv: Any, bn: Any, act: Any) -> Layer:
-        given = fused.constants(conv, bn, act, x.dtype)
-        packed = None if given is None else packing.find(x.dtype, *given)
+        given = fused.constants(conv, bn, act, dtype)
+        packed = None if given is None else packing.find(dtype, *given)
         if packed is None:
             raise _LayerByLayer
         found.append(packed)
         return Layer(packed.made, act is not None)
 
-    if pristine.why_called(*stages):
+    if any(type(stage) is not nn.Sequential for stage in stages) or pristine.why_called(*stages):
         raise _LayerByLayer
     modules = [block for stage in stages for block in stage]
     if any(type(block) not in _convolutions for block in modules) or pristine.why_called(*modules):

@@ -107,15 +107,6 @@ def _fusable(conv: Any, bn: Any, act: nn.Module | None, quiet: bool = False) -> 
         return None
     if not quiet and not ((type(bn) in _NORMS or is_frozen_batch_norm(bn)) and _ordinary(conv, bn)):
         return None
-    stride, padding, dilation = conv.stride, conv.padding, conv.dilation
-    if (
-        type(stride) is type(padding) is type(dilation) is tuple
-        and len(stride) == len(padding) == len(dilation) == 2
-        and type(stride[0]) is type(stride[1]) is type(padding[0]) is type(padding[1]) is int
-        and type(dilation[0]) is type(dilation[1]) is int
-        and conv.padding_mode == "zeros"
-    ):
-        return stride, padding, dilation  # the usual form, seen at each call of a layer
     return geometry(conv)
 
 
@@ -273,7 +264,9 @@ def constants(conv: Any, bn: Any, act: Any, dtype: torch.dtype) -> tuple[Tensor,
 
     None if it may not make one, or not of stored statistics, or if they are not in this machine's memory.
     """
-    pairs = _fusable(conv, bn, act, quiet=True) if _quiet(conv, bn) and _constant_statistics(bn) else None
+    if not _quiet(conv, bn) or not (act is None or type(act) is nn.ReLU) or why_called(conv, bn, act):
+        return None
+    pairs = geometry(conv) if _constant_statistics(bn) else None
     if pairs is None:
         return None
     weight, (scale, shift) = conv.weight, scale_and_shift(conv, bn)
@@ -370,7 +363,15 @@ def geometry(conv: Any) -> Pairs | None:
     """Stride, padding and dilation of a Conv2d as pairs, in whatever form they were set; None if no op takes them."""
     if conv.padding_mode != "zeros":
         return None
-    return conv_geometry(conv.stride, conv.padding, conv.dilation, conv.weight.shape[2:])
+    stride, padding, dilation = conv.stride, conv.padding, conv.dilation
+    if (
+        type(stride) is type(padding) is type(dilation) is tuple
+        and len(stride) == len(padding) == len(dilation) == 2
+        and type(stride[0]) is type(stride[1]) is type(padding[0]) is type(padding[1]) is int
+        and type(dilation[0]) is type(dilation[1]) is int
+    ):
+        return stride, padding, dilation  # the usual form, seen at each call of a layer
+    return conv_geometry(stride, padding, dilation, conv.weight.shape[2:])
 
 
 def _conv(conv: Any) -> tuple[Tensor, Tensor | None, Any, Any, Any, int]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_fast as rf
-from resnet_fast import ops
+from resnet_fast import backends, ops
 from resnet_fast.backends import cpu, packing
 from resnet_fast.models import stages
 from resnet_fast.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -81,7 +81,7 @@ def timms() -> Any:
 def layer_by_layer(model: nn.Module, x: Tensor) -> Tensor:
     """The model's answer, its stages called."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "run", lambda x, *stages: None)
+        patch.setattr(stages, "run", lambda net, names, x: None)
         scores: Tensor = model(x)
     return scores
 
@@ -266,6 +266,7 @@ def test_functions_that_were_replaced(calls: list[cpu.Network], monkeypatch: pyt
 REFUSED: dict[str, Callable[[Any], Any]] = {
     "a norm of fewer channels": lambda m: setattr(m.layer1[0], "bn1", nn.BatchNorm2d(32).eval()),
     "another number of channels": lambda m: setattr(m.layer1[0], "conv2", nn.Conv2d(32, 64, 3, padding=1)),
+    "groups of a weight left as it is": lambda m: setattr(m.layer1[0].conv2, "groups", 2),
     "a stage missing": lambda m: setattr(m, "layer2", nn.Sequential()),
     "a weight of another dtype": lambda m: setattr(m.layer1[0].conv2, "weight", nn.Parameter(
         torch.randn(64, 64, 3, 3, dtype=torch.float64))),
@@ -330,7 +331,7 @@ def kept(model: Any) -> Any:
     return conv
 
 
-@pytest.mark.parametrize("way", ["deleted", "moved", "cast"])
+@pytest.mark.parametrize("way", ["deleted", "moved", "cast", "a stage deleted", "a stage cast", "edited"])
 @torch.no_grad()
 def test_it_goes_with_the_weights(way: str) -> None:
     model, x = make(), torch.randn(1, 3, 64, 64)
@@ -338,16 +339,76 @@ def test_it_goes_with_the_weights(way: str) -> None:
     assert kept(model).network is None
     model(x)
     model.fc.owner = [model]  # a cycle, which the collector frees
-    gone = weakref.ref(kept(model).network[1])
+    gone = weakref.ref(kept(model).network.network)
     assert copy.deepcopy(model).layer1[0].conv1.weight.untyped_storage() not in packing._cache
     if way == "moved":
         model.to("meta")
     elif way == "cast":
         model.half()
+    elif way == "a stage cast":
+        model.layer3.half()
+    elif way == "a stage deleted":
+        model.layer4 = model.fc = nn.Identity()
+    elif way == "edited":
+        model.layer4[0].conv1.weight.data.mul_(2)
+        model(x)
     else:
         del model
-        gc.collect()
+    gc.collect()
     assert gone() is None
+
+
+@torch.no_grad()
+def test_stages_that_a_hook_replaces() -> None:
+    model, x = make(BasicBlock), torch.randn(1, 3, 64, 64)
+    model.layer3 = model.layer4 = model.avgpool = model.fc = nn.Identity()
+    model(x)
+    model.layer1.register_forward_hook(lambda *_: setattr(model, "layer2", nn.Sequential(nn.Hardtanh(0, 0.3))))
+    assert model(x).max() <= 0.3
+
+
+@torch.no_grad()
+def test_errors_come_when_the_stage_is_reached() -> None:
+    model = make(BasicBlock).train()
+    del model.layer4
+    with pytest.raises(AttributeError, match="layer4"):
+        model(torch.randn(2, 3, 64, 64))
+    assert model.layer1[0].bn1.num_batches_tracked == 1
+
+
+class Contiguous(nn.Module):
+    """A pool that gives NCHW, whatever it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.max_pool2d(x, 3, 2, 1).contiguous()
+
+
+@pytest.mark.parametrize("last", ["image", "weight", "neither"])
+@torch.no_grad()
+def test_memory_formats_are_those_of_layers(last: str) -> None:
+    model, x, seen = make(), torch.randn(2, 3, 64, 64), []
+    model.maxpool = Contiguous()
+    model.avgpool.register_forward_pre_hook(lambda _, args: seen.append(args[0].stride()) and None)
+    if last == "image":
+        x = x.to(memory_format=torch.channels_last)
+    elif last == "weight":
+        model.conv1.to(memory_format=torch.channels_last)
+    for _ in range(3):
+        model(x)
+    assert len(set(seen)) == 1
+
+
+@torch.no_grad()
+def test_why_layers_run_alone_is_said_once() -> None:
+    model, x = make(), torch.randn(1, 3, 64, 64)
+    model(x)
+    model(x)
+    model.layer2[0].conv1.register_forward_hook(lambda *_: None)
+    with pytest.MonkeyPatch.context() as patch:
+        noted: list[str] = []
+        patch.setattr(backends, "fallback", lambda op, reason: noted.append(reason))
+        model(x)
+    assert len(noted) == 1 and "hook" in noted[0]
 
 
 @torch.no_grad()
