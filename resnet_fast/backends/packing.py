@@ -289,11 +289,11 @@ def unchanged(found: Sequence[Found]) -> bool:
     """Return whether all contents are what they were when they were packed; hashed by as many threads as torch has."""
     threads = min(torch.get_num_threads(), _HASHING_THREADS)
     parts: list[list[Found]] = [[] for _ in range(threads)]
-    sizes = [0] * threads
-    for each in sorted(found, key=lambda each: each.tensors[0].nbytes, reverse=True):
-        least = sizes.index(min(sizes))
-        parts[least].append(each)
-        sizes[least] += each.tensors[0].nbytes
+    sizes, sums = [each.tensors[0].nbytes for each in found], [0] * threads
+    for index in sorted(range(len(found)), key=sizes.__getitem__, reverse=True):
+        least = sums.index(min(sums))
+        parts[least].append(found[index])
+        sums[least] += sizes[index]
 
     def same(part: list[Found]) -> bool:
         with torch.no_grad():

@@ -102,29 +102,33 @@ def _look(stages: Sequence[Any], dtype: torch.dtype, found: list[packing.Found])
         _LayerByLayer: as its name says.
     """
 
+    called: list[nn.Module | None] = []  # by the stages
+
     def layer(conv: Any, bn: Any, act: Any) -> Layer:
         given = fused.constants(conv, bn, act, dtype)
         packed = None if given is None else packing.find(dtype, *given)
         if packed is None:
             raise _LayerByLayer
         found.append(packed)
+        called.extend((conv, bn, act))
         return Layer(packed.made, act is not None)
 
     if any(type(stage) is not nn.Sequential for stage in stages) or pristine.why_called(*stages):
         raise _LayerByLayer
-    modules = [block for stage in stages for block in stage]
-    if any(type(block) not in _convolutions for block in modules) or pristine.why_called(*modules):
-        raise _LayerByLayer
     blocks = []
-    for block in modules:
-        numbers = range(1, _convolutions[type(block)] + 1)
+    for block in (block for stage in stages for block in stage):
+        numbers = range(1, _convolutions.get(type(block), 0) + 1)
         layers = [layer(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"), block.relu) for i in numbers]
         downsample, shortcut = block.downsample, None
+        if not layers or not (downsample is None or type(downsample) is nn.Sequential):
+            raise _LayerByLayer
         if downsample is not None:
-            if type(downsample) is not nn.Sequential or len(downsample) != 2 or pristine.why_called(downsample):
-                raise _LayerByLayer
-            shortcut = layer(downsample[0], downsample[1], None)
+            first, second = downsample
+            shortcut = layer(first, second, None)
+        called += (block, downsample)
         blocks.append(Block(tuple(layers), shortcut))
+    if pristine.why_called(*called):
+        raise _LayerByLayer
     return tuple(blocks)
 
 

@@ -262,11 +262,11 @@ def _quiet(conv: Any, bn: Any, *images: Tensor | None) -> bool:
 def constants(conv: Any, bn: Any, act: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Geometry] | None:
     """Weight, scale, shift and geometry of the op that :func:`conv_bn_act` makes of these layers for images of a dtype.
 
-    None if it may not make one, or not of stored statistics, or if they are not in this machine's memory.
+    None if it makes none, or not of stored statistics, or if they are not in this machine's memory. Whether somebody
+    would notice (`pristine.why_called`) is still to be asked.
     """
-    if not _quiet(conv, bn) or not (act is None or type(act) is nn.ReLU) or why_called(conv, bn, act):
-        return None
-    pairs = geometry(conv) if _constant_statistics(bn) else None
+    known = (act is None or type(act) is nn.ReLU) and _quiet(conv, bn) and _constant_statistics(bn)
+    pairs = geometry(conv) if known else None
     if pairs is None:
         return None
     weight, (scale, shift) = conv.weight, scale_and_shift(conv, bn)
