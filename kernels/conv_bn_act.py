@@ -13,7 +13,7 @@ Three forms:
             (r, s). What lies outside the image the copy engine fills with zeros, and that is the padding: no masks.
             The product is transposed, weights times pixels, which lets both come from shared memory on Hopper. Programs
         may be fewer than tiles and take them in turn; the first copies of the next tile are then on their way while
-        one is finished.
+        one is finished. Or a tile is three boxes, which all meet the weights of a step: 384 pixels.
     resident    for such a plain product with a residual and few channels: a program keeps the weights of its output
         channels in shared memory and takes tiles of pixels in turn. A tile is one step, all of it copied ahead, the
         residual too: in a loop of steps Triton would wait for that at the end of each tile.
@@ -346,6 +346,61 @@ def _boxes(
             )  # fmt: skip
 
 
+@triton.jit
+def _origin(box, TILES_P, TILES_Q, BOX_N: tl.constexpr, BOX_P: tl.constexpr, BOX_Q: tl.constexpr):
+    """Where a box begins: image, row and column of the output. Not of _box, whose registers it would change."""
+    q = (box % TILES_Q) * BOX_Q
+    p = (box // TILES_Q % TILES_P) * BOX_P
+    return (box // (TILES_Q * TILES_P)) * BOX_N, p, q
+
+
+@triton.jit
+def _pixels(x, n, p, q, h, w, c, C: tl.constexpr, STRIDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The box of x behind the one of the output at (n, p, q), for the tap (h, w), from channel c on: as in _box."""
+    if STRIDED:
+        pixels = x.load([n, p + (h >> 1), h & 1, q + (w >> 1), (w & 1) * C + c])
+    else:
+        pixels = x.load([n, p + h, q + w, c])
+    return pixels.reshape(BLOCK_M, BLOCK_K).T
+
+
+@triton.jit(do_not_specialize=["TILES_P", "TILES_Q", "PAD_H", "PAD_W"])
+def _three_boxes(
+    x, weight, scale, shift, residual, out, K, TILES_P, TILES_Q, PAD_H, PAD_W, C: tl.constexpr, R: tl.constexpr,
+    S: tl.constexpr, STRIDED: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    BOX_N: tl.constexpr, BOX_P: tl.constexpr, BOX_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As _boxes for each tile, which is three boxes, without a residual: a step's weights are read once for them."""
+    wait_for_earlier_kernels()
+    BLOCK_M: tl.constexpr = BOX_N * BOX_P * BOX_Q
+    tiles_n = tl.cdiv(K, BLOCK_N)
+    k = (tl.program_id(0) % tiles_n) * BLOCK_N
+    box = tl.program_id(0) // tiles_n * 3
+    n0, p0, q0 = _origin(box, TILES_P, TILES_Q, BOX_N, BOX_P, BOX_Q)
+    n1, p1, q1 = _origin(box + 1, TILES_P, TILES_Q, BOX_N, BOX_P, BOX_Q)
+    n2, p2, q2 = _origin(box + 2, TILES_P, TILES_Q, BOX_N, BOX_P, BOX_Q)
+    sums0 = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    sums1 = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    sums2 = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for step in range(0, R * S * C // BLOCK_K):
+        tap = step // (C // BLOCK_K)
+        c = step % (C // BLOCK_K) * BLOCK_K
+        h = tap // S - PAD_H
+        w = tap % S - PAD_W
+        weights = weight.load([k, step * BLOCK_K])
+        sums0 = dot(weights, _pixels(x, n0, p0, q0, h, w, c, C, STRIDED, BLOCK_M, BLOCK_K), sums0, PRECISION)
+        sums1 = dot(weights, _pixels(x, n1, p1, q1, h, w, c, C, STRIDED, BLOCK_M, BLOCK_K), sums1, PRECISION)
+        sums2 = dot(weights, _pixels(x, n2, p2, q2, h, w, c, C, STRIDED, BLOCK_M, BLOCK_K), sums2, PRECISION)
+    channel = k + tl.arange(0, BLOCK_N)
+    inside = channel < K
+    y = _finish(sums0.T, scale, shift, channel, inside, None, out.dtype, RELU, RESIDUAL)
+    out.store([n0, p0, q0, k], y.reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
+    y = _finish(sums1.T, scale, shift, channel, inside, None, out.dtype, RELU, RESIDUAL)
+    out.store([n1, p1, q1, k], y.reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
+    y = _finish(sums2.T, scale, shift, channel, inside, None, out.dtype, RELU, RESIDUAL)
+    out.store([n2, p2, q2, k], y.reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
+
+
 @triton.jit(do_not_specialize=["PIXELS"])
 def _resident(
     x,  # descriptor of [PIXELS, C]
@@ -447,6 +502,11 @@ class Config:
     persistent: int = 0
     shares: int = 1
 
+    @property
+    def box(self) -> int:
+        """Pixels of a box. A tile is one, or three of a power of two."""
+        return self.block_m & -self.block_m
+
     def resident(self, problem: Problem) -> bool:
         """Return whether the form is ``resident``: persistent, with all of a plain product's depth in one step."""
         return self.persistent > 0 and self.block_k == problem.c and _plain(problem)
@@ -524,7 +584,13 @@ def _fits(config: Config, problem: Problem, gpu: GPU) -> bool:
 
 def heuristic(problem: Problem, gpu: GPU) -> Config:
     """Return a launch choice from the shape alone."""
-    return _keeping_weights(problem, gpu) or _wide(problem, gpu) or _few(problem, gpu) or tiled(problem, gpu)
+    return (
+        _keeping_weights(problem, gpu)
+        or _three(problem, gpu)
+        or _wide(problem, gpu)
+        or _few(problem, gpu)
+        or tiled(problem, gpu)
+    )
 
 
 def _hopper(problem: Problem, gpu: GPU) -> bool:
@@ -553,6 +619,23 @@ def takes_resident(problem: Problem) -> bool:
 #: Tiles, pixels by channels, of as many sums as two warp groups hold in registers. Tiles of 128 x 128 read a third more
 #: through the level-2 cache than 256 x 128, 128 x 64 two thirds more than 512 x 64, and that is what limits them.
 _WIDE = {64: 512, 128: 256}
+
+
+#: Of three boxes: 192 sums for each thread of two warp groups. A tile reads a ninth less through the level-2 cache for
+#: an output than 256 x 128, and 14 x 14 pixels of 128 images with 256 channels are 132 tiles, one for each of Hopper's
+#: multiprocessors, where others leave it idle for a third of the time.
+_THREE = 3 * 128, 128
+
+
+def _three(problem: Problem, gpu: GPU) -> Config | None:
+    """Return a tile of three boxes for a window, if at most three tenths of the GPU are idle then."""
+    if not _hopper(problem, gpu) or problem.kernel == (1, 1) or problem.residual or problem.k % 128:
+        return None
+    config = Config(*_THREE, _widest_k(problem, True), 8, 3, True)
+    useful = problem.pixels / config.block_m * (problem.k / config.block_n)
+    rounds = cdiv(blocks(problem, config), gpu.multiprocessors)
+    enough = _steps(problem, config.block_k) >= config.num_stages and _fits(config, problem, gpu)
+    return config if enough and useful >= 0.7 * rounds * gpu.multiprocessors else None
 
 
 def _wide(problem: Problem, gpu: GPU) -> Config | None:
@@ -746,6 +829,8 @@ def _large(problem: Problem, gpu: GPU) -> Iterator[Config]:
     steps = _most_stages(problem, block_k, True)
     if problem.kernel != (1, 1) and problem.k <= 64 and problem.pixels >= 512:
         yield from (c for c in (Config(512, 64, block_k, 8, 3, True),) if steps >= 3 and _fits(c, problem, gpu))
+    if not problem.residual and problem.kernel != (1, 1) and problem.k >= 128 and steps >= 3:
+        yield from (c for c in (Config(*_THREE, block_k, 8, 3, True),) if _fits(c, problem, gpu))
     if not problem.residual:  # it would be waited for at the end of each tile
         per_program += [(m, n, block_k) for m, n in ((128, 128), (256, 64), (256, 128)) if block_k < problem.c]
         per_program += [(m, n, block_k) for m, n in ((256, 64), (256, 128)) if problem.kernel != (1, 1)]
@@ -774,6 +859,10 @@ def takes(config: Config, problem: Problem, gpu: GPU) -> bool:
         return False
     if config.persistent and not config.boxes:
         return False
+    if config.block_m != config.box:
+        alone = not problem.residual and config.persistent == 0 and config.shares == 1
+        if config.block_m != 3 * config.box or not config.boxes or not alone:
+            return False
     if config.shares > 1:
         # A tile may not run over the last channel of its share: there the next share's sums begin.
         whole = config.boxes and not config.persistent and problem.k % config.block_n == 0 and config.block_n % 64 == 0
@@ -880,7 +969,7 @@ def launch_raw(
             dtype, and padded with zeros behind the activation; or None. By the form ``gather``, whatever the config.
         workspace: ``workspace_size`` numbers of float32 for ``batch_norm_act.merge``, or None.
     """
-    config = replace(config, persistent=0, shares=1)  # moments are of a tile, and take registers
+    config = replace(config, block_m=config.box, persistent=0, shares=1)  # moments are of a box, and take registers
     tensors = (x, weight, None, None, None, out)
     flags: dict[str, Any] = {"RELU": False, "RESIDUAL": 0}
     if workspace is not None:
@@ -899,7 +988,8 @@ def tiles(problem: Problem, config: Config, boxes: bool) -> int:
     if not boxes:
         return cdiv(problem.pixels, (config.gathered() if config.boxes else config).block_m)
     (n, _, _), (_, p, q) = _box_sizes(problem)
-    return math.prod(map(cdiv, (n, p, q), image_box(n, p, q, config.block_m)))
+    boxes_of_all = math.prod(map(cdiv, (n, p, q), image_box(n, p, q, config.box)))
+    return cdiv(boxes_of_all, config.block_m // config.box)
 
 
 def blocks(problem: Problem, config: Config) -> int:
@@ -916,6 +1006,7 @@ def blocks(problem: Problem, config: Config) -> int:
 
 def workspace_size(problem: Problem, config: Config) -> int:
     """Numbers of float32 that the moments of ``out`` and merging them take at most, in either form."""
+    config = replace(config, block_m=config.box)
     most = max(tiles(problem, config, boxes) for boxes in (False, config.boxes))
     return moments_size(most, problem.k)
 
@@ -987,13 +1078,16 @@ def boxed(
 def _launch_boxes(tensors: tuple[Any, ...], problem: Problem, config: Config, flags: dict[str, Any]) -> Launch:
     x, weight, scale, shift, residual, out = tensors
     given = {**flags, **_options(problem, config)}
-    args, options = boxed(x, weight, (scale, shift), residual, out, problem, config, given, config.shares)
+    one = replace(config, block_m=config.box)
+    args, options = boxed(x, weight, (scale, shift), residual, out, problem, one, given, config.shares)
     if "workspace" in flags:
         _, (n, p, q) = _box_sizes(problem)
         options |= {"N": n, "P": p, "Q": q}
     if config.persistent:
         options["PERSISTENT"] = True
     programs = blocks(problem, config)
+    if config.block_m != config.box:
+        return Launch(_three_boxes, (programs,), args, options)
     tiles_of_all = blocks(problem, replace(config, persistent=0, shares=1))
     return Launch(_boxes, (programs,), (*args, tiles_of_all), options)
 

@@ -33,7 +33,7 @@ def heuristic(problem: Problem, gpu: GPU) -> Config:
 def candidates(problem: Problem, gpu: GPU) -> Iterator[Config]:
     """Every launch choice worth measuring in which a tile is one program's and its only one: moments are of a tile."""
     every = conv_bn_act.candidates(problem, gpu)
-    return (config for config in every if not config.persistent and config.shares == 1)
+    return (config for config in every if not config.persistent and config.shares == 1 and config.block_m == config.box)
 
 
 @_tables.remembers

@@ -79,6 +79,29 @@ def test_programs_of_several_tiles_have_the_bits_of_programs_of_one(
             assert torch.equal(found, wanted), several
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["relu", "none"])
+@pytest.mark.parametrize("box", [16, 64, 128])
+@pytest.mark.parametrize("shape", [DEEP[0], DEEP[1], (4, 7, 7, 32, 128, 3, 1, False), DEEP[2]], ids=str)
+def test_three_boxes_have_the_bits_of_one(
+    shape: tuple[Any, ...], box: int, activation: str, dtype: torch.dtype
+) -> None:
+    """One tile and several, the last of one box, two and three; channels that fill a tile and do not."""
+    from resnet_fast.kernels import conv_bn_act as module
+
+    described, tensors = given(shape, dtype)
+    tensors["x"][0, 0, 0, 0], tensors["x"][-1, 1, -1, -1] = float("nan"), float("inf")
+    block_k = min(64, described.c)
+    one, three = (module.Config(pixels, 64, block_k, 8, 3, True) for pixels in (box, 3 * box))
+    wanted, name, alone = launch(described, one, tensors, activation=activation)
+    assert name == "_boxes"
+    found, name, grid = launch(described, three, tensors, activation=activation)
+    columns = -(-described.k // 64)
+    assert name == "_three_boxes" and grid == -(-alone // columns // 3) * columns == module.blocks(described, three)
+    assert torch.equal(found.nan_to_num(9, 8, 7), wanted.nan_to_num(9, 8, 7))
+    assert module.takes(three, described, H200)
+
+
 @pytest.mark.parametrize("activation", ["relu", "none"])
 @pytest.mark.parametrize("after", [False, True])
 def test_programs_that_keep_their_weights_add_the_residual_where_asked(activation: str, after: bool) -> None:
@@ -139,11 +162,15 @@ def chosen(shape: tuple[Any, ...], **changes: Any) -> Any:
         ((1, 14, 14, 1024, 512, 1, 1, False), (32, 64, 64), 0),  # 56 of 32 pixels
         ((1, 56, 56, 256, 128, 1, 1, False), (64, 64, 64), 0),  # 196 of 32 pixels would read a half more
         ((8, 14, 14, 1024, 512, 1, 1, False), (64, 128, 64), 0),
-        ((128, 28, 28, 128, 128, 3, 1, False), (256, 128, 64), 132),
+        ((128, 28, 28, 128, 128, 3, 1, False), (384, 128, 64), 0),  # two rounds of 131
+        ((96, 28, 28, 128, 128, 3, 1, False), (384, 128, 64), 0),  # 196: the second half empty, and yet less time
+        ((128, 28, 28, 128, 136, 3, 1, False), (256, 128, 64), 132),  # a tile of three boxes would be half empty
         ((128, 28, 28, 128, 128, 3, 1, True), (256, 128, 64), 0),
         ((128, 56, 56, 64, 64, 3, 1, False), (512, 64, 64), 0),
         ((128, 7, 7, 512, 512, 3, 1, False), (256, 128, 64), 0),  # one round of 112
-        ((128, 14, 14, 256, 256, 3, 1, False), (128, 128, 64), 0),  # two rounds, the second half empty
+        ((128, 14, 14, 256, 256, 3, 1, False), (384, 128, 64), 0),  # one round of 132
+        ((64, 14, 14, 256, 256, 3, 1, False), (128, 128, 64), 0),
+        ((256, 7, 7, 512, 512, 3, 1, False), (384, 128, 64), 0),
         ((128, 28, 28, 512, 1024, 1, 2, False), (256, 128, 64), 132),
         ((128, 56, 56, 256, 64, 1, 1, False), (128, 64, 64), 0),
     ],
@@ -175,6 +202,11 @@ def test_choices_of_several_tiles_that_no_kernel_takes() -> None:
     module, described, _ = chosen((128, 28, 28, 192, 512, 1, 1, True))
     assert not module.takes(dataclasses.replace(config, block_k=192), described, H200)  # no power of two
     assert not module.takes(config, described, gpus.known("a100"))
+    module, described, config = chosen((128, 14, 14, 256, 256, 3, 1, False))
+    assert config.block_m == 3 * config.box == 384 and module.takes(config, described, H200)
+    for changes in ({"persistent": 132}, {"shares": 2}, {"boxes": False}, {"block_m": 5 * 64}):
+        assert not module.takes(dataclasses.replace(config, **changes), described, H200), changes
+    assert not module.takes(config, dataclasses.replace(described, residual=True), H200)
 
 
 @pytest.mark.parametrize("residual", [False, True])
