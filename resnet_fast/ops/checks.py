@@ -69,6 +69,11 @@ def quantized_conv(op: str, a: Any, output_shape: Callable[[Any], list[int]], dt
     if x.shape[1] != weight.shape[1]:
         raise ValueError(f"{op}: x has {x.shape[1]} channels, weight expects {weight.shape[1]}")
     device(op, x, weight=weight, scale=a.scale, shift=a.shift, residual=a.residual)
+    convolved(op, a, output_shape, dtype)
+
+
+def convolved(op: str, a: Any, output_shape: Callable[[Any], list[int]], dtype: torch.dtype) -> None:
+    """A convolution's options are sensible, its image is large enough, and its residual is as the output, of dtype."""
     activation(op, a.activation)
     for name, values, least in (("stride", a.stride, 1), ("padding", a.padding, 0), ("dilation", a.dilation, 1)):
         if len(values) != 2 or min(values) < least:
@@ -76,7 +81,7 @@ def quantized_conv(op: str, a: Any, output_shape: Callable[[Any], list[int]], dt
     shape = output_shape(a)
     if min(shape[2:]) < 1:
         raise ValueError(
-            f"{op}: a {x.shape[2]}x{x.shape[3]} image is too small for kernel {list(weight.shape[2:])}, "
+            f"{op}: a {a.x.shape[2]}x{a.x.shape[3]} image is too small for kernel {list(a.weight.shape[2:])}, "
             f"padding {list(a.padding)}, dilation {list(a.dilation)}"
         )
     if a.residual is not None and (list(a.residual.shape) != shape or a.residual.dtype is not dtype):

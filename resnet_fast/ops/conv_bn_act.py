@@ -64,21 +64,7 @@ def check(a: Arguments) -> None:
     checks.weight_dtype(NAME, x, weight)
     checks.device(NAME, x, weight=weight, scale=a.scale, shift=a.shift, residual=a.residual)
     checks.per_channel(NAME, weight.shape[0], scale=a.scale, shift=a.shift)
-    checks.activation(NAME, a.activation)
-    for name, values, least in (("stride", a.stride, 1), ("padding", a.padding, 0), ("dilation", a.dilation, 1)):
-        if len(values) != 2 or min(values) < least:
-            raise ValueError(f"{NAME}: {name} must be two ints >= {least}, got {list(values)}")
-    shape = output_shape(a)
-    if min(shape[2:]) < 1:
-        raise ValueError(
-            f"{NAME}: a {x.shape[2]}x{x.shape[3]} image is too small for kernel {list(weight.shape[2:])}, "
-            f"padding {list(a.padding)}, dilation {list(a.dilation)}"
-        )
-    if a.residual is not None and (list(a.residual.shape) != shape or a.residual.dtype is not x.dtype):
-        raise ValueError(
-            f"{NAME}: residual is {a.residual.dtype} {list(a.residual.shape)}, the output is {x.dtype} {shape}; "
-            "they must be the same"
-        )
+    checks.convolved(NAME, a, output_shape, x.dtype)
 
 
 def output_shape(a: Arguments) -> list[int]:

@@ -205,10 +205,10 @@ def test_a_normalised_x_is_gathered_whatever_the_config() -> None:
 @pytest.mark.parametrize("name", ["a100", "h100", "b200"])
 def test_workspaces_are_large_enough(name: str) -> None:
     gpu = gpus.known(name)
-    for conv in (*GATHERED, *BOXED, Conv(128, 56, 56, 64, 64, kernel=3)):
+    for conv in (*GATHERED, *BOXED, Conv(128, 56, 56, 64, 64, kernel=3), Conv(128, 13, 13, 256, 256, kernel=3)):
         problem = conv.problem
         for config in (kernel.heuristic(problem, gpu), *kernel.candidates(problem, gpu)):
             for boxes in {False, config.boxes}:
-                tiles = kernel.tiles(problem, config, boxes)
-                assert tiles * config.block_m >= problem.pixels
+                assert kernel.tiles(problem, config, boxes) * config.block_m >= problem.pixels
+                tiles = kernel.tiles(problem, dataclasses.replace(config, block_m=config.box), boxes)
                 assert kernel.workspace_size(problem, config) >= 3 * tiles * conv.k + tiles
